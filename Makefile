@@ -1,0 +1,216 @@
+# rlhf: `make` builds the program, `make demo` shows it at work, `make help` lists the rest.
+#
+# Variables worth setting:  CC  CFLAGS (optimisation, -Werror)  CPPFLAGS  LDFLAGS, and
+#   T=NAME               runs the tests whose name contains NAME
+#   JOBS=N               compilers at a time
+#   OPENMP=              builds without threads
+#   BUILD=DIR PROG=FILE  build elsewhere, to have several builds side by side
+
+CFLAGS ?= -O2 -g
+BUILD  ?= build
+PROG   ?= rlhf
+JOBS   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+# -ffp-contract=off: results are the same bits on every machine, so the compiler fuses nothing that
+# the source does not fuse.
+WARN  = -Wall -Wextra -Wpedantic -Wshadow
+FLAGS = -std=gnu11 $(WARN) -ffp-contract=off $(OPENMP) $(CPPFLAGS) $(CFLAGS)
+LIBS  = $(LDFLAGS) $(PKG_LIBS) $(OPENMP_LIBS) -lm
+
+# Recursive on purpose: pkg-config and the compiler are asked when a recipe runs, which on a new
+# machine is after `deps` installed them; each answer is kept for the recipes that follow.
+PKGS       = jansson libpcre2-8 libutf8proc zlib
+PKG_CFLAGS = $(eval PKG_CFLAGS := $$(shell pkg-config --cflags $(PKGS)))$(PKG_CFLAGS)
+PKG_LIBS   = $(eval PKG_LIBS := $$(shell pkg-config --libs $(PKGS)))$(PKG_LIBS)
+OPENMP     = $(eval OPENMP := $$(shell $(openmp_probe)))$(OPENMP)
+
+# Apple's clang has OpenMP in its preprocessor only; the library comes from Homebrew.
+OPENMP_APPLE = -Xpreprocessor -fopenmp -I$(shell brew --prefix libomp 2>/dev/null)/include
+OPENMP_LIBS  = $(if $(findstring -Xpreprocessor,$(OPENMP)),-L$(shell brew --prefix libomp)/lib -lomp)
+
+# Prints the flags with which a program links here, or nothing: then there are no threads.
+openmp_probe = t=$$$$(mktemp); echo 'int main(void) { return 0; }' >$$$$t.c; \
+               if $(CC) -fopenmp $$$$t.c -o $$$$t 2>/dev/null; then echo -fopenmp; \
+               elif brew --prefix --installed libomp >/dev/null 2>&1; then \
+                   echo "$(OPENMP_APPLE)"; fi; rm -f $$$$t $$$$t.c
+
+# ---- Program and library -------------------------------------------------------------------------
+
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.PHONY: all lib deps deps-ci need test test-build demo check sanitize neon clean help
+
+all: $(PROG)              ## the program, ./rlhf
+	@:
+lib: $(BUILD)/librlhf.a   ## the library, build/librlhf.a
+	@:
+
+$(PROG): rlhf.c rlhf.h | need $(BUILD)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) -DRLHF_MAIN -o $@ rlhf.c $(LIBS)
+
+$(BUILD)/rlhf.o: rlhf.c rlhf.h | need $(BUILD)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) -c -o $@ rlhf.c
+
+$(BUILD)/librlhf.a: $(BUILD)/rlhf.o
+	rm -f $@
+	$(AR) rcs $@ $<
+
+$(BUILD):
+	mkdir -p $@
+
+# ---- Dependencies --------------------------------------------------------------------------------
+
+# What to look for, and what it is called by Debian and by Homebrew ("-": not packaged there).
+PACKAGES = jansson:libjansson-dev:jansson libpcre2-8:libpcre2-dev:pcre2 \
+           libutf8proc:libutf8proc-dev:utf8proc zlib:zlib1g-dev:zlib \
+           stb/stb_ds.h:libstb-dev:-
+
+# $(call missing,N): a shell command that prints what is not there, by its N-th name. Without
+# pkg-config nothing else can be looked for: to be installed is then everything, to be complained
+# about is pkg-config.
+missing = if ! command -v pkg-config >/dev/null; then \
+              echo pkg-config $(if $(filter 1,$1),,$(foreach p,$(PACKAGES),$(word $1,$(subst :, ,$p)))); \
+          else \
+              for p in $(PACKAGES); do \
+                  what=$${p%%:*}; \
+                  case $$what in \
+                  (*.h) echo "\#include <$$what>" | $(CC) $(CPPFLAGS) -E -x c - >/dev/null 2>&1 ;; \
+                  (*) pkg-config --exists $$what ;; \
+                  esac || echo $$p | cut -d: -f$1; \
+              done; \
+          fi
+
+deps:                     ## install the packages that are missing (apt-get or brew)
+	@if command -v apt-get >/dev/null; then \
+	    want=$$($(call missing,2)); [ -z "$$want" ] || $(call apt_install,$$want); \
+	elif command -v brew >/dev/null; then \
+	    want=$$($(call missing,3) | tr ' ' '\n' | grep -v '^-$$'); \
+	    [ -z "$$want" ] || brew install $$want libomp; \
+	fi
+	@want=$$($(call missing,1)); [ -z "$$want" ] || \
+	    { echo "missing packages:" $$want "(install them with your package manager)" >&2; exit 1; }
+
+# $(call apt_install,PACKAGES): a third-party source that fails to update must not stop the install.
+apt_install = { su=; [ $$(id -u) = 0 ] || su=sudo; \
+	if [ -n "$$su" ] && ! command -v sudo >/dev/null; then \
+	    echo "missing packages:" $1 "(as root: apt-get install" $1")" >&2; exit 1; \
+	fi; \
+	echo "installing" $1 "(apt-get)"; \
+	$$su apt-get update -qq </dev/null || true; \
+	$$su env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $1 \
+	    </dev/null >/dev/null || { echo "could not install" $1 >&2; exit 1; }; }
+
+# Every compilation waits for this: one line that names what is missing beats a page of errors.
+NEED = yes
+need:
+ifeq ($(NEED),yes)
+	@want=$$($(call missing,1)); [ -z "$$want" ] || \
+	    { echo "missing packages:" $$want "(\`make deps\` installs them)" >&2; exit 1; }
+endif
+
+# ---- Tests ---------------------------------------------------------------------------------------
+
+# A test includes rlhf.c, so it sees private functions and leaves most of them unused; told that this
+# is the whole program, gcc drops what the test does not reach before it optimises. An example is a
+# program of a library user: rlhf.h and librlhf.a are all it gets, exit status 0 is its passed test.
+TESTS     = $(patsubst test/%.c,$(BUILD)/%,$(wildcard test/test_*.c))
+EXAMPLES  = $(patsubst test/%.c,$(BUILD)/%,$(wildcard test/example*.c))
+TESTFLAGS = -Wno-unused-function $(WHOLE)
+WHOLE     = $(if $(findstring clang,$(shell $(CC) --version)),,-fwhole-program)
+
+$(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.c rlhf.h | need $(BUILD)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -o $@ $< $(LIBS)
+
+$(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
+	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
+
+test-build: $(TESTS) $(EXAMPLES)
+	@:
+
+test: deps                ## build and run the tests (T=NAME for some of them)
+	@$(MAKE) --no-print-directory -j$(JOBS) test-build all
+	@sh test/run.sh -t "$(T)" $(TESTS) $(EXAMPLES)
+
+# Leaks count as failures here; the quick subset, since instrumented code is several times slower.
+SAN = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: deps            ## the same under AddressSanitizer and UBSan, quick subset
+	@$(MAKE) --no-print-directory -j$(JOBS) test-build BUILD=$(BUILD)/san CFLAGS="-O1 -g $(SAN)" WHOLE=
+	@RLHF_TEST_QUICK=1 UBSAN_OPTIONS=print_stacktrace=1 sh test/run.sh -t "$(T)" \
+	    $(patsubst $(BUILD)/%,$(BUILD)/san/%,$(TESTS) $(EXAMPLES))
+
+# ---- Demo ----------------------------------------------------------------------------------------
+
+demo: deps                ## train, align twice, compare: the whole loop in five minutes
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(BUILD)/demo-tool
+	@bash data/demo.sh
+
+$(BUILD)/demo-tool: data/demo.c | need $(BUILD)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) -o $@ data/demo.c $(LIBS)
+
+# ---- Checks --------------------------------------------------------------------------------------
+
+CHECKED = rlhf.c rlhf.h $(wildcard test/*.c test/*.h bench/*.c data/*.c)
+
+# First the text, which takes no compiler, then what the library's object shows to its host.
+check:                    ## the rules of rlhf.c: structure, limits, symbols
+	@LC_ALL=C awk -f test/check.awk $(CHECKED)
+	@$(MAKE) --no-print-directory -s $(BUILD)/rlhf.o
+	@{ nm -g --defined-only $(BUILD)/rlhf.o; nm -u $(BUILD)/rlhf.o; } | awk -v symbols=1 -f test/check.awk
+
+# ---- aarch64 -------------------------------------------------------------------------------------
+
+# The NEON code, cross-built and run under qemu-user. The libraries are Debian's arm64 packages,
+# unpacked into the build folder: installing them beside the host's would tie the versions of both.
+CROSS   = aarch64-linux-gnu-
+ARM     = $(BUILD)/arm64
+SYSROOT = $(ARM)/sysroot
+QEMU    = qemu-aarch64 -L /usr/aarch64-linux-gnu
+NEON_TESTS ?= $(filter $(addprefix $(BUILD)/test_,vec kern gemm rng par neon bits),$(TESTS))
+NEON_RUN    = $(patsubst $(BUILD)/%,$(ARM)/%,$(NEON_TESTS))
+
+ARM_PACKAGES = libjansson-dev libpcre2-dev libutf8proc-dev zlib1g-dev libstb-dev
+
+# apt works on a private state here: no root, and the host's own package lists stay as they are.
+APT_ARM = apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Sandbox::User=root \
+	  -o Dir::State=$(abspath $(ARM))/apt -o Dir::State::status=$(abspath $(ARM))/apt/status \
+	  -o Dir::Cache=$(abspath $(ARM))/apt/cache
+
+$(SYSROOT)/.unpacked:
+	@rm -rf $(SYSROOT) $(ARM)/apt $(ARM)/deb
+	@mkdir -p $(SYSROOT) $(ARM)/apt/lists/partial $(ARM)/apt/cache/archives/partial $(ARM)/deb
+	@: > $(ARM)/apt/status
+	@echo "unpacking $(ARM_PACKAGES) (arm64)"
+	@$(APT_ARM) update || true
+	@cd $(ARM)/deb && $(APT_ARM) download $(ARM_PACKAGES)
+	@for d in $(ARM)/deb/*.deb; do dpkg-deb -x $$d $(SYSROOT) || exit 1; done
+	@touch $@
+
+neon: deps-ci $(SYSROOT)/.unpacked  ## cross-build for aarch64, run the kernel tests under qemu
+	@$(MAKE) --no-print-directory -j$(JOBS) $(ARM)/rlhf $(NEON_RUN) BUILD=$(ARM) PROG=$(ARM)/rlhf NEED=no \
+	    CC=$(CROSS)gcc OPENMP=-fopenmp PKG_CFLAGS="-isystem $(SYSROOT)/usr/include" \
+	    PKG_LIBS="-L$(SYSROOT)/usr/lib/aarch64-linux-gnu -ljansson -lpcre2-8 -lutf8proc -lz"
+	@$(QEMU) $(ARM)/rlhf info
+	@RLHF_TEST_QUICK=1 sh test/run.sh -w "$(QEMU)" -t "$(T)" $(NEON_RUN)
+
+# Tools that only continuous integration needs: the second compiler, the cross compiler, the emulator.
+deps-ci: deps             ## install what .ci/run needs beyond deps
+	@want=; \
+	command -v clang >/dev/null || want="$$want clang"; \
+	command -v clang >/dev/null && echo 'int main(void) { return 0; }' | \
+	    clang -fopenmp -x c - -o /tmp/rlhf-omp.$$$$ 2>/dev/null || want="$$want libomp-dev"; \
+	rm -f /tmp/rlhf-omp.$$$$; \
+	command -v qemu-aarch64 >/dev/null || want="$$want qemu-user"; \
+	command -v $(CROSS)gcc >/dev/null || want="$$want gcc-aarch64-linux-gnu libc6-dev-arm64-cross"; \
+	[ -z "$$want" ] || { command -v apt-get >/dev/null || { echo "missing tools:$$want" >&2; exit 1; }; \
+	    $(call apt_install,$$want); }
+
+# ---- Housekeeping --------------------------------------------------------------------------------
+
+clean:                    ## remove everything that make wrote
+	rm -rf $(BUILD) $(PROG)
+
+help:                     ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | \
+	    while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done

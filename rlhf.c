@@ -1,0 +1,9476 @@
+/* rlhf.c - the whole of RLHF on an ordinary CPU: supervised fine-tuning, reward model, PPO.
+ *
+ * This file owns everything from the matrix product to the command line. It does not download, does not use a GPU, keeps no
+ * padding, keeps no logits, and has one code path for sampling and for training, so that the log-probability recorded while
+ * sampling is the one that training computes, to the last bit.
+ *
+ * Read it upward or downward: a section calls only sections above it, there is not one forward declaration. `MARK:` lines are
+ * indexed by grep, minimaps and jump bars.
+ *
+ *   01 CONFIG (RLHF_)        compiler, platform, limits, third-party headers
+ *   02 BASE (err_ log_ base_) context, errors that unwind to the public call, log, time
+ *   03 MEM (mem_ arena_)     blocks that a failed call gives back, arenas for steps
+ *   04 RNG (rng_)            counter-based random numbers
+ *   05 PAR (par_)            threads: fixed splits over outputs
+ *   06 VEC (v_)              sixteen virtual lanes: AVX2, NEON, plain C; exp, log, tanh, sin, cos
+ *   07 KERN (k_)             row kernels on 06, each with a plain-C twin
+ *   08 GEMM (gemm_)          the matrix product: packing, tiles, driver
+ *   09 OPS (op_)             forward and backward of every operation
+ *   10 IO (io_)              files: bounded reads, mapping, atomic writes, gzip
+ *   11 JSON (json_)          schema helpers whose errors say file, line, key
+ *   12 TOK (tok_)            byte-level and SentencePiece-style BPE, training, chat templates
+ *   13 MODEL (model_)        architectures, parameter table, forward, backward, decoding
+ *   14 CKPT (ckpt_)          safetensors and Hugging Face directories
+ *   15 OPT (opt_)            AdamW, clipping, schedules
+ *   16 DATA (data_)          records, loss spans, orders, ragged batches
+ *   17 GEN (gen_)            sampling and batched generation
+ *   18 ROLL (roll_)          rollouts, KL, rewards, whitening, advantages
+ *   19 TRAIN (train_)        the loop that every trainer runs in: metrics, run directory, resume
+ *   20 SFT (sft_)            supervised fine-tuning
+ *   21 RM (rm_)              the reward model
+ *   22 PPO (ppo_)            proximal policy optimisation
+ *   23 EVAL (eval_)          perplexity, KL, preference accuracy by slice
+ *   24 API (rlhf_)           every public function: checks arguments, calls one layer down
+ *   25 CLI (cli_)            the program: only under RLHF_MAIN
+ *
+ * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product is one chain of fused
+ * multiply-adds over k in order; every row reduction has sixteen lanes and one tree. Hence the same bits for any thread
+ * count, batch composition, tile shape and instruction set. (3) Transcendental functions are polynomials of 06.
+ *
+ * Embedding: compile with -ffp-contract=off; -fopenmp is optional. No -march flag is needed: kernels carry their own target
+ * attributes and are chosen when a context is opened. RLHF_MAIN adds the program.
+ */
+
+/* ============================================================================================
+ * MARK: - 01 CONFIG (RLHF_)
+ * Compiler and platform: the only place with feature tests. Everything below is plain C11 with
+ * the attributes defined here.
+ * ============================================================================================ */
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1 /* mmap, fsync, strptime-free subset of POSIX on Linux */
+#endif
+#ifndef _DARWIN_C_SOURCE
+#define _DARWIN_C_SOURCE 1
+#endif
+
+#include "rlhf.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <jansson.h>
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <pcre2.h>
+#include <zlib.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define RLHF_X86 1
+#define RLHF_TARGET __attribute__((target("avx2,fma,f16c")))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define RLHF_NEON 1
+#define RLHF_TARGET
+#else
+#define RLHF_TARGET
+#endif
+
+/* Bodies that must be inlined into a function with the same target, so that their constants fold. */
+#define RLHF_INLINE static inline __attribute__((always_inline, unused))
+#define RLHF_PRINTF(a, b) __attribute__((format(printf, a, b)))
+
+/* One thread uses one context at a time; this is how stb_ds, which has no user pointer, finds it. */
+#define RLHF_THREAD _Thread_local
+
+enum {
+    RLHF_LANES = 16,        /* virtual lanes of every row reduction; also the width of a packed panel */
+    RLHF_ALIGN = 64,        /* of arena blocks: one cache line */
+    RLHF_MAX_THREADS = 1024,
+    RLHF_ERROR_TEXT = 1024, /* bytes of the last error's text */
+    RLHF_MAX_DEFER = 64     /* resources held at once by one public call */
+};
+
+_Static_assert(sizeof(float) == 4 && sizeof(double) == 8, "IEEE single and double precision");
+_Static_assert(sizeof(size_t) == 8, "64-bit address space");
+
+/* stb_ds exports plain names: a host that uses it too must not clash with ours. */
+#define stbds_arrfreef rlhf_stbds_arrfreef
+#define stbds_arrgrowf rlhf_stbds_arrgrowf
+#define stbds_hash_bytes rlhf_stbds_hash_bytes
+#define stbds_hash_string rlhf_stbds_hash_string
+#define stbds_hmdel_key rlhf_stbds_hmdel_key
+#define stbds_hmfree_func rlhf_stbds_hmfree_func
+#define stbds_hmget_key rlhf_stbds_hmget_key
+#define stbds_hmget_key_ts rlhf_stbds_hmget_key_ts
+#define stbds_hmput_default rlhf_stbds_hmput_default
+#define stbds_hmput_key rlhf_stbds_hmput_key
+#define stbds_rand_seed rlhf_stbds_rand_seed
+#define stbds_shmode_func rlhf_stbds_shmode_func
+#define stbds_stralloc rlhf_stbds_stralloc
+#define stbds_strreset rlhf_stbds_strreset
+
+/* ============================================================================================
+ * MARK: - 02 BASE (err_ log_ base_)
+ * The context and the one way to fail: err_throw writes the text into the context and unwinds to
+ * the public call, which gives back every block allocated since it began (03) and runs what was
+ * deferred (open files, parsed JSON). So code below checks nothing on the way up, and running out
+ * of memory is handled everywhere. Never thrown inside a parallel region.
+ * ============================================================================================ */
+
+typedef struct mem_block mem_block;
+
+typedef struct err_frame {
+    jmp_buf jump;
+    struct err_frame *up;
+    uint64_t seq; /* blocks with this number or a later one were allocated inside the frame */
+    int defers;   /* depth of the defer stack at entry */
+    rlhf_ctx *outer; /* the context that was current on this thread */
+} err_frame;
+
+typedef struct err_deferred {
+    void (*run)(void *);
+    void *ptr;
+} err_deferred;
+
+struct k_table;
+
+struct rlhf_ctx {
+    rlhf_hooks hooks;
+    int threads;
+    const struct k_table *k; /* the kernels chosen for this context */
+    err_frame *frame;
+    err_deferred defer[RLHF_MAX_DEFER];
+    int n_defer;
+    rlhf_status status;
+    mem_block *blocks; /* newest first */
+    uint64_t seq;
+    int64_t n_allocs;           /* calls of the allocation hook so far */
+    int objects;                /* open tokenizers, datasets, models, trainers */
+    int64_t mem_now, mem_peak;  /* bytes held through the allocation hook */
+    char error[RLHF_ERROR_TEXT];
+};
+
+static RLHF_THREAD rlhf_ctx *base_current;
+
+static double base_now(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
+}
+
+/* Records an error without unwinding; for the edges where there is no frame. */
+static void err_note(rlhf_ctx *ctx, rlhf_status status, const char *text) {
+    ctx->status = status;
+    snprintf(ctx->error, sizeof ctx->error, "%s", text);
+}
+
+/* Fails the current public call: status and text go into the context, control to its frame. */
+__attribute__((noreturn)) RLHF_PRINTF(3, 4)
+static void err_throw(rlhf_ctx *ctx, rlhf_status status, const char *format, ...) {
+    char text[RLHF_ERROR_TEXT];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    err_note(ctx, status, text);
+    longjmp(ctx->frame->jump, 1);
+}
+
+/* Has run(ptr) called if the current call fails before err_release. */
+static void err_defer(rlhf_ctx *ctx, void (*run)(void *), void *ptr) {
+    if (ctx->n_defer == RLHF_MAX_DEFER) {
+        run(ptr);
+        err_throw(ctx, RLHF_ERR_ARG, "more than %d resources held at once", (int)RLHF_MAX_DEFER);
+    }
+    ctx->defer[ctx->n_defer++] = (err_deferred){run, ptr};
+}
+
+/* Releases the newest deferred resource now. */
+static void err_release(rlhf_ctx *ctx) {
+    err_deferred d = ctx->defer[--ctx->n_defer];
+    d.run(d.ptr);
+}
+
+/* Forgets the newest deferred resource: somebody else owns it from here on. */
+static void err_keep(rlhf_ctx *ctx) {
+    ctx->n_defer--;
+}
+
+RLHF_PRINTF(3, 4)
+static void log_at(rlhf_ctx *ctx, rlhf_level level, const char *format, ...) {
+    if (!ctx->hooks.log) return;
+    char text[2048];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    ctx->hooks.log(ctx->hooks.user, level, text);
+}
+
+/* a * b as a size, or an error. */
+static size_t base_mul(rlhf_ctx *ctx, size_t a, size_t b) {
+    size_t r;
+    if (__builtin_mul_overflow(a, b, &r))
+        err_throw(ctx, RLHF_ERR_MEMORY, "a size overflows: %zu x %zu", a, b);
+    return r;
+}
+
+static size_t base_round_up(size_t n, size_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
+
+RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
+RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
+
+/* ============================================================================================
+ * MARK: - 03 MEM (mem_ arena_)
+ * All memory of the library comes through the context's hooks in blocks that know their context
+ * and their age. A public call that fails gives back the blocks younger than itself; therefore an
+ * object that existed before a call may grow during it only through an arena. Arenas serve the
+ * steps of training: after the first step they are one block and nothing is allocated any more.
+ * Tests: test/test_api.c (every n-th allocation fails)
+ * ============================================================================================ */
+
+struct mem_block {
+    mem_block *older, *younger;
+    rlhf_ctx *ctx;
+    uint64_t seq;
+    size_t size; /* as asked for, without this header */
+    size_t temporary; /* 1: given back when the public call that made it ends */
+};
+
+_Static_assert(sizeof(mem_block) % 16 == 0, "blocks stay aligned for any type");
+
+static void mem_link(rlhf_ctx *ctx, mem_block *b, uint64_t seq) {
+    b->ctx = ctx;
+    b->seq = seq;
+    b->younger = NULL;
+    b->older = ctx->blocks;
+    if (b->older) b->older->younger = b;
+    ctx->blocks = b;
+}
+
+static void mem_unlink(mem_block *b) {
+    if (b->younger) b->younger->older = b->older;
+    else b->ctx->blocks = b->older;
+    if (b->older) b->older->younger = b->younger;
+}
+
+/* size bytes, uninitialised; throws when there are none. */
+static void *mem_alloc(rlhf_ctx *ctx, size_t size) {
+    size_t whole = size + sizeof(mem_block);
+    mem_block *b = whole < size ? NULL : ctx->hooks.alloc(ctx->hooks.user, whole);
+    ctx->n_allocs++;
+    if (!b) err_throw(ctx, RLHF_ERR_MEMORY, "out of memory: %zu bytes", size);
+    b->size = size;
+    b->temporary = 0;
+    mem_link(ctx, b, ctx->seq++);
+    ctx->mem_now += (int64_t)whole;
+    if (ctx->mem_now > ctx->mem_peak) ctx->mem_peak = ctx->mem_now;
+    return b + 1;
+}
+
+static void *mem_zalloc(rlhf_ctx *ctx, size_t count, size_t size) {
+    size_t n = base_mul(ctx, count, size);
+    return memset(mem_alloc(ctx, n), 0, n);
+}
+
+static void mem_free(void *ptr) {
+    if (!ptr) return;
+    mem_block *b = (mem_block *)ptr - 1;
+    rlhf_ctx *ctx = b->ctx;
+    mem_unlink(b);
+    ctx->mem_now -= (int64_t)(b->size + sizeof *b);
+    ctx->hooks.free(ctx->hooks.user, b, b->size + sizeof *b);
+}
+
+/* Marks a block as living no longer than the public call that is running. */
+static void *mem_temp(void *ptr) {
+    ((mem_block *)ptr - 1)->temporary = 1;
+    return ptr;
+}
+
+/* Keeps the contents. ptr may be null. */
+static void *mem_realloc(rlhf_ctx *ctx, void *ptr, size_t size) {
+    void *p = mem_alloc(ctx, size);
+    if (ptr) {
+        size_t old = ((mem_block *)ptr - 1)->size;
+        memcpy(p, ptr, old < size ? old : size);
+        mem_free(ptr);
+    }
+    return p;
+}
+
+static char *mem_strndup(rlhf_ctx *ctx, const char *s, size_t n) {
+    char *p = mem_alloc(ctx, n + 1);
+    memcpy(p, s, n);
+    p[n] = 0;
+    return p;
+}
+
+static char *mem_strdup(rlhf_ctx *ctx, const char *s) {
+    return mem_strndup(ctx, s, strlen(s));
+}
+
+RLHF_PRINTF(2, 3)
+static char *mem_printf(rlhf_ctx *ctx, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    char *p = mem_alloc(ctx, (size_t)(n < 0 ? 0 : n) + 1);
+    va_start(args, format);
+    vsnprintf(p, (size_t)(n < 0 ? 0 : n) + 1, format, args);
+    va_end(args);
+    return p;
+}
+
+static void *mem_stb_realloc(void *ptr, size_t size) {
+    return mem_realloc(base_current, ptr, size);
+}
+
+#define STBDS_NO_SHORT_NAMES
+#define STBDS_REALLOC(context, ptr, size) mem_stb_realloc(ptr, size)
+#define STBDS_FREE(context, ptr) mem_free(ptr)
+#define STB_DS_IMPLEMENTATION
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-compare"
+#pragma GCC diagnostic ignored "-Wshadow"
+#pragma GCC diagnostic ignored "-Wpedantic"
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#pragma GCC diagnostic ignored "-Wunused-function"
+#pragma GCC diagnostic ignored "-Wunused-value"
+#endif
+#include <stb/stb_ds.h>
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+
+/* ---- frames of public calls ---- */
+
+/* Enters a public call; every path out goes through mem_leave. */
+static void mem_enter(rlhf_ctx *ctx, err_frame *frame) {
+    frame->up = ctx->frame;
+    frame->seq = ctx->seq;
+    frame->defers = ctx->n_defer;
+    frame->outer = base_current;
+    ctx->frame = frame;
+    base_current = ctx;
+    if (!frame->up) {
+        ctx->status = RLHF_OK;
+        ctx->error[0] = 0;
+    }
+}
+
+/* Leaves it: after a failure, everything the call had taken is given back. */
+static rlhf_status mem_leave(rlhf_ctx *ctx, int failed) {
+    err_frame *frame = ctx->frame;
+    if (failed) {
+        while (ctx->n_defer > frame->defers) err_release(ctx);
+        while (ctx->blocks && ctx->blocks->seq >= frame->seq) mem_free(ctx->blocks + 1);
+    }
+    for (mem_block *b = ctx->blocks, *older; b && b->seq >= frame->seq; b = older) {
+        older = b->older;
+        if (b->temporary) mem_free(b + 1);
+    }
+    ctx->frame = frame->up;
+    base_current = frame->outer;
+    return failed ? ctx->status : RLHF_OK;
+}
+
+/* ---- arenas ---- */
+
+typedef struct arena_block {
+    struct arena_block *next;
+    size_t size, used;
+} arena_block;
+
+/* A stack of memory. Blocks belong to the arena and survive a failed call; arena_reset joins them into one. */
+typedef struct arena {
+    rlhf_ctx *ctx;
+    arena_block *top; /* newest first */
+    size_t peak, total;
+} arena;
+
+typedef struct arena_mark {
+    arena_block *block;
+    size_t used;
+} arena_mark;
+
+static arena_block *arena_block_new(arena *a, size_t size) {
+    arena_block *b = mem_alloc(a->ctx, sizeof *b + RLHF_ALIGN + size);
+    mem_block *m = (mem_block *)b - 1;
+    /* Move the block to the old end of the list: a failed call must not take it back. */
+    mem_unlink(m);
+    m->seq = 0;
+    mem_block *last = a->ctx->blocks;
+    while (last && last->older) last = last->older;
+    m->younger = last;
+    m->older = NULL;
+    if (last) last->older = m;
+    else a->ctx->blocks = m;
+    b->size = size;
+    b->used = 0;
+    return b;
+}
+
+static char *arena_base(arena_block *b) {
+    return (char *)base_round_up((size_t)(b + 1), RLHF_ALIGN);
+}
+
+/* size bytes aligned to a cache line; contents undefined. Throws when there are none. */
+static void *arena_alloc(arena *a, size_t size) {
+    size = base_round_up(size ? size : 1, RLHF_ALIGN);
+    if (!a->top || a->top->used + size > a->top->size) {
+        size_t want = size > (size_t)1 << 20 ? size : (size_t)1 << 20;
+        arena_block *b = arena_block_new(a, want);
+        b->next = a->top;
+        a->top = b;
+    }
+    void *p = arena_base(a->top) + a->top->used;
+    a->top->used += size;
+    a->total += size;
+    if (a->total > a->peak) a->peak = a->total;
+    return p;
+}
+
+static float *arena_floats(arena *a, size_t rows, size_t cols) {
+    return arena_alloc(a, base_mul(a->ctx, base_mul(a->ctx, rows, cols), sizeof(float)));
+}
+
+static float *arena_zeros(arena *a, size_t rows, size_t cols) {
+    return memset(arena_floats(a, rows, cols), 0, rows * cols * sizeof(float));
+}
+
+static arena_mark arena_save(arena *a) {
+    return (arena_mark){a->top, a->top ? a->top->used : 0};
+}
+
+/* Gives back what was taken since the mark. */
+static void arena_restore(arena *a, arena_mark mark) {
+    while (a->top && a->top != mark.block) {
+        arena_block *b = a->top;
+        a->top = b->next;
+        a->total -= b->used;
+        /* The largest block may be the next step's only one: arena_reset decides. */
+        mem_free(b);
+    }
+    if (a->top) {
+        a->total -= a->top->used - mark.used;
+        a->top->used = mark.used;
+    }
+}
+
+/* Empties the arena and makes it one block of the largest size seen, so that the next step allocates nothing. */
+static void arena_reset(arena *a) {
+    if (a->top && !a->top->next && a->top->size >= a->peak) {
+        a->top->used = 0;
+        a->total = 0;
+        return;
+    }
+    arena_restore(a, (arena_mark){NULL, 0});
+    if (a->peak) a->top = arena_block_new(a, a->peak);
+    if (a->top) a->top->next = NULL;
+}
+
+static void arena_free(arena *a) {
+    arena_restore(a, (arena_mark){NULL, 0});
+    a->peak = 0;
+}
+
+/* ============================================================================================
+ * MARK: - 04 RNG (rng_)
+ * Counter-based: a number is a function of (seed, stream, index) and nothing else, so that a
+ * sample does not depend on threads, on the batch around it, or on where a run was resumed.
+ * ============================================================================================ */
+
+/* Streams: one for each use, so that no two uses ever share a number. */
+enum {
+    RNG_INIT = 1,    /* initial weights; index = position in the flat parameter array */
+    RNG_HEAD,        /* initial score head */
+    RNG_ORDER,       /* order of records; index mixes epoch and position */
+    RNG_MINIBATCH,   /* order of episodes inside a PPO update */
+    RNG_PROMPT,      /* order of prompts */
+    RNG_SAMPLE = 64  /* sampling: RNG_SAMPLE + a key of the sample; index = position in the answer */
+};
+
+__extension__ typedef unsigned __int128 rng_u128;
+
+static uint64_t rng_mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+/* 64 random bits. Three rounds of the SplitMix64 finaliser, one for each part of the key. */
+static uint64_t rng_u64(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint64_t x = rng_mix(seed + 0x9e3779b97f4a7c15u);
+    x = rng_mix(x ^ (stream * 0xd1342543de82ef95u + 0x632be59bd9b4e019u));
+    return rng_mix(x ^ (index * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du));
+}
+
+/* Uniform in [0, 1), 53 bits. */
+static double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index) {
+    return (double)(rng_u64(seed, stream, index) >> 11) * 0x1p-53;
+}
+
+/* A random order of 0..n-1 (Fisher-Yates); round distinguishes epochs. */
+static void rng_permutation(uint64_t seed, uint64_t stream, uint64_t round, int n, int *order) {
+    for (int i = 0; i < n; i++) order[i] = i;
+    for (int i = n - 1; i > 0; i--) {
+        uint64_t r = rng_u64(seed, stream, (round << 32) + (uint64_t)i);
+        int j = (int)(((rng_u128)r * (unsigned)(i + 1)) >> 64);
+        int t = order[i];
+        order[i] = order[j];
+        order[j] = t;
+    }
+}
+
+/* ============================================================================================
+ * MARK: - 05 PAR (par_)
+ * The only place that knows about threads. Work is a range of outputs, cut into one contiguous
+ * piece for each thread; no sum is ever cut, so the result does not depend on the cut. Kernels
+ * with target attributes are called through the table: clang does not compile OpenMP pragmas
+ * inside such functions.
+ * ============================================================================================ */
+
+/* Computes outputs [lo, hi). thread < the context's thread count selects scratch. */
+typedef void (*par_fn)(void *arg, int64_t lo, int64_t hi, int thread);
+
+static int par_default_threads(void) {
+#ifdef _OPENMP
+    return omp_get_num_procs();
+#else
+    return 1;
+#endif
+}
+
+/* Calls fn on pieces of [0, n), each of them a multiple of grain long but the last. */
+static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *arg) {
+    int64_t units = (n + grain - 1) / grain;
+    int threads = ctx->threads < units ? ctx->threads : (int)units;
+    if (threads <= 1) {
+        if (n > 0) fn(arg, 0, n, 0);
+        return;
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    {
+        /* A host may grant fewer threads than asked for. */
+        int t = omp_get_thread_num(), of = omp_get_num_threads();
+        int64_t lo = units * t / of * grain, hi = units * (t + 1) / of * grain;
+        if (hi > n) hi = n;
+        if (lo < hi) fn(arg, lo, hi, t);
+    }
+#else
+    fn(arg, 0, n, 0);
+#endif
+}
+
+/* ============================================================================================
+ * MARK: - 06 VEC (v_ v16_)
+ * The vocabulary that kernels are written in: v16, sixteen virtual lanes, which are two AVX2
+ * registers or four NEON registers. A reduction keeps sixteen partial results and joins them
+ * by one tree (8, 4, 2, 1), in every instruction set and in the plain-C twins, hence the same
+ * bits everywhere. exp, log, tanh, sin and cos are polynomials over the vocabulary; v_exp1 ...
+ * v_cos1 are the same sequences of operations in plain C.
+ * Tests: test/test_kern.c (against double precision, and lane against scalar bit for bit)
+ * ============================================================================================ */
+
+/* ---- constants of the polynomials (S. Moshier's Cephes; parts of pi/2 and ln 2 so that fma reduces exactly) ---- */
+
+#define V_LOG2E 1.44269504088896341f
+#define V_LN2_HI 0.693359375f
+#define V_LN2_LO (-2.12194440e-4f)
+#define V_EXP_HI 89.0f
+#define V_EXP_LO (-104.0f)
+#define V_2_PI 0.636619772367581343f
+#define V_PIO2_1 1.57079637050628662109375f
+#define V_PIO2_2 (-4.37113882867379109e-8f)
+#define V_PIO2_3 (-1.71512451225206e-15f)
+#define V_TANH_SMALL 0.625f
+
+static const float v_exp_c[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+static const float v_log_c[9] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                                 -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                                 2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+static const float v_tanh_c[5] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f,
+                                  1.33314422036e-1f, -3.33332819422e-1f};
+static const float v_sin_c[3] = {-1.9515295891e-4f, 8.3321608736e-3f, -1.6666654611e-1f};
+static const float v_cos_c[3] = {2.443315711809948e-5f, -1.388731625493765e-3f,
+                                 4.166664568298827e-2f};
+
+/* ---- plain C ---- */
+
+RLHF_INLINE float v_bits1(int32_t i) {
+    float f;
+    memcpy(&f, &i, sizeof f);
+    return f;
+}
+
+RLHF_INLINE int32_t v_int1(float f) {
+    int32_t i;
+    memcpy(&i, &f, sizeof i);
+    return i;
+}
+
+/* e^x: x = n ln 2 + r, |r| <= ln 2 / 2; 2^n in two factors, so that results go down to the smallest denormal. */
+static float v_exp1(float x) {
+    x = V_EXP_HI < x ? V_EXP_HI : x;
+    x = V_EXP_LO > x ? V_EXP_LO : x;
+    if (x != x) return x;
+    float n = rintf(x * V_LOG2E);
+    float r = fmaf(n, -V_LN2_HI, x);
+    r = fmaf(n, -V_LN2_LO, r);
+    float p = v_exp_c[0];
+    for (int i = 1; i < 6; i++) p = fmaf(p, r, v_exp_c[i]);
+    p = fmaf(p, r * r, r) + 1.0f;
+    int32_t k = (int32_t)n, h = k >> 1;
+    return p * v_bits1((int32_t)((uint32_t)(h + 127) << 23)) *
+           v_bits1((int32_t)((uint32_t)(k - h + 127) << 23));
+}
+
+/* ln x: x = 2^e m, sqrt(1/2) <= m < sqrt 2. 0 gives -inf, negative numbers NaN. */
+static float v_log1(float x) {
+    float in = x, e = 0;
+    if (x < FLT_MIN) {
+        x *= 8388608.0f;
+        e = -23.0f;
+    }
+    int32_t i = v_int1(x), k = (i - 0x3f3504f3) >> 23;
+    float f = v_bits1((int32_t)((uint32_t)i - ((uint32_t)k << 23))) - 1.0f;
+    e += (float)k;
+    float z = f * f, p = v_log_c[0];
+    for (int j = 1; j < 9; j++) p = fmaf(p, f, v_log_c[j]);
+    p = (p * f) * z;
+    p = fmaf(e, V_LN2_LO, p);
+    p = fmaf(z, -0.5f, p);
+    float y = fmaf(e, V_LN2_HI, f + p);
+    if (in == 0) return -INFINITY;
+    if (!(in > 0)) return NAN;
+    return in == INFINITY ? in : y;
+}
+
+/* tanh x: an odd polynomial near 0, else 1 - 2 / (e^2|x| + 1). */
+static float v_tanh1(float x) {
+    float a = fabsf(x), z = x * x, p = v_tanh_c[0];
+    for (int i = 1; i < 5; i++) p = fmaf(p, z, v_tanh_c[i]);
+    float small = fmaf(p * z, x, x);
+    float big = 1.0f - 2.0f / (v_exp1(a + a) + 1.0f);
+    return a < V_TANH_SMALL ? small : copysignf(big, x);
+}
+
+/* sin and cos of |x| <= 1e5: x = k pi/2 + r. */
+static void v_sincos1(float x, float *sine, float *cosine) {
+    float k = rintf(x * V_2_PI);
+    float r = fmaf(k, -V_PIO2_1, x);
+    r = fmaf(k, -V_PIO2_2, r);
+    r = fmaf(k, -V_PIO2_3, r);
+    float z = r * r;
+    float s = fmaf(fmaf(v_sin_c[0], z, v_sin_c[1]), z, v_sin_c[2]);
+    float c = fmaf(fmaf(v_cos_c[0], z, v_cos_c[1]), z, v_cos_c[2]);
+    s = fmaf(s * z, r, r);
+    c = fmaf(c * z, z, fmaf(z, -0.5f, 1.0f));
+    int q = (int)k;
+    float a = q & 1 ? c : s, b = q & 1 ? s : c;
+    *sine = q & 2 ? -a : a;
+    *cosine = (q + 1) & 2 ? -b : b;
+}
+
+static float v_sigmoid1(float x) {
+    return 1.0f / (1.0f + v_exp1(-x));
+}
+
+/* Joins sixteen lanes as v16_sum does. acc is destroyed. */
+static float v_tree1(float acc[RLHF_LANES]) {
+    for (int w = RLHF_LANES / 2; w > 0; w /= 2)
+        for (int l = 0; l < w; l++) acc[l] += acc[l + w];
+    return acc[0];
+}
+
+/* ---- one register ---- */
+
+#if RLHF_X86
+#define V_SIMD 1
+#define V_OP RLHF_INLINE RLHF_TARGET
+enum { V_WIDTH = 8, V_COUNT = 2 };
+typedef __m256 vf;
+typedef __m256i vi;
+#define V_EACH(statement)                                                                          \
+    do {                                                                                           \
+        { enum { i = 0 }; statement; }                                                             \
+        { enum { i = 1 }; statement; }                                                             \
+    } while (0)
+V_OP vf v_load(const float *p) { return _mm256_loadu_ps(p); }
+V_OP void v_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
+V_OP vf v_set(float a) { return _mm256_set1_ps(a); }
+V_OP vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+V_OP vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+V_OP vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+V_OP vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+V_OP vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+V_OP vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
+V_OP vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); } /* a > b ? a : b */
+V_OP vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); } /* a < b ? a : b */
+V_OP vf v_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+V_OP vf v_less(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+V_OP vf v_equal(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+V_OP vf v_pick(vf mask, vf a, vf b) { return _mm256_blendv_ps(b, a, mask); }
+V_OP vf v_and(vf a, vf b) { return _mm256_and_ps(a, b); }
+V_OP vf v_or(vf a, vf b) { return _mm256_or_ps(a, b); }
+V_OP vf v_xor(vf a, vf b) { return _mm256_xor_ps(a, b); }
+V_OP vf v_of(vi a) { return _mm256_castsi256_ps(a); }
+V_OP vi vi_of(vf a) { return _mm256_castps_si256(a); }
+V_OP vi vi_set(int32_t a) { return _mm256_set1_epi32(a); }
+V_OP vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+V_OP vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+V_OP vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+V_OP vi vi_shr(vi a, int n) { return _mm256_srai_epi32(a, n); }
+V_OP vi vi_shl(vi a, int n) { return _mm256_slli_epi32(a, n); }
+V_OP vi vi_round(vf a) { return _mm256_cvtps_epi32(a); }
+V_OP vf v_from(vi a) { return _mm256_cvtepi32_ps(a); }
+V_OP vi vi_equal(vi a, vi b) { return _mm256_cmpeq_epi32(a, b); }
+/* Joins the lanes of one register: 4, 2, 1. */
+V_OP float v_sum(vf a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+V_OP float v_top(vf a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+#elif RLHF_NEON
+#define V_SIMD 1
+#define V_OP RLHF_INLINE
+enum { V_WIDTH = 4, V_COUNT = 4 };
+typedef float32x4_t vf;
+typedef int32x4_t vi;
+#define V_EACH(statement)                                                                          \
+    do {                                                                                           \
+        { enum { i = 0 }; statement; }                                                             \
+        { enum { i = 1 }; statement; }                                                             \
+        { enum { i = 2 }; statement; }                                                             \
+        { enum { i = 3 }; statement; }                                                             \
+    } while (0)
+V_OP vf v_load(const float *p) { return vld1q_f32(p); }
+V_OP void v_store(float *p, vf a) { vst1q_f32(p, a); }
+V_OP vf v_set(float a) { return vdupq_n_f32(a); }
+V_OP vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
+V_OP vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }
+V_OP vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
+V_OP vf v_div(vf a, vf b) { return vdivq_f32(a, b); }
+V_OP vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+V_OP vf v_sqrt(vf a) { return vsqrtq_f32(a); }
+V_OP vf v_round(vf a) { return vrndnq_f32(a); }
+V_OP vf v_of(vi a) { return vreinterpretq_f32_s32(a); }
+V_OP vi vi_of(vf a) { return vreinterpretq_s32_f32(a); }
+V_OP vf v_less(vf a, vf b) { return vreinterpretq_f32_u32(vcltq_f32(a, b)); }
+V_OP vf v_equal(vf a, vf b) { return vreinterpretq_f32_u32(vceqq_f32(a, b)); }
+V_OP vf v_pick(vf mask, vf a, vf b) { return vbslq_f32(vreinterpretq_u32_f32(mask), a, b); }
+V_OP vf v_max(vf a, vf b) { return v_pick(v_less(b, a), a, b); } /* a > b ? a : b */
+V_OP vf v_min(vf a, vf b) { return v_pick(v_less(a, b), a, b); } /* a < b ? a : b */
+V_OP vf v_and(vf a, vf b) { return v_of(vandq_s32(vi_of(a), vi_of(b))); }
+V_OP vf v_or(vf a, vf b) { return v_of(vorrq_s32(vi_of(a), vi_of(b))); }
+V_OP vf v_xor(vf a, vf b) { return v_of(veorq_s32(vi_of(a), vi_of(b))); }
+V_OP vi vi_set(int32_t a) { return vdupq_n_s32(a); }
+V_OP vi vi_add(vi a, vi b) { return vaddq_s32(a, b); }
+V_OP vi vi_sub(vi a, vi b) { return vsubq_s32(a, b); }
+V_OP vi vi_and(vi a, vi b) { return vandq_s32(a, b); }
+V_OP vi vi_shr(vi a, int n) { return vshlq_s32(a, vdupq_n_s32(-n)); }
+V_OP vi vi_shl(vi a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
+V_OP vi vi_round(vf a) { return vcvtnq_s32_f32(a); }
+V_OP vf v_from(vi a) { return vcvtq_f32_s32(a); }
+V_OP vi vi_equal(vi a, vi b) { return vreinterpretq_s32_u32(vceqq_s32(a, b)); }
+/* Joins the lanes of one register: 2, 1. */
+V_OP float v_sum(vf a) {
+    float32x2_t x = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+    return vget_lane_f32(x, 0) + vget_lane_f32(x, 1);
+}
+V_OP float v_top(vf a) { return vmaxnmvq_f32(a); }
+#endif
+
+#if V_SIMD
+
+V_OP vf v_exp(vf x) {
+    x = v_min(v_set(V_EXP_HI), x);
+    x = v_max(v_set(V_EXP_LO), x);
+    vf n = v_round(v_mul(x, v_set(V_LOG2E)));
+    vf r = v_fma(n, v_set(-V_LN2_HI), x);
+    r = v_fma(n, v_set(-V_LN2_LO), r);
+    vf p = v_set(v_exp_c[0]);
+    p = v_fma(p, r, v_set(v_exp_c[1]));
+    p = v_fma(p, r, v_set(v_exp_c[2]));
+    p = v_fma(p, r, v_set(v_exp_c[3]));
+    p = v_fma(p, r, v_set(v_exp_c[4]));
+    p = v_fma(p, r, v_set(v_exp_c[5]));
+    p = v_add(v_fma(p, v_mul(r, r), r), v_set(1.0f));
+    vi k = vi_round(n), h = vi_shr(k, 1), bias = vi_set(127);
+    vf lo = v_of(vi_shl(vi_add(h, bias), 23));
+    vf hi = v_of(vi_shl(vi_add(vi_sub(k, h), bias), 23));
+    return v_mul(v_mul(p, lo), hi);
+}
+
+V_OP vf v_log(vf x) {
+    vf in = x, tiny = v_less(x, v_set(FLT_MIN));
+    x = v_pick(tiny, v_mul(x, v_set(8388608.0f)), x);
+    vf e = v_and(tiny, v_set(-23.0f));
+    vi i = vi_of(x), k = vi_shr(vi_sub(i, vi_set(0x3f3504f3)), 23);
+    vf f = v_sub(v_of(vi_sub(i, vi_shl(k, 23))), v_set(1.0f));
+    e = v_add(e, v_from(k));
+    vf z = v_mul(f, f), p = v_set(v_log_c[0]);
+    p = v_fma(p, f, v_set(v_log_c[1]));
+    p = v_fma(p, f, v_set(v_log_c[2]));
+    p = v_fma(p, f, v_set(v_log_c[3]));
+    p = v_fma(p, f, v_set(v_log_c[4]));
+    p = v_fma(p, f, v_set(v_log_c[5]));
+    p = v_fma(p, f, v_set(v_log_c[6]));
+    p = v_fma(p, f, v_set(v_log_c[7]));
+    p = v_fma(p, f, v_set(v_log_c[8]));
+    p = v_mul(v_mul(p, f), z);
+    p = v_fma(e, v_set(V_LN2_LO), p);
+    p = v_fma(z, v_set(-0.5f), p);
+    vf y = v_fma(e, v_set(V_LN2_HI), v_add(f, p));
+    y = v_pick(v_equal(in, v_set(INFINITY)), in, y);
+    y = v_pick(v_less(v_set(0), in), y, v_set(NAN));
+    return v_pick(v_equal(in, v_set(0)), v_set(-INFINITY), y);
+}
+
+V_OP vf v_tanh(vf x) {
+    vf sign = v_and(x, v_set(-0.0f)), a = v_xor(x, sign), z = v_mul(x, x);
+    vf p = v_set(v_tanh_c[0]);
+    p = v_fma(p, z, v_set(v_tanh_c[1]));
+    p = v_fma(p, z, v_set(v_tanh_c[2]));
+    p = v_fma(p, z, v_set(v_tanh_c[3]));
+    p = v_fma(p, z, v_set(v_tanh_c[4]));
+    vf small = v_fma(v_mul(p, z), x, x);
+    vf one = v_set(1.0f);
+    vf big = v_sub(one, v_div(v_set(2.0f), v_add(v_exp(v_add(a, a)), one)));
+    return v_pick(v_less(a, v_set(V_TANH_SMALL)), small, v_or(big, sign));
+}
+
+V_OP void v_sincos(vf x, vf *sine, vf *cosine) {
+    vf k = v_round(v_mul(x, v_set(V_2_PI)));
+    vf r = v_fma(k, v_set(-V_PIO2_1), x);
+    r = v_fma(k, v_set(-V_PIO2_2), r);
+    r = v_fma(k, v_set(-V_PIO2_3), r);
+    vf z = v_mul(r, r);
+    vf s = v_fma(v_fma(v_set(v_sin_c[0]), z, v_set(v_sin_c[1])), z, v_set(v_sin_c[2]));
+    vf c = v_fma(v_fma(v_set(v_cos_c[0]), z, v_set(v_cos_c[1])), z, v_set(v_cos_c[2]));
+    s = v_fma(v_mul(s, z), r, r);
+    c = v_fma(v_mul(c, z), z, v_fma(z, v_set(-0.5f), v_set(1.0f)));
+    vi q = vi_round(k), one = vi_set(1), two = vi_set(2);
+    vf odd = v_of(vi_equal(vi_and(q, one), one));
+    vf a = v_pick(odd, c, s), b = v_pick(odd, s, c);
+    *sine = v_xor(a, v_of(vi_shl(vi_and(q, two), 30)));
+    *cosine = v_xor(b, v_of(vi_shl(vi_and(vi_add(q, one), two), 30)));
+}
+
+/* ---- sixteen lanes ---- */
+
+typedef struct v16 { vf r[V_COUNT]; } v16;
+
+#define V16_1(name, op)                                                                            \
+    V_OP v16 name(v16 a) { v16 o; V_EACH(o.r[i] = op(a.r[i])); return o; }
+#define V16_2(name, op)                                                                            \
+    V_OP v16 name(v16 a, v16 b) { v16 o; V_EACH(o.r[i] = op(a.r[i], b.r[i])); return o; }
+
+V16_2(v16_add, v_add)
+V16_2(v16_sub, v_sub)
+V16_2(v16_mul, v_mul)
+V16_2(v16_div, v_div)
+V16_2(v16_max, v_max)
+V16_1(v16_sqrt, v_sqrt)
+V16_1(v16_exp, v_exp)
+V16_1(v16_log, v_log)
+V16_1(v16_tanh, v_tanh)
+
+V_OP v16 v16_fma(v16 a, v16 b, v16 c) {
+    v16 o;
+    V_EACH(o.r[i] = v_fma(a.r[i], b.r[i], c.r[i]));
+    return o;
+}
+
+V_OP v16 v16_set(float a) {
+    v16 o;
+    V_EACH(o.r[i] = v_set(a));
+    return o;
+}
+
+V_OP v16 v16_neg(v16 a) {
+    v16 o;
+    V_EACH(o.r[i] = v_xor(a.r[i], v_set(-0.0f)));
+    return o;
+}
+
+V_OP void v16_sincos(v16 a, v16 *s, v16 *c) {
+    V_EACH(v_sincos(a.r[i], &s->r[i], &c->r[i]));
+}
+
+V_OP v16 v16_load(const float *p) {
+    v16 o;
+    V_EACH(o.r[i] = v_load(p + i * V_WIDTH));
+    return o;
+}
+
+V_OP void v16_store(float *p, v16 a) {
+    V_EACH(v_store(p + i * V_WIDTH, a.r[i]));
+}
+
+/* The first n lanes from p, the others fill. Reads nothing beyond p[n-1]. */
+V_OP v16 v16_get(const float *p, int n, float fill) {
+    if (n >= RLHF_LANES) return v16_load(p);
+    float t[RLHF_LANES];
+    v16_store(t, v16_set(fill));
+    memcpy(t, p, (size_t)n * sizeof *p);
+    return v16_load(t);
+}
+
+/* The first n lanes to p. Writes nothing beyond p[n-1]. */
+V_OP void v16_put(float *p, int n, v16 a) {
+    if (n >= RLHF_LANES) {
+        v16_store(p, a);
+        return;
+    }
+    float t[RLHF_LANES];
+    v16_store(t, a);
+    memcpy(p, t, (size_t)n * sizeof *p);
+}
+
+/* Lanes from n on become 0. */
+V_OP v16 v16_keep(v16 a, int n) {
+    if (n >= RLHF_LANES) return a;
+    float t[RLHF_LANES];
+    v16_store(t, a);
+    return v16_get(t, n, 0);
+}
+
+V_OP float v16_sum(v16 a) {
+#if RLHF_X86
+    return v_sum(v_add(a.r[0], a.r[1]));
+#else
+    return v_sum(v_add(v_add(a.r[0], a.r[2]), v_add(a.r[1], a.r[3])));
+#endif
+}
+
+V_OP float v16_top(v16 a) {
+#if RLHF_X86
+    return v_top(v_max(a.r[0], a.r[1]));
+#else
+    return v_top(v_max(v_max(a.r[0], a.r[2]), v_max(a.r[1], a.r[3])));
+#endif
+}
+
+#endif
+
+/* ============================================================================================
+ * MARK: - 07 KERN (k_)
+ * Row kernels. Each is written once over the vocabulary (k_v_*) and once in plain C (k_r_*),
+ * which is the oracle in tests and what old processors run; both give the same bits. A context
+ * holds one table of them. n is a number of columns; no alignment is asked for; where an output
+ * may be an input the comment says so.
+ * Tests: test/test_kern.c
+ * ============================================================================================ */
+
+/* What one pass over a row of logits z = x * scale yields. */
+typedef struct k_stats {
+    float max, lse, entropy; /* max z; log sum e^z; entropy of the softmax, nats */
+} k_stats;
+
+typedef struct k_adam {
+    float lr, beta1, beta2, eps, decay; /* decay = 1 - lr * weight_decay, or 1 */
+    float fix1, fix2;                   /* 1 / (1 - beta1^t), 1 / (1 - beta2^t) */
+    float clip;                         /* factor on the gradient */
+} k_adam;
+
+/* k_v_ and k_r_ functions have these types. */
+typedef void k_map_fn(int n, const float *x, float *y);
+typedef void k_sincos_fn(int n, const float *x, float *s, float *c);
+typedef float k_dot_fn(int n, const float *a, const float *b);
+typedef void k_rms_fn(int n, const float *x, const float *w, float eps, float *y, float *rstd);
+typedef void k_rms_bwd_fn(int n, const float *dy, const float *x, const float *w, float rstd, float *dx);
+typedef void k_ln_fn(int n, const float *x, const float *w, const float *b, float eps, float *y,
+                     float *mean, float *rstd);
+typedef void k_ln_bwd_fn(int n, const float *dy, const float *x, const float *w, float mean,
+                         float rstd, float *dx);
+typedef void k_norm_dw_fn(int n, const float *dy, const float *x, float mean, float rstd, float *dw);
+typedef void k_mul2_fn(int n, const float *x, const float *dy, float *dx);
+typedef void k_glu_fn(int n, const float *gate, const float *up, float *y);
+typedef void k_glu_bwd_fn(int n, const float *gate, const float *up, const float *dy, float *dgate,
+                          float *dup);
+typedef void k_rope_fn(int half, float *x, const float *c, const float *s, float sign);
+typedef k_stats k_stats_fn(int n, const float *x, float scale);
+typedef void k_ce_fn(int n, float *x, float scale, float lse, float coef);
+typedef double k_kl_fn(int n, const float *p, const float *q, float scale, float lse_p, float lse_q);
+typedef float k_softmax_fn(int n, float *s, float scale, float *max, float *sum);
+typedef void k_prob_fn(int n, float *s, float scale, float lse);
+typedef void k_ds_fn(int n, const float *p, float *dp, float d, float scale);
+typedef void k_scale_fn(int n, float *x, float a);
+typedef void k_adam_fn(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a);
+
+struct gemm_tile_args;
+typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
+
+typedef struct k_table {
+    const char *name;
+    int (*available)(void);
+    k_map_fn *exp, *log, *tanh, *add, *gelu;
+    k_sincos_fn *sincos;
+    k_dot_fn *dot;
+    k_rms_fn *rms;
+    k_rms_bwd_fn *rms_bwd;
+    k_ln_fn *ln;
+    k_ln_bwd_fn *ln_bwd;
+    k_norm_dw_fn *norm_dw;
+    k_mul2_fn *gelu_bwd;
+    k_glu_fn *glu;
+    k_glu_bwd_fn *glu_bwd;
+    k_rope_fn *rope;
+    k_stats_fn *stats;
+    k_ce_fn *ce;
+    k_kl_fn *kl;
+    k_softmax_fn *softmax;
+    k_prob_fn *prob;
+    k_ds_fn *ds;
+    k_scale_fn *scale;
+    k_adam_fn *adam;
+    k_tile_fn *tile;    /* 08: computes rows x panels, both from the list below */
+    int rows;           /* height of the full tile */
+    uint8_t panels[13]; /* panels[r]: widest tile of r rows, in panels of sixteen columns */
+} k_table;
+
+#define K_GELU_A 0.7978845608028654f /* sqrt(2 / pi) */
+#define K_GELU_B 0.044715f
+
+/* ---- plain C ---- */
+
+static void k_r_exp(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i++) y[i] = v_exp1(x[i]);
+}
+
+static void k_r_log(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i++) y[i] = v_log1(x[i]);
+}
+
+static void k_r_tanh(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i++) y[i] = v_tanh1(x[i]);
+}
+
+static void k_r_sincos(int n, const float *x, float *s, float *c) {
+    for (int i = 0; i < n; i++) v_sincos1(x[i], s + i, c + i);
+}
+
+/* y += x */
+static void k_r_add(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i++) y[i] += x[i];
+}
+
+static float k_r_dot(int n, const float *a, const float *b) {
+    float acc[RLHF_LANES] = {0};
+    for (int i = 0; i < n; i++) acc[i % RLHF_LANES] = fmaf(a[i], b[i], acc[i % RLHF_LANES]);
+    return v_tree1(acc);
+}
+
+/* RMSNorm: y = x rstd w, rstd = 1 / sqrt(mean x^2 + eps). */
+static void k_r_rms(int n, const float *x, const float *w, float eps, float *y, float *rstd) {
+    float r = 1.0f / sqrtf(k_r_dot(n, x, x) / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = (x[i] * r) * w[i];
+    *rstd = r;
+}
+
+/* dx += rstd (dy w) - x rstd^3 / n sum(dy w x) */
+static void k_r_rms_bwd(int n, const float *dy, const float *x, const float *w, float rstd,
+                        float *dx) {
+    float acc[RLHF_LANES] = {0};
+    for (int i = 0; i < n; i++) {
+        float g = dy[i] * w[i];
+        acc[i % RLHF_LANES] = fmaf(g, x[i], acc[i % RLHF_LANES]);
+    }
+    float c = -(v_tree1(acc) / (float)n) * rstd * rstd * rstd;
+    for (int i = 0; i < n; i++) dx[i] += fmaf(x[i], c, (dy[i] * w[i]) * rstd);
+}
+
+/* LayerNorm: y = (x - mean) rstd w + b, rstd = 1 / sqrt(var + eps), biased variance. */
+static void k_r_ln(int n, const float *x, const float *w, const float *b, float eps, float *y,
+                   float *mean, float *rstd) {
+    float acc[RLHF_LANES] = {0}, sq[RLHF_LANES] = {0};
+    for (int i = 0; i < n; i++) acc[i % RLHF_LANES] += x[i];
+    float m = v_tree1(acc) / (float)n;
+    for (int i = 0; i < n; i++) {
+        float d = x[i] - m;
+        sq[i % RLHF_LANES] = fmaf(d, d, sq[i % RLHF_LANES]);
+    }
+    float r = 1.0f / sqrtf(v_tree1(sq) / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = fmaf((x[i] - m) * r, w[i], b[i]);
+    *mean = m;
+    *rstd = r;
+}
+
+/* With xh = (x - mean) rstd and g = dy w: dx += rstd (g - mean(g) - xh mean(g xh)). */
+static void k_r_ln_bwd(int n, const float *dy, const float *x, const float *w, float mean,
+                       float rstd, float *dx) {
+    float a[RLHF_LANES] = {0}, b[RLHF_LANES] = {0};
+    for (int i = 0; i < n; i++) {
+        float g = dy[i] * w[i], xh = (x[i] - mean) * rstd;
+        a[i % RLHF_LANES] += g;
+        b[i % RLHF_LANES] = fmaf(g, xh, b[i % RLHF_LANES]);
+    }
+    float m1 = v_tree1(a) / (float)n, m2 = v_tree1(b) / (float)n;
+    for (int i = 0; i < n; i++) {
+        float xh = (x[i] - mean) * rstd;
+        dx[i] = fmaf(fmaf(-xh, m2, dy[i] * w[i] - m1), rstd, dx[i]);
+    }
+}
+
+/* One row's part of the norm weight's gradient, both norms (RMS: mean 0): dw += dy (x - mean) rstd. */
+static void k_r_norm_dw(int n, const float *dy, const float *x, float mean, float rstd, float *dw) {
+    for (int i = 0; i < n; i++) dw[i] = fmaf(dy[i], (x[i] - mean) * rstd, dw[i]);
+}
+
+/* GELU, tanh form: x/2 (1 + tanh(a (x + b x^3))). y may be x. */
+static void k_r_gelu(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i++) {
+        float u = x[i], t = v_tanh1((u * K_GELU_A) * fmaf(u * u, K_GELU_B, 1.0f));
+        y[i] = (u * 0.5f) * (t + 1.0f);
+    }
+}
+
+/* dx = dy gelu'(x). dx may be dy. */
+static void k_r_gelu_bwd(int n, const float *x, const float *dy, float *dx) {
+    for (int i = 0; i < n; i++) {
+        float u = x[i], q = u * u, t = v_tanh1((u * K_GELU_A) * fmaf(q, K_GELU_B, 1.0f));
+        float inner = fmaf(q, 3.0f * K_GELU_B, 1.0f) * K_GELU_A;
+        float sech2 = fmaf(-t, t, 1.0f), half = u * 0.5f;
+        dx[i] = fmaf(half * sech2, inner, (t + 1.0f) * 0.5f) * dy[i];
+    }
+}
+
+/* SwiGLU: y = silu(gate) up. */
+static void k_r_glu(int n, const float *gate, const float *up, float *y) {
+    for (int i = 0; i < n; i++) y[i] = (gate[i] * v_sigmoid1(gate[i])) * up[i];
+}
+
+static void k_r_glu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
+                        float *dup) {
+    for (int i = 0; i < n; i++) {
+        float g = gate[i], s = v_sigmoid1(g), silu = g * s;
+        dup[i] = dy[i] * silu;
+        dgate[i] = (dy[i] * up[i]) * (fmaf(-silu, s, silu) + s);
+    }
+}
+
+/* Rotates the pairs (x[i], x[half + i]) by the angle whose cosine and sine are given; sign -1 rotates back. */
+static void k_r_rope(int half, float *x, const float *c, const float *s, float sign) {
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[half + i], t = s[i] * sign;
+        x[i] = fmaf(-b, t, a * c[i]);
+        x[half + i] = fmaf(a, t, b * c[i]);
+    }
+}
+
+static k_stats k_r_stats(int n, const float *x, float scale) {
+    float m = -INFINITY, e[RLHF_LANES] = {0}, t[RLHF_LANES] = {0};
+    for (int i = 0; i < n; i++) m = x[i] * scale > m ? x[i] * scale : m;
+    for (int i = 0; i < n; i++) {
+        float d = x[i] * scale - m, p = v_exp1(d);
+        e[i % RLHF_LANES] += p;
+        t[i % RLHF_LANES] = fmaf(p, d, t[i % RLHF_LANES]);
+    }
+    float sum = v_tree1(e), log_sum = v_log1(sum);
+    return (k_stats){m, m + log_sum, log_sum - v_tree1(t) / sum};
+}
+
+/* x = coef e^(x scale - lse) */
+static void k_r_ce(int n, float *x, float scale, float lse, float coef) {
+    for (int i = 0; i < n; i++) x[i] = v_exp1(x[i] * scale - lse) * coef;
+}
+
+/* KL(P || Q) of two rows of logits with the same scale. Sums in double, lane by lane. */
+static double k_r_kl(int n, const float *p, const float *q, float scale, float lse_p, float lse_q) {
+    float t[RLHF_LANES] = {0};
+    for (int i = 0; i < n; i++) {
+        float lp = p[i] * scale - lse_p, lq = q[i] * scale - lse_q;
+        t[i % RLHF_LANES] = fmaf(v_exp1(lp), lp - lq, t[i % RLHF_LANES]);
+    }
+    return (double)v_tree1(t);
+}
+
+/* One tile of an online softmax: with m' = max(m, max s scale), s = e^(s scale - m'), sum = sum e^(m - m') + sum s.
+ * Returns e^(m - m'), by which what was accumulated so far is to be multiplied. */
+static float k_r_softmax(int n, float *s, float scale, float *max, float *sum) {
+    float m = *max, e[RLHF_LANES] = {0};
+    for (int i = 0; i < n; i++) m = s[i] * scale > m ? s[i] * scale : m;
+    float fix = v_exp1(*max - m);
+    for (int i = 0; i < n; i++) {
+        s[i] = v_exp1(s[i] * scale - m);
+        e[i % RLHF_LANES] += s[i];
+    }
+    *max = m;
+    *sum = fmaf(*sum, fix, v_tree1(e));
+    return fix;
+}
+
+/* s = e^(s scale - lse) */
+static void k_r_prob(int n, float *s, float scale, float lse) {
+    for (int i = 0; i < n; i++) s[i] = v_exp1(s[i] * scale - lse);
+}
+
+/* dp = p (dp - d) scale, the gradient of the scores behind a softmax. */
+static void k_r_ds(int n, const float *p, float *dp, float d, float scale) {
+    for (int i = 0; i < n; i++) dp[i] = (p[i] * (dp[i] - d)) * scale;
+}
+
+static void k_r_scale(int n, float *x, float a) {
+    for (int i = 0; i < n; i++) x[i] *= a;
+}
+
+/* AdamW (Loshchilov and Hutter): decoupled decay, both moments corrected, eps outside the root. */
+static void k_r_adam(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a) {
+    for (int64_t i = 0; i < n; i++) {
+        float u = g[i] * a->clip;
+        m[i] = fmaf(m[i], a->beta1, u * (1.0f - a->beta1));
+        v[i] = fmaf(v[i], a->beta2, (u * u) * (1.0f - a->beta2));
+        float root = sqrtf(v[i] * a->fix2) + a->eps;
+        p[i] = fmaf(-a->lr, (m[i] * a->fix1) / root, p[i] * a->decay);
+    }
+}
+
+/* ---- vectors ---- */
+
+#if V_SIMD
+#define K_FN RLHF_TARGET static
+
+K_FN void k_v_exp(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i += RLHF_LANES)
+        v16_put(y + i, n - i, v16_exp(v16_get(x + i, n - i, 0)));
+}
+
+K_FN void k_v_log(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i += RLHF_LANES)
+        v16_put(y + i, n - i, v16_log(v16_get(x + i, n - i, 1)));
+}
+
+K_FN void k_v_tanh(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i += RLHF_LANES)
+        v16_put(y + i, n - i, v16_tanh(v16_get(x + i, n - i, 0)));
+}
+
+K_FN void k_v_sincos(int n, const float *x, float *s, float *c) {
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 a, b;
+        v16_sincos(v16_get(x + i, n - i, 0), &a, &b);
+        v16_put(s + i, n - i, a);
+        v16_put(c + i, n - i, b);
+    }
+}
+
+K_FN void k_v_add(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i += RLHF_LANES)
+        v16_put(y + i, n - i, v16_add(v16_get(y + i, n - i, 0), v16_get(x + i, n - i, 0)));
+}
+
+K_FN float k_v_dot(int n, const float *a, const float *b) {
+    v16 acc = v16_set(0);
+    for (int i = 0; i < n; i += RLHF_LANES)
+        acc = v16_fma(v16_get(a + i, n - i, 0), v16_get(b + i, n - i, 0), acc);
+    return v16_sum(acc);
+}
+
+K_FN void k_v_rms(int n, const float *x, const float *w, float eps, float *y, float *rstd) {
+    float r = 1.0f / sqrtf(k_v_dot(n, x, x) / (float)n + eps);
+    v16 vr = v16_set(r);
+    for (int i = 0; i < n; i += RLHF_LANES)
+        v16_put(y + i, n - i,
+                v16_mul(v16_mul(v16_get(x + i, n - i, 0), vr), v16_get(w + i, n - i, 0)));
+    *rstd = r;
+}
+
+K_FN void k_v_rms_bwd(int n, const float *dy, const float *x, const float *w, float rstd,
+                      float *dx) {
+    v16 acc = v16_set(0);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 g = v16_mul(v16_get(dy + i, n - i, 0), v16_get(w + i, n - i, 0));
+        acc = v16_fma(g, v16_get(x + i, n - i, 0), acc);
+    }
+    float c = -(v16_sum(acc) / (float)n) * rstd * rstd * rstd;
+    v16 vc = v16_set(c), vr = v16_set(rstd);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 g = v16_mul(v16_get(dy + i, n - i, 0), v16_get(w + i, n - i, 0));
+        v16 t = v16_fma(v16_get(x + i, n - i, 0), vc, v16_mul(g, vr));
+        v16_put(dx + i, n - i, v16_add(v16_get(dx + i, n - i, 0), t));
+    }
+}
+
+K_FN void k_v_ln(int n, const float *x, const float *w, const float *b, float eps, float *y,
+                 float *mean, float *rstd) {
+    v16 acc = v16_set(0), sq = v16_set(0);
+    for (int i = 0; i < n; i += RLHF_LANES) acc = v16_add(acc, v16_get(x + i, n - i, 0));
+    float m = v16_sum(acc) / (float)n;
+    v16 vm = v16_set(m);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 d = v16_keep(v16_sub(v16_get(x + i, n - i, 0), vm), n - i);
+        sq = v16_fma(d, d, sq);
+    }
+    float r = 1.0f / sqrtf(v16_sum(sq) / (float)n + eps);
+    v16 vr = v16_set(r);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 xh = v16_mul(v16_sub(v16_get(x + i, n - i, 0), vm), vr);
+        v16_put(y + i, n - i, v16_fma(xh, v16_get(w + i, n - i, 0), v16_get(b + i, n - i, 0)));
+    }
+    *mean = m;
+    *rstd = r;
+}
+
+K_FN void k_v_ln_bwd(int n, const float *dy, const float *x, const float *w, float mean, float rstd,
+                     float *dx) {
+    v16 a = v16_set(0), b = v16_set(0), vm = v16_set(mean), vr = v16_set(rstd);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 g = v16_mul(v16_get(dy + i, n - i, 0), v16_get(w + i, n - i, 0));
+        a = v16_add(a, g);
+        b = v16_fma(g, v16_mul(v16_sub(v16_get(x + i, n - i, 0), vm), vr), b);
+    }
+    v16 m1 = v16_set(v16_sum(a) / (float)n), m2 = v16_set(v16_sum(b) / (float)n);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 g = v16_mul(v16_get(dy + i, n - i, 0), v16_get(w + i, n - i, 0));
+        v16 xh = v16_mul(v16_sub(v16_get(x + i, n - i, 0), vm), vr);
+        v16 t = v16_fma(v16_neg(xh), m2, v16_sub(g, m1));
+        v16_put(dx + i, n - i, v16_fma(t, vr, v16_get(dx + i, n - i, 0)));
+    }
+}
+
+K_FN void k_v_norm_dw(int n, const float *dy, const float *x, float mean, float rstd, float *dw) {
+    v16 vm = v16_set(mean), vr = v16_set(rstd);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 xh = v16_mul(v16_sub(v16_get(x + i, n - i, 0), vm), vr);
+        v16_put(dw + i, n - i, v16_fma(v16_get(dy + i, n - i, 0), xh, v16_get(dw + i, n - i, 0)));
+    }
+}
+
+/* tanh(a u (1 + b u^2)) */
+V_OP v16 k_v_gelu_tanh(v16 u, v16 q) {
+    v16 poly = v16_fma(q, v16_set(K_GELU_B), v16_set(1.0f));
+    return v16_tanh(v16_mul(v16_mul(u, v16_set(K_GELU_A)), poly));
+}
+
+K_FN void k_v_gelu(int n, const float *x, float *y) {
+    v16 half = v16_set(0.5f), one = v16_set(1.0f);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 u = v16_get(x + i, n - i, 0), t = k_v_gelu_tanh(u, v16_mul(u, u));
+        v16_put(y + i, n - i, v16_mul(v16_mul(u, half), v16_add(t, one)));
+    }
+}
+
+K_FN void k_v_gelu_bwd(int n, const float *x, const float *dy, float *dx) {
+    v16 half = v16_set(0.5f), one = v16_set(1.0f);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 u = v16_get(x + i, n - i, 0), q = v16_mul(u, u), t = k_v_gelu_tanh(u, q);
+        v16 inner = v16_mul(v16_fma(q, v16_set(3.0f * K_GELU_B), one), v16_set(K_GELU_A));
+        v16 sech2 = v16_fma(v16_neg(t), t, one);
+        v16 d = v16_fma(v16_mul(v16_mul(u, half), sech2), inner, v16_mul(v16_add(t, one), half));
+        v16_put(dx + i, n - i, v16_mul(d, v16_get(dy + i, n - i, 0)));
+    }
+}
+
+V_OP v16 k_v_sigmoid(v16 x) {
+    v16 one = v16_set(1.0f);
+    return v16_div(one, v16_add(one, v16_exp(v16_neg(x))));
+}
+
+K_FN void k_v_glu(int n, const float *gate, const float *up, float *y) {
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 g = v16_get(gate + i, n - i, 0);
+        v16 silu = v16_mul(g, k_v_sigmoid(g));
+        v16_put(y + i, n - i, v16_mul(silu, v16_get(up + i, n - i, 0)));
+    }
+}
+
+K_FN void k_v_glu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
+                      float *dup) {
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 g = v16_get(gate + i, n - i, 0), d = v16_get(dy + i, n - i, 0);
+        v16 s = k_v_sigmoid(g), silu = v16_mul(g, s), du = v16_mul(d, v16_get(up + i, n - i, 0));
+        v16_put(dup + i, n - i, v16_mul(d, silu));
+        v16 slope = v16_add(v16_fma(v16_neg(silu), s, silu), s);
+        v16_put(dgate + i, n - i, v16_mul(du, slope));
+    }
+}
+
+K_FN void k_v_rope(int half, float *x, const float *c, const float *s, float sign) {
+    v16 vs = v16_set(sign);
+    for (int i = 0; i < half; i += RLHF_LANES) {
+        int w = half - i;
+        v16 a = v16_get(x + i, w, 0), b = v16_get(x + half + i, w, 0), vc = v16_get(c + i, w, 0);
+        v16 t = v16_mul(v16_get(s + i, w, 0), vs);
+        v16_put(x + i, w, v16_fma(v16_neg(b), t, v16_mul(a, vc)));
+        v16_put(x + half + i, w, v16_fma(a, t, v16_mul(b, vc)));
+    }
+}
+
+K_FN k_stats k_v_stats(int n, const float *x, float scale) {
+    v16 vs = v16_set(scale), vm = v16_set(-INFINITY), e = v16_set(0), t = v16_set(0);
+    for (int i = 0; i < n; i += RLHF_LANES)
+        vm = v16_max(v16_mul(v16_get(x + i, n - i, -INFINITY), vs), vm);
+    float m = v16_top(vm);
+    vm = v16_set(m);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 d = v16_sub(v16_mul(v16_get(x + i, n - i, 0), vs), vm);
+        v16 p = v16_keep(v16_exp(d), n - i);
+        e = v16_add(e, p);
+        t = v16_fma(p, d, t);
+    }
+    float sum = v16_sum(e), log_sum = v_log1(sum);
+    return (k_stats){m, m + log_sum, log_sum - v16_sum(t) / sum};
+}
+
+K_FN void k_v_ce(int n, float *x, float scale, float lse, float coef) {
+    v16 vs = v16_set(scale), vl = v16_set(lse), vc = v16_set(coef);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 z = v16_sub(v16_mul(v16_get(x + i, n - i, 0), vs), vl);
+        v16_put(x + i, n - i, v16_mul(v16_exp(z), vc));
+    }
+}
+
+K_FN double k_v_kl(int n, const float *p, const float *q, float scale, float lse_p, float lse_q) {
+    v16 vs = v16_set(scale), vp = v16_set(lse_p), vq = v16_set(lse_q), t = v16_set(0);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 lp = v16_sub(v16_mul(v16_get(p + i, n - i, 0), vs), vp);
+        v16 lq = v16_sub(v16_mul(v16_get(q + i, n - i, 0), vs), vq);
+        t = v16_fma(v16_keep(v16_exp(lp), n - i), v16_sub(lp, lq), t);
+    }
+    return (double)v16_sum(t);
+}
+
+K_FN float k_v_softmax(int n, float *s, float scale, float *max, float *sum) {
+    v16 vs = v16_set(scale), vm = v16_set(*max), e = v16_set(0);
+    for (int i = 0; i < n; i += RLHF_LANES)
+        vm = v16_max(v16_mul(v16_get(s + i, n - i, -INFINITY), vs), vm);
+    float m = v16_top(vm), fix = v_exp1(*max - m);
+    vm = v16_set(m);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 p = v16_exp(v16_sub(v16_mul(v16_get(s + i, n - i, 0), vs), vm));
+        v16_put(s + i, n - i, p);
+        e = v16_add(e, v16_keep(p, n - i));
+    }
+    *max = m;
+    *sum = fmaf(*sum, fix, v16_sum(e));
+    return fix;
+}
+
+K_FN void k_v_prob(int n, float *s, float scale, float lse) {
+    v16 vs = v16_set(scale), vl = v16_set(lse);
+    for (int i = 0; i < n; i += RLHF_LANES)
+        v16_put(s + i, n - i, v16_exp(v16_sub(v16_mul(v16_get(s + i, n - i, 0), vs), vl)));
+}
+
+K_FN void k_v_ds(int n, const float *p, float *dp, float d, float scale) {
+    v16 vd = v16_set(d), vs = v16_set(scale);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 t = v16_sub(v16_get(dp + i, n - i, 0), vd);
+        v16_put(dp + i, n - i, v16_mul(v16_mul(v16_get(p + i, n - i, 0), t), vs));
+    }
+}
+
+K_FN void k_v_scale(int n, float *x, float a) {
+    v16 va = v16_set(a);
+    for (int i = 0; i < n; i += RLHF_LANES)
+        v16_put(x + i, n - i, v16_mul(v16_get(x + i, n - i, 0), va));
+}
+
+K_FN void k_v_adam(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a) {
+    v16 b1 = v16_set(a->beta1), b2 = v16_set(a->beta2), clip = v16_set(a->clip);
+    v16 c1 = v16_set(1.0f - a->beta1), c2 = v16_set(1.0f - a->beta2), eps = v16_set(a->eps);
+    v16 f1 = v16_set(a->fix1), f2 = v16_set(a->fix2), lr = v16_set(-a->lr), dc = v16_set(a->decay);
+    for (int64_t i = 0; i < n; i += RLHF_LANES) {
+        int w = n - i < RLHF_LANES ? (int)(n - i) : RLHF_LANES;
+        v16 u = v16_mul(v16_get(g + i, w, 0), clip);
+        v16 m1 = v16_fma(v16_get(m + i, w, 0), b1, v16_mul(u, c1));
+        v16 v1 = v16_fma(v16_get(v + i, w, 0), b2, v16_mul(v16_mul(u, u), c2));
+        v16 root = v16_add(v16_sqrt(v16_mul(v1, f2)), eps);
+        v16_put(m + i, w, m1);
+        v16_put(v + i, w, v1);
+        v16 step = v16_div(v16_mul(m1, f1), root);
+        v16_put(p + i, w, v16_fma(lr, step, v16_mul(v16_get(p + i, w, 0), dc)));
+    }
+}
+#endif
+
+/* ---- neither: plain C that memory bounds ---- */
+
+/* Sum of squares in double; sixteen lanes, each square exact. */
+static double k_sumsq(int64_t n, const float *x) {
+    double acc[RLHF_LANES] = {0};
+    int64_t i = 0;
+    for (; i + RLHF_LANES <= n; i += RLHF_LANES)
+        for (int l = 0; l < RLHF_LANES; l++) acc[l] += (double)x[i + l] * (double)x[i + l];
+    for (int l = 0; i + l < n; l++) acc[l] += (double)x[i + l] * (double)x[i + l];
+    for (int w = RLHF_LANES / 2; w > 0; w /= 2)
+        for (int l = 0; l < w; l++) acc[l] += acc[l + w];
+    return acc[0];
+}
+
+/* Index of a draw from softmax(x scale) whose log normaliser is lse: the first i with sum_{j<=i} p_j > u. */
+static int k_draw(const k_table *k, int n, const float *x, float scale, float lse, double u) {
+    double sum = 0;
+    int last = 0;
+    for (int i = 0; i < n; i += 256) {
+        float p[256];
+        int w = n - i < 256 ? n - i : 256;
+        memcpy(p, x + i, (size_t)w * sizeof *p);
+        k->ce(w, p, scale, lse, 1.0f);
+        for (int j = 0; j < w; j++) {
+            if (p[j] <= 0) continue;
+            sum += (double)p[j];
+            last = i + j;
+            if (sum > u) return last;
+        }
+    }
+    return last; /* rounding left the total just under u */
+}
+
+/* ============================================================================================
+ * MARK: - 08 GEMM (gemm_)
+ * C[m][n] = sum_k A[m][k] B[k][n], the only place that knows about packing and tiles. B lies in
+ * panels: sixteen columns wide, k after k, padded with zeros. A is read in place through two
+ * strides, so every transpose is one driver. A tile keeps its outputs in registers over all of k,
+ * in order, with fused multiply-adds: every output is the same chain for any tile, thread or
+ * instruction set. An edge in n goes through a stack tile, an edge in m has a tile of its height.
+ * Entry: gemm_run (threads), gemm_block (one thread).   Tests: test/test_gemm.c
+ * ============================================================================================ */
+
+enum {
+    GEMM_STORE = 0,
+    GEMM_ACC = 1, /* the chain starts at C: C + a0 b0 + a1 b1 ... */
+    GEMM_ADD = 2, /* the finished sum is added to C: a residual connection */
+    GEMM_MAX_ROWS = 12,
+    GEMM_MAX_PANELS = 6
+};
+
+typedef struct gemm_tile_args {
+    int k;
+    const float *a;
+    size_t rs, cs; /* A element (m, k) is a[m * rs + k * cs] */
+    const float *b;
+    size_t bs; /* floats from one panel to the next */
+    float *c;
+    size_t ldc;
+    int mode;
+    const float *bias; /* added after the sum; null = none */
+} gemm_tile_args;
+
+typedef struct gemm_args {
+    int m, n;
+    gemm_tile_args t;
+    k_map_fn *act; /* y = act(c), row by row while the block is in cache; null = none */
+    float *y;
+    size_t ldy;
+} gemm_args;
+
+/* ---- tiles ---- */
+
+static void gemm_r_tile(int rows, int panels, const gemm_tile_args *t) {
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < panels; p++)
+            for (int l = 0; l < RLHF_LANES; l++) {
+                const float *a = t->a + (size_t)r * t->rs, *b = t->b + (size_t)p * t->bs + l;
+                float *c = t->c + (size_t)r * t->ldc + p * RLHF_LANES + l;
+                float sum = t->mode == GEMM_ACC ? *c : 0;
+                for (int k = 0; k < t->k; k++)
+                    sum = fmaf(a[(size_t)k * t->cs], b[(size_t)k * RLHF_LANES], sum);
+                if (t->bias) sum += t->bias[p * RLHF_LANES + l];
+                *c = t->mode == GEMM_ADD ? *c + sum : sum;
+            }
+}
+
+#if defined(__clang__)
+#define GEMM_UNROLL _Pragma("unroll")
+#else
+#define GEMM_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#if V_SIMD
+/* R rows by P panels; both are constants at every call, so that sum stays in registers. */
+V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
+    v16 sum[6][4];
+    GEMM_UNROLL
+    for (int r = 0; r < R; r++) {
+        GEMM_UNROLL
+        for (int p = 0; p < P; p++)
+            sum[r][p] = t->mode == GEMM_ACC
+                            ? v16_load(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
+                            : v16_set(0);
+    }
+    const float *a = t->a, *b = t->b;
+    for (int k = t->k; k > 0; k--) {
+        v16 col[4];
+        GEMM_UNROLL
+        for (int p = 0; p < P; p++) col[p] = v16_load(b + (size_t)p * t->bs);
+        GEMM_UNROLL
+        for (int r = 0; r < R; r++) {
+            v16 x = v16_set(a[(size_t)r * t->rs]);
+            GEMM_UNROLL
+            for (int p = 0; p < P; p++) sum[r][p] = v16_fma(x, col[p], sum[r][p]);
+        }
+        a += t->cs;
+        b += RLHF_LANES;
+    }
+    GEMM_UNROLL
+    for (int r = 0; r < R; r++) {
+        GEMM_UNROLL
+        for (int p = 0; p < P; p++) {
+            float *c = t->c + (size_t)r * t->ldc + p * RLHF_LANES;
+            v16 s = sum[r][p];
+            if (t->bias) s = v16_add(s, v16_load(t->bias + p * RLHF_LANES));
+            if (t->mode == GEMM_ADD) s = v16_add(v16_load(c), s);
+            v16_store(c, s);
+        }
+    }
+}
+
+K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
+    switch (rows * 8 + panels) {
+    case 6 * 8 + 1: gemm_v_body(6, 1, t); return;
+    case 5 * 8 + 1: gemm_v_body(5, 1, t); return;
+    case 4 * 8 + 1: gemm_v_body(4, 1, t); return;
+    case 3 * 8 + 1: gemm_v_body(3, 1, t); return;
+    case 3 * 8 + 2: gemm_v_body(3, 2, t); return;
+    case 2 * 8 + 1: gemm_v_body(2, 1, t); return;
+    case 2 * 8 + 3: gemm_v_body(2, 3, t); return;
+    case 1 * 8 + 1: gemm_v_body(1, 1, t); return;
+    default: gemm_v_body(1, 4, t); return;
+    }
+}
+#endif
+
+#if RLHF_X86
+#define GEMM_512 __attribute__((target("avx512f,avx2,fma")))
+
+/* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. */
+RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const gemm_tile_args *t) {
+    __m512 sum[GEMM_MAX_ROWS][GEMM_MAX_PANELS];
+    GEMM_UNROLL
+    for (int r = 0; r < R; r++) {
+        GEMM_UNROLL
+        for (int p = 0; p < P; p++)
+            sum[r][p] = t->mode == GEMM_ACC
+                            ? _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
+                            : _mm512_setzero_ps();
+    }
+    const float *a = t->a, *b = t->b;
+    for (int k = t->k; k > 0; k--) {
+        __m512 col[GEMM_MAX_PANELS];
+        GEMM_UNROLL
+        for (int p = 0; p < P; p++) col[p] = _mm512_loadu_ps(b + (size_t)p * t->bs);
+        GEMM_UNROLL
+        for (int r = 0; r < R; r++) {
+            __m512 x = _mm512_set1_ps(a[(size_t)r * t->rs]);
+            GEMM_UNROLL
+            for (int p = 0; p < P; p++) sum[r][p] = _mm512_fmadd_ps(x, col[p], sum[r][p]);
+        }
+        a += t->cs;
+        b += RLHF_LANES;
+    }
+    GEMM_UNROLL
+    for (int r = 0; r < R; r++) {
+        GEMM_UNROLL
+        for (int p = 0; p < P; p++) {
+            float *c = t->c + (size_t)r * t->ldc + p * RLHF_LANES;
+            __m512 s = sum[r][p];
+            if (t->bias) s = _mm512_add_ps(s, _mm512_loadu_ps(t->bias + p * RLHF_LANES));
+            if (t->mode == GEMM_ADD) s = _mm512_add_ps(_mm512_loadu_ps(c), s);
+            _mm512_storeu_ps(c, s);
+        }
+    }
+}
+
+GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t) {
+    if (panels == 1) {
+        switch (rows) {
+        case 12: gemm_512_body(12, 1, t); return;
+        case 11: gemm_512_body(11, 1, t); return;
+        case 10: gemm_512_body(10, 1, t); return;
+        case 9: gemm_512_body(9, 1, t); return;
+        case 8: gemm_512_body(8, 1, t); return;
+        case 7: gemm_512_body(7, 1, t); return;
+        case 6: gemm_512_body(6, 1, t); return;
+        case 5: gemm_512_body(5, 1, t); return;
+        case 4: gemm_512_body(4, 1, t); return;
+        case 3: gemm_512_body(3, 1, t); return;
+        case 2: gemm_512_body(2, 1, t); return;
+        default: gemm_512_body(1, 1, t); return;
+        }
+    }
+    switch (rows) {
+    case 12: gemm_512_body(12, 2, t); return;
+    case 11: gemm_512_body(11, 2, t); return;
+    case 10: gemm_512_body(10, 2, t); return;
+    case 9: gemm_512_body(9, 2, t); return;
+    case 8: gemm_512_body(8, 3, t); return;
+    case 7: gemm_512_body(7, 3, t); return;
+    case 6: gemm_512_body(6, 4, t); return;
+    case 5: gemm_512_body(5, 4, t); return;
+    case 4: gemm_512_body(4, 6, t); return;
+    case 3: gemm_512_body(3, 6, t); return;
+    case 2: gemm_512_body(2, 6, t); return;
+    default: gemm_512_body(1, 6, t); return;
+    }
+}
+#endif
+
+/* ---- tables ---- */
+
+static int gemm_yes(void) { return 1; }
+
+static const k_table k_ref = {
+    "ref",      gemm_yes,       k_r_exp, k_r_log,   k_r_tanh,    k_r_add,      k_r_gelu,
+    k_r_sincos, k_r_dot,        k_r_rms, k_r_rms_bwd, k_r_ln,    k_r_ln_bwd,   k_r_norm_dw,
+    k_r_gelu_bwd, k_r_glu,      k_r_glu_bwd, k_r_rope, k_r_stats, k_r_ce,      k_r_kl,
+    k_r_softmax, k_r_prob,      k_r_ds,  k_r_scale, k_r_adam,    gemm_r_tile,
+    6,          {0, 4, 3, 2, 1, 1, 1}};
+
+#if V_SIMD
+#define GEMM_VECTOR_KERNELS                                                                        \
+    k_v_exp, k_v_log, k_v_tanh, k_v_add, k_v_gelu, k_v_sincos, k_v_dot, k_v_rms, k_v_rms_bwd,      \
+        k_v_ln, k_v_ln_bwd, k_v_norm_dw, k_v_gelu_bwd, k_v_glu, k_v_glu_bwd, k_v_rope, k_v_stats,  \
+        k_v_ce, k_v_kl, k_v_softmax, k_v_prob, k_v_ds, k_v_scale, k_v_adam
+#endif
+
+#if RLHF_X86
+static int gemm_has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static int gemm_has_avx512(void) {
+    return gemm_has_avx2() && __builtin_cpu_supports("avx512f");
+}
+
+static const k_table k_avx2 = {"avx2", gemm_has_avx2, GEMM_VECTOR_KERNELS, gemm_v_tile,
+                               6,      {0, 4, 3, 2, 1, 1, 1}};
+static const k_table k_avx512 = {"avx512", gemm_has_avx512, GEMM_VECTOR_KERNELS, gemm_512_tile,
+                                 12, {0, 6, 6, 6, 6, 4, 4, 3, 3, 2, 2, 2, 2}};
+static const k_table *const k_tables[] = {&k_avx512, &k_avx2, &k_ref};
+#elif RLHF_NEON
+static const k_table k_neon = {"neon", gemm_yes, GEMM_VECTOR_KERNELS, gemm_v_tile,
+                               6,      {0, 4, 3, 2, 1, 1, 1}};
+static const k_table *const k_tables[] = {&k_neon, &k_ref};
+#else
+static const k_table *const k_tables[] = {&k_ref};
+#endif
+enum { K_TABLES = sizeof k_tables / sizeof *k_tables };
+
+/* ---- packing ---- */
+
+static size_t gemm_panels(int n) {
+    return ((size_t)n + RLHF_LANES - 1) / RLHF_LANES;
+}
+
+/* Floats that B[k][n] takes when packed. */
+static size_t gemm_packed_size(int k, int n) {
+    return gemm_panels(n) * RLHF_LANES * (size_t)k;
+}
+
+typedef struct gemm_pack_args {
+    const float *b;
+    size_t ks, ns; /* B element (k, n) is b[k * ks + n * ns]; one of them is 1 */
+    int k, n;
+    float *out;
+} gemm_pack_args;
+
+static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    const gemm_pack_args *g = arg;
+    (void)thread;
+    for (int64_t p = lo; p < hi; p++) {
+        int n0 = (int)p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
+        float *out = g->out + (size_t)p * RLHF_LANES * (size_t)g->k;
+        const float *b = g->b + (size_t)n0 * g->ns;
+        if (w < RLHF_LANES) memset(out, 0, (size_t)g->k * RLHF_LANES * sizeof *out);
+        if (g->ns == 1) {
+            for (int k = 0; k < g->k; k++)
+                memcpy(out + (size_t)k * RLHF_LANES, b + (size_t)k * g->ks,
+                       (size_t)w * sizeof *out);
+            continue;
+        }
+        /* Blocks of k keep the sixteen source lines and the destination in the first-level cache. */
+        for (int k0 = 0; k0 < g->k; k0 += 64) {
+            int k1 = base_min(k0 + 64, g->k);
+            for (int l = 0; l < w; l++) {
+                const float *src = b + (size_t)l * g->ns;
+                for (int k = k0; k < k1; k++)
+                    out[(size_t)k * RLHF_LANES + l] = src[(size_t)k * g->ks];
+            }
+        }
+    }
+}
+
+/* Packs B[k][n] into panels at out[gemm_packed_size(k, n)]. */
+static void gemm_pack(rlhf_ctx *ctx, const float *b, size_t ks, size_t ns, int k, int n,
+                      float *out) {
+    gemm_pack_args g = {b, ks, ns, k, n, out};
+    int64_t panels = (int64_t)gemm_panels(n);
+    int64_t grain = 1 + 4096 / (1 + k);
+    par_for(ctx, panels, grain, gemm_pack_range, &g);
+}
+
+/* ---- driver ---- */
+
+/* One tile whose last panel is n < 16 columns wide: computed in a full stack tile. */
+static void gemm_edge(const k_table *kt, int rows, int n, const gemm_tile_args *t) {
+    float c[GEMM_MAX_ROWS * RLHF_LANES] = {0}, bias[RLHF_LANES] = {0};
+    gemm_tile_args e = *t;
+    e.c = c;
+    e.ldc = RLHF_LANES;
+    if (t->bias) e.bias = memcpy(bias, t->bias, (size_t)n * sizeof *bias);
+    if (t->mode != GEMM_STORE)
+        for (int r = 0; r < rows; r++)
+            memcpy(c + r * RLHF_LANES, t->c + (size_t)r * t->ldc, (size_t)n * sizeof *c);
+    kt->tile(rows, 1, &e);
+    for (int r = 0; r < rows; r++)
+        memcpy(t->c + (size_t)r * t->ldc, c + r * RLHF_LANES, (size_t)n * sizeof *c);
+}
+
+/* Rows [m0, m1) and panels [p0, p1) of the product, on the calling thread. */
+static void gemm_block(const k_table *kt, const gemm_args *g, int m0, int m1, int p0, int p1) {
+    int whole = g->n / RLHF_LANES, n0 = p0 * RLHF_LANES;
+    /* Tiles of a full height share their panels while these are in the first-level cache. */
+    int height = base_min(kt->rows, m1 - m0), step = kt->panels[height];
+    for (int p = p0; p < p1;) {
+        int w = p + step <= base_min(p1, whole) ? step : 1;
+        for (int m = m0; m < m1; m += kt->rows) {
+            int rows = base_min(kt->rows, m1 - m);
+            gemm_tile_args t = g->t;
+            t.a += (size_t)m * t.rs;
+            t.b += (size_t)p * t.bs;
+            t.c += (size_t)m * t.ldc + (size_t)p * RLHF_LANES;
+            if (t.bias) t.bias += (size_t)p * RLHF_LANES;
+            if (p >= whole) {
+                gemm_edge(kt, rows, g->n - p * RLHF_LANES, &t);
+                continue;
+            }
+            for (int done = 0; done < w;) {
+                int wide = kt->panels[rows] <= w - done ? kt->panels[rows] : 1;
+                kt->tile(rows, wide, &t);
+                done += wide;
+                t.b += (size_t)wide * t.bs;
+                t.c += (size_t)wide * RLHF_LANES;
+                if (t.bias) t.bias += (size_t)wide * RLHF_LANES;
+            }
+        }
+        p += w;
+    }
+    int n1 = base_min(p1 * RLHF_LANES, g->n);
+    if (g->act)
+        for (int m = m0; m < m1; m++)
+            g->act(n1 - n0, g->t.c + (size_t)m * g->t.ldc + n0, g->y + (size_t)m * g->ldy + n0);
+}
+
+typedef struct gemm_job {
+    const k_table *kt;
+    const gemm_args *g;
+    int rows, panels, across; /* size of a block; blocks in one row of blocks */
+} gemm_job;
+
+static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    const gemm_job *j = arg;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++) {
+        int m = (int)(i / j->across) * j->rows, p = (int)(i % j->across) * j->panels;
+        gemm_block(j->kt, j->g, m, base_min(m + j->rows, j->g->m), p,
+                   base_min(p + j->panels, (int)gemm_panels(j->g->n)));
+    }
+}
+
+/* The whole product, over the context's threads. */
+static void gemm_run(rlhf_ctx *ctx, const gemm_args *g) {
+    if (g->m <= 0 || g->n <= 0) return;
+    const k_table *kt = ctx->k;
+    int panels = (int)gemm_panels(g->n);
+    int rows = base_min(g->m, 96); /* rows of A that stay in the second-level cache */
+    int down = (g->m + rows - 1) / rows, across = 1;
+    if ((double)g->m * g->n * g->t.k < 32768.0) { /* a fork costs more than the work */
+        gemm_block(kt, g, 0, g->m, 0, panels);
+        return;
+    }
+    if (ctx->threads > 1) across = (4 * ctx->threads + down - 1) / down;
+    int wide = base_max((panels + across - 1) / across, kt->panels[base_min(rows, kt->rows)]);
+    across = (panels + wide - 1) / wide;
+    gemm_job job = {kt, g, rows, wide, across};
+    par_for(ctx, (int64_t)down * across, 1, gemm_job_range, &job);
+}
+
+/* ============================================================================================
+ * MARK: - 09 OPS (op_)
+ * Forward and backward of every operation, side by side. A batch is a ragged concatenation of
+ * sequences: matrices have one row for each token, attention loops over sequences; there is no
+ * padding and no mask. Gradients of weights are added to; so are gradients of the residual
+ * stream; other outputs are overwritten. Every sum over rows is one chain in the order of rows,
+ * so that micro-batches continue each other's chains.
+ * Tests: test/test_ops.c (finite differences)
+ * ============================================================================================ */
+
+typedef struct op_env {
+    rlhf_ctx *ctx;
+    arena *ws; /* scratch, given back before an operation returns */
+} op_env;
+
+/* ---- norms ---- */
+
+/* weight and bias [n]; bias null means RMSNorm. */
+typedef struct op_norm {
+    const k_table *k;
+    int n;
+    float eps;
+    const float *w, *b;
+    float *gw, *gb;
+    const float *x;      /* input [rows][n] */
+    float *y;            /* output [rows][n] */
+    float *mean, *rstd;  /* [rows] */
+    const float *dy;
+    float *dx;
+    int rows;
+} op_norm;
+
+static void op_norm_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_norm *o = arg;
+    (void)thread;
+    for (int64_t r = lo; r < hi; r++) {
+        const float *x = o->x + r * o->n;
+        float *y = o->y + r * o->n;
+        o->mean[r] = 0;
+        if (o->b) o->k->ln(o->n, x, o->w, o->b, o->eps, y, o->mean + r, o->rstd + r);
+        else o->k->rms(o->n, x, o->w, o->eps, y, o->rstd + r);
+    }
+}
+
+static void op_norm_fwd(op_env *e, op_norm *o) {
+    par_for(e->ctx, o->rows, 4, op_norm_rows, o);
+}
+
+static void op_norm_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_norm *o = arg;
+    (void)thread;
+    for (int64_t r = lo; r < hi; r++) {
+        const float *x = o->x + r * o->n, *dy = o->dy + r * o->n;
+        float *dx = o->dx + r * o->n;
+        if (o->b) o->k->ln_bwd(o->n, dy, x, o->w, o->mean[r], o->rstd[r], dx);
+        else o->k->rms_bwd(o->n, dy, x, o->w, o->rstd[r], dx);
+    }
+}
+
+static void op_norm_bwd_cols(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_norm *o = arg;
+    int n = (int)(hi - lo);
+    (void)thread;
+    for (int r = 0; r < o->rows; r++) {
+        const float *x = o->x + (size_t)r * (size_t)o->n + lo, *dy = o->dy + (size_t)r * (size_t)o->n + lo;
+        o->k->norm_dw(n, dy, x, o->mean[r], o->rstd[r], o->gw + lo);
+        if (o->b) o->k->add(n, dy, o->gb + lo);
+    }
+}
+
+/* dx += ..., gw += ..., gb += ... from dy, with x, mean and rstd of the forward pass. */
+static void op_norm_bwd(op_env *e, op_norm *o) {
+    par_for(e->ctx, o->rows, 4, op_norm_bwd_rows, o);
+    if (o->gw) par_for(e->ctx, o->n, RLHF_LANES, op_norm_bwd_cols, o);
+}
+
+/* ---- linear ---- */
+
+/* y = x W^T + b with W [n][k]. packed is W^T in panels; gw and gb are null where nothing is trained. */
+typedef struct op_weight {
+    int n, k;
+    const float *w, *b, *packed;
+    float *gw, *gb;
+} op_weight;
+
+/* y [m][n] = x [m][k] W^T + b; mode GEMM_ADD adds it to y. act, if not null, also writes z = act(y). */
+static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y, int mode,
+                      k_map_fn *act, float *z) {
+    gemm_args g = {.m = m, .n = w->n, .act = act, .y = z, .ldy = (size_t)w->n};
+    g.t = (gemm_tile_args){.k = w->k, .a = x, .rs = (size_t)w->k, .cs = 1, .b = w->packed,
+                           .bs = (size_t)w->k * RLHF_LANES, .c = y, .ldc = (size_t)w->n,
+                           .mode = mode, .bias = w->b};
+    gemm_run(e->ctx, &g);
+}
+
+typedef struct op_cols {
+    const k_table *k;
+    const float *x;
+    float *y;
+    int rows, n;
+} op_cols;
+
+static void op_cols_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_cols *o = arg;
+    (void)thread;
+    for (int r = 0; r < o->rows; r++)
+        o->k->add((int)(hi - lo), o->x + (size_t)r * (size_t)o->n + lo, o->y + lo);
+}
+
+/* gw [n][k] += dy^T x and gb += column sums of dy. */
+static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x, const float *dy) {
+    if (!w->gw) return;
+    arena_mark mark = arena_save(e->ws);
+    float *packed = arena_floats(e->ws, gemm_packed_size(m, w->k), 1);
+    gemm_pack(e->ctx, x, (size_t)w->k, 1, m, w->k, packed);
+    gemm_args g = {.m = w->n, .n = w->k};
+    g.t = (gemm_tile_args){.k = m, .a = dy, .rs = 1, .cs = (size_t)w->n, .b = packed,
+                           .bs = (size_t)m * RLHF_LANES, .c = w->gw, .ldc = (size_t)w->k,
+                           .mode = GEMM_ACC};
+    gemm_run(e->ctx, &g);
+    arena_restore(e->ws, mark);
+    if (!w->gb) return;
+    op_cols o = {e->ctx->k, dy, w->gb, m, w->n};
+    par_for(e->ctx, w->n, 4 * RLHF_LANES, op_cols_range, &o);
+}
+
+/* dx [m][k] = dy [m][n] W. packed_w is W in panels (op_pack_bwd), or null: packed here. */
+static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *dy, float *dx,
+                            const float *packed_w) {
+    arena_mark mark = arena_save(e->ws);
+    if (!packed_w) {
+        float *p = arena_floats(e->ws, gemm_packed_size(w->n, w->k), 1);
+        gemm_pack(e->ctx, w->w, (size_t)w->k, 1, w->n, w->k, p);
+        packed_w = p;
+    }
+    gemm_args g = {.m = m, .n = w->k};
+    g.t = (gemm_tile_args){.k = w->n, .a = dy, .rs = (size_t)w->n, .cs = 1, .b = packed_w,
+                           .bs = (size_t)w->n * RLHF_LANES, .c = dx, .ldc = (size_t)w->k};
+    gemm_run(e->ctx, &g);
+    arena_restore(e->ws, mark);
+}
+
+/* ---- embedding ---- */
+
+typedef struct op_embed {
+    const k_table *k;
+    int rows, d;
+    const int32_t *ids, *pos;
+    const float *wte, *wpe; /* wpe null: no learned positions */
+    float *gwte, *gwpe;
+    float *x; /* forward: output; backward: its gradient */
+} op_embed;
+
+static void op_embed_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_embed *o = arg;
+    (void)thread;
+    size_t d = (size_t)o->d;
+    for (int64_t r = lo; r < hi; r++) {
+        memcpy(o->x + (size_t)r * d, o->wte + (size_t)o->ids[r] * d, d * sizeof(float));
+        if (o->wpe) o->k->add(o->d, o->wpe + (size_t)o->pos[r] * d, o->x + (size_t)r * d);
+    }
+}
+
+static void op_embed_fwd(op_env *e, op_embed *o) {
+    par_for(e->ctx, o->rows, 16, op_embed_rows, o);
+}
+
+static void op_embed_cols(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_embed *o = arg;
+    (void)thread;
+    size_t d = (size_t)o->d;
+    for (int r = 0; r < o->rows; r++) {
+        const float *dx = o->x + (size_t)r * d + lo;
+        o->k->add((int)(hi - lo), dx, o->gwte + (size_t)o->ids[r] * d + lo);
+        if (o->wpe) o->k->add((int)(hi - lo), dx, o->gwpe + (size_t)o->pos[r] * d + lo);
+    }
+}
+
+static void op_embed_bwd(op_env *e, op_embed *o) {
+    if (o->gwte) par_for(e->ctx, o->d, RLHF_LANES, op_embed_cols, o);
+}
+
+/* ---- activations ---- */
+
+typedef struct op_glu {
+    const k_table *k;
+    int ff;
+    const float *up; /* [rows][2 ff]: gate, then up */
+    float *y;        /* [rows][ff] */
+    const float *dy;
+    float *dup;
+} op_glu;
+
+static void op_glu_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_glu *o = arg;
+    (void)thread;
+    size_t f = (size_t)o->ff;
+    for (size_t r = (size_t)lo; r < (size_t)hi; r++)
+        o->k->glu(o->ff, o->up + 2 * r * f, o->up + 2 * r * f + f, o->y + r * f);
+}
+
+static void op_glu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_glu *o = arg;
+    (void)thread;
+    size_t f = (size_t)o->ff;
+    for (size_t r = (size_t)lo; r < (size_t)hi; r++) {
+        const float *up = o->up + 2 * r * f;
+        float *d = o->dup + 2 * r * f;
+        o->k->glu_bwd(o->ff, up, up + f, o->dy + r * f, d, d + f);
+    }
+}
+
+typedef struct op_gelu {
+    const k_table *k;
+    int n;
+    const float *x;
+    float *d; /* gradient of the output, becomes that of the input */
+} op_gelu;
+
+static void op_gelu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_gelu *o = arg;
+    (void)thread;
+    size_t n = (size_t)o->n;
+    for (size_t r = (size_t)lo; r < (size_t)hi; r++)
+        o->k->gelu_bwd(o->n, o->x + r * n, o->d + r * n, o->d + r * n);
+}
+
+/* ---- attention ---- */
+
+enum {
+    OP_KEYS = 64,   /* keys in one tile of the online softmax: part of the result's bits */
+    OP_QUERIES = 48 /* queries in one tile */
+};
+
+/* Keys and values of one layer and sequence, in the panels that the two products want.
+ * K: [kv_heads][cap/16][head_dim][16] (columns are positions); V: [kv_heads][hd16/16][cap][16]. */
+typedef struct op_kv {
+    float *k, *v;
+    int cap; /* positions, a multiple of 16 */
+} op_kv;
+
+/* n rows of a batch that continue a sequence of `past` positions. */
+typedef struct op_seq {
+    int row, n, past;
+    op_kv kv;
+} op_seq;
+
+typedef struct op_attn {
+    const k_table *kt;
+    int heads, kv_heads, hd, seqs;
+    const op_seq *seq;
+    float *qkv;   /* [rows][(heads + 2 kv_heads) hd], rotated */
+    float *o;     /* [rows][heads hd] */
+    float *lse;   /* [rows][heads]; null where no backward follows */
+    const float *dout; /* [rows][heads hd] */
+    float *dqkv;  /* as qkv, zeroed by the caller */
+    const float *cosine, *sine; /* [positions][hd/2]; null: no rotary positions */
+    const int32_t *pos;         /* [rows] */
+    float sign;                 /* of the rotation */
+    int rows;
+    float *scratch;
+    size_t scratch_size; /* floats for each thread */
+} op_attn;
+
+static size_t op_kv_k_size(int kv_heads, int hd, int cap) {
+    return (size_t)kv_heads * (size_t)hd * (size_t)cap;
+}
+
+static size_t op_kv_v_size(int kv_heads, int hd, int cap) {
+    return (size_t)kv_heads * gemm_panels(hd) * RLHF_LANES * (size_t)cap;
+}
+
+static int op_attn_width(const op_attn *a) {
+    return (a->heads + 2 * a->kv_heads) * a->hd;
+}
+
+static void op_rope_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_attn *a = arg;
+    (void)thread;
+    int half = a->hd / 2;
+    for (int64_t r = lo; r < hi; r++) {
+        const float *c = a->cosine + (size_t)a->pos[r] * (size_t)half;
+        const float *s = a->sine + (size_t)a->pos[r] * (size_t)half;
+        float *x = a->qkv + r * op_attn_width(a);
+        for (int h = 0; h < a->heads + a->kv_heads; h++)
+            a->kt->rope(half, x + h * a->hd, c, s, a->sign);
+    }
+}
+
+/* Rotates queries and keys in place (sign 1), or their gradients back (sign -1, with qkv = dqkv). */
+static void op_rope(op_env *e, op_attn *a) {
+    if (a->cosine) par_for(e->ctx, a->rows, 8, op_rope_rows, a);
+}
+
+/* Copies one sequence's new keys and values into its panels. */
+static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
+    size_t hd = (size_t)a->hd, hp = gemm_panels(a->hd), cap = (size_t)s->kv.cap;
+    float *kp = s->kv.k + (size_t)g * hd * cap, *vp = s->kv.v + (size_t)g * hp * RLHF_LANES * cap;
+    for (int r = 0; r < s->n; r++) {
+        size_t pos = (size_t)(s->past + r);
+        const float *k = a->qkv + (size_t)(s->row + r) * (size_t)op_attn_width(a) +
+                         (size_t)(a->heads + g) * hd;
+        const float *v = k + (size_t)a->kv_heads * hd;
+        float *out = kp + pos / RLHF_LANES * hd * RLHF_LANES + pos % RLHF_LANES;
+        for (size_t j = 0; j < hd; j++) out[j * RLHF_LANES] = k[j];
+        for (size_t j = 0; j < hd; j++)
+            vp[j / RLHF_LANES * cap * RLHF_LANES + pos * RLHF_LANES + j % RLHF_LANES] = v[j];
+    }
+}
+
+/* Queries [q0, q1) of one sequence and head. Scores of a tile of keys, online softmax, and o += P V, whose chain over keys is
+ * the same whether the keys come from this batch or from earlier ones. */
+static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q1, float *scratch) {
+    int g = h / (a->heads / a->kv_heads), hd = a->hd, n = q1 - q0;
+    size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd), cap = (size_t)s->kv.cap;
+    const float *q = a->qkv + (size_t)(s->row + q0) * ldq + (size_t)(h * hd);
+    const float *kp = s->kv.k + (size_t)g * (size_t)hd * cap;
+    const float *vp = s->kv.v + (size_t)g * gemm_panels(hd) * RLHF_LANES * cap;
+    float *o = a->o + (size_t)(s->row + q0) * ldo + (size_t)(h * hd), *sc = scratch;
+    float max[OP_QUERIES], sum[OP_QUERIES], scale = 1.0f / sqrtf((float)hd);
+    for (int r = 0; r < n; r++) {
+        max[r] = -INFINITY;
+        sum[r] = 0;
+        memset(o + (size_t)r * ldo, 0, (size_t)hd * sizeof *o);
+    }
+    int last = s->past + q1; /* keys that the last query sees */
+    for (int k0 = 0; k0 < last; k0 += OP_KEYS) {
+        int keys = base_min(OP_KEYS, last - k0);
+        gemm_args ga = {.m = n, .n = (int)gemm_panels(keys) * RLHF_LANES};
+        ga.t = (gemm_tile_args){.k = hd, .a = q, .rs = ldq, .cs = 1,
+                                .b = kp + (size_t)k0 * (size_t)hd, .bs = (size_t)hd * RLHF_LANES,
+                                .c = sc, .ldc = OP_KEYS};
+        gemm_block(a->kt, &ga, 0, n, 0, (int)gemm_panels(keys));
+        for (int r = 0; r < n; r++) {
+            int see = base_max(0, base_min(keys, s->past + q0 + r + 1 - k0));
+            float *row = sc + (size_t)r * OP_KEYS;
+            if (see) {
+                float fix = a->kt->softmax(see, row, scale, max + r, sum + r);
+                if (k0 && fix != 1.0f) a->kt->scale(hd, o + (size_t)r * ldo, fix);
+            }
+            memset(row + see, 0, (size_t)(keys - see) * sizeof *row);
+        }
+        gemm_args gv = {.m = n, .n = hd};
+        gv.t = (gemm_tile_args){.k = keys, .a = sc, .rs = OP_KEYS, .cs = 1,
+                                .b = vp + (size_t)k0 * RLHF_LANES, .bs = cap * RLHF_LANES,
+                                .c = o, .ldc = ldo, .mode = GEMM_ACC};
+        gemm_block(a->kt, &gv, 0, n, 0, (int)gemm_panels(hd));
+    }
+    for (int r = 0; r < n; r++) {
+        a->kt->scale(hd, o + (size_t)r * ldo, 1.0f / sum[r]);
+        if (a->lse) a->lse[(size_t)(s->row + q0 + r) * (size_t)a->heads + (size_t)h] = max[r] + v_log1(sum[r]);
+    }
+}
+
+static void op_attn_groups(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_attn *a = arg;
+    float *scratch = a->scratch + (size_t)thread * a->scratch_size;
+    int of = a->heads / a->kv_heads;
+    for (int64_t i = lo; i < hi; i++) {
+        const op_seq *s = a->seq + i / a->kv_heads;
+        int g = (int)(i % a->kv_heads);
+        op_kv_append(a, s, g);
+        for (int h = g * of; h < (g + 1) * of; h++)
+            for (int q = 0; q < s->n; q += OP_QUERIES)
+                op_attn_tile(a, s, h, q, base_min(q + OP_QUERIES, s->n), scratch);
+    }
+}
+
+/* Causal attention of a ragged batch, after op_rope. Appends to every sequence's keys and values. */
+static void op_attn_fwd(op_env *e, op_attn *a) {
+    arena_mark mark = arena_save(e->ws);
+    a->scratch_size = OP_QUERIES * OP_KEYS;
+    a->scratch = arena_floats(e->ws, a->scratch_size, (size_t)e->ctx->threads);
+    par_for(e->ctx, (int64_t)a->seqs * a->kv_heads, 1, op_attn_groups, a);
+    arena_restore(e->ws, mark);
+}
+
+/* Where the pieces of one thread's backward scratch lie; n is the longest sequence. */
+typedef struct op_attn_bwd_scratch {
+    float *p, *dp, *vk, *kv, *q, *dout, *d;
+    size_t size;
+} op_attn_bwd_scratch;
+
+static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
+    size_t at = 0, rows = base_round_up((size_t)n, RLHF_LANES);
+    size_t wide = gemm_panels(hd) * RLHF_LANES * rows, tile = OP_QUERIES * OP_KEYS;
+    op_attn_bwd_scratch s = {0};
+#define OP_TAKE(member, count) s.member = base ? base + at : NULL, at += (count)
+    OP_TAKE(p, tile);
+    OP_TAKE(dp, tile);
+    OP_TAKE(vk, (size_t)hd * rows); /* V as B[hd][keys] */
+    OP_TAKE(kv, wide);              /* K as B[keys][hd] */
+    OP_TAKE(q, wide);               /* Q as B[queries][hd] */
+    OP_TAKE(dout, wide);            /* dO as B[queries][hd] */
+    OP_TAKE(d, rows);               /* sum of dO O over a row */
+#undef OP_TAKE
+    s.size = base_round_up(at, RLHF_LANES);
+    return s;
+}
+
+/* Packs B[k][n] on the calling thread. */
+static void op_pack_here(const float *b, size_t ks, size_t ns, int k, int n, float *out) {
+    gemm_pack_args g = {b, ks, ns, k, n, out};
+    gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
+}
+
+/* One tile of queries and keys: P from the saved lse, dP = dO V^T, dS = P (dP - D) scale, then dQ += dS K, dK += dS^T Q and
+ * dV += P^T dO (Dao et al., FlashAttention-2, without a T x T matrix). */
+static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, int k0,
+                             const op_attn_bwd_scratch *b) {
+    int g = h / (a->heads / a->kv_heads), hd = a->hd, nq = base_min(OP_QUERIES, s->n - q0);
+    int nk = base_min(OP_KEYS, base_min(s->n, q0 + nq) - k0), np = (int)gemm_panels(nk);
+    size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd);
+    size_t qcol = (size_t)(h * hd), kcol = (size_t)((a->heads + g) * hd);
+    size_t vcol = kcol + (size_t)(a->kv_heads * hd), rows = base_round_up((size_t)s->n, RLHF_LANES);
+    float scale = 1.0f / sqrtf((float)hd);
+    gemm_args ga = {.m = nq, .n = np * RLHF_LANES};
+    ga.t = (gemm_tile_args){.k = hd, .a = a->qkv + (size_t)(s->row + q0) * ldq + qcol, .rs = ldq,
+                            .cs = 1, .b = s->kv.k + (size_t)g * (size_t)hd * (size_t)s->kv.cap +
+                                          (size_t)k0 * (size_t)hd,
+                            .bs = (size_t)hd * RLHF_LANES, .c = b->p, .ldc = OP_KEYS};
+    gemm_block(a->kt, &ga, 0, nq, 0, np);
+    ga.t.a = a->dout + (size_t)(s->row + q0) * ldo + qcol;
+    ga.t.rs = ldo;
+    ga.t.b = b->vk + (size_t)k0 * (size_t)hd;
+    ga.t.c = b->dp;
+    gemm_block(a->kt, &ga, 0, nq, 0, np);
+    for (int r = 0; r < nq; r++) {
+        int see = base_max(0, base_min(nk, q0 + r + 1 - k0));
+        float *p = b->p + (size_t)r * OP_KEYS, *dp = b->dp + (size_t)r * OP_KEYS;
+        a->kt->prob(see, p, scale,
+                    a->lse[(size_t)(s->row + q0 + r) * (size_t)a->heads + (size_t)h]);
+        a->kt->ds(see, p, dp, b->d[q0 + r], scale);
+        memset(p + see, 0, (size_t)(nk - see) * sizeof *p);
+        memset(dp + see, 0, (size_t)(nk - see) * sizeof *dp);
+    }
+    int hp = (int)gemm_panels(hd);
+    gemm_args gq = {.m = nq, .n = hd}; /* dQ */
+    gq.t = (gemm_tile_args){.k = nk, .a = b->dp, .rs = OP_KEYS, .cs = 1,
+                            .b = b->kv + (size_t)k0 * RLHF_LANES, .bs = rows * RLHF_LANES,
+                            .c = a->dqkv + (size_t)(s->row + q0) * ldq + qcol, .ldc = ldq,
+                            .mode = GEMM_ACC};
+    gemm_block(a->kt, &gq, 0, nq, 0, hp);
+    gemm_args gk = {.m = nk, .n = hd}; /* dK, then dV */
+    gk.t = (gemm_tile_args){.k = nq, .a = b->dp, .rs = 1, .cs = OP_KEYS,
+                            .b = b->q + (size_t)q0 * RLHF_LANES, .bs = rows * RLHF_LANES,
+                            .c = a->dqkv + (size_t)(s->row + k0) * ldq + kcol, .ldc = ldq,
+                            .mode = GEMM_ACC};
+    gemm_block(a->kt, &gk, 0, nk, 0, hp);
+    gk.t.a = b->p;
+    gk.t.b = b->dout + (size_t)q0 * RLHF_LANES;
+    gk.t.c = a->dqkv + (size_t)(s->row + k0) * ldq + vcol;
+    gemm_block(a->kt, &gk, 0, nk, 0, hp);
+}
+
+/* Packs B[k][n] whose panels are `rows` long rather than k. */
+static void op_pack_rows(const float *b, size_t ks, int k, int n, size_t rows, float *out) {
+    for (int p = 0; p < (int)gemm_panels(n); p++)
+        op_pack_here(b + p * RLHF_LANES, ks, 1, k, base_min(RLHF_LANES, n - p * RLHF_LANES),
+                     out + (size_t)p * rows * RLHF_LANES);
+}
+
+static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_attn *a = arg;
+    int of = a->heads / a->kv_heads, hd = a->hd;
+    size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd);
+    for (int64_t i = lo; i < hi; i++) {
+        const op_seq *s = a->seq + i / a->kv_heads;
+        int g = (int)(i % a->kv_heads);
+        size_t rows = base_round_up((size_t)s->n, RLHF_LANES);
+        op_attn_bwd_scratch b =
+            op_attn_bwd_layout(s->n, hd, a->scratch + (size_t)thread * a->scratch_size);
+        const float *x = a->qkv + (size_t)s->row * ldq, *k = x + (a->heads + g) * hd;
+        op_pack_here(k + a->kv_heads * hd, 1, ldq, hd, s->n, b.vk);
+        op_pack_rows(k, ldq, s->n, hd, rows, b.kv);
+        for (int h = g * of; h < (g + 1) * of; h++) {
+            const float *dout = a->dout + (size_t)s->row * ldo + h * hd;
+            const float *o = a->o + (size_t)s->row * ldo + h * hd;
+            op_pack_rows(x + h * hd, ldq, s->n, hd, rows, b.q);
+            op_pack_rows(dout, ldo, s->n, hd, rows, b.dout);
+            for (int r = 0; r < s->n; r++)
+                b.d[r] = a->kt->dot(hd, dout + (size_t)r * ldo, o + (size_t)r * ldo);
+            for (int q = 0; q < s->n; q += OP_QUERIES)
+                for (int t = 0; t < base_min(s->n, q + OP_QUERIES); t += OP_KEYS)
+                    op_attn_bwd_tile(a, s, h, q, t, &b);
+        }
+    }
+}
+
+/* dqkv from dout, for whole sequences (past 0), before op_rope with sign -1. */
+static void op_attn_bwd(op_env *e, op_attn *a) {
+    arena_mark mark = arena_save(e->ws);
+    int longest = 1;
+    for (int i = 0; i < a->seqs; i++) longest = base_max(longest, a->seq[i].n);
+    a->scratch_size = op_attn_bwd_layout(longest, a->hd, NULL).size;
+    a->scratch = arena_floats(e->ws, a->scratch_size, (size_t)e->ctx->threads);
+    par_for(e->ctx, (int64_t)a->seqs * a->kv_heads, 1, op_attn_bwd_groups, a);
+    arena_restore(e->ws, mark);
+}
+
+/* ---- vocabulary: log-probabilities, cross-entropy, KL, without ever holding all logits ---- */
+
+/* What is known of each row's distribution softmax(logits * scale). Arrays may be null. */
+typedef struct op_rows {
+    float *logp;    /* of the row's target */
+    float *entropy;
+    uint8_t *hit;   /* 1: the target is a most likely token */
+} op_rows;
+
+/* d loss / d logp of rows [row, row + n), from what the forward pass found. */
+typedef void op_coef_fn(void *user, int row, int n, const op_rows *found, float *coef);
+
+typedef struct op_vocab {
+    const k_table *k;
+    int n; /* vocabulary */
+    float scale;
+    float *logits, *other; /* [rows of the chunk][n] */
+    const int32_t *target; /* of the chunk, as are the following */
+    op_rows out;
+    float *lse, *coef, *kl, *other_logp;
+} op_vocab;
+
+/* Rows of logits held at once: about 4 MiB, so that they stay near the cores. */
+static int op_vocab_chunk(int vocab) {
+    int rows = (1 << 20) / vocab / 12 * 12;
+    return base_max(24, base_min(rows, 480));
+}
+
+static void op_vocab_stats(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_vocab *v = arg;
+    (void)thread;
+    for (int64_t r = lo; r < hi; r++) {
+        const float *x = v->logits + (size_t)r * (size_t)v->n;
+        k_stats s = v->k->stats(v->n, x, v->scale);
+        float z = x[v->target[r]] * v->scale;
+        v->lse[r] = s.lse;
+        if (v->out.logp) v->out.logp[r] = z - s.lse;
+        if (v->out.entropy) v->out.entropy[r] = s.entropy;
+        if (v->out.hit) v->out.hit[r] = z >= s.max;
+        if (!v->other) continue;
+        const float *y = v->other + (size_t)r * (size_t)v->n;
+        k_stats t = v->k->stats(v->n, y, v->scale);
+        if (v->kl) v->kl[r] = (float)v->k->kl(v->n, x, y, v->scale, s.lse, t.lse);
+        if (v->other_logp) v->other_logp[r] = y[v->target[r]] * v->scale - t.lse;
+    }
+}
+
+/* logits become their gradient: coef scale (onehot - p). */
+static void op_vocab_grad(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_vocab *v = arg;
+    (void)thread;
+    for (int64_t r = lo; r < hi; r++) {
+        float *x = v->logits + (size_t)r * (size_t)v->n, c = v->coef[r] * v->scale;
+        v->k->ce(v->n, x, v->scale, v->lse[r], -c);
+        x[v->target[r]] += c;
+    }
+}
+
+/* The part [row, row + ...) of arrays that start at row 0. */
+static op_rows op_rows_at(const op_rows *o, int row) {
+    return (op_rows){o->logp ? o->logp + row : NULL, o->entropy ? o->entropy + row : NULL,
+                     o->hit ? o->hit + row : NULL};
+}
+
+/* rows hidden states x [rows][d] against the vocabulary, in chunks: fills out; with coef also dx [rows][d] (overwritten) and
+ * the weight's gradient. */
+static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x,
+                         const int32_t *target, float scale, const op_rows *out, op_coef_fn *coef,
+                         void *user, float *dx) {
+    arena_mark mark = arena_save(e->ws);
+    int chunk = base_min(op_vocab_chunk(w->n), base_max(rows, 1));
+    op_vocab v = {.k = e->ctx->k, .n = w->n, .scale = scale};
+    v.logits = arena_floats(e->ws, (size_t)chunk, (size_t)w->n);
+    v.lse = arena_floats(e->ws, (size_t)chunk, 2);
+    v.coef = v.lse + chunk;
+    float *packed = NULL;
+    if (coef) {
+        packed = arena_floats(e->ws, gemm_packed_size(w->n, w->k), 1);
+        gemm_pack(e->ctx, w->w, (size_t)w->k, 1, w->n, w->k, packed);
+    }
+    for (int r = 0; r < rows; r += chunk) {
+        int n = base_min(chunk, rows - r);
+        const float *xr = x + (size_t)r * (size_t)w->k;
+        op_linear(e, w, n, xr, v.logits, GEMM_STORE, NULL, NULL);
+        v.target = target + r;
+        v.out = op_rows_at(out, r);
+        par_for(e->ctx, n, 1, op_vocab_stats, &v);
+        if (!coef) continue;
+        coef(user, r, n, &v.out, v.coef);
+        par_for(e->ctx, n, 1, op_vocab_grad, &v);
+        op_linear_bwd_x(e, w, n, v.logits, dx + (size_t)r * (size_t)w->k, packed);
+        op_linear_bwd_w(e, w, n, xr, v.logits);
+    }
+    arena_restore(e->ws, mark);
+}
+
+/* Two models on the same rows: kl[r] = KL(first || second), other_logp[r] = the second's log-probability of the target; out
+ * is about the first. */
+static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, const op_weight *w2,
+                             const float *x2, int rows, const int32_t *target, float scale,
+                             const op_rows *out, float *kl, float *other_logp) {
+    arena_mark mark = arena_save(e->ws);
+    int chunk = base_min(op_vocab_chunk(w->n), base_max(rows, 1));
+    op_vocab v = {.k = e->ctx->k, .n = w->n, .scale = scale};
+    v.logits = arena_floats(e->ws, (size_t)chunk, (size_t)w->n);
+    v.other = arena_floats(e->ws, (size_t)chunk, (size_t)w->n);
+    v.lse = arena_floats(e->ws, (size_t)chunk, 1);
+    for (int r = 0; r < rows; r += chunk) {
+        int n = base_min(chunk, rows - r);
+        op_linear(e, w, n, x + (size_t)r * (size_t)w->k, v.logits, GEMM_STORE, NULL, NULL);
+        op_linear(e, w2, n, x2 + (size_t)r * (size_t)w2->k, v.other, GEMM_STORE, NULL, NULL);
+        v.target = target + r;
+        v.out = op_rows_at(out, r);
+        v.kl = kl ? kl + r : NULL;
+        v.other_logp = other_logp ? other_logp + r : NULL;
+        par_for(e->ctx, n, 1, op_vocab_stats, &v);
+    }
+    arena_restore(e->ws, mark);
+}
+/* ============================================================================================
+ * MARK: - 10 IO (io_)
+ * Files. Reads are bounded and unpack gzip by themselves; large read-only files are mapped; a file
+ * is written beside its place and renamed, so that a reader never sees half of one and a failed
+ * call leaves nothing behind. Every error names the path and the system's reason.
+ * ============================================================================================ */
+
+/* The bound for files that are read whole: far above any tokenizer, below a mistake. */
+#define IO_LIMIT ((size_t)1 << 32)
+
+/* A read-only view of a whole file. */
+typedef struct io_view {
+    const unsigned char *data;
+    size_t size;
+} io_view;
+
+/* A file being written under a temporary name. */
+typedef struct io_file {
+    rlhf_ctx *ctx;
+    FILE *stream;
+    char *path, *temp;
+} io_file;
+
+__attribute__((noreturn))
+static void io_fail(rlhf_ctx *ctx, const char *verb, const char *path, int error) {
+    err_throw(ctx, RLHF_ERR_IO, "%s: cannot %s: %s", path, verb, strerror(error));
+}
+
+static int io_exists(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0;
+}
+
+static int io_is_dir(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+/* dir/name, as a block. An empty dir is the current one. */
+static char *io_join(rlhf_ctx *ctx, const char *dir, const char *name) {
+    size_t n = strlen(dir);
+    return mem_printf(ctx, "%s%s%s", dir, n && dir[n - 1] != '/' ? "/" : "", name);
+}
+
+/* Makes a directory and those above it; one that exists is as good as made. */
+static void io_mkdirs(rlhf_ctx *ctx, const char *dir) {
+    if (!*dir) return;
+    char *path = mem_strdup(ctx, dir);
+    for (char *p = path + 1;; p++) {
+        char c = *p;
+        if (c && c != '/') continue;
+        *p = 0;
+        if (mkdir(path, 0777) != 0 && errno != EEXIST)
+            io_fail(ctx, "make the directory", path, errno);
+        *p = c;
+        if (!c) break;
+    }
+    if (!io_is_dir(path)) io_fail(ctx, "make the directory", path, ENOTDIR);
+    mem_free(path);
+}
+
+static void io_close_gz(void *gz) {
+    gzclose((gzFile)gz);
+}
+
+/* The whole file as a NUL-terminated block of *len bytes; gzip is recognised by its first bytes.
+ * More than limit bytes (unpacked) are an error. */
+static char *io_read(rlhf_ctx *ctx, const char *path, size_t limit, size_t *len) {
+    struct stat st;
+    if (stat(path, &st) != 0) io_fail(ctx, "read", path, errno);
+    if (S_ISDIR(st.st_mode)) io_fail(ctx, "read", path, EISDIR);
+    gzFile gz = gzopen(path, "rb");
+    if (!gz) io_fail(ctx, "read", path, errno ? errno : ENOMEM);
+    err_defer(ctx, io_close_gz, gz);
+    gzbuffer(gz, 1 << 17);
+    /* One byte over the size lets the last read see the end without growing. */
+    size_t n = 0, cap = st.st_size > 0 ? (size_t)st.st_size + 1 : 4096;
+    if (cap > limit) cap = limit + 1;
+    char *p = mem_alloc(ctx, cap + 1);
+    for (;;) {
+        if (n == cap) {
+            cap = base_mul(ctx, cap, 2);
+            p = mem_realloc(ctx, p, cap + 1);
+        }
+        size_t want = cap - n < (1u << 30) ? cap - n : (1u << 30);
+        errno = 0;
+        int got = gzread(gz, p + n, (unsigned)want), code = Z_OK;
+        if (got < (int)want) {
+            gzerror(gz, &code);
+            if (code == Z_ERRNO) io_fail(ctx, "read", path, errno);
+            if (got < 0 || (code != Z_OK && code != Z_STREAM_END))
+                err_throw(ctx, RLHF_ERR_IO, "%s: the gzip data is damaged or cut short", path);
+        }
+        n += (size_t)got;
+        if (n > limit) err_throw(ctx, RLHF_ERR_IO, "%s: larger than %zu bytes", path, limit);
+        if (got == 0) break;
+    }
+    err_release(ctx);
+    p[n] = 0;
+    *len = n;
+    return p;
+}
+
+static void io_unmap(void *view) {
+    io_view *v = view;
+    if (v->size) munmap((void *)(uintptr_t)v->data, v->size);
+    mem_free(v);
+}
+
+/* Maps a file. The view is deferred: err_keep it to own it (io_unmap gives it back), or err_release
+ * it. An empty file is a view of size 0. */
+static io_view *io_map(rlhf_ctx *ctx, const char *path) {
+    io_view *v = mem_zalloc(ctx, 1, sizeof *v);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) io_fail(ctx, "read", path, errno);
+    struct stat st;
+    int error = fstat(fd, &st) != 0 ? errno : S_ISDIR(st.st_mode) ? EISDIR : 0;
+    void *p = NULL;
+    if (!error && st.st_size > 0) {
+        p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (p == MAP_FAILED) error = errno;
+    }
+    close(fd);
+    if (error) io_fail(ctx, "read", path, error);
+    v->data = p;
+    v->size = (size_t)st.st_size;
+    err_defer(ctx, io_unmap, v);
+    return v;
+}
+
+static void io_discard(void *file) {
+    io_file *f = file;
+    if (f->stream) fclose(f->stream);
+    unlink(f->temp);
+    mem_free(f->temp);
+    mem_free(f->path);
+    mem_free(f);
+}
+
+/* Begins a file that appears under path at io_commit, and not at all if the call fails before.
+ * Stays on the defer stack until then. */
+static io_file *io_create(rlhf_ctx *ctx, const char *path) {
+    io_file *f = mem_zalloc(ctx, 1, sizeof *f);
+    f->ctx = ctx;
+    f->path = mem_strdup(ctx, path);
+    f->temp = mem_printf(ctx, "%s.%ld.tmp", path, (long)getpid());
+    f->stream = fopen(f->temp, "wb");
+    if (!f->stream) io_fail(ctx, "write", path, errno);
+    err_defer(ctx, io_discard, f);
+    return f;
+}
+
+static void io_write(io_file *f, const void *data, size_t n) {
+    if (n && fwrite(data, 1, n, f->stream) != n) io_fail(f->ctx, "write", f->path, errno);
+}
+
+/* Makes the renaming of path last: best effort, some file systems cannot. */
+static void io_sync_parent(rlhf_ctx *ctx, const char *path) {
+    const char *slash = strrchr(path, '/');
+    char *dir = slash ? mem_strndup(ctx, path, (size_t)(slash - path) + 1) : mem_strdup(ctx, ".");
+    int fd = open(dir, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0) {
+        (void)fsync(fd);
+        close(fd);
+    }
+    mem_free(dir);
+}
+
+/* Puts the file in its place. It must be the newest deferred resource. */
+static void io_commit(io_file *f) {
+    rlhf_ctx *ctx = f->ctx;
+    if (fflush(f->stream) != 0 || fsync(fileno(f->stream)) != 0)
+        io_fail(ctx, "write", f->path, errno);
+    int failed = fclose(f->stream);
+    f->stream = NULL;
+    if (failed || rename(f->temp, f->path) != 0) io_fail(ctx, "write", f->path, errno);
+    io_sync_parent(ctx, f->path);
+    /* The temporary is gone: what is left to discard is memory. */
+    err_release(ctx);
+}
+
+/* One block as a whole file. */
+static void io_write_file(rlhf_ctx *ctx, const char *path, const void *data, size_t n) {
+    io_file *f = io_create(ctx, path);
+    io_write(f, data, n);
+    io_commit(f);
+}
+
+/* ============================================================================================
+ * MARK: - 11 JSON (json_)
+ * What jansson lacks: errors that say file, line, key, what was found and what was expected; and
+ * values that a failed call gives back. Parsed values are put on the defer stack, so that they
+ * follow err_release / err_keep like any other resource. null counts as absent.
+ * ============================================================================================ */
+
+/* Where a value came from, for messages. */
+typedef struct json_src {
+    rlhf_ctx *ctx;
+    rlhf_status status; /* of errors: RLHF_ERR_FORMAT, or RLHF_ERR_DATA for records */
+    const char *file;
+    int64_t line;   /* of the text's first line in the file; 0: messages name no line */
+    const char *at; /* path of the enclosing object ("model."), "" at the top */
+} json_src;
+
+static json_src json_source(rlhf_ctx *ctx, const char *file) {
+    return (json_src){ctx, RLHF_ERR_FORMAT, file, 0, ""};
+}
+
+static void json_drop(void *value) {
+    json_decref(value);
+}
+
+/* Gives the reference to the defer stack. null, jansson's only error when building, is thrown. */
+static json_t *json_hold(rlhf_ctx *ctx, json_t *value) {
+    if (!value) err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+    err_defer(ctx, json_drop, value);
+    return value;
+}
+
+/* Parses len bytes; the value is held (err_release gives it back). For a line of a JSONL file,
+ * src->line is its number. */
+static json_t *json_parse(const json_src *src, const char *text, size_t len) {
+    json_error_t e;
+    size_t flags = JSON_ALLOW_NUL | JSON_DECODE_ANY;
+    json_t *v = json_loadb(text, len, flags, &e);
+    /* transformers writes 10^30 for "no limit": then all integers are read as reals. */
+    if (!v && json_error_code(&e) == json_error_numeric_overflow)
+        v = json_loadb(text, len, flags | JSON_DECODE_INT_AS_REAL, &e);
+    if (v) return json_hold(src->ctx, v);
+    if (json_error_code(&e) == json_error_out_of_memory)
+        err_throw(src->ctx, RLHF_ERR_MEMORY, "%s: out of memory for the JSON value", src->file);
+    int64_t line = (src->line > 0 ? src->line - 1 : 0) + (e.line > 0 ? e.line : 1);
+    err_throw(src->ctx, src->status, "%s:%lld: bad JSON: %s", src->file, (long long)line, e.text);
+}
+
+/* The value of a whole file, held. */
+static json_t *json_read(const json_src *src) {
+    size_t len;
+    char *text = io_read(src->ctx, src->file, IO_LIMIT, &len);
+    json_t *v = json_parse(src, text, len);
+    mem_free(text);
+    return v;
+}
+
+/* A value for a message: scalars as written, shortened; others by kind. */
+static const char *json_show(const json_t *v, char *out, size_t size) {
+    if (!v) snprintf(out, size, "nothing");
+    else if (json_is_object(v)) snprintf(out, size, "an object");
+    else if (json_is_array(v)) snprintf(out, size, "an array");
+    else if (json_is_string(v))
+        snprintf(out, size, "\"%.40s%s\"", json_string_value(v),
+                 json_string_length(v) > 40 ? "..." : "");
+    else if (json_is_integer(v)) snprintf(out, size, "%lld", (long long)json_integer_value(v));
+    else if (json_is_real(v)) snprintf(out, size, "%g", json_real_value(v));
+    else snprintf(out, size, "%s", json_is_true(v) ? "true" : json_is_false(v) ? "false" : "null");
+    return out;
+}
+
+/* "file:line: " or "file: ". */
+static const char *json_place(const json_src *src, char *out, size_t size) {
+    if (src->line > 0) snprintf(out, size, "%s:%lld", src->file, (long long)src->line);
+    else snprintf(out, size, "%s", src->file);
+    return out;
+}
+
+/* Throws: the key is missing (found null) or has the wrong value. */
+__attribute__((noreturn))
+static void json_bad(const json_src *src, const char *key, const json_t *found,
+                     const char *expected) {
+    char place[512], value[80];
+    json_place(src, place, sizeof place);
+    if (!found || json_is_null(found))
+        err_throw(src->ctx, src->status, "%s: missing \"%s%s\" (expected %s)", place, src->at, key,
+                  expected);
+    err_throw(src->ctx, src->status, "%s: key \"%s%s\": found %s, expected %s", place, src->at, key,
+              json_show(found, value, sizeof value), expected);
+}
+
+/* The member, or null if it is absent or null. */
+static json_t *json_get(const json_t *object, const char *key) {
+    json_t *v = json_object_get(object, key);
+    return v && !json_is_null(v) ? v : NULL;
+}
+
+/* Required members (json_need_*) and optional ones with a default (json_opt_*). Strings, arrays and
+ * objects are borrowed from the parsed value. */
+
+static json_t *json_need_object(const json_src *src, const json_t *object, const char *key) {
+    json_t *v = json_get(object, key);
+    if (!json_is_object(v)) json_bad(src, key, v, "an object");
+    return v;
+}
+
+static json_t *json_opt_object(const json_src *src, const json_t *object, const char *key) {
+    return json_get(object, key) ? json_need_object(src, object, key) : NULL;
+}
+
+static json_t *json_need_array(const json_src *src, const json_t *object, const char *key) {
+    json_t *v = json_get(object, key);
+    if (!json_is_array(v)) json_bad(src, key, v, "an array");
+    return v;
+}
+
+static json_t *json_opt_array(const json_src *src, const json_t *object, const char *key) {
+    return json_get(object, key) ? json_need_array(src, object, key) : NULL;
+}
+
+static const char *json_need_str(const json_src *src, const json_t *object, const char *key) {
+    json_t *v = json_get(object, key);
+    if (!json_is_string(v)) json_bad(src, key, v, "a string");
+    if (strlen(json_string_value(v)) != json_string_length(v))
+        json_bad(src, key, v, "a string without NUL characters");
+    return json_string_value(v);
+}
+
+static const char *json_opt_str(const json_src *src, const json_t *object, const char *key,
+                                const char *def) {
+    return json_get(object, key) ? json_need_str(src, object, key) : def;
+}
+
+/* A real without fraction is an integer too. */
+static int64_t json_need_int(const json_src *src, const json_t *object, const char *key, int64_t lo,
+                             int64_t hi) {
+    json_t *v = json_get(object, key);
+    int64_t i = json_integer_value(v);
+    int ok = json_is_integer(v);
+    double r = json_real_value(v);
+    if (json_is_real(v) && fabs(r) < 9e15 && r == floor(r)) {
+        i = (int64_t)r;
+        ok = 1;
+    }
+    if (ok && i >= lo && i <= hi) return i;
+    char expected[96];
+    snprintf(expected, sizeof expected, "an integer from %lld to %lld", (long long)lo,
+             (long long)hi);
+    json_bad(src, key, v, expected);
+}
+
+static int64_t json_opt_int(const json_src *src, const json_t *object, const char *key, int64_t lo,
+                            int64_t hi, int64_t def) {
+    return json_get(object, key) ? json_need_int(src, object, key, lo, hi) : def;
+}
+
+static double json_need_real(const json_src *src, const json_t *object, const char *key) {
+    json_t *v = json_get(object, key);
+    if (!json_is_number(v)) json_bad(src, key, v, "a number");
+    return json_number_value(v);
+}
+
+static double json_opt_real(const json_src *src, const json_t *object, const char *key,
+                            double def) {
+    return json_get(object, key) ? json_need_real(src, object, key) : def;
+}
+
+static int json_opt_bool(const json_src *src, const json_t *object, const char *key, int def) {
+    json_t *v = json_get(object, key);
+    if (!v) return def;
+    if (!json_is_boolean(v)) json_bad(src, key, v, "true or false");
+    return json_is_true(v);
+}
+
+/* The value as text, a block of *len bytes. flags: jansson's, such as JSON_COMPACT. */
+static char *json_text(rlhf_ctx *ctx, const json_t *value, size_t flags, size_t *len) {
+    flags |= JSON_ENCODE_ANY | JSON_REAL_PRECISION(17);
+    size_t n = json_dumpb(value, NULL, 0, flags);
+    char *p = mem_alloc(ctx, n + 1);
+    if (n == 0 || json_dumpb(value, p, n, flags) != n)
+        err_throw(ctx, RLHF_ERR_MEMORY, "out of memory while writing JSON");
+    p[n] = 0;
+    if (len) *len = n;
+    return p;
+}
+
+/* Writes the value, indented and with a final newline, as a whole file. */
+static void json_write_file(rlhf_ctx *ctx, const char *path, const json_t *value) {
+    size_t n;
+    char *text = json_text(ctx, value, JSON_INDENT(2), &n);
+    io_file *f = io_create(ctx, path);
+    io_write(f, text, n);
+    io_write(f, "\n", 1);
+    io_commit(f);
+    mem_free(text);
+}
+
+/* ============================================================================================
+ * MARK: - 12 TOK (tok_)
+ * Tokenizers as Hugging Face's tokenizer.json describes them: byte-level and SentencePiece-style
+ * BPE. Opening flattens the file into a list of steps (split at added tokens, normalize, split at
+ * added tokens again, pre-tokenize) that tok_run walks recursively down to words; a word becomes
+ * symbols that are merged by rank. What the file asks for and is not known here is an error that
+ * names it; only its truncation and padding are ignored, as transformers does too. Text that is
+ * not UTF-8 counts as what Python's errors="replace" makes of it: U+FFFD for each maximal bad part.
+ * Tests: test/test_tok.c
+ * ============================================================================================ */
+
+#include <utf8proc.h>
+
+enum {
+    TOK_CACHE = 1 << 15,   /* words whose ids are remembered; a power of two */
+    TOK_CACHE_KEY = 26,    /* longest such word in bytes, and its longest ids: 64 bytes an entry */
+    TOK_CACHE_IDS = 9,
+    TOK_MAX_ID = 1 << 24,  /* ids beyond are a damaged file, not a vocabulary */
+    TOK_MIN_PAIRS = 2,     /* training merges no pair that occurs less often */
+    TOK_BYTE_CPS = 324     /* one more than the largest character that stands for a byte */
+};
+
+/* Kinds of steps. Encoding: text is cut (ADDED, SPLIT) or rewritten. Decoding: lists of tokens. */
+enum {
+    TOK_ADDED,     /* cut out added tokens; mode: 0 those matched as written, 1 the normalized */
+    TOK_SPLIT,     /* cut at matches of re; mode: behavior; flag: at what does not match */
+    TOK_UNICODE,   /* mode: utf8proc's options for the normal form */
+    TOK_REPLACE,   /* matches of re by text; decoding: in each token */
+    TOK_PREFIX,    /* put text before; mode: always, unless there, also only at the start */
+    TOK_BYTES,     /* decode: characters that stand for bytes */
+    TOK_FALLBACK,  /* decode: <0xHH> tokens */
+    TOK_FUSE,      /* decode: all tokens become one */
+    TOK_STRIP,     /* decode: text off the ends, at most mode and flag times */
+    TOK_METASPACE  /* decode: text is a space; mode: it vanishes from the first token */
+};
+enum { TOK_ALWAYS, TOK_UNLESS, TOK_FIRST };
+enum { TOK_ISOLATED, TOK_REMOVED, TOK_CONTIGUOUS, TOK_WITH_PREVIOUS, TOK_WITH_NEXT };
+
+#define TOK_GPT2_PATTERN                                                                           \
+    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+#define TOK_END_OF_TEXT "<|endoftext|>"
+#define TOK_SPACE "\xE2\x96\x81" /* U+2581, SentencePiece's visible space */
+
+typedef struct tok_step {
+    int kind, mode, flag;
+    pcre2_code *re;
+    const char *text;
+    size_t len;
+} tok_step;
+
+typedef struct tok_piece {
+    const char *text; /* null: no such id */
+    int len;
+    int special;
+} tok_piece;
+
+/* A token that is found in the text before anything else. */
+typedef struct tok_added {
+    const char *content; /* as in the file */
+    const char *text;    /* as it is looked for */
+    size_t len;
+    int32_t id;
+    int lstrip, rstrip, single_word, normalized;
+} tok_added;
+
+typedef struct tok_rule {
+    int32_t left, right, id;
+} tok_rule;
+
+typedef struct tok_cached {
+    uint8_t len, n;
+    char key[TOK_CACHE_KEY];
+    int32_t ids[TOK_CACHE_IDS];
+} tok_cached;
+_Static_assert(sizeof(tok_cached) == 64, "one cache line");
+
+typedef struct tok_word_id { char *key; int32_t value; } tok_word_id;
+typedef struct tok_char_id { uint32_t key; int32_t value; } tok_char_id;
+typedef struct tok_pair_rank { uint64_t key; int32_t value; } tok_pair_rank;
+
+struct rlhf_tokenizer {
+    rlhf_ctx *ctx;
+    char *json, *config, *jinja; /* the files as read; saved as they were. null: there was none */
+    size_t json_len, config_len, jinja_len;
+    pcre2_general_context *pcre;
+    tok_piece *pieces;           /* [vocab_size] */
+    int vocab_size;              /* largest id + 1 */
+    char *blob;                  /* texts of the model's pieces */
+    tok_word_id *words;          /* stb_ds: text -> id, of the model's pieces */
+    tok_char_id *chars;          /* stb_ds: code point -> id, of pieces of one character */
+    tok_pair_rank *ranks;        /* stb_ds: (left id << 32 | right id) -> index in rules */
+    tok_rule *rules;
+    tok_added *added;            /* stb_ds; those of mode 0, then 1; by first byte, longest first */
+    int bucket[2][257];          /* where each first byte begins in added */
+    tok_step *steps, *decoders;  /* stb_ds */
+    char **texts;                /* stb_ds: strings that steps point at */
+    int32_t *before, *after;     /* stb_ds: ids the post-processor adds */
+    int32_t byte_id[256];        /* of the byte's character, or of <0xHH> */
+    uint16_t byte_cp[256];       /* the character that stands for a byte (GPT-2) */
+    int16_t cp_byte[TOK_BYTE_CPS];
+    int byte_level, byte_fallback, fuse_unk, ignore_merges;
+    int unk, eos, bos;           /* -1: none */
+    int longest;                 /* bytes of the longest piece */
+    int cut;                     /* no merge joins anything with a U+2581 after it */
+    int chat;                    /* index in tok_chats; -1: a template that is not known here */
+    tok_cached *cache;           /* [TOK_CACHE], by hash */
+};
+
+/* Growable ids. The memory is blocks of the context: it belongs to the call that made it. */
+typedef struct tok_ids {
+    int32_t *ids;
+    int n, cap;
+} tok_ids;
+
+/* Growable bytes. */
+typedef struct tok_buf {
+    rlhf_ctx *ctx;
+    char *p;
+    size_t n, cap;
+} tok_buf;
+
+static void tok_push(rlhf_ctx *ctx, tok_ids *a, int32_t id) {
+    if (a->n == a->cap) {
+        if (a->cap > INT_MAX / 2) err_throw(ctx, RLHF_ERR_MEMORY, "more than 2^31 tokens");
+        int cap = a->cap ? a->cap * 2 : 64;
+        a->ids = mem_realloc(ctx, a->ids, (size_t)cap * sizeof *a->ids);
+        a->cap = cap;
+    }
+    a->ids[a->n++] = id;
+}
+
+static void tok_put(tok_buf *b, const char *s, size_t n) {
+    if (b->cap - b->n <= n) {
+        b->cap = base_mul(b->ctx, b->cap + n + 32, 2);
+        b->p = mem_realloc(b->ctx, b->p, b->cap);
+    }
+    if (n) memcpy(b->p + b->n, s, n);
+    b->n += n;
+    b->p[b->n] = 0;
+}
+
+/* ---- UTF-8 ---- */
+
+/* The character at s, n > 0 bytes left: its length; *cp = UINT32_MAX for a bad sequence, whose
+ * length is that of its longest prefix that some character begins with (Unicode 3.9, as Python). */
+static int tok_char(const char *s, size_t n, uint32_t *cp) {
+    const unsigned char *p = (const unsigned char *)s;
+    uint32_t c = p[0];
+    *cp = c;
+    if (c < 0x80) return 1;
+    *cp = UINT32_MAX;
+    if (c < 0xC2 || c > 0xF4) return 1;
+    int need = c < 0xE0 ? 1 : c < 0xF0 ? 2 : 3;
+    unsigned lo = c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80;
+    unsigned hi = c == 0xED ? 0x9F : c == 0xF4 ? 0x8F : 0xBF;
+    uint32_t value = c & (0x3Fu >> need);
+    for (int i = 1; i <= need; i++) {
+        if ((size_t)i >= n || p[i] < lo || p[i] > hi) return i;
+        value = value << 6 | (p[i] & 0x3Fu);
+        lo = 0x80;
+        hi = 0xBF;
+    }
+    *cp = value;
+    return need + 1;
+}
+
+static int tok_put_char(char out[4], uint32_t cp) {
+    return (int)utf8proc_encode_char((utf8proc_int32_t)cp, (utf8proc_uint8_t *)out);
+}
+
+/* null if the text is UTF-8; else a block with U+FFFD for what is not, and its length in *n. */
+static char *tok_lossy(rlhf_ctx *ctx, const char *s, size_t *n) {
+    tok_buf b = {ctx, NULL, 0, 0};
+    size_t done = 0, i = 0, len = *n;
+    while (i < len) {
+        uint64_t eight;
+        if (len - i >= 8 && (memcpy(&eight, s + i, 8), !(eight & 0x8080808080808080u))) {
+            i += 8;
+            continue;
+        }
+        uint32_t cp;
+        int k = tok_char(s + i, len - i, &cp);
+        if (cp == UINT32_MAX) {
+            tok_put(&b, s + done, i - done);
+            tok_put(&b, "\xEF\xBF\xBD", 3);
+            done = i + (size_t)k;
+        }
+        i += (size_t)k;
+    }
+    if (!b.p) return NULL;
+    tok_put(&b, s + done, len - done);
+    *n = b.n;
+    return b.p;
+}
+
+/* White_Space of Unicode. */
+static int tok_is_space(uint32_t c) {
+    return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F ||
+           c == 0x205F || c == 0x3000;
+}
+
+/* What \w matches: letters, marks, decimal and letter numbers, connectors, joiners. */
+static int tok_is_word(uint32_t c) {
+    int g = (int)utf8proc_category((utf8proc_int32_t)c);
+    return (g >= UTF8PROC_CATEGORY_LU && g <= UTF8PROC_CATEGORY_NL) || g == UTF8PROC_CATEGORY_PC ||
+           c == 0x200C || c == 0x200D || (c >= 0x24B6 && c <= 0x24E9) ||
+           (c >= 0x1F130 && c <= 0x1F189 && c != 0x1F14A && c != 0x1F14F && c != 0x1F16A);
+}
+
+/* Where the character before s[i] begins, i > 0. */
+static size_t tok_back(const char *s, size_t i) {
+    do i--;
+    while (i > 0 && ((unsigned char)s[i] & 0xC0) == 0x80);
+    return i;
+}
+
+/* ---- regular expressions ---- */
+
+/* pcre2 expects null, not a jump, when memory is out: its calls end here. */
+static void *tok_pcre_alloc(size_t size, void *user) {
+    rlhf_ctx *ctx = user;
+    err_frame frame;
+    mem_enter(ctx, &frame);
+    if (setjmp(frame.jump)) {
+        mem_leave(ctx, 1);
+        return NULL;
+    }
+    void *p = mem_alloc(ctx, size);
+    mem_leave(ctx, 0);
+    return p;
+}
+
+static void tok_pcre_free(void *p, void *user) {
+    (void)user;
+    mem_free(p);
+}
+
+/* The pattern with \s in the sense of Unicode's White_Space (as Oniguruma, with which the patterns
+ * are run by the reference): pcre2's has U+180E besides. All else means the same to both. */
+static char *tok_pattern_text(rlhf_ctx *ctx, const char *s, size_t n) {
+    static const char space[] = "\\t-\\r\\x20\\x85\\xa0\\x{1680}\\x{2000}-\\x{200a}\\x{2028}"
+                                "\\x{2029}\\x{202f}\\x{205f}\\x{3000}";
+    tok_buf b = {ctx, NULL, 0, 0};
+    int in_class = 0;
+    for (size_t i = 0; i < n; i++) {
+        int escaped = s[i] == '\\' && i + 1 < n;
+        if (escaped && (s[i + 1] == 's' || (s[i + 1] == 'S' && !in_class))) {
+            if (!in_class) tok_put(&b, s[i + 1] == 's' ? "[" : "[^", s[i + 1] == 's' ? 1 : 2);
+            tok_put(&b, space, sizeof space - 1);
+            if (!in_class) tok_put(&b, "]", 1);
+            i++;
+            continue;
+        }
+        if (!escaped && s[i] == '[') in_class = 1;
+        if (!escaped && s[i] == ']') in_class = 0;
+        tok_put(&b, s + i, escaped ? 2 : 1);
+        i += (size_t)escaped;
+    }
+    tok_put(&b, "", 0);
+    return b.p;
+}
+
+static pcre2_code *tok_compile(rlhf_tokenizer *t, const json_src *src, const char *pattern,
+                               size_t n, int literal) {
+    rlhf_ctx *ctx = t->ctx;
+    int error;
+    size_t at;
+    char *text = literal ? mem_strndup(ctx, pattern, n) : tok_pattern_text(ctx, pattern, n);
+    pcre2_compile_context *cc = pcre2_compile_context_create(t->pcre);
+    if (!cc) err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a pattern");
+    uint32_t flags = PCRE2_UTF | PCRE2_NO_UTF_CHECK | (literal ? PCRE2_LITERAL : PCRE2_UCP);
+    pcre2_code *re = pcre2_compile((PCRE2_SPTR)text, literal ? n : strlen(text), flags, &error, &at,
+                                   cc);
+    pcre2_compile_context_free(cc);
+    mem_free(text);
+    if (!re && error == PCRE2_ERROR_HEAP_FAILED)
+        err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a pattern");
+    if (!re) {
+        char why[160];
+        pcre2_get_error_message(error, (PCRE2_UCHAR *)why, sizeof why);
+        err_throw(ctx, RLHF_ERR_UNSUPPORTED, "%s: the pattern \"%.*s\": %s", src->file,
+                  n > 200 ? 200 : (int)n, pattern, why);
+    }
+    /* Where there is no JIT, matching works without. */
+    (void)pcre2_jit_compile(re, PCRE2_JIT_COMPLETE);
+    return re;
+}
+
+/* ---- encoding: cuts and rewrites ---- */
+
+typedef struct tok_symbol {
+    int32_t id, prev, next; /* id -1: merged away */
+} tok_symbol;
+
+/* Smallest key first, then smallest tie. */
+typedef struct tok_entry {
+    uint64_t key, tie;
+} tok_entry;
+
+typedef struct tok_heap {
+    rlhf_ctx *ctx;
+    tok_entry *e;
+    size_t n, cap;
+} tok_heap;
+
+typedef struct tok_count { char *key; int64_t value; } tok_count;
+
+/* The state of one call. */
+typedef struct tok_enc {
+    rlhf_tokenizer *t;
+    tok_ids *out;
+    pcre2_match_data *md;
+    tok_symbol *symbols;
+    size_t symbols_cap;
+    tok_heap heap;
+    tok_buf scratch;
+    tok_count **counts; /* training: words are counted here (stb_ds) instead of encoded */
+} tok_enc;
+
+/* Walks the parts of a text. Each step's result: [lo, hi), and id or -1 for text to go on with. */
+typedef struct tok_cursor {
+    const char *s;
+    size_t n;
+    size_t at, search;      /* given out up to at; matches are sought from search on */
+    size_t m_lo, m_hi;      /* a match that is not yet given out */
+    int m_id, found;
+    size_t r_lo, r_hi;      /* a part read ahead, when held */
+    int r_flag, held;
+    size_t lo, hi;
+    int id;
+} tok_cursor;
+
+/* First match of re at or after start: 1 and the range, or 0. */
+static int tok_match(tok_enc *e, const pcre2_code *re, const char *s, size_t n, size_t start,
+                     size_t *lo, size_t *hi) {
+    rlhf_ctx *ctx = e->t->ctx;
+    PCRE2_SPTR p = (PCRE2_SPTR)s;
+    int rc = pcre2_match(re, p, n, start, PCRE2_NO_UTF_CHECK, e->md, NULL);
+    if (rc == PCRE2_ERROR_JIT_STACKLIMIT)
+        rc = pcre2_match(re, p, n, start, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, e->md, NULL);
+    if (rc == PCRE2_ERROR_NOMATCH) return 0;
+    if (rc == PCRE2_ERROR_NOMEMORY) err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a match");
+    if (rc < 0) err_throw(ctx, RLHF_ERR_DATA, "a text is too complex for the tokenizer's pattern");
+    const size_t *ov = pcre2_get_ovector_pointer(e->md);
+    *lo = ov[0];
+    *hi = ov[1];
+    return 1;
+}
+
+/* The next match of st->re or stretch between matches into r_lo, r_hi; r_flag: which. An empty
+ * match is an empty part: it cuts, and is dropped later. */
+static int tok_next_raw(tok_enc *e, const tok_step *st, tok_cursor *c) {
+    if (!c->found) {
+        if (c->at == c->n) return 0;
+        c->found = 1;
+        c->m_lo = c->m_hi = c->n;
+        if (c->search < c->n &&
+            tok_match(e, st->re, c->s, c->n, c->search, &c->m_lo, &c->m_hi)) {
+            uint32_t cp;
+            c->search = c->m_hi;
+            if (c->m_lo == c->m_hi && c->search < c->n)
+                c->search += (size_t)tok_char(c->s + c->search, c->n - c->search, &cp);
+        }
+    }
+    c->r_lo = c->at;
+    c->r_flag = c->at >= c->m_lo;
+    c->r_hi = c->r_flag ? c->m_hi : c->m_lo;
+    c->at = c->r_hi;
+    if (c->r_flag || c->at == c->n) c->found = 0;
+    c->r_flag ^= st->flag;
+    return 1;
+}
+
+/* Whether a part (is_match) goes with its predecessor (was_match). */
+static int tok_joined(int behavior, int was_match, int is_match) {
+    if (behavior == TOK_CONTIGUOUS) return was_match == is_match;
+    if (behavior == TOK_WITH_PREVIOUS) return !was_match && is_match;
+    return behavior == TOK_WITH_NEXT && was_match && !is_match;
+}
+
+static int tok_next_split(tok_enc *e, const tok_step *st, tok_cursor *c) {
+    int flag;
+    c->id = -1;
+    do {
+        if (!c->held && !tok_next_raw(e, st, c)) return 0;
+        c->lo = c->r_lo;
+        c->hi = c->r_hi;
+        flag = c->r_flag;
+        while ((c->held = tok_next_raw(e, st, c)) && tok_joined(st->mode, flag, c->r_flag)) {
+            c->hi = c->r_hi;
+            flag = c->r_flag;
+        }
+    } while (st->mode == TOK_REMOVED && flag);
+    return 1;
+}
+
+/* The longest added token of a set that s begins with, or null. */
+static const tok_added *tok_added_at(const rlhf_tokenizer *t, int set, const char *s, size_t n) {
+    const int *bucket = t->bucket[set] + (unsigned char)*s;
+    for (int i = bucket[0]; i < bucket[1]; i++) {
+        const tok_added *a = &t->added[i];
+        if (a->len <= n && memcmp(a->text, s, a->len) == 0) return a;
+    }
+    return NULL;
+}
+
+/* Whether a token at [lo, hi) stands alone: no word character on either side. */
+static int tok_alone(const char *s, size_t n, size_t lo, size_t hi) {
+    uint32_t cp;
+    if (lo > 0) {
+        size_t i = tok_back(s, lo);
+        tok_char(s + i, n - i, &cp);
+        if (tok_is_word(cp)) return 0;
+    }
+    if (hi == n) return 1;
+    tok_char(s + hi, n - hi, &cp);
+    return !tok_is_word(cp);
+}
+
+/* The range that an added token found at [lo, hi) takes: with lstrip and rstrip also the white
+ * space beside it, as far as no earlier token took it. */
+static void tok_take(const tok_added *a, tok_cursor *c, size_t lo, size_t hi) {
+    uint32_t cp;
+    while (a->lstrip && lo > c->at) {
+        size_t i = tok_back(c->s, lo);
+        tok_char(c->s + i, c->n - i, &cp);
+        if (!tok_is_space(cp)) break;
+        lo = i;
+    }
+    while (a->rstrip && hi < c->n) {
+        int k = tok_char(c->s + hi, c->n - hi, &cp);
+        if (!tok_is_space(cp)) break;
+        hi += (size_t)k;
+    }
+    c->m_lo = lo;
+    c->m_hi = hi;
+    c->m_id = a->id;
+    c->found = 1;
+}
+
+static int tok_next_added(tok_enc *e, const tok_step *st, tok_cursor *c) {
+    const int *bucket = e->t->bucket[st->mode];
+    while (!c->found && c->search < c->n) {
+        size_t i = c->search++;
+        unsigned char b = (unsigned char)c->s[i];
+        if (bucket[b] == bucket[b + 1]) continue;
+        const tok_added *a = tok_added_at(e->t, st->mode, c->s + i, c->n - i);
+        if (!a) continue;
+        c->search = i + a->len;
+        if (!a->single_word || tok_alone(c->s, c->n, i, c->search)) tok_take(a, c, i, c->search);
+    }
+    int token = c->found && c->at >= c->m_lo;
+    if (!token && c->at == c->n) return 0;
+    c->id = token ? c->m_id : -1;
+    c->lo = c->at;
+    c->hi = token ? c->m_hi : c->found ? c->m_lo : c->n;
+    if (token) c->found = 0;
+    c->at = c->hi;
+    return 1;
+}
+
+/* Whether c is a combining mark younger than Unicode 9. The reference's tables are of that version:
+ * to it these are letters, which nothing is moved across. */
+static int tok_is_new_mark(uint32_t c) {
+    static const uint32_t ranges[][2] = {
+        {0x7FD, 0x7FD},     {0x898, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},
+        {0xC3C, 0xC3C},     {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x1715, 0x1715},
+        {0x1ABF, 0x1ACE},   {0x1DF6, 0x1DFA},   {0xA82C, 0xA82C},   {0x10D24, 0x10D27},
+        {0x10EAB, 0x10EAC}, {0x10F46, 0x10F50}, {0x10F82, 0x10F85}, {0x11070, 0x11070},
+        {0x1133B, 0x1133B}, {0x1145E, 0x1145E}, {0x11839, 0x1183A}, {0x1193D, 0x1193E},
+        {0x11943, 0x11943}, {0x119E0, 0x119E0}, {0x11A34, 0x11A34}, {0x11A47, 0x11A47},
+        {0x11A99, 0x11A99}, {0x11D42, 0x11D42}, {0x11D44, 0x11D45}, {0x11D97, 0x11D97},
+        {0x16FF0, 0x16FF1}, {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF}};
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (c >= ranges[i][0] && c <= ranges[i][1]) return 1;
+    return 0;
+}
+
+/* Appends the normal form of s. Stretches of ASCII are their own normal form, except that the
+ * character before a stretch of others may combine with it. */
+static void tok_normal_form(tok_buf *b, int options, const char *s, size_t n) {
+    for (size_t i = 0; i < n;) {
+        size_t lo = i, mark = 0;
+        while (i < n && !(s[i] & 0x80)) i++;
+        size_t mid = i > lo && i < n ? i - 1 : i;
+        while (i < n && (s[i] & 0x80) && !mark) {
+            uint32_t cp;
+            size_t k = (size_t)tok_char(s + i, n - i, &cp);
+            if (tok_is_new_mark(cp)) mark = k;
+            else i += k;
+        }
+        tok_put(b, s + lo, mid - lo);
+        const utf8proc_uint8_t *p = (const utf8proc_uint8_t *)s + mid;
+        utf8proc_ssize_t len = (utf8proc_ssize_t)(i - mid);
+        utf8proc_ssize_t k = utf8proc_decompose(p, len, NULL, 0, (utf8proc_option_t)options);
+        if (k < 0) err_throw(b->ctx, RLHF_ERR_DATA, "%s", utf8proc_errmsg(k));
+        utf8proc_int32_t *cps = mem_alloc(b->ctx, ((size_t)k + 1) * sizeof *cps);
+        k = utf8proc_decompose(p, len, cps, k, (utf8proc_option_t)options);
+        k = utf8proc_reencode(cps, k, (utf8proc_option_t)options);
+        tok_put(b, (const char *)cps, (size_t)k);
+        mem_free(cps);
+        tok_put(b, s + i, mark);
+        i += mark;
+    }
+}
+
+/* Rewrites s by a step: a new block and its length in *n, or null if nothing changes. */
+static char *tok_transform(tok_enc *e, const tok_step *st, const char *s, size_t *n, int first) {
+    tok_buf b = {e->t->ctx, NULL, 0, 0};
+    size_t len = *n, lo, hi, at = 0, from = 0;
+    if (st->kind == TOK_PREFIX) {
+        int there = len >= st->len && memcmp(s, st->text, st->len) == 0;
+        if (!len || (st->mode != TOK_ALWAYS && there) || (st->mode == TOK_FIRST && !first))
+            return NULL;
+        tok_put(&b, st->text, st->len);
+        tok_put(&b, s, len);
+    } else if (st->kind == TOK_UNICODE) {
+        size_t i = 0;
+        while (i < len && !(s[i] & 0x80)) i++;
+        if (i == len) return NULL;
+        tok_normal_form(&b, st->mode, s, len);
+    } else {
+        while (from <= len && tok_match(e, st->re, s, len, from, &lo, &hi)) {
+            tok_put(&b, s + at, lo - at);
+            tok_put(&b, st->text, st->len);
+            at = hi;
+            from = hi > lo ? hi : hi + 1;
+            while (from < len && ((unsigned char)s[from] & 0xC0) == 0x80) from++;
+        }
+        if (!b.p) return NULL;
+        tok_put(&b, s + at, len - at);
+    }
+    *n = b.n;
+    return b.p;
+}
+
+/* ---- encoding: words ---- */
+
+static int tok_before(tok_entry a, tok_entry b) {
+    return a.key != b.key ? a.key < b.key : a.tie < b.tie;
+}
+
+static void tok_heap_push(tok_heap *h, tok_entry x) {
+    if (h->n == h->cap) {
+        h->cap = h->cap ? 2 * h->cap : 64;
+        h->e = mem_realloc(h->ctx, h->e, base_mul(h->ctx, h->cap, sizeof *h->e));
+    }
+    size_t i = h->n++;
+    for (; i > 0 && tok_before(x, h->e[(i - 1) / 2]); i = (i - 1) / 2) h->e[i] = h->e[(i - 1) / 2];
+    h->e[i] = x;
+}
+
+static tok_entry tok_heap_pop(tok_heap *h) {
+    tok_entry top = h->e[0], x = h->e[--h->n];
+    size_t i = 0;
+    for (size_t k; (k = 2 * i + 1) < h->n; i = k) {
+        if (k + 1 < h->n && tok_before(h->e[k + 1], h->e[k])) k++;
+        if (!tok_before(h->e[k], x)) break;
+        h->e[i] = h->e[k];
+    }
+    h->e[i] = x;
+    return top;
+}
+
+static uint64_t tok_pair(int32_t left, int32_t right) {
+    return (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+}
+
+/* Queues the merge of symbol i with its successor, if there is one. */
+static void tok_offer(tok_enc *e, int32_t i) {
+    const tok_symbol *s = e->symbols;
+    if (i < 0 || s[i].next < 0) return;
+    tok_pair_rank *ranks = e->t->ranks;
+    ptrdiff_t k = stbds_hmgeti(ranks, tok_pair(s[i].id, s[s[i].next].id));
+    if (k >= 0)
+        tok_heap_push(&e->heap, (tok_entry){(uint64_t)ranks[k].value << 32 | (uint32_t)i, 0});
+}
+
+/* The id of a code point's piece, or -1. */
+static int32_t tok_char_piece(const rlhf_tokenizer *t, uint32_t cp) {
+    tok_char_id *chars = t->chars;
+    ptrdiff_t k = stbds_hmgeti(chars, cp);
+    return k < 0 ? -1 : chars[k].value;
+}
+
+/* The word's characters as symbols (there is room for n); returns their number. Characters without
+ * a piece become their bytes' pieces if there are all, else the unknown token (one for a run if the
+ * file says so), which waits for the next known character, as in the reference. */
+static int tok_symbolize(tok_enc *e, const char *s, size_t n) {
+    const rlhf_tokenizer *t = e->t;
+    tok_symbol *out = e->symbols;
+    int count = 0, unknown = 0;
+    for (size_t i = 0, k; i < n; i += k) {
+        uint32_t cp = 0;
+        k = t->byte_level ? 1 : (size_t)tok_char(s + i, n - i, &cp);
+        int32_t id = t->byte_level ? t->byte_id[(unsigned char)s[i]] : tok_char_piece(t, cp);
+        if (id >= 0) {
+            if (unknown) out[count++].id = t->unk;
+            unknown = 0;
+            out[count++].id = id;
+            continue;
+        }
+        if (t->byte_fallback) {
+            size_t have = 0;
+            while (have < k && t->byte_id[(unsigned char)s[i + have]] >= 0) have++;
+            for (size_t j = 0; have == k && j < k; j++)
+                out[count++].id = t->byte_id[(unsigned char)s[i + j]];
+            if (have == k) continue;
+        }
+        if (t->unk < 0) continue;
+        if (unknown && !t->fuse_unk) out[count++].id = t->unk;
+        unknown = 1;
+    }
+    if (unknown) out[count++].id = t->unk;
+    for (int i = 0; i < count; i++) {
+        out[i].prev = i - 1;
+        out[i].next = i + 1 < count ? i + 1 : -1;
+    }
+    return count;
+}
+
+/* Byte-pair encoding of one word: the mergeable pair of lowest rank, leftmost first, until there is
+ * none. O(n log n): a queue whose entries are checked when they come up. */
+static void tok_bpe(tok_enc *e, const char *s, size_t n) {
+    const rlhf_tokenizer *t = e->t;
+    if (n > e->symbols_cap) {
+        mem_free(e->symbols);
+        e->symbols = NULL;
+        e->symbols_cap = n < 256 ? 256 : n + n / 2;
+        e->symbols = mem_alloc(t->ctx, base_mul(t->ctx, e->symbols_cap, sizeof *e->symbols));
+    }
+    int count = tok_symbolize(e, s, n);
+    tok_symbol *y = e->symbols;
+    e->heap.n = 0;
+    for (int32_t i = 0; i + 1 < count; i++) tok_offer(e, i);
+    while (e->heap.n) {
+        uint64_t key = tok_heap_pop(&e->heap).key;
+        const tok_rule *r = &t->rules[key >> 32];
+        int32_t i = (int32_t)(key & 0x7FFFFFFF), j = y[i].next;
+        if (y[i].id != r->left || j < 0 || y[j].id != r->right) continue;
+        y[i].id = r->id;
+        y[i].next = y[j].next;
+        y[j].id = -1;
+        if (y[i].next >= 0) y[y[i].next].prev = i;
+        tok_offer(e, y[i].prev);
+        tok_offer(e, i);
+    }
+    for (int32_t i = count ? 0 : -1; i >= 0; i = y[i].next) tok_push(t->ctx, e->out, y[i].id);
+}
+
+/* The word as the vocabulary spells it, in e->scratch. */
+static const char *tok_spell(tok_enc *e, const char *s, size_t n) {
+    tok_buf *b = &e->scratch;
+    b->n = 0;
+    if (!e->t->byte_level) tok_put(b, s, n);
+    for (size_t i = 0; e->t->byte_level && i < n; i++) {
+        char c[4];
+        tok_put(b, c, (size_t)tok_put_char(c, e->t->byte_cp[(unsigned char)s[i]]));
+    }
+    tok_put(b, "", 0);
+    return b->p;
+}
+
+static void tok_count_word(tok_enc *e, const char *s, size_t n) {
+    const char *key = tok_spell(e, s, n);
+    ptrdiff_t i = stbds_shgeti(*e->counts, key);
+    if (i >= 0) (*e->counts)[i].value++;
+    else stbds_shput(*e->counts, key, 1);
+}
+
+/* Encodes one word, from memory if it came by before. */
+static void tok_word(tok_enc *e, const char *s, size_t n) {
+    rlhf_tokenizer *t = e->t;
+    if (e->counts) {
+        tok_count_word(e, s, n);
+        return;
+    }
+    tok_cached *slot = NULL;
+    if (n <= TOK_CACHE_KEY) {
+        uint64_t h = n;
+        for (size_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 0x100000001b3u;
+        slot = &t->cache[(h ^ h >> 29) & (TOK_CACHE - 1)];
+        if (slot->len == n && memcmp(slot->key, s, n) == 0) {
+            for (int i = 0; i < slot->n; i++) tok_push(t->ctx, e->out, slot->ids[i]);
+            return;
+        }
+    }
+    int from = e->out->n;
+    ptrdiff_t whole = -1;
+    if (t->ignore_merges && n <= (size_t)t->longest && (t->byte_level || !memchr(s, 0, n)))
+        whole = stbds_shgeti(t->words, tok_spell(e, s, n));
+    if (whole >= 0) tok_push(t->ctx, e->out, t->words[whole].value);
+    else tok_bpe(e, s, n);
+    int count = e->out->n - from;
+    if (!slot || count > TOK_CACHE_IDS) return;
+    slot->len = (uint8_t)n;
+    slot->n = (uint8_t)count;
+    memcpy(slot->key, s, n);
+    if (count) memcpy(slot->ids, e->out->ids + from, (size_t)count * sizeof *slot->ids);
+}
+
+/* A pre-token. Where no merge can reach across the start of a word (U+2581 after something else),
+ * merging the words one by one gives the same ids, and they are remembered. */
+static void tok_words(tok_enc *e, const char *s, size_t n) {
+    size_t from = 0;
+    for (size_t i = 1; e->t->cut && i + 3 <= n; i++) {
+        if (s[i] != TOK_SPACE[0] || memcmp(s + i, TOK_SPACE, 3) != 0) continue;
+        if (i < 3 || memcmp(s + i - 3, TOK_SPACE, 3) != 0) {
+            tok_word(e, s + from, i - from);
+            from = i;
+        }
+        i += 2;
+    }
+    tok_word(e, s + from, n - from);
+}
+
+/* Sends a text through the steps from number step on. first: it begins the whole text. */
+static void tok_run(tok_enc *e, int step, const char *s, size_t n, int first) {
+    const rlhf_tokenizer *t = e->t;
+    if (n == 0) return;
+    if (step == (int)stbds_arrlen(t->steps)) {
+        tok_words(e, s, n);
+        return;
+    }
+    const tok_step *st = &t->steps[step];
+    if (st->kind == TOK_ADDED || st->kind == TOK_SPLIT) {
+        tok_cursor c = {.s = s, .n = n};
+        while (st->kind == TOK_ADDED ? tok_next_added(e, st, &c) : tok_next_split(e, st, &c)) {
+            if (c.id < 0) tok_run(e, step + 1, s + c.lo, c.hi - c.lo, first && c.lo == 0);
+            else if (!e->counts) tok_push(t->ctx, e->out, c.id);
+        }
+        return;
+    }
+    char *changed = tok_transform(e, st, s, &n, first);
+    tok_run(e, step + 1, changed ? changed : s, n, first);
+    mem_free(changed);
+}
+
+/* Opens and closes the state of a call. A call that fails gives all of it back. */
+static tok_enc tok_begin(rlhf_tokenizer *t, tok_ids *out) {
+    tok_enc e = {.t = t, .out = out};
+    e.heap.ctx = e.scratch.ctx = t->ctx;
+    e.md = pcre2_match_data_create(1, t->pcre);
+    if (!e.md) err_throw(t->ctx, RLHF_ERR_MEMORY, "out of memory for a match");
+    return e;
+}
+
+static void tok_end(tok_enc *e) {
+    pcre2_match_data_free(e->md);
+    mem_free(e->symbols);
+    mem_free(e->heap.e);
+    mem_free(e->scratch.p);
+}
+
+static void tok_feed(tok_enc *e, const char *text, size_t len) {
+    if (len > INT_MAX / 4) err_throw(e->t->ctx, RLHF_ERR_ARG, "a text of more than 512 MiB");
+    char *fixed = tok_lossy(e->t->ctx, text, &len);
+    tok_run(e, 0, fixed ? fixed : text, len, 1);
+    mem_free(fixed);
+}
+
+/* Appends the ids of len bytes of text to *out. add_special: with those of the post-processor (a
+ * beginning-of-text token); a rendered conversation has its own and is encoded without. Special
+ * tokens that are written out in the text are recognised in either case. */
+static void tok_encode(rlhf_tokenizer *t, const char *text, size_t len, int add_special,
+                       tok_ids *out) {
+    tok_enc e = tok_begin(t, out);
+    for (int i = 0; add_special && i < (int)stbds_arrlen(t->before); i++)
+        tok_push(t->ctx, out, t->before[i]);
+    tok_feed(&e, text, len);
+    for (int i = 0; add_special && i < (int)stbds_arrlen(t->after); i++)
+        tok_push(t->ctx, out, t->after[i]);
+    tok_end(&e);
+}
+
+/* ---- decoding ---- */
+
+/* Strings one after the other; string i ends at end[i]. */
+typedef struct tok_list {
+    tok_buf text;
+    size_t *end;
+    size_t n, cap;
+} tok_list;
+
+/* Ends a string: the bytes put since the last one. */
+static void tok_list_end(tok_list *l) {
+    if (l->n == l->cap) {
+        l->cap = l->cap ? 2 * l->cap : 64;
+        l->end = mem_realloc(l->text.ctx, l->end, base_mul(l->text.ctx, l->cap, sizeof *l->end));
+    }
+    l->end[l->n++] = l->text.n;
+}
+
+/* The bytes that a token's characters stand for, or the token itself if one stands for none. */
+static void tok_put_bytes(const rlhf_tokenizer *t, tok_buf *b, const char *s, size_t n) {
+    size_t start = b->n;
+    for (size_t i = 0; i < n;) {
+        uint32_t cp;
+        i += (size_t)tok_char(s + i, n - i, &cp);
+        if (cp >= TOK_BYTE_CPS || t->cp_byte[cp] < 0) {
+            b->n = start;
+            tok_put(b, s, n);
+            return;
+        }
+        char byte = (char)t->cp_byte[cp];
+        tok_put(b, &byte, 1);
+    }
+}
+
+/* The value of a "<0xHH>" token, or -1. */
+static int tok_byte_token(const char *s, size_t n) {
+    if (n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>') return -1;
+    int v = 0;
+    for (int i = 3; i < 5; i++) {
+        int c = s[i], d = c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                        : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+        if (d < 0) return -1;
+        v = v * 16 + d;
+    }
+    return v;
+}
+
+/* A run of byte tokens: its text if it is UTF-8 as a whole, else U+FFFD for each byte. */
+static void tok_flush_bytes(tok_list *to, tok_buf *run) {
+    size_t n = run->n;
+    if (n == 0) return;
+    char *bad = tok_lossy(run->ctx, run->p, &n);
+    if (!bad) tok_put(&to->text, run->p, run->n);
+    for (size_t i = 0; bad && i < run->n; i++) {
+        tok_put(&to->text, "\xEF\xBF\xBD", 3);
+        if (i + 1 < run->n) tok_list_end(to);
+    }
+    tok_list_end(to);
+    mem_free(bad);
+    run->n = 0;
+}
+
+/* Cuts st->text off both ends of a token. */
+static void tok_put_stripped(tok_list *to, const tok_step *st, const char *s, size_t n) {
+    size_t k = st->len;
+    for (int i = 0; i < st->mode && n >= k && memcmp(s, st->text, k) == 0; i++) {
+        s += k;
+        n -= k;
+    }
+    for (int i = 0; i < st->flag && n >= k && memcmp(s + n - k, st->text, k) == 0; i++) n -= k;
+    tok_put(&to->text, s, n);
+}
+
+/* One token without its visible spaces. */
+static void tok_put_spaced(tok_list *to, const tok_step *st, const char *s, size_t n, int first) {
+    for (size_t i = 0; i < n; i++) {
+        if (n - i < st->len || memcmp(s + i, st->text, st->len) != 0) {
+            tok_put(&to->text, s + i, 1);
+            continue;
+        }
+        if (!first || !st->mode) tok_put(&to->text, " ", 1);
+        i += st->len - 1;
+    }
+}
+
+/* One decoder step: the tokens of `from` into `to`. */
+static void tok_decode_step(tok_enc *e, const tok_step *st, const tok_list *from, tok_list *to) {
+    tok_buf run = {e->t->ctx, NULL, 0, 0};
+    int fuses = st->kind == TOK_BYTES || st->kind == TOK_FUSE;
+    for (size_t i = 0; i < from->n; i++) {
+        size_t lo = i ? from->end[i - 1] : 0, n = from->end[i] - lo;
+        const char *s = from->text.p + lo;
+        int byte = st->kind == TOK_FALLBACK ? tok_byte_token(s, n) : -1;
+        if (byte >= 0) {
+            char c = (char)byte;
+            tok_put(&run, &c, 1);
+            continue;
+        }
+        tok_flush_bytes(to, &run);
+        if (st->kind == TOK_BYTES) tok_put_bytes(e->t, &to->text, s, n);
+        else if (st->kind == TOK_STRIP) tok_put_stripped(to, st, s, n);
+        else if (st->kind == TOK_METASPACE) tok_put_spaced(to, st, s, n, i == 0);
+        else {
+            char *changed = st->kind == TOK_REPLACE ? tok_transform(e, st, s, &n, 0) : NULL;
+            tok_put(&to->text, changed ? changed : s, n);
+            mem_free(changed);
+        }
+        if (!fuses) tok_list_end(to);
+    }
+    tok_flush_bytes(to, &run);
+    mem_free(run.p);
+    if (!fuses) return;
+    size_t n = to->text.n;
+    char *fixed = st->kind == TOK_BYTES && n ? tok_lossy(e->t->ctx, to->text.p, &n) : NULL;
+    if (fixed) {
+        mem_free(to->text.p);
+        to->text = (tok_buf){e->t->ctx, fixed, n, n};
+    }
+    tok_list_end(to);
+}
+
+/* The text of n ids, a block of *len bytes and a NUL. Bytes that are not UTF-8 come out as U+FFFD,
+ * as in the reference; an id beyond the vocabulary is an error. skip_special: without special
+ * tokens. */
+static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_special,
+                        size_t *len) {
+    tok_enc e = tok_begin(t, NULL);
+    tok_list list = {.text.ctx = t->ctx}, next = list;
+    int decoders = (int)stbds_arrlen(t->decoders);
+    for (int i = 0; i < n; i++) {
+        if (ids[i] < 0 || ids[i] >= t->vocab_size)
+            err_throw(t->ctx, RLHF_ERR_ARG, "token id %d is out of range 0..%d", (int)ids[i],
+                      t->vocab_size - 1);
+        const tok_piece *p = &t->pieces[ids[i]];
+        if (!p->text || (skip_special && p->special)) continue;
+        if (!decoders && list.n) tok_put(&list.text, " ", 1);
+        tok_put(&list.text, p->text, (size_t)p->len);
+        tok_list_end(&list);
+    }
+    for (int i = 0; i < decoders; i++) {
+        tok_decode_step(&e, &t->decoders[i], &list, &next);
+        tok_list swap = list;
+        list = next;
+        next = swap;
+        next.n = next.text.n = 0;
+    }
+    tok_put(&list.text, "", 0);
+    mem_free(next.text.p);
+    mem_free(next.end);
+    mem_free(list.end);
+    tok_end(&e);
+    if (len) *len = list.text.n;
+    return list.text.p;
+}
+
+/* ---- opening ---- */
+
+static void tok_free_steps(tok_step *steps) {
+    for (int i = 0; i < (int)stbds_arrlen(steps); i++) pcre2_code_free(steps[i].re);
+    stbds_arrfree(steps);
+}
+
+/* Gives back a tokenizer in any state of construction. */
+static void tok_free(void *tokenizer) {
+    rlhf_tokenizer *t = tokenizer;
+    if (!t) return;
+    tok_free_steps(t->steps);
+    tok_free_steps(t->decoders);
+    for (int i = 0; i < (int)stbds_arrlen(t->texts); i++) mem_free(t->texts[i]);
+    stbds_arrfree(t->texts);
+    stbds_arrfree(t->added);
+    stbds_arrfree(t->before);
+    stbds_arrfree(t->after);
+    stbds_shfree(t->words);
+    stbds_hmfree(t->chars);
+    stbds_hmfree(t->ranks);
+    mem_free(t->rules);
+    mem_free(t->pieces);
+    mem_free(t->blob);
+    mem_free(t->cache);
+    mem_free(t->json);
+    mem_free(t->config);
+    mem_free(t->jinja);
+    pcre2_general_context_free(t->pcre);
+    mem_free(t);
+}
+
+__attribute__((noreturn))
+static void tok_unsupported(const json_src *src, const char *key, const json_t *value) {
+    char text[80];
+    err_throw(src->ctx, RLHF_ERR_UNSUPPORTED, "%s: key \"%s%s\": %s is not supported", src->file,
+              src->at, key, json_show(value, text, sizeof text));
+}
+
+/* A copy of a string that lives as long as the tokenizer. */
+static const char *tok_keep(rlhf_tokenizer *t, const char *s, size_t n) {
+    stbds_arrput(t->texts, NULL);
+    char *copy = mem_strndup(t->ctx, s, n);
+    stbds_arrlast(t->texts) = copy;
+    return copy;
+}
+
+static tok_step *tok_add_step(tok_step **steps, int kind, int mode, int flag) {
+    stbds_arrput(*steps, ((tok_step){.kind = kind, .mode = mode, .flag = flag, .text = ""}));
+    return &stbds_arrlast(*steps);
+}
+
+static void tok_step_text(rlhf_tokenizer *t, tok_step *st, const char *s) {
+    st->len = strlen(s);
+    st->text = tok_keep(t, s, st->len);
+}
+
+/* "pattern": {"String": ...} or {"Regex": ...}. */
+static void tok_step_pattern(rlhf_tokenizer *t, const json_src *src, tok_step *st,
+                             const json_t *v) {
+    const json_t *pattern = json_need_object(src, v, "pattern");
+    const char *literal = json_opt_str(src, pattern, "String", NULL);
+    const char *s = literal ? literal : json_need_str(src, pattern, "Regex");
+    st->re = tok_compile(t, src, s, strlen(s), literal != NULL);
+}
+
+/* Index of name in a null-terminated list, or -1. */
+static int tok_choice(const char *name, const char *const *names) {
+    for (int i = 0; names[i]; i++)
+        if (strcmp(name, names[i]) == 0) return i;
+    return -1;
+}
+
+static void tok_load_normalizer(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
+    static const char *const forms[] = {"NFC", "NFD", "NFKC", "NFKD", NULL};
+    static const int options[] = {
+        UTF8PROC_STABLE | UTF8PROC_COMPOSE, UTF8PROC_STABLE | UTF8PROC_DECOMPOSE,
+        UTF8PROC_STABLE | UTF8PROC_COMPOSE | UTF8PROC_COMPAT,
+        UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | UTF8PROC_COMPAT};
+    if (!v) return;
+    const char *type = json_need_str(src, v, "type");
+    int form = tok_choice(type, forms);
+    if (form >= 0) {
+        tok_add_step(&t->steps, TOK_UNICODE, options[form], 0);
+    } else if (strcmp(type, "Sequence") == 0) {
+        const json_t *list = json_need_array(src, v, "normalizers");
+        for (size_t i = 0; i < json_array_size(list); i++)
+            tok_load_normalizer(t, src, json_array_get(list, i));
+    } else if (strcmp(type, "Prepend") == 0) {
+        tok_step *st = tok_add_step(&t->steps, TOK_PREFIX, TOK_ALWAYS, 0);
+        tok_step_text(t, st, json_need_str(src, v, "prepend"));
+    } else if (strcmp(type, "Replace") == 0) {
+        tok_step *st = tok_add_step(&t->steps, TOK_REPLACE, 0, 0);
+        tok_step_pattern(t, src, st, v);
+        tok_step_text(t, st, json_need_str(src, v, "content"));
+    } else tok_unsupported(src, "type", json_get(v, "type"));
+}
+
+/* prepend_scheme of Metaspace, or what older files say with add_prefix_space. */
+static const char *tok_scheme(const json_src *src, const json_t *v) {
+    int prefix = json_opt_bool(src, v, "add_prefix_space", 1);
+    return json_opt_str(src, v, "prepend_scheme", prefix ? "always" : "never");
+}
+
+/* Metaspace: spaces become the replacement, one is put in front, words begin at each. */
+static void tok_load_metaspace(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
+    static const char *const schemes[] = {"always", "first", "never", NULL};
+    const char *mark = json_need_str(src, v, "replacement");
+    int scheme = tok_choice(tok_scheme(src, v), schemes);
+    if (scheme < 0) tok_unsupported(src, "prepend_scheme", json_get(v, "prepend_scheme"));
+    tok_step *st = tok_add_step(&t->steps, TOK_REPLACE, 0, 0);
+    st->re = tok_compile(t, src, " ", 1, 1);
+    tok_step_text(t, st, mark);
+    if (scheme < 2) {
+        st = tok_add_step(&t->steps, TOK_PREFIX, scheme == 0 ? TOK_UNLESS : TOK_FIRST, 0);
+        tok_step_text(t, st, mark);
+    }
+    if (json_opt_bool(src, v, "split", 1)) {
+        st = tok_add_step(&t->steps, TOK_SPLIT, TOK_WITH_NEXT, 0);
+        st->re = tok_compile(t, src, mark, strlen(mark), 1);
+    }
+}
+
+static void tok_load_pre(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
+    static const char *const behaviors[] = {"Isolated", "Removed", "Contiguous",
+                                            "MergedWithPrevious", "MergedWithNext", NULL};
+    if (!v) return;
+    const char *type = json_need_str(src, v, "type");
+    /* What follows ByteLevel would see the characters that stand for bytes. */
+    if (t->byte_level) tok_unsupported(src, "type (after ByteLevel)", json_get(v, "type"));
+    if (strcmp(type, "Sequence") == 0) {
+        const json_t *list = json_need_array(src, v, "pretokenizers");
+        for (size_t i = 0; i < json_array_size(list); i++)
+            tok_load_pre(t, src, json_array_get(list, i));
+    } else if (strcmp(type, "ByteLevel") == 0) {
+        t->byte_level = 1;
+        if (json_opt_bool(src, v, "add_prefix_space", 1))
+            tok_step_text(t, tok_add_step(&t->steps, TOK_PREFIX, TOK_UNLESS, 0), " ");
+        if (!json_opt_bool(src, v, "use_regex", 1)) return;
+        tok_step *st = tok_add_step(&t->steps, TOK_SPLIT, TOK_ISOLATED, 0);
+        st->re = tok_compile(t, src, TOK_GPT2_PATTERN, sizeof TOK_GPT2_PATTERN - 1, 0);
+    } else if (strcmp(type, "Split") == 0) {
+        int behavior = tok_choice(json_need_str(src, v, "behavior"), behaviors);
+        if (behavior < 0) tok_unsupported(src, "behavior", json_get(v, "behavior"));
+        int invert = json_opt_bool(src, v, "invert", 0);
+        tok_step_pattern(t, src, tok_add_step(&t->steps, TOK_SPLIT, behavior, invert), v);
+    } else if (strcmp(type, "Digits") == 0) {
+        int mode = json_opt_bool(src, v, "individual_digits", 0) ? TOK_ISOLATED : TOK_CONTIGUOUS;
+        tok_step *st = tok_add_step(&t->steps, TOK_SPLIT, mode, 0);
+        st->re = tok_compile(t, src, "\\p{N}", 5, 0);
+    } else if (strcmp(type, "Metaspace") == 0) tok_load_metaspace(t, src, v);
+    else tok_unsupported(src, "type", json_get(v, "type"));
+}
+
+static void tok_load_decoder(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
+    if (!v) return;
+    const char *type = json_need_str(src, v, "type");
+    tok_step *st;
+    if (strcmp(type, "Sequence") == 0) {
+        const json_t *list = json_need_array(src, v, "decoders");
+        for (size_t i = 0; i < json_array_size(list); i++)
+            tok_load_decoder(t, src, json_array_get(list, i));
+    } else if (strcmp(type, "ByteLevel") == 0) tok_add_step(&t->decoders, TOK_BYTES, 0, 0);
+    else if (strcmp(type, "ByteFallback") == 0) tok_add_step(&t->decoders, TOK_FALLBACK, 0, 0);
+    else if (strcmp(type, "Fuse") == 0) tok_add_step(&t->decoders, TOK_FUSE, 0, 0);
+    else if (strcmp(type, "Replace") == 0) {
+        st = tok_add_step(&t->decoders, TOK_REPLACE, 0, 0);
+        tok_step_pattern(t, src, st, v);
+        tok_step_text(t, st, json_need_str(src, v, "content"));
+    } else if (strcmp(type, "Strip") == 0) {
+        int start = (int)json_need_int(src, v, "start", 0, INT_MAX);
+        int stop = (int)json_need_int(src, v, "stop", 0, INT_MAX);
+        st = tok_add_step(&t->decoders, TOK_STRIP, start, stop);
+        tok_step_text(t, st, json_need_str(src, v, "content"));
+        if (!st->len) json_bad(src, "content", json_get(v, "content"), "one character");
+    } else if (strcmp(type, "Metaspace") == 0) {
+        int drop = strcmp(tok_scheme(src, v), "never") != 0;
+        st = tok_add_step(&t->decoders, TOK_METASPACE, drop, 0);
+        tok_step_text(t, st, json_need_str(src, v, "replacement"));
+        if (!st->len) json_bad(src, "replacement", json_get(v, "replacement"), "one character");
+    } else tok_unsupported(src, "type", json_get(v, "type"));
+}
+
+/* TemplateProcessing: the ids around the text in "single". */
+static void tok_load_template(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
+    const json_t *single = json_need_array(src, v, "single");
+    const json_t *specials = json_need_object(src, v, "special_tokens");
+    int seen = 0, at = 0;
+    for (size_t i = 0; i < json_array_size(single); i++) {
+        const json_t *item = json_array_get(single, i);
+        if (json_get(item, "Sequence")) {
+            if (seen++) tok_unsupported(src, "single (the text twice)", single);
+            continue;
+        }
+        const json_t *special = json_need_object(src, item, "SpecialToken");
+        const json_t *known = json_need_object(src, specials, json_need_str(src, special, "id"));
+        const json_t *ids = json_need_array(src, known, "ids");
+        for (size_t k = 0; k < json_array_size(ids); k++) {
+            const json_t *id = json_array_get(ids, k);
+            if (!json_is_integer(id) || json_integer_value(id) < 0 ||
+                json_integer_value(id) >= t->vocab_size)
+                json_bad(src, "ids", id, "an id of the vocabulary");
+            /* A later template of a Sequence stands outside an earlier one. */
+            if (seen) stbds_arrput(t->after, (int32_t)json_integer_value(id));
+            else {
+                stbds_arrins(t->before, at, (int32_t)json_integer_value(id));
+                at++;
+            }
+        }
+    }
+    if (!seen) tok_unsupported(src, "single (without the text)", single);
+}
+
+static void tok_load_post(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
+    if (!v) return;
+    const char *type = json_need_str(src, v, "type");
+    if (strcmp(type, "Sequence") == 0) {
+        const json_t *list = json_need_array(src, v, "processors");
+        for (size_t i = 0; i < json_array_size(list); i++)
+            tok_load_post(t, src, json_array_get(list, i));
+    } else if (strcmp(type, "TemplateProcessing") == 0) tok_load_template(t, src, v);
+    /* ByteLevel changes offsets only. */
+    else if (strcmp(type, "ByteLevel") != 0) tok_unsupported(src, "type", json_get(v, "type"));
+}
+
+static void tok_set_piece(rlhf_tokenizer *t, int64_t id, const char *text, size_t len,
+                          int special) {
+    t->pieces[id] = (tok_piece){text, (int)len, special};
+}
+
+/* An id of an entry of the vocabulary or of the added tokens. */
+static int64_t tok_read_id(const json_src *src, const char *key, const json_t *id) {
+    if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) >= TOK_MAX_ID)
+        json_bad(src, key, id, "a token id");
+    return json_integer_value(id);
+}
+
+/* Ids and texts of the model's pieces and of the added tokens. */
+static void tok_load_vocab(rlhf_tokenizer *t, const json_src *src, json_t *vocab, json_t *added) {
+    const char *key;
+    json_t *id;
+    size_t bytes = 0, len;
+    int64_t top = -1;
+    json_object_foreach(vocab, key, id) {
+        int64_t v = tok_read_id(src, "vocab", id);
+        if (v > top) top = v;
+        bytes += strlen(key) + 1;
+    }
+    json_src at = *src;
+    at.at = "added_tokens.";
+    for (size_t i = 0; i < json_array_size(added); i++) {
+        int64_t v = tok_read_id(&at, "id", json_get(json_array_get(added, i), "id"));
+        if (v > top) top = v;
+    }
+    t->vocab_size = (int)top + 1;
+    if (!t->vocab_size) json_bad(src, "vocab", vocab, "a vocabulary that is not empty");
+    t->pieces = mem_zalloc(t->ctx, (size_t)t->vocab_size, sizeof *t->pieces);
+    char *p = t->blob = mem_alloc(t->ctx, bytes);
+    json_object_foreach(vocab, key, id) {
+        len = strlen(key);
+        memcpy(p, key, len + 1);
+        tok_set_piece(t, json_integer_value(id), p, len, 0);
+        stbds_shput(t->words, p, (int32_t)json_integer_value(id));
+        if (len > (size_t)t->longest) t->longest = (int)len;
+        uint32_t cp = 0;
+        if (len && (size_t)tok_char(p, len, &cp) == len)
+            stbds_hmput(t->chars, cp, (int32_t)json_integer_value(id));
+        p += len + 1;
+    }
+    /* Looking up in a null map would make one, during a later call. */
+    if (!t->chars) stbds_hmput(t->chars, 0x110000, -1);
+    if (!t->words) stbds_shput(t->words, "", -1);
+}
+
+/* The id of a piece of the model, or -1. */
+static int32_t tok_piece_id(rlhf_tokenizer *t, const char *text) {
+    ptrdiff_t k = stbds_shgeti(t->words, text);
+    return k < 0 ? -1 : t->words[k].value;
+}
+
+/* Merges in order of rank, as "a b" or ["a", "b"]. */
+static void tok_load_merges(rlhf_tokenizer *t, const json_src *src, const json_t *merges) {
+    size_t n = json_array_size(merges);
+    t->rules = mem_alloc(t->ctx, base_mul(t->ctx, n ? n : 1, sizeof *t->rules));
+    tok_buf b = {t->ctx, NULL, 0, 0};
+    for (size_t i = 0; i < n; i++) {
+        const json_t *m = json_array_get(merges, i);
+        const char *left = json_string_value(json_array_get(m, 0));
+        const char *right = json_string_value(json_array_get(m, 1)), *space = NULL;
+        b.n = 0;
+        if (json_is_string(m) && (space = strchr(json_string_value(m), ' '))) {
+            left = json_string_value(m);
+            right = space + 1;
+        }
+        if (!left || !right || (!space && json_array_size(m) != 2))
+            json_bad(src, "merges", m, "\"a b\" or [\"a\", \"b\"]");
+        size_t n_left = space ? (size_t)(space - left) : strlen(left);
+        tok_put(&b, left, n_left);
+        int32_t l = tok_piece_id(t, b.p);
+        tok_put(&b, right, strlen(right));
+        tok_rule r = {l, tok_piece_id(t, right), tok_piece_id(t, b.p)};
+        if (r.left < 0 || r.right < 0 || r.id < 0)
+            err_throw(t->ctx, src->status,
+                      "%s: key \"model.merges\", number %zu: \"%.*s\" + \"%s\" is not in the "
+                      "vocabulary", src->file, i, (int)n_left, left, right);
+        t->rules[i] = r;
+        stbds_hmput(t->ranks, tok_pair(r.left, r.right), (int32_t)i);
+    }
+    mem_free(b.p);
+    if (!t->ranks) stbds_hmput(t->ranks, (uint64_t)1 << 62, -1);
+}
+
+/* Ids of single bytes, and whether words can be merged apart from each other (tok_words). */
+static void tok_index_bytes(rlhf_tokenizer *t) {
+    int next = 256;
+    for (int i = 0; i < TOK_BYTE_CPS; i++) t->cp_byte[i] = -1;
+    for (int i = 0; i < 256; i++) {
+        int printable = (i >= 33 && i <= 126) || (i >= 161 && i <= 172) || i >= 174;
+        t->byte_cp[i] = (uint16_t)(printable ? i : next++);
+        t->cp_byte[t->byte_cp[i]] = (int16_t)i;
+        char name[8];
+        snprintf(name, sizeof name, "<0x%02X>", (unsigned)i);
+        t->byte_id[i] = t->byte_level ? tok_char_piece(t, t->byte_cp[i]) : tok_piece_id(t, name);
+    }
+    t->cut = !t->byte_level && !t->ignore_merges && tok_char_piece(t, 0x2581) >= 0;
+    for (ptrdiff_t i = 0; t->cut && i < stbds_hmlen(t->ranks); i++) {
+        if (t->ranks[i].value < 0) continue;
+        const tok_rule *r = &t->rules[t->ranks[i].value];
+        const tok_piece *a = &t->pieces[r->left], *b = &t->pieces[r->right];
+        int space_before = a->len >= 3 && memcmp(a->text + a->len - 3, TOK_SPACE, 3) == 0;
+        if (!space_before && b->len >= 3 && memcmp(b->text, TOK_SPACE, 3) == 0) t->cut = 0;
+    }
+}
+
+static void tok_load_model(rlhf_tokenizer *t, const json_src *src, json_t *root) {
+    json_src at = *src;
+    json_t *model = json_need_object(src, root, "model");
+    at.at = "model.";
+    const char *type = json_opt_str(&at, model, "type", "BPE");
+    if (strcmp(type, "BPE") != 0) tok_unsupported(&at, "type", json_get(model, "type"));
+    if (json_opt_real(&at, model, "dropout", 0) != 0)
+        tok_unsupported(&at, "dropout", json_get(model, "dropout"));
+    static const char *const affixes[] = {"continuing_subword_prefix", "end_of_word_suffix"};
+    for (int i = 0; i < 2; i++)
+        if (*json_opt_str(&at, model, affixes[i], ""))
+            tok_unsupported(&at, affixes[i], json_get(model, affixes[i]));
+    t->fuse_unk = json_opt_bool(&at, model, "fuse_unk", 0);
+    t->ignore_merges = json_opt_bool(&at, model, "ignore_merges", 0);
+    t->byte_fallback = json_opt_bool(&at, model, "byte_fallback", 0);
+    tok_load_vocab(t, &at, json_need_object(&at, model, "vocab"),
+                   json_opt_array(src, root, "added_tokens"));
+    tok_load_merges(t, &at, json_need_array(&at, model, "merges"));
+    const char *unk = json_opt_str(&at, model, "unk_token", NULL);
+    t->unk = unk ? tok_piece_id(t, unk) : -1;
+    if (unk && t->unk < 0) json_bad(&at, "unk_token", json_get(model, "unk_token"), "a piece");
+}
+
+/* Those matched as written first, then by first byte, then longest first. */
+static int tok_compare_added(const void *a, const void *b) {
+    const tok_added *x = a, *y = b;
+    if (x->normalized != y->normalized) return x->normalized - y->normalized;
+    int c = (unsigned char)x->text[0] - (unsigned char)y->text[0];
+    if (c) return c;
+    if (x->len != y->len) return x->len > y->len ? -1 : 1;
+    return x->id - y->id;
+}
+
+/* Added tokens. The text of a normalized one is looked for in its normalized form, which the steps
+ * so far (the normalizer's) make, and decodes to that. */
+static void tok_load_added(rlhf_tokenizer *t, const json_src *src, const json_t *list) {
+    json_src at = *src;
+    at.at = "added_tokens.";
+    tok_enc e = tok_begin(t, NULL);
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const json_t *v = json_array_get(list, i);
+        const char *text = json_need_str(&at, v, "content");
+        size_t len = strlen(text);
+        tok_added a = {.id = (int32_t)json_need_int(&at, v, "id", 0, TOK_MAX_ID)};
+        a.single_word = json_opt_bool(&at, v, "single_word", 0);
+        a.lstrip = json_opt_bool(&at, v, "lstrip", 0);
+        a.rstrip = json_opt_bool(&at, v, "rstrip", 0);
+        int special = json_opt_bool(&at, v, "special", 0);
+        a.normalized = json_opt_bool(&at, v, "normalized", !special);
+        a.content = a.text = tok_keep(t, text, len);
+        for (int k = 1; a.normalized && k < (int)stbds_arrlen(t->steps); k++) {
+            char *changed = tok_transform(&e, &t->steps[k], a.text, &len, 1);
+            if (changed) a.text = tok_keep(t, changed, len);
+            mem_free(changed);
+        }
+        a.len = len;
+        tok_set_piece(t, a.id, a.text, len, special);
+        if (len) stbds_arrput(t->added, a);
+    }
+    tok_end(&e);
+    int n = (int)stbds_arrlen(t->added), k = 0;
+    if (n) qsort(t->added, (size_t)n, sizeof *t->added, tok_compare_added);
+    for (int set = 0; set < 2; set++)
+        for (int b = 0; b <= 256; b++) {
+            const tok_added *a = t->added;
+            while (k < n && a[k].normalized == set && (unsigned char)a[k].text[0] < b) k++;
+            t->bucket[set][b] = k;
+        }
+}
+
+/* The id of a token of any kind, or -1. */
+static int tok_find(rlhf_tokenizer *t, const char *text) {
+    for (int i = 0; i < (int)stbds_arrlen(t->added); i++)
+        if (strcmp(t->added[i].content, text) == 0) return t->added[i].id;
+    return tok_piece_id(t, text);
+}
+
+/* A special token of tokenizer_config.json, a string or an object with "content"; else the first of
+ * some usual names. */
+static int tok_special(rlhf_tokenizer *t, const json_src *src, const json_t *config,
+                       const char *key, const char *const *usual) {
+    const json_t *v = json_get(config, key);
+    const char *name = json_is_object(v) ? json_need_str(src, v, "content")
+                                         : json_opt_str(src, config, key, NULL);
+    /* A config that says null means that there is none. */
+    if (!name && json_object_get(config, key)) return -1;
+    if (name) return tok_find(t, name);
+    for (int i = 0; usual[i]; i++) {
+        int id = tok_find(t, usual[i]);
+        if (id >= 0) return id;
+    }
+    return -1;
+}
+
+/* ---- chat templates ---- */
+
+typedef struct tok_chat {
+    const char *name;
+    const char *begin;      /* before everything */
+    const char *open, *mid; /* around the role */
+    const char *lead;       /* before the content, part of it for the loss */
+    const char *close;      /* the end of a turn, part of it for the loss */
+    const char *after;      /* after the end of a turn */
+    const char *between;    /* between turns */
+    const char *system;     /* system text of a conversation that begins without; null: no turn */
+    const char *preamble;   /* before every system text that begins a conversation */
+    const char *roles[3];   /* names of system, user, assistant */
+    int trim;
+} tok_chat;
+
+#define TOK_ROLES {"system", "user", "assistant"}
+static const tok_chat tok_chats[] = {
+    {"plain", "", "", "", "", "", "", "\n", NULL, "", {"", "", ""}, 0},
+    {"hh", "", "\n\n", ":", " ", "", "", "", NULL, "", {"System", "Human", "Assistant"}, 0},
+    {"chatml", "", "<|im_start|>", "\n", "", "<|im_end|>", "\n", "", NULL, "", TOK_ROLES, 0},
+    {"qwen2", "", "<|im_start|>", "\n", "", "<|im_end|>", "\n", "", "You are a helpful assistant.",
+     "", TOK_ROLES, 0},
+    {"qwen2.5", "", "<|im_start|>", "\n", "", "<|im_end|>", "\n", "",
+     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "", TOK_ROLES, 0},
+    {"smollm2", "", "<|im_start|>", "\n", "", "<|im_end|>", "\n", "",
+     "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "", TOK_ROLES, 0},
+    {"llama-3", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "",
+     "<|eot_id|>", "", "", NULL, "", TOK_ROLES, 1},
+    {"llama-3.2", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "",
+     "<|eot_id|>", "", "", "", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+     TOK_ROLES, 1},
+};
+#define TOK_CHAT_NAMES "plain|hh|chatml|qwen2|qwen2.5|smollm2|llama-3|llama-3.2"
+enum { TOK_CHAT_HH = 1, TOK_N_CHATS = sizeof tok_chats / sizeof *tok_chats };
+
+/* The index of a template by its name, or -1. */
+static int tok_chat_named(const char *name) {
+    for (int i = 0; i < TOK_N_CHATS; i++)
+        if (strcmp(tok_chats[i].name, name) == 0) return i;
+    return -1;
+}
+
+/* Which template a Jinja text is, by the words only it has; -1: none known here. */
+static int tok_chat_detect(const char *jinja) {
+    if (strstr(jinja, "<|start_header_id|>"))
+        return tok_chat_named(strstr(jinja, "Cutting Knowledge Date") ? "llama-3.2" : "llama-3");
+    /* Thinking templates drop earlier thoughts: the turns are not independent. */
+    if (strstr(jinja, "<|im_start|>"))
+        return strstr(jinja, "think")                     ? -1
+               : strstr(jinja, "created by Alibaba Cloud")    ? tok_chat_named("qwen2.5")
+               : strstr(jinja, "named SmolLM")                ? tok_chat_named("smollm2")
+               : strstr(jinja, "You are a helpful assistant") ? tok_chat_named("qwen2")
+                                                              : tok_chat_named("chatml");
+    return strstr(jinja, "Human:") && strstr(jinja, "Assistant:") ? TOK_CHAT_HH : -1;
+}
+
+/* One message. */
+typedef struct tok_message {
+    const char *role, *content;
+} tok_message;
+
+/* Bytes [start, end) of a rendered text. */
+typedef struct tok_span {
+    size_t start, end;
+} tok_span;
+
+/* One turn; the range that bears loss if it is the assistant's. */
+static tok_span tok_render_turn(tok_buf *b, const tok_chat *c, int role, const char *preamble,
+                                const char *content) {
+    size_t n = strlen(content);
+    while (c->trim && n && tok_is_space((unsigned char)content[0])) content++, n--;
+    while (c->trim && n && tok_is_space((unsigned char)content[n - 1])) n--;
+    if (b->n > strlen(c->begin)) tok_put(b, c->between, strlen(c->between));
+    tok_put(b, c->open, strlen(c->open));
+    tok_put(b, c->roles[role], strlen(c->roles[role]));
+    tok_put(b, c->mid, strlen(c->mid));
+    tok_span span = {b->n, 0};
+    tok_put(b, c->lead, strlen(c->lead));
+    tok_put(b, preamble, strlen(preamble));
+    tok_put(b, content, n);
+    tok_put(b, c->close, strlen(c->close));
+    span.end = b->n;
+    tok_put(b, c->after, strlen(c->after));
+    return span;
+}
+
+/* The index of the template to use: name, or for "auto" the tokenizer's own. */
+static int tok_chat_choose(rlhf_tokenizer *t, const char *name) {
+    int is_auto = strcmp(name, "auto") == 0, chat = is_auto ? t->chat : tok_chat_named(name);
+    if (chat < 0 && is_auto)
+        err_throw(t->ctx, RLHF_ERR_UNSUPPORTED,
+                  "the tokenizer's chat template is not known here; choose one of " TOK_CHAT_NAMES);
+    if (chat < 0)
+        err_throw(t->ctx, RLHF_ERR_ARG, "chat template \"%s\": expected auto|" TOK_CHAT_NAMES,
+                  name);
+    return chat;
+}
+
+/* Renders a conversation, a block. For each assistant turn, spans (room for n, or null) gets the
+ * bytes that bear loss: the content and the token that ends the turn. The templates plain and hh
+ * have no such token: whoever needs one appends the end-of-text id. generate: the text ends where
+ * the assistant's next content begins. To be encoded with add_special 0, unless the template is
+ * plain or hh. */
+static char *tok_render(rlhf_tokenizer *t, const char *template, const tok_message *messages, int n,
+                        int generate, tok_span *spans, int *n_spans, size_t *len) {
+    static const char *const roles[] = {"system", "user", "assistant", NULL};
+    const tok_chat *c = &tok_chats[tok_chat_choose(t, template)];
+    tok_buf b = {t->ctx, NULL, 0, 0};
+    int count = 0;
+    tok_put(&b, c->begin, strlen(c->begin));
+    if (c->system && (n == 0 || strcmp(messages[0].role, "system") != 0))
+        tok_render_turn(&b, c, 0, c->preamble, c->system);
+    for (int i = 0; i < n; i++) {
+        int role = tok_choice(messages[i].role, roles);
+        if (role < 0)
+            err_throw(t->ctx, RLHF_ERR_DATA, "role \"%s\": expected system, user or assistant",
+                      messages[i].role);
+        tok_span span = tok_render_turn(&b, c, role, i == 0 && role == 0 ? c->preamble : "",
+                                        messages[i].content);
+        if (role == 2 && spans) spans[count] = span;
+        count += role == 2;
+    }
+    if (generate) {
+        if (b.n > strlen(c->begin)) tok_put(&b, c->between, strlen(c->between));
+        tok_put(&b, c->open, strlen(c->open));
+        tok_put(&b, c->roles[2], strlen(c->roles[2]));
+        tok_put(&b, c->mid, strlen(c->mid));
+    }
+    if (n_spans) *n_spans = count;
+    if (len) *len = b.n;
+    return b.p;
+}
+
+/* ---- files ---- */
+
+/* tokenizer_config.json and chat_template.jinja, as far as they matter here. */
+static void tok_load_config(rlhf_tokenizer *t, const char *file) {
+    static const char *const eos[] = {TOK_END_OF_TEXT, "</s>", "<|end_of_text|>", "<s>", NULL};
+    static const char *const bos[] = {TOK_END_OF_TEXT, "<s>", "<|begin_of_text|>", NULL};
+    json_src src = json_source(t->ctx, file);
+    json_t *config = t->config ? json_parse(&src, t->config, t->config_len) : NULL;
+    t->eos = tok_special(t, &src, config, "eos_token", eos);
+    t->bos = tok_special(t, &src, config, "bos_token", bos);
+    const char *jinja = t->jinja;
+    const json_t *v = json_get(config, "chat_template");
+    if (!jinja && json_is_string(v)) jinja = json_string_value(v);
+    for (size_t i = 0; !jinja && i < json_array_size(v); i++) {
+        const json_t *one = json_array_get(v, i);
+        if (strcmp(json_opt_str(&src, one, "name", ""), "default") == 0)
+            jinja = json_opt_str(&src, one, "template", NULL);
+    }
+    t->chat = jinja && *jinja ? tok_chat_detect(jinja) : TOK_CHAT_HH;
+    if (config) err_release(t->ctx);
+}
+
+/* A tokenizer from the texts of its files, whose ownership it takes; config and jinja may be null.
+ * file and config_file stand in messages. */
+static rlhf_tokenizer *tok_parse(rlhf_ctx *ctx, const char *file, const char *config_file,
+                                 rlhf_tokenizer texts) {
+    rlhf_tokenizer *t = mem_alloc(ctx, sizeof *t);
+    *t = texts;
+    t->ctx = ctx;
+    err_defer(ctx, tok_free, t);
+    t->pcre = pcre2_general_context_create(tok_pcre_alloc, tok_pcre_free, ctx);
+    if (!t->pcre) err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for pcre2");
+    t->cache = mem_zalloc(ctx, TOK_CACHE, sizeof *t->cache);
+    json_src src = json_source(ctx, file), at = src;
+    json_t *root = json_parse(&src, t->json, t->json_len);
+    if (!json_is_object(root)) json_bad(&src, "model", NULL, "a tokenizer.json");
+    tok_load_model(t, &src, root);
+    tok_add_step(&t->steps, TOK_ADDED, 0, 0);
+    at.at = "normalizer.";
+    tok_load_normalizer(t, &at, json_opt_object(&src, root, "normalizer"));
+    tok_load_added(t, &src, json_opt_array(&src, root, "added_tokens"));
+    tok_add_step(&t->steps, TOK_ADDED, 1, 0);
+    at.at = "pre_tokenizer.";
+    tok_load_pre(t, &at, json_opt_object(&src, root, "pre_tokenizer"));
+    at.at = "post_processor.";
+    tok_load_post(t, &at, json_opt_object(&src, root, "post_processor"));
+    at.at = "decoder.";
+    tok_load_decoder(t, &at, json_opt_object(&src, root, "decoder"));
+    err_release(ctx);
+    tok_index_bytes(t);
+    tok_load_config(t, config_file);
+    err_keep(ctx);
+    return t;
+}
+
+/* Opens a directory with a tokenizer.json, or such a file by its path. */
+static rlhf_tokenizer *tok_open(rlhf_ctx *ctx, const char *path) {
+    const char *slash = strrchr(path, '/');
+    int is_dir = io_is_dir(path);
+    char *dir = is_dir ? mem_strdup(ctx, path)
+                       : mem_strndup(ctx, path, slash ? (size_t)(slash - path) + 1 : 0);
+    char *file = is_dir ? io_join(ctx, dir, "tokenizer.json") : mem_strdup(ctx, path);
+    char *config = io_join(ctx, dir, "tokenizer_config.json");
+    char *jinja = io_join(ctx, dir, "chat_template.jinja");
+    rlhf_tokenizer texts = {0};
+    texts.json = io_read(ctx, file, IO_LIMIT, &texts.json_len);
+    if (io_exists(config)) texts.config = io_read(ctx, config, IO_LIMIT, &texts.config_len);
+    if (io_exists(jinja)) texts.jinja = io_read(ctx, jinja, IO_LIMIT, &texts.jinja_len);
+    rlhf_tokenizer *t = tok_parse(ctx, file, config, texts);
+    mem_free(dir);
+    mem_free(file);
+    mem_free(config);
+    mem_free(jinja);
+    return t;
+}
+
+/* Writes the files as they were read or made. */
+static void tok_save(rlhf_tokenizer *t, const char *dir) {
+    const char *names[] = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"};
+    const char *texts[] = {t->json, t->config, t->jinja};
+    size_t sizes[] = {t->json_len, t->config_len, t->jinja_len};
+    io_mkdirs(t->ctx, dir);
+    for (int i = 0; i < 3; i++) {
+        if (!texts[i]) continue;
+        char *path = io_join(t->ctx, dir, names[i]);
+        io_write_file(t->ctx, path, texts[i], sizes[i]);
+        mem_free(path);
+    }
+}
+
+/* ---- training ---- */
+
+/* A pair of neighbours: how often it occurs, and in which words (some of them more than once, some
+ * no longer). */
+typedef struct tok_pair_stat {
+    int64_t count;
+    int32_t *words; /* stb_ds */
+    int round;      /* the merge that last made it more frequent */
+} tok_pair_stat;
+typedef struct tok_pair_entry { uint64_t key; tok_pair_stat value; } tok_pair_entry;
+
+/* A distinct word of the training text. */
+typedef struct tok_train_word {
+    int32_t *ids;
+    int n;
+    int64_t count;
+} tok_train_word;
+
+typedef struct tok_trainer {
+    rlhf_ctx *ctx;
+    char **texts;           /* stb_ds: id -> text */
+    tok_word_id *ids;       /* stb_ds: text -> id */
+    int32_t (*merges)[2];   /* stb_ds */
+    tok_train_word *words;
+    int n_words;
+    tok_pair_entry *pairs;  /* stb_ds */
+    ptrdiff_t *risen;       /* stb_ds: pairs that became more frequent in this round */
+    int round;
+    tok_heap heap;          /* (-count, pair): most frequent first, then the smaller pair of ids */
+} tok_trainer;
+
+/* The id of a text, a new one if need be. */
+static int32_t tok_train_id(tok_trainer *r, const char *text) {
+    ptrdiff_t k = stbds_shgeti(r->ids, text);
+    if (k >= 0) return r->ids[k].value;
+    int32_t id = (int32_t)stbds_arrlen(r->texts);
+    stbds_arrput(r->texts, mem_strdup(r->ctx, text));
+    stbds_shput(r->ids, r->texts[id], id);
+    return id;
+}
+
+/* Counts a pair in word w by delta. */
+static void tok_train_add(tok_trainer *r, int32_t left, int32_t right, int w, int64_t delta) {
+    uint64_t key = tok_pair(left, right);
+    ptrdiff_t k = stbds_hmgeti(r->pairs, key);
+    if (k < 0) {
+        stbds_hmput(r->pairs, key, ((tok_pair_stat){.round = -1}));
+        k = stbds_hmgeti(r->pairs, key);
+    }
+    tok_pair_stat *p = &r->pairs[k].value;
+    p->count += delta;
+    if (delta < 0) return;
+    if (!stbds_arrlen(p->words) || stbds_arrlast(p->words) != w) stbds_arrput(p->words, w);
+    if (p->round == r->round) return;
+    p->round = r->round;
+    stbds_arrput(r->risen, k);
+}
+
+/* Queues what this round made more frequent. */
+static void tok_train_queue(tok_trainer *r) {
+    for (int i = 0; i < (int)stbds_arrlen(r->risen); i++) {
+        const tok_pair_entry *p = &r->pairs[r->risen[i]];
+        if (p->value.count >= TOK_MIN_PAIRS)
+            tok_heap_push(&r->heap, (tok_entry){UINT64_MAX - (uint64_t)p->value.count, p->key});
+    }
+    stbds_arrsetlen(r->risen, 0);
+    r->round++;
+}
+
+/* Replaces each (left, right) in word w by id, and counts what changes around it. */
+static void tok_train_merge(tok_trainer *r, int w, int32_t left, int32_t right, int32_t id) {
+    tok_train_word *word = &r->words[w];
+    int32_t *s = word->ids;
+    int k = 0;
+    for (int i = 0; i < word->n; i++) {
+        if (i + 1 == word->n || s[i] != left || s[i + 1] != right) {
+            s[k++] = s[i];
+            continue;
+        }
+        if (k > 0) {
+            tok_train_add(r, s[k - 1], left, w, -word->count);
+            tok_train_add(r, s[k - 1], id, w, word->count);
+        }
+        if (i + 2 < word->n) {
+            tok_train_add(r, right, s[i + 2], w, -word->count);
+            tok_train_add(r, id, s[i + 2], w, word->count);
+        }
+        s[k++] = id;
+        i++;
+    }
+    word->n = k;
+}
+
+/* Merges until there are `most` ids or no pair is frequent enough. Counts in the queue may be out
+ * of date: an entry is put back with the true count when it comes up. */
+static void tok_train_merges(tok_trainer *r, int most) {
+    for (int w = 0; w < r->n_words; w++)
+        for (int i = 0; i + 1 < r->words[w].n; i++)
+            tok_train_add(r, r->words[w].ids[i], r->words[w].ids[i + 1], w, r->words[w].count);
+    tok_train_queue(r);
+    tok_buf b = {r->ctx, NULL, 0, 0};
+    while ((int)stbds_arrlen(r->texts) < most && r->heap.n) {
+        tok_entry top = tok_heap_pop(&r->heap);
+        ptrdiff_t k = stbds_hmgeti(r->pairs, top.tie);
+        tok_pair_stat *p = &r->pairs[k].value;
+        uint64_t key = UINT64_MAX - (uint64_t)p->count;
+        if (p->count < TOK_MIN_PAIRS) continue;
+        if (key != top.key) {
+            if (key > top.key) tok_heap_push(&r->heap, (tok_entry){key, top.tie});
+            continue;
+        }
+        int32_t left = (int32_t)(top.tie >> 32), right = (int32_t)(uint32_t)top.tie;
+        b.n = 0;
+        tok_put(&b, r->texts[left], strlen(r->texts[left]));
+        tok_put(&b, r->texts[right], strlen(r->texts[right]));
+        int32_t id = tok_train_id(r, b.p), *merge = stbds_arraddnptr(r->merges, 1)[0];
+        merge[0] = left;
+        merge[1] = right;
+        int32_t *words = p->words;
+        *p = (tok_pair_stat){.round = -1};
+        for (int i = 0; i < (int)stbds_arrlen(words); i++)
+            tok_train_merge(r, words[i], left, right, id);
+        r->pairs[k].value.count = 0;
+        stbds_arrfree(words);
+        tok_train_queue(r);
+    }
+    mem_free(b.p);
+}
+
+/* Distinct words and their counts, from the texts. */
+static void tok_train_words(tok_trainer *r, rlhf_tokenizer *t, const char *const *texts,
+                            const size_t *lens, int n) {
+    tok_count *counts = NULL;
+    stbds_sh_new_arena(counts);
+    tok_enc e = tok_begin(t, NULL);
+    e.counts = &counts;
+    for (int i = 0; i < n; i++) tok_feed(&e, texts[i], lens[i]);
+    tok_end(&e);
+    r->n_words = (int)stbds_shlen(counts);
+    r->words = mem_zalloc(r->ctx, (size_t)r->n_words + 1, sizeof *r->words);
+    for (int w = 0; w < r->n_words; w++) {
+        const char *s = counts[w].key;
+        size_t len = strlen(s);
+        tok_train_word *word = &r->words[w];
+        word->ids = mem_alloc(r->ctx, len * sizeof *word->ids);
+        word->count = counts[w].value;
+        for (size_t i = 0; i < len;) {
+            uint32_t cp;
+            i += (size_t)tok_char(s + i, len - i, &cp);
+            word->ids[word->n++] = tok_char_piece(t, cp);
+        }
+    }
+    stbds_shfree(counts);
+}
+
+/* A call into jansson that can only run out of memory. */
+static void tok_must(rlhf_ctx *ctx, int failed) {
+    if (failed) err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+}
+
+/* A tokenizer.json of GPT-2's kind: the texts in order of id, then the end-of-text token. */
+static char *tok_train_json(tok_trainer *r, size_t *len) {
+    static const char format[] =
+        "{s:s, s:n, s:n, s:[{s:i, s:s, s:b, s:b, s:b, s:b, s:b}], s:n,"
+        " s:{s:s, s:b, s:b, s:b}, s:{s:s, s:b, s:b, s:b}, s:{s:s, s:b, s:b, s:b},"
+        " s:{s:s, s:n, s:n, s:n, s:n, s:b, s:b, s:b, s:o, s:o}}";
+    int n = (int)stbds_arrlen(r->texts);
+    json_t *vocab = json_hold(r->ctx, json_object());
+    json_t *merges = json_hold(r->ctx, json_array());
+    for (int i = 0; i < n; i++)
+        tok_must(r->ctx, json_object_set_new(vocab, r->texts[i], json_integer(i)));
+    tok_must(r->ctx, json_object_set_new(vocab, TOK_END_OF_TEXT, json_integer(n)));
+    for (int i = 0; i < (int)stbds_arrlen(r->merges); i++) {
+        const int32_t *pair = r->merges[i];
+        json_t *both = json_pack("[s, s]", r->texts[pair[0]], r->texts[pair[1]]);
+        tok_must(r->ctx, json_array_append_new(merges, both));
+    }
+    json_t *root = json_pack(
+        format, "version", "1.0", "truncation", "padding", "added_tokens", "id", n, "content",
+        TOK_END_OF_TEXT, "single_word", 0, "lstrip", 0, "rstrip", 0, "normalized", 0, "special", 1,
+        "normalizer",
+        "pre_tokenizer", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1, "use_regex", 1,
+        "post_processor", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1, "use_regex", 1,
+        "decoder", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1, "use_regex", 1,
+        "model", "type", "BPE", "dropout", "unk_token", "continuing_subword_prefix",
+        "end_of_word_suffix", "fuse_unk", 0, "byte_fallback", 0, "ignore_merges", 0, "vocab",
+        json_incref(vocab), "merges", json_incref(merges));
+    json_hold(r->ctx, root);
+    char *text = json_text(r->ctx, root, JSON_INDENT(1), len);
+    for (int i = 0; i < 3; i++) err_release(r->ctx);
+    return text;
+}
+
+/* The tokenizer with r's vocabulary. */
+static rlhf_tokenizer *tok_train_result(tok_trainer *r) {
+    static const char config[] =
+        "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n"
+        "  \"bos_token\": \"" TOK_END_OF_TEXT "\",\n  \"eos_token\": \"" TOK_END_OF_TEXT "\",\n"
+        "  \"clean_up_tokenization_spaces\": false\n}\n";
+    rlhf_tokenizer texts = {.config_len = sizeof config - 1};
+    texts.config = mem_strndup(r->ctx, config, sizeof config - 1);
+    texts.json = tok_train_json(r, &texts.json_len);
+    return tok_parse(r->ctx, "trained tokenizer", "trained tokenizer", texts);
+}
+
+/* Trains byte-level BPE on n texts: ids 0..255 are the bytes in GPT-2's order, then come merges (a
+ * pair that occurs once is not merged: a small text may give fewer than vocab_size ids), and the
+ * end-of-text token is last. A function of the texts alone; equals Hugging Face's trainer. */
+static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const size_t *lens, int n,
+                                 int vocab_size) {
+    if (vocab_size < 257 || vocab_size > TOK_MAX_ID)
+        err_throw(ctx, RLHF_ERR_ARG, "vocab_size %d: expected %d to %d", vocab_size, 257,
+                  (int)TOK_MAX_ID);
+    tok_trainer r = {.ctx = ctx, .heap.ctx = ctx};
+    for (uint32_t cp = 33; cp < TOK_BYTE_CPS; cp++) {
+        char c[5] = {0};
+        tok_put_char(c, cp);
+        if (cp < 127 || (cp > 160 && cp != 173)) tok_train_id(&r, c);
+    }
+    rlhf_tokenizer *bytes = tok_train_result(&r);
+    err_defer(ctx, tok_free, bytes);
+    tok_train_words(&r, bytes, texts, lens, n);
+    err_release(ctx);
+    tok_train_merges(&r, vocab_size - 1);
+    rlhf_tokenizer *t = tok_train_result(&r);
+    for (int i = 0; i < (int)stbds_arrlen(r.texts); i++) mem_free(r.texts[i]);
+    for (int w = 0; w < r.n_words; w++) mem_free(r.words[w].ids);
+    for (ptrdiff_t k = 0; k < stbds_hmlen(r.pairs); k++) stbds_arrfree(r.pairs[k].value.words);
+    stbds_arrfree(r.texts);
+    stbds_shfree(r.ids);
+    stbds_arrfree(r.merges);
+    mem_free(r.words);
+    stbds_hmfree(r.pairs);
+    stbds_arrfree(r.risen);
+    mem_free(r.heap.e);
+    return t;
+}
+
+
+/* ============================================================================================
+ * MARK: - 13 MODEL (model_)
+ * A decoder. A family is data: a reader for its config.json and a list that maps its tensors onto
+ * one table of parameters; forward, backward and decoding are written once for all. All weights
+ * lie in one array, gradients and moments in arrays of the same layout. Sampling with a cache of
+ * keys and values and training run through model_forward alike.
+ * Tests: test/test_model.c, test/test_golden.c
+ * ============================================================================================ */
+
+typedef struct model_cfg {
+    int vocab, d, layers, heads, kv_heads, hd, ff, positions;
+    float eps, theta, init_range;
+    int layer_norm;   /* 1: LayerNorm with bias, 0: RMSNorm */
+    int learned_pos;  /* 1: a table of positions, 0: rotary */
+    int glu;          /* 1: silu(gate) up, 0: gelu */
+    int qkv_bias, o_bias, mlp_bias, tied;
+    int scaled_init;  /* residual projections start smaller by sqrt(2 layers) */
+    rlhf_head head;
+} model_cfg;
+
+/* name, in every layer, rows, columns, exists, initial value ('n' normal, 'r' normal of a residual projection, '1', '0').
+ * Weight decay applies to those with more than one column and to the score head. */
+#define MODEL_PARAMS(X)                                                                            \
+    X(WTE, 0, c->vocab, c->d, 1, 'n')                                                              \
+    X(WPE, 0, c->positions, c->d, c->learned_pos, 'n')                                             \
+    X(LN1_W, 1, c->d, 1, 1, '1')                                                                   \
+    X(LN1_B, 1, c->d, 1, c->layer_norm, '0')                                                       \
+    X(QKV_W, 1, (c->heads + 2 * c->kv_heads) * c->hd, c->d, 1, 'n')                                \
+    X(QKV_B, 1, (c->heads + 2 * c->kv_heads) * c->hd, 1, c->qkv_bias, '0')                         \
+    X(O_W, 1, c->d, c->heads * c->hd, 1, 'r')                                                      \
+    X(O_B, 1, c->d, 1, c->o_bias, '0')                                                             \
+    X(LN2_W, 1, c->d, 1, 1, '1')                                                                   \
+    X(LN2_B, 1, c->d, 1, c->layer_norm, '0')                                                       \
+    X(UP_W, 1, c->ff * (1 + c->glu), c->d, 1, 'n')                                                 \
+    X(UP_B, 1, c->ff * (1 + c->glu), 1, c->mlp_bias, '0')                                          \
+    X(DOWN_W, 1, c->d, c->ff, 1, 'r')                                                              \
+    X(DOWN_B, 1, c->d, 1, c->mlp_bias, '0')                                                        \
+    X(LNF_W, 0, c->d, 1, 1, '1')                                                                   \
+    X(LNF_B, 0, c->d, 1, c->layer_norm, '0')                                                       \
+    X(HEAD, 0, c->vocab, c->d, c->head == RLHF_HEAD_LM && !c->tied, 'n')                           \
+    X(SCORE, 0, 1, c->d, c->head == RLHF_HEAD_SCORE, '0')
+
+typedef enum model_param {
+#define MODEL_ENUM(name, per_layer, rows, cols, exists, init) P_##name,
+    MODEL_PARAMS(MODEL_ENUM)
+#undef MODEL_ENUM
+        P_COUNT
+} model_param;
+
+/* Which part of a parameter's rows a tensor of a file holds. */
+typedef enum model_part { PART_ALL, PART_Q, PART_K, PART_V, PART_GATE, PART_UP } model_part;
+
+typedef struct model_tensor {
+    const char *name; /* %d stands for the layer */
+    uint8_t param, part, transposed;
+} model_tensor;
+
+typedef struct model_family {
+    const char *type, *lm_class, *score_class;
+    const char *prefix; /* of every name below; files may lack it */
+    int prefix_optional;
+    const model_tensor *tensors;
+    void (*read)(const json_src *src, const json_t *config, model_cfg *c);
+} model_family;
+
+/* Place of one parameter in the flat array, one layer. */
+typedef struct model_slot {
+    size_t at, n;
+    int rows, cols;
+} model_slot;
+
+struct rlhf_model {
+    rlhf_ctx *ctx;
+    const model_family *family;
+    model_cfg c;
+    json_t *config;   /* as read; written back with what this library adds */
+    size_t n;         /* floats in w */
+    float *w;
+    float *g;         /* gradients, lent by the trainer that is open; null otherwise */
+    model_slot slot[P_COUNT];
+    size_t layer_size; /* floats from one layer to the next */
+    uint64_t version;  /* changes with the weights */
+    float **packed;    /* [layers * P_COUNT]: forward panels of the matrices, made when first used */
+    uint64_t *packed_version;
+    float *cosine, *sine; /* [rope_len][hd/2] */
+    int rope_len;
+    arena ws;         /* of one call */
+    arena keep;       /* packed weights and tables: as long as the model */
+    int32_t eos[16];
+    int n_eos, bos;
+    int score_trained;
+    float score_mean, score_std; /* reward = (score - mean) / std */
+};
+
+/* ---- families ---- */
+
+static const model_tensor model_gpt2_tensors[] = {
+    {"wte.weight", P_WTE, PART_ALL, 0},
+    {"wpe.weight", P_WPE, PART_ALL, 0},
+    {"h.%d.ln_1.weight", P_LN1_W, PART_ALL, 0},
+    {"h.%d.ln_1.bias", P_LN1_B, PART_ALL, 0},
+    {"h.%d.attn.c_attn.weight", P_QKV_W, PART_ALL, 1},
+    {"h.%d.attn.c_attn.bias", P_QKV_B, PART_ALL, 0},
+    {"h.%d.attn.c_proj.weight", P_O_W, PART_ALL, 1},
+    {"h.%d.attn.c_proj.bias", P_O_B, PART_ALL, 0},
+    {"h.%d.ln_2.weight", P_LN2_W, PART_ALL, 0},
+    {"h.%d.ln_2.bias", P_LN2_B, PART_ALL, 0},
+    {"h.%d.mlp.c_fc.weight", P_UP_W, PART_ALL, 1},
+    {"h.%d.mlp.c_fc.bias", P_UP_B, PART_ALL, 0},
+    {"h.%d.mlp.c_proj.weight", P_DOWN_W, PART_ALL, 1},
+    {"h.%d.mlp.c_proj.bias", P_DOWN_B, PART_ALL, 0},
+    {"ln_f.weight", P_LNF_W, PART_ALL, 0},
+    {"ln_f.bias", P_LNF_B, PART_ALL, 0},
+    {"!lm_head.weight", P_HEAD, PART_ALL, 0}, /* '!': the name has no prefix */
+    {"!score.weight", P_SCORE, PART_ALL, 0},
+    {NULL, 0, 0, 0}};
+
+static const model_tensor model_llama_tensors[] = {
+    {"embed_tokens.weight", P_WTE, PART_ALL, 0},
+    {"layers.%d.input_layernorm.weight", P_LN1_W, PART_ALL, 0},
+    {"layers.%d.self_attn.q_proj.weight", P_QKV_W, PART_Q, 0},
+    {"layers.%d.self_attn.k_proj.weight", P_QKV_W, PART_K, 0},
+    {"layers.%d.self_attn.v_proj.weight", P_QKV_W, PART_V, 0},
+    {"layers.%d.self_attn.q_proj.bias", P_QKV_B, PART_Q, 0},
+    {"layers.%d.self_attn.k_proj.bias", P_QKV_B, PART_K, 0},
+    {"layers.%d.self_attn.v_proj.bias", P_QKV_B, PART_V, 0},
+    {"layers.%d.self_attn.o_proj.weight", P_O_W, PART_ALL, 0},
+    {"layers.%d.self_attn.o_proj.bias", P_O_B, PART_ALL, 0},
+    {"layers.%d.post_attention_layernorm.weight", P_LN2_W, PART_ALL, 0},
+    {"layers.%d.mlp.gate_proj.weight", P_UP_W, PART_GATE, 0},
+    {"layers.%d.mlp.up_proj.weight", P_UP_W, PART_UP, 0},
+    {"layers.%d.mlp.gate_proj.bias", P_UP_B, PART_GATE, 0},
+    {"layers.%d.mlp.up_proj.bias", P_UP_B, PART_UP, 0},
+    {"layers.%d.mlp.down_proj.weight", P_DOWN_W, PART_ALL, 0},
+    {"layers.%d.mlp.down_proj.bias", P_DOWN_B, PART_ALL, 0},
+    {"norm.weight", P_LNF_W, PART_ALL, 0},
+    {"!lm_head.weight", P_HEAD, PART_ALL, 0},
+    {"!score.weight", P_SCORE, PART_ALL, 0},
+    {NULL, 0, 0, 0}};
+
+enum { MODEL_MAX = 1 << 24 }; /* larger sizes in a config are taken for damage */
+
+static void model_need_choice(const json_src *src, const json_t *config, const char *key,
+                              const char *def, const char *allowed) {
+    const char *value = json_opt_str(src, config, key, def);
+    size_t n = strlen(value);
+    for (const char *p = allowed; (p = strstr(p, value)); p += n)
+        if ((p == allowed || p[-1] == '|') && (p[n] == 0 || p[n] == '|')) return;
+    err_throw(src->ctx, RLHF_ERR_UNSUPPORTED, "%s: \"%s\" is \"%s\"; this version computes %s",
+              src->file, key, value, allowed);
+}
+
+static void model_read_gpt2(const json_src *src, const json_t *j, model_cfg *c) {
+    c->d = (int)json_need_int(src, j, "n_embd", 1, MODEL_MAX);
+    c->layers = (int)json_need_int(src, j, "n_layer", 1, 100000);
+    c->heads = c->kv_heads = (int)json_need_int(src, j, "n_head", 1, 100000);
+    c->positions = (int)json_opt_int(src, j, "n_positions", 1, MODEL_MAX, 1024);
+    c->ff = (int)json_opt_int(src, j, "n_inner", 1, MODEL_MAX, 4 * (int64_t)c->d);
+    c->eps = (float)json_opt_real(src, j, "layer_norm_epsilon", 1e-5);
+    c->hd = c->d / c->heads;
+    if (c->d % c->heads)
+        err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: \"n_embd\" %d is not a multiple of \"n_head\" %d",
+                  src->file, c->d, c->heads);
+    model_need_choice(src, j, "activation_function", "gelu_new", "gelu_new|gelu_pytorch_tanh");
+    c->layer_norm = c->learned_pos = c->qkv_bias = c->o_bias = c->mlp_bias = c->scaled_init = 1;
+    c->tied = json_opt_bool(src, j, "tie_word_embeddings", 1);
+}
+
+static void model_read_llama(const json_src *src, const json_t *j, model_cfg *c) {
+    c->d = (int)json_need_int(src, j, "hidden_size", 1, MODEL_MAX);
+    c->layers = (int)json_need_int(src, j, "num_hidden_layers", 1, 100000);
+    c->heads = (int)json_need_int(src, j, "num_attention_heads", 1, 100000);
+    c->kv_heads = (int)json_opt_int(src, j, "num_key_value_heads", 1, c->heads, c->heads);
+    c->hd = (int)json_opt_int(src, j, "head_dim", 1, MODEL_MAX, c->d / c->heads);
+    c->ff = (int)json_need_int(src, j, "intermediate_size", 1, MODEL_MAX);
+    c->positions = (int)json_opt_int(src, j, "max_position_embeddings", 1, MODEL_MAX, 2048);
+    c->eps = (float)json_opt_real(src, j, "rms_norm_eps", 1e-6);
+    if (c->heads % c->kv_heads || c->hd % 2)
+        err_throw(src->ctx, RLHF_ERR_FORMAT,
+                  "%s: %d heads, %d key/value heads, head_dim %d: the first is a multiple of the "
+                  "second and the third is even",
+                  src->file, c->heads, c->kv_heads, c->hd);
+    model_need_choice(src, j, "hidden_act", "silu", "silu");
+    const json_t *rope = json_opt_object(src, j, "rope_parameters");
+    const json_t *scaling = json_opt_object(src, j, "rope_scaling");
+    c->theta = (float)json_opt_real(src, rope ? rope : j, "rope_theta", 10000.0);
+    if (!rope) rope = scaling;
+    if (rope) {
+        const char *old = json_opt_str(src, rope, "type", "default");
+        const char *type = json_opt_str(src, rope, "rope_type", old);
+        if (strcmp(type, "default"))
+            err_throw(src->ctx, RLHF_ERR_UNSUPPORTED,
+                      "%s: rotary scaling \"%s\" is not computed by this version", src->file, type);
+    }
+    c->qkv_bias = c->o_bias = json_opt_bool(src, j, "attention_bias", 0);
+    c->mlp_bias = json_opt_bool(src, j, "mlp_bias", 0);
+    c->tied = json_opt_bool(src, j, "tie_word_embeddings", 0);
+    c->glu = 1;
+}
+
+static const model_family model_families[] = {
+    {"gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification", "transformer.", 1,
+     model_gpt2_tensors, model_read_gpt2},
+    {"llama", "LlamaForCausalLM", "LlamaForSequenceClassification", "model.", 0,
+     model_llama_tensors, model_read_llama}};
+enum { MODEL_FAMILIES = sizeof model_families / sizeof *model_families };
+
+static const model_family *model_find_family(const json_src *src, const json_t *config) {
+    const char *type = json_need_str(src, config, "model_type");
+    char known[256] = "";
+    for (int i = 0; i < MODEL_FAMILIES; i++) {
+        if (!strcmp(type, model_families[i].type)) return model_families + i;
+        size_t n = strlen(known);
+        snprintf(known + n, sizeof known - n, "%s%s", i ? ", " : "", model_families[i].type);
+    }
+    err_throw(src->ctx, RLHF_ERR_UNSUPPORTED, "%s: \"model_type\" \"%s\" is unknown; known: %s",
+              src->file, type, known);
+}
+
+static void model_add_eos(rlhf_model *m, int64_t id) {
+    for (int i = 0; i < m->n_eos; i++)
+        if (m->eos[i] == id) return;
+    if (m->n_eos < (int)(sizeof m->eos / sizeof *m->eos)) m->eos[m->n_eos++] = (int32_t)id;
+}
+
+/* eos_token_id (a number or a list) and bos_token_id of config.json or generation_config.json. */
+static void model_read_special(rlhf_model *m, const json_src *src, const json_t *j) {
+    json_t *e = json_get(j, "eos_token_id"), *x;
+    size_t i;
+    if (json_is_array(e)) {
+        json_array_foreach(e, i, x) {
+            if (!json_is_integer(x)) json_bad(src, "eos_token_id", x, "token ids");
+            model_add_eos(m, json_integer_value(x));
+        }
+    } else if (e) {
+        model_add_eos(m, json_need_int(src, j, "eos_token_id", 0, INT32_MAX));
+    }
+    m->bos = (int)json_opt_int(src, j, "bos_token_id", 0, INT32_MAX, m->bos);
+}
+
+/* ---- layout ---- */
+
+static void model_layout(rlhf_model *m) {
+    const model_cfg *c = &m->c;
+    size_t at = 0, layer = 0;
+    for (int pass = 0; pass < 2; pass++) {
+#define MODEL_PLACE(name, per_layer, r, k, exists, init)                                           \
+    if ((per_layer) == pass) {                                                                     \
+        model_slot *s = m->slot + P_##name;                                                        \
+        *s = (model_slot){at + layer, (exists) ? base_mul(m->ctx, (size_t)(r), (size_t)(k)) : 0,   \
+                          (r), (k)};                                                               \
+        if (pass) layer += base_round_up(s->n, RLHF_LANES);                                        \
+        else at += base_round_up(s->n, RLHF_LANES);                                                \
+    }
+        MODEL_PARAMS(MODEL_PLACE)
+#undef MODEL_PLACE
+    }
+    m->layer_size = layer;
+    m->n = at + base_mul(m->ctx, layer, (size_t)c->layers);
+}
+
+static const struct { uint8_t per_layer, init; } model_param_info[P_COUNT] = {
+#define MODEL_INFO(name, per_layer, rows, cols, exists, init) {per_layer, init},
+    MODEL_PARAMS(MODEL_INFO)
+#undef MODEL_INFO
+};
+
+static int model_param_layers(const rlhf_model *m, int p) {
+    return m->slot[p].n ? (model_param_info[p].per_layer ? m->c.layers : 1) : 0;
+}
+
+static size_t model_at(const rlhf_model *m, int p, int layer) {
+    return m->slot[p].at + (model_param_info[p].per_layer ? (size_t)layer * m->layer_size : 0);
+}
+
+/* Weights of one parameter, null if this model has none. */
+static float *model_w(const rlhf_model *m, int p, int layer) {
+    return m->slot[p].n ? m->w + model_at(m, p, layer) : NULL;
+}
+
+static float *model_g(const rlhf_model *m, int p, int layer) {
+    return m->slot[p].n && m->g ? m->g + model_at(m, p, layer) : NULL;
+}
+
+static int64_t model_count(const rlhf_model *m) {
+    int64_t n = 0;
+    for (int p = 0; p < P_COUNT; p++) n += (int64_t)m->slot[p].n * model_param_layers(m, p);
+    return n;
+}
+
+/* A model without weights: everything from a parsed config.json, which the model keeps. */
+static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config) {
+    rlhf_model *m = mem_zalloc(ctx, 1, sizeof *m);
+    m->ctx = ctx;
+    m->ws.ctx = m->keep.ctx = ctx;
+    m->family = model_find_family(src, config);
+    m->bos = -1;
+    m->score_std = 1;
+    model_cfg *c = &m->c;
+    c->init_range = (float)json_opt_real(src, config, "initializer_range", 0.02);
+    c->vocab = (int)json_need_int(src, config, "vocab_size", 1, MODEL_MAX);
+    m->family->read(src, config, c);
+    json_t *classes = json_opt_array(src, config, "architectures");
+    const char *cls = json_string_value(json_array_get(classes, 0));
+    c->head = cls && strstr(cls, "ForSequenceClassification") ? RLHF_HEAD_SCORE : RLHF_HEAD_LM;
+    model_read_special(m, src, config);
+    model_layout(m);
+    m->w = mem_zalloc(ctx, m->n, sizeof *m->w);
+    m->packed = mem_zalloc(ctx, (size_t)c->layers * P_COUNT, sizeof *m->packed);
+    m->packed_version = mem_zalloc(ctx, (size_t)c->layers * P_COUNT, sizeof *m->packed_version);
+    m->version = 1;
+    return m;
+}
+
+static void model_free(rlhf_model *m) {
+    arena_free(&m->ws);
+    arena_free(&m->keep);
+    json_decref(m->config);
+    mem_free(m->packed);
+    mem_free(m->packed_version);
+    mem_free(m->w);
+    mem_free(m);
+}
+
+/* A standard normal number (Box-Muller); the functions of 06 make it the same bits everywhere. */
+static float model_normal(uint64_t seed, uint64_t stream, uint64_t index) {
+    float u = (float)(1.0 - rng_uniform(seed, stream, 2 * index)), s, c;
+    v_sincos1((float)(6.283185307179586 * rng_uniform(seed, stream, 2 * index + 1)), &s, &c);
+    return sqrtf(-2.0f * v_log1(u < FLT_MIN ? FLT_MIN : u)) * c;
+}
+
+static void model_randomize(rlhf_model *m, uint64_t seed) {
+    for (int p = 0; p < P_COUNT; p++)
+        for (int layer = 0; layer < model_param_layers(m, p); layer++) {
+            float *w = model_w(m, p, layer), std = m->c.init_range;
+            int init = model_param_info[p].init;
+            if (init == 'r' && m->c.scaled_init) std /= sqrtf(2.0f * (float)m->c.layers);
+            for (size_t i = 0; i < m->slot[p].n; i++) {
+                uint64_t at = (uint64_t)(w - m->w) + i;
+                w[i] = init == '1' ? 1.0f
+                     : init == '0' ? 0.0f
+                                   : std * model_normal(seed, RNG_INIT, at);
+            }
+        }
+    m->version++;
+}
+
+/* The score head: N(0, 1 / (d + 1)), as OpenAI's reward models. */
+static void model_init_score(rlhf_model *m, uint64_t seed) {
+    float *w = model_w(m, P_SCORE, 0), std = 1.0f / sqrtf((float)m->c.d + 1.0f);
+    for (int i = 0; i < m->c.d; i++) w[i] = std * model_normal(seed, RNG_HEAD, (uint64_t)i);
+    m->version++;
+}
+
+/* ---- pieces of a pass ---- */
+
+/* A matrix ready for op_linear: its forward panels are packed when they are stale. */
+static op_weight model_weight(rlhf_model *m, int p, int bias, int layer) {
+    size_t i = (size_t)layer * P_COUNT + (size_t)p;
+    const model_slot *s = m->slot + p;
+    float *w = model_w(m, p, layer);
+    if (!m->packed[i])
+        m->packed[i] = arena_floats(&m->keep, gemm_packed_size(s->cols, s->rows), 1);
+    if (m->packed_version[i] != m->version) {
+        gemm_pack(m->ctx, w, 1, (size_t)s->cols, s->cols, s->rows, m->packed[i]);
+        m->packed_version[i] = m->version;
+    }
+    op_weight o = {.n = s->rows, .k = s->cols, .w = w, .packed = m->packed[i],
+                   .gw = model_g(m, p, layer)};
+    if (bias != P_COUNT) {
+        o.b = model_w(m, bias, layer);
+        o.gb = o.b ? model_g(m, bias, layer) : NULL;
+    }
+    return o;
+}
+
+/* The matrix from hidden states to logits, or to the score. */
+static op_weight model_head_weight(rlhf_model *m) {
+    if (m->c.head == RLHF_HEAD_SCORE) return model_weight(m, P_SCORE, P_COUNT, 0);
+    return model_weight(m, m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0);
+}
+
+static op_norm model_norm(rlhf_model *m, int p, int layer, int rows) {
+    op_norm o = {.k = m->ctx->k, .n = m->c.d, .eps = m->c.eps, .rows = rows};
+    o.w = model_w(m, p, layer);
+    o.gw = model_g(m, p, layer);
+    o.b = model_w(m, p + 1, layer);
+    o.gb = model_g(m, p + 1, layer);
+    return o;
+}
+
+_Static_assert(P_LN1_B == P_LN1_W + 1 && P_LN2_B == P_LN2_W + 1 && P_LNF_B == P_LNF_W + 1,
+               "a norm's bias follows its weight");
+
+/* Tables of the rotation for positions below len. */
+static void model_rope_tables(rlhf_model *m, int len) {
+    if (m->c.learned_pos || len <= m->rope_len) return;
+    int half = m->c.hd / 2, want = base_min(m->c.positions, base_max(len, 2 * m->rope_len));
+    float *c = arena_floats(&m->keep, (size_t)want, (size_t)half);
+    float *s = arena_floats(&m->keep, (size_t)want, (size_t)half);
+    for (int p = 0; p < want; p++) {
+        for (int j = 0; j < half; j++) {
+            float inv = (float)(1.0 / pow((double)m->c.theta, (double)j / half));
+            c[(size_t)p * (size_t)half + (size_t)j] = (float)p * inv;
+        }
+        float *row = c + (size_t)p * (size_t)half, *sine = s + (size_t)p * (size_t)half;
+        for (int j = 0; j < half; j++) v_sincos1(row[j], sine + j, row + j);
+    }
+    m->cosine = c;
+    m->sine = s;
+    m->rope_len = want;
+}
+
+/* ---- forward ---- */
+
+/* What backward needs of a layer. */
+typedef struct model_acts {
+    float *x1, *h1, *mean1, *rstd1; /* input of the layer; its norm */
+    float *qkv, *o, *lse;
+    float *x2, *h2, *mean2, *rstd2; /* after attention; its norm */
+    float *up, *act;
+    op_seq *seq;
+} model_acts;
+
+/* One pass over a ragged batch. */
+typedef struct model_run {
+    int rows, seqs;
+    const int32_t *ids, *pos; /* [rows] */
+    const op_seq *seq;        /* [seqs]; kv is filled per layer */
+    op_kv *kv;                /* [layers][seqs], caches that outlive the pass; null: scratch */
+    int save;                 /* keep what backward needs */
+    model_acts *acts;         /* [layers] */
+    float *x;                 /* out: residual stream behind the last layer, [rows][d] */
+} model_run;
+
+static op_kv model_kv_new(rlhf_model *m, arena *ws, int cap) {
+    op_kv kv = {.cap = (int)base_round_up((size_t)cap, RLHF_LANES)};
+    kv.k = arena_zeros(ws, op_kv_k_size(m->c.kv_heads, m->c.hd, kv.cap), 1);
+    kv.v = arena_zeros(ws, op_kv_v_size(m->c.kv_heads, m->c.hd, kv.cap), 1);
+    return kv;
+}
+
+static void model_check_run(rlhf_model *m, const model_run *run) {
+    for (int i = 0; i < run->rows; i++)
+        if (run->ids[i] < 0 || run->ids[i] >= m->c.vocab)
+            err_throw(m->ctx, RLHF_ERR_ARG, "token id %d is not below the vocabulary size %d",
+                      (int)run->ids[i], m->c.vocab);
+    for (int i = 0; i < run->seqs; i++)
+        if (run->seq[i].past + run->seq[i].n > m->c.positions)
+            err_throw(m->ctx, RLHF_ERR_CONTEXT, "a sequence of %d tokens: the model has %d positions",
+                      run->seq[i].past + run->seq[i].n, m->c.positions);
+}
+
+/* Attention of one layer's rows and its description, shared with backward. */
+static op_attn model_attn(rlhf_model *m, const model_run *run, model_acts *a) {
+    return (op_attn){.kt = m->ctx->k, .heads = m->c.heads, .kv_heads = m->c.kv_heads,
+                     .hd = m->c.hd, .seqs = run->seqs, .seq = a->seq, .qkv = a->qkv, .o = a->o,
+                     .lse = a->lse, .cosine = m->c.learned_pos ? NULL : m->cosine, .sine = m->sine,
+                     .pos = run->pos, .sign = 1, .rows = run->rows};
+}
+
+/* Buffers of one layer. Without save they serve every layer. */
+static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run) {
+    const model_cfg *c = &m->c;
+    size_t n = (size_t)run->rows, d = (size_t)c->d, q = (size_t)(c->heads * c->hd);
+    model_acts a = {0};
+    a.h1 = arena_floats(ws, n, d);
+    a.h2 = run->save ? arena_floats(ws, n, d) : a.h1;
+    a.mean1 = arena_floats(ws, n, 4);
+    a.rstd1 = a.mean1 + n;
+    a.mean2 = a.rstd1 + n;
+    a.rstd2 = a.mean2 + n;
+    a.qkv = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
+    a.o = arena_floats(ws, n, q);
+    a.lse = run->save ? arena_floats(ws, n, (size_t)c->heads) : NULL;
+    a.up = arena_floats(ws, n, (size_t)(c->ff * (1 + c->glu)));
+    a.act = arena_floats(ws, n, (size_t)c->ff);
+    a.seq = arena_alloc(ws, (size_t)run->seqs * sizeof *a.seq);
+    memcpy(a.seq, run->seq, (size_t)run->seqs * sizeof *a.seq);
+    return a;
+}
+
+/* One layer: x += attention(norm x), x += mlp(norm x). With save, each state of x is kept. */
+static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer, model_acts *a) {
+    const model_cfg *c = &m->c;
+    int n = run->rows;
+    size_t bytes = (size_t)n * (size_t)c->d * sizeof(float);
+    for (int s = 0; s < run->seqs; s++) {
+        if (run->kv) a->seq[s].kv = run->kv[(size_t)layer * (size_t)run->seqs + (size_t)s];
+        else if (run->save || layer == 0) a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
+    }
+    op_norm n1 = model_norm(m, P_LN1_W, layer, n);
+    n1.x = a->x1, n1.y = a->h1, n1.mean = a->mean1, n1.rstd = a->rstd1;
+    op_norm_fwd(e, &n1);
+    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer), o = model_weight(m, P_O_W, P_O_B, layer);
+    op_linear(e, &qkv, n, a->h1, a->qkv, GEMM_STORE, NULL, NULL);
+    op_attn at = model_attn(m, run, a);
+    op_rope(e, &at);
+    op_attn_fwd(e, &at);
+    if (run->save) memcpy(a->x2, a->x1, bytes);
+    op_linear(e, &o, n, a->o, a->x2, GEMM_ADD, NULL, NULL);
+    op_norm n2 = model_norm(m, P_LN2_W, layer, n);
+    n2.x = a->x2, n2.y = a->h2, n2.mean = a->mean2, n2.rstd = a->rstd2;
+    op_norm_fwd(e, &n2);
+    op_weight up = model_weight(m, P_UP_W, P_UP_B, layer);
+    op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer);
+    op_linear(e, &up, n, a->h2, a->up, GEMM_STORE, c->glu ? NULL : m->ctx->k->gelu, a->act);
+    if (c->glu) {
+        op_glu glu = {.k = m->ctx->k, .ff = c->ff, .up = a->up, .y = a->act};
+        par_for(m->ctx, n, 4, op_glu_rows, &glu);
+    }
+    if (run->save) memcpy(run->x, a->x2, bytes);
+    op_linear(e, &down, n, a->act, run->x, GEMM_ADD, NULL, NULL);
+}
+
+/* Runs the batch through all layers. Everything it allocates lies in ws, above what is there. */
+static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
+    const model_cfg *c = &m->c;
+    model_check_run(m, run);
+    int longest = 0;
+    for (int i = 0; i < run->seqs; i++)
+        longest = base_max(longest, run->seq[i].past + run->seq[i].n);
+    model_rope_tables(m, longest);
+    op_env e = {m->ctx, ws};
+    size_t rows = (size_t)run->rows, d = (size_t)c->d;
+    run->acts = arena_alloc(ws, (size_t)c->layers * sizeof *run->acts);
+    float *x = arena_floats(ws, rows, d);
+    op_embed em = {.k = m->ctx->k, .rows = run->rows, .d = c->d, .ids = run->ids, .pos = run->pos,
+                   .wte = model_w(m, P_WTE, 0), .wpe = model_w(m, P_WPE, 0), .x = x};
+    op_embed_fwd(&e, &em);
+    run->x = x;
+    for (int l = 0; l < c->layers; l++) {
+        if (run->save || l == 0) run->acts[l] = model_acts_new(m, ws, run);
+        else run->acts[l] = run->acts[0];
+        model_acts *a = run->acts + l;
+        a->x1 = run->x;
+        a->x2 = run->save ? arena_floats(ws, rows, d) : run->x;
+        if (run->save) run->x = arena_floats(ws, rows, d);
+        model_layer_fwd(m, &e, run, l, a);
+    }
+}
+
+/* ---- backward ---- */
+
+/* dx [rows][d], the gradient of run->x, becomes that of the layer's input; weight gradients are added to m->g. */
+static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int layer, float *dx) {
+    const model_cfg *c = &m->c;
+    model_acts *a = run->acts + layer;
+    arena_mark mark = arena_save(e->ws);
+    int n = run->rows, wide = c->ff * (1 + c->glu);
+    size_t rows = (size_t)n;
+    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer), o = model_weight(m, P_O_W, P_O_B, layer);
+    op_weight up = model_weight(m, P_UP_W, P_UP_B, layer);
+    op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer);
+
+    op_linear_bwd_w(e, &down, n, a->act, dx);
+    float *dact = arena_floats(e->ws, rows, (size_t)c->ff), *dup = dact;
+    op_linear_bwd_x(e, &down, n, dx, dact, NULL);
+    if (c->glu) {
+        dup = arena_floats(e->ws, rows, (size_t)wide);
+        op_glu glu = {.k = m->ctx->k, .ff = c->ff, .up = a->up, .dy = dact, .dup = dup};
+        par_for(m->ctx, n, 4, op_glu_bwd_rows, &glu);
+    } else {
+        op_gelu gelu = {m->ctx->k, c->ff, a->up, dup};
+        par_for(m->ctx, n, 4, op_gelu_bwd_rows, &gelu);
+    }
+    op_linear_bwd_w(e, &up, n, a->h2, dup);
+    float *dh = arena_floats(e->ws, rows, (size_t)c->d);
+    op_linear_bwd_x(e, &up, n, dup, dh, NULL);
+    op_norm n2 = model_norm(m, P_LN2_W, layer, n);
+    n2.x = a->x2, n2.mean = a->mean2, n2.rstd = a->rstd2, n2.dy = dh, n2.dx = dx;
+    op_norm_bwd(e, &n2);
+
+    op_linear_bwd_w(e, &o, n, a->o, dx);
+    float *dout = arena_floats(e->ws, rows, (size_t)(c->heads * c->hd));
+    op_linear_bwd_x(e, &o, n, dx, dout, NULL);
+    op_attn at = model_attn(m, run, a);
+    at.dout = dout;
+    at.dqkv = arena_zeros(e->ws, rows, (size_t)op_attn_width(&at));
+    op_attn_bwd(e, &at);
+    op_attn back = at;
+    back.qkv = at.dqkv;
+    back.sign = -1;
+    op_rope(e, &back);
+    op_linear_bwd_w(e, &qkv, n, a->h1, at.dqkv);
+    op_linear_bwd_x(e, &qkv, n, at.dqkv, dh, NULL);
+    op_norm n1 = model_norm(m, P_LN1_W, layer, n);
+    n1.x = a->x1, n1.mean = a->mean1, n1.rstd = a->rstd1, n1.dy = dh, n1.dx = dx;
+    op_norm_bwd(e, &n1);
+    arena_restore(e->ws, mark);
+}
+
+/* Adds the gradients of all weights below run->x, given its gradient dx (destroyed). */
+static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float *dx) {
+    op_env e = {m->ctx, ws};
+    for (int l = m->c.layers - 1; l >= 0; l--) model_layer_bwd(m, &e, run, l, dx);
+    op_embed em = {.k = m->ctx->k, .rows = run->rows, .d = m->c.d, .ids = run->ids, .pos = run->pos,
+                   .wpe = model_w(m, P_WPE, 0), .gwte = model_g(m, P_WTE, 0),
+                   .gwpe = model_g(m, P_WPE, 0), .x = dx};
+    op_embed_bwd(&e, &em);
+}
+
+/* ---- heads ---- */
+
+/* The final norm of chosen rows, which is all that a head sees. */
+typedef struct model_top {
+    int n;
+    const int *row;
+    float *x, *h, *mean, *rstd; /* gathered residual rows, their norm [n][d] */
+} model_top;
+
+static model_top model_top_fwd(rlhf_model *m, arena *ws, const float *x, const int *row, int n) {
+    op_env e = {m->ctx, ws};
+    size_t d = (size_t)m->c.d;
+    model_top t = {.n = n, .row = row};
+    t.x = arena_floats(ws, (size_t)n, d);
+    t.h = arena_floats(ws, (size_t)n, d);
+    t.mean = arena_floats(ws, (size_t)n, 2);
+    t.rstd = t.mean + n;
+    for (int i = 0; i < n; i++)
+        memcpy(t.x + (size_t)i * d, x + (size_t)row[i] * d, d * sizeof(float));
+    op_norm o = model_norm(m, P_LNF_W, 0, n);
+    o.x = t.x, o.y = t.h, o.mean = t.mean, o.rstd = t.rstd;
+    op_norm_fwd(&e, &o);
+    return t;
+}
+
+/* dx [rows][d] of the residual stream, zero but for the chosen rows, from dh [n][d]. */
+static float *model_top_bwd(rlhf_model *m, arena *ws, const model_top *t, const float *dh, int rows) {
+    op_env e = {m->ctx, ws};
+    size_t d = (size_t)m->c.d;
+    float *dx = arena_zeros(ws, (size_t)rows, d), *part = arena_zeros(ws, (size_t)t->n, d);
+    op_norm o = model_norm(m, P_LNF_W, 0, t->n);
+    o.x = t->x, o.mean = t->mean, o.rstd = t->rstd, o.dy = dh, o.dx = part;
+    op_norm_bwd(&e, &o);
+    for (int i = 0; i < t->n; i++)
+        memcpy(dx + (size_t)t->row[i] * d, part + (size_t)i * d, d * sizeof(float));
+    return dx;
+}
+
+/* Raw scores of the chosen rows. */
+static void model_scores(rlhf_model *m, arena *ws, const model_top *t, float *score) {
+    op_env e = {m->ctx, ws};
+    op_weight w = model_head_weight(m);
+    op_linear(&e, &w, t->n, t->h, score, GEMM_STORE, NULL, NULL);
+}
+
+/* Backward of model_scores and everything below it, given d loss / d score. */
+static void model_scores_bwd(rlhf_model *m, arena *ws, const model_run *run, const model_top *t,
+                             const float *dscore) {
+    op_env e = {m->ctx, ws};
+    op_weight w = model_head_weight(m);
+    float *dh = arena_floats(ws, (size_t)t->n, (size_t)m->c.d);
+    op_linear_bwd_w(&e, &w, t->n, t->h, dscore);
+    op_linear_bwd_x(&e, &w, t->n, dscore, dh, NULL);
+    model_backward(m, ws, run, model_top_bwd(m, ws, t, dh, run->rows));
+}
+
+/* ---- batches ---- */
+
+/* Token sequences as one ragged batch that starts at position 0. Arrays lie in ws. */
+static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, const int *len) {
+    model_run run = {.seqs = seqs};
+    for (int i = 0; i < seqs; i++) run.rows += len[i];
+    int32_t *id = arena_alloc(ws, (size_t)run.rows * sizeof *id);
+    int32_t *pos = arena_alloc(ws, (size_t)run.rows * sizeof *pos);
+    op_seq *seq = arena_alloc(ws, (size_t)seqs * sizeof *seq);
+    int row = 0;
+    for (int i = 0; i < seqs; i++) {
+        seq[i] = (op_seq){.row = row, .n = len[i]};
+        for (int t = 0; t < len[i]; t++, row++) {
+            id[row] = ids[i][t];
+            pos[row] = t;
+        }
+    }
+    run.ids = id;
+    run.pos = pos;
+    run.seq = seq;
+    return run;
+}
+
+/* How many of the sequences from `from` on fit into one batch of about MODEL_BATCH_TOKENS. */
+enum { MODEL_BATCH_TOKENS = 4096 };
+
+static int model_batch_count(const int *len, int from, int n) {
+    int tokens = 0, i = from;
+    while (i < n && (i == from || tokens + len[i] <= MODEL_BATCH_TOKENS)) tokens += len[i++];
+    return i - from;
+}
+
+/* Raw scores at the last token of n sequences. */
+static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *const *ids,
+                             const int *len, float *score) {
+    for (int at = 0, k; at < n; at += k) {
+        k = model_batch_count(len, at, n);
+        arena_mark mark = arena_save(ws);
+        model_run run = model_batch(ws, k, ids + at, len + at);
+        int *row = arena_alloc(ws, (size_t)k * sizeof *row);
+        for (int i = 0; i < k; i++) row[i] = run.seq[i].row + run.seq[i].n - 1;
+        model_forward(m, ws, &run);
+        model_top top = model_top_fwd(m, ws, run.x, row, k);
+        model_scores(m, ws, &top, score + at);
+        arena_restore(ws, mark);
+    }
+}
+
+/* The reward of a raw score. */
+static float model_reward(const rlhf_model *m, float score) {
+    return (score - m->score_mean) / (m->score_std > 1e-8f ? m->score_std : 1e-8f);
+}
+
+static void model_need_score(const rlhf_model *m) {
+    if (m->c.head != RLHF_HEAD_SCORE)
+        err_throw(m->ctx, RLHF_ERR_ARG, "the model is a language model; scoring needs a reward model (rlhf rm)");
+    if (!m->score_trained)
+        err_throw(m->ctx, RLHF_ERR_ARG, "the score head was never trained (no score.weight in the checkpoint); train it with rlhf rm");
+}
+
+static void model_need_lm(const rlhf_model *m) {
+    if (m->c.head != RLHF_HEAD_LM)
+        err_throw(m->ctx, RLHF_ERR_ARG, "the model is a reward model; this needs a language model");
+}
+
+static int model_is_eos(const rlhf_model *m, int32_t id) {
+    for (int i = 0; i < m->n_eos; i++)
+        if (m->eos[i] == id) return 1;
+    return 0;
+}
+
+/* A hash of the weights: FNV-1a over their 32-bit patterns, parameter by parameter in table order. */
+static uint64_t model_hash(const rlhf_model *m) {
+    uint64_t h = 14695981039346656037u;
+    for (int p = 0; p < P_COUNT; p++)
+        for (int l = 0; l < model_param_layers(m, p); l++) {
+            const float *w = model_w(m, p, l);
+            for (size_t i = 0; i < m->slot[p].n; i++) {
+                uint32_t bits;
+                memcpy(&bits, w + i, sizeof bits);
+                h = (h ^ bits) * 1099511628211u;
+            }
+        }
+    return h;
+}
+
+/* ============================================================================================
+ * MARK: - 14 CKPT (ckpt_)
+ * safetensors files and Hugging Face model directories, in and out. Every offset and shape of a
+ * file is checked before a byte is used; a tensor that is missing, unexpected or of another shape
+ * is an error that names it.
+ * Tests: test/test_ckpt.c
+ * ============================================================================================ */
+
+/* dir/name, for the length of the public call. */
+static char *ckpt_path(rlhf_ctx *ctx, const char *dir, const char *name) {
+    return mem_temp(io_join(ctx, dir, name));
+}
+
+/* ---- safetensors ---- */
+
+typedef struct ckpt_file {
+    json_src src;
+    const json_t *header;
+    const unsigned char *data; /* behind the header */
+    size_t size;
+} ckpt_file;
+
+typedef struct ckpt_span { size_t from, to; } ckpt_span;
+
+static int ckpt_compare_spans(const void *a, const void *b) {
+    const ckpt_span *x = a, *y = b;
+    return x->from < y->from ? -1 : x->from > y->from;
+}
+
+static size_t ckpt_dtype_size(const char *dtype) {
+    static const struct { const char *name; size_t size; } known[] = {
+        {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4}, {"I16", 2},
+        {"I8", 1}, {"U8", 1}, {"BOOL", 1}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(dtype, known[i].name)) return known[i].size;
+    return 0;
+}
+
+/* One entry's place, checked against its shape and the file. */
+static ckpt_span ckpt_entry_span(const ckpt_file *f, const char *name, const json_t *entry) {
+    rlhf_ctx *ctx = f->src.ctx;
+    json_src src = f->src;
+    src.at = name;
+    const char *dtype = json_need_str(&src, entry, "dtype");
+    json_t *shape = json_need_array(&src, entry, "shape"), *dim;
+    json_t *offsets = json_need_array(&src, entry, "data_offsets");
+    size_t n = ckpt_dtype_size(dtype), i;
+    if (!n) err_throw(ctx, RLHF_ERR_UNSUPPORTED, "%s: tensor \"%s\": unknown dtype \"%s\"", f->src.file, name, dtype);
+    json_array_foreach(shape, i, dim) {
+        json_int_t d = json_integer_value(dim);
+        if (!json_is_integer(dim) || d < 0 || __builtin_mul_overflow(n, (size_t)d, &n))
+            err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\": bad shape", f->src.file, name);
+    }
+    json_int_t from = json_integer_value(json_array_get(offsets, 0));
+    json_int_t to = json_integer_value(json_array_get(offsets, 1));
+    if (json_array_size(offsets) != 2 || from < 0 || to < from || (size_t)to > f->size)
+        err_throw(ctx, RLHF_ERR_FORMAT,
+                  "%s: tensor \"%s\": data_offsets [%lld, %lld] do not lie in the file's %zu bytes of data%s",
+                  f->src.file, name, (long long)from, (long long)to, f->size,
+                  to > from ? "; the file may be truncated" : "");
+    if ((size_t)(to - from) != n)
+        err_throw(ctx, RLHF_ERR_FORMAT,
+                  "%s: tensor \"%s\": its shape and dtype %s need %zu bytes, data_offsets hold %lld",
+                  f->src.file, name, dtype, n, (long long)(to - from));
+    return (ckpt_span){(size_t)from, (size_t)to};
+}
+
+static void ckpt_check(const ckpt_file *f) {
+    json_t *header = (json_t *)(uintptr_t)f->header, *entry;
+    const char *name;
+    ckpt_span *spans = mem_alloc(f->src.ctx, (json_object_size(header) + 1) * sizeof *spans);
+    size_t n = 0;
+    json_object_foreach(header, name, entry) {
+        if (!strcmp(name, "__metadata__")) continue;
+        if (!json_is_object(entry))
+            err_throw(f->src.ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is not described by an object", f->src.file, name);
+        spans[n++] = ckpt_entry_span(f, name, entry);
+    }
+    qsort(spans, n, sizeof *spans, ckpt_compare_spans);
+    for (size_t i = 1; i < n; i++)
+        if (spans[i].from < spans[i - 1].to)
+            err_throw(f->src.ctx, RLHF_ERR_FORMAT, "%s: two tensors overlap at byte %zu of the data",
+                      f->src.file, spans[i].from);
+    mem_free(spans);
+}
+
+/* Maps the file and checks its header. Two resources are held: give them back with two err_release. */
+static ckpt_file ckpt_map(rlhf_ctx *ctx, const char *path) {
+    ckpt_file f = {.src = json_source(ctx, path)};
+    const io_view *view = io_map(ctx, path);
+    uint64_t n = 0;
+    if (view->size >= 8)
+        for (int i = 7; i >= 0; i--) n = n << 8 | view->data[i];
+    if (view->size < 8 || n > view->size - 8)
+        err_throw(ctx, RLHF_ERR_FORMAT,
+                  "%s: not a safetensors file, or truncated: its header of %llu bytes does not fit "
+                  "into %zu bytes", path, (unsigned long long)n, view->size);
+    f.header = json_parse(&f.src, (const char *)view->data + 8, (size_t)n);
+    if (!json_is_object(f.header))
+        err_throw(ctx, RLHF_ERR_FORMAT, "%s: the header is not a JSON object", path);
+    f.data = view->data + 8 + n;
+    f.size = view->size - 8 - (size_t)n;
+    ckpt_check(&f);
+    return f;
+}
+
+static float ckpt_half(uint16_t h) {
+    uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, m = h & 1023;
+    if (e == 31) return v_bits1((int32_t)(sign | 0x7f800000u | m << 13));
+    if (e) return v_bits1((int32_t)(sign | (e + 112) << 23 | m << 13));
+    float f = (float)m * 0x1p-24f;
+    return sign ? -f : f;
+}
+
+/* Element i of a tensor's bytes as a float; dtype F32, F16 or BF16. */
+static float ckpt_value(const unsigned char *p, char kind, size_t i) {
+    if (kind == '4') {
+        float f;
+        memcpy(&f, p + 4 * i, sizeof f);
+        return f;
+    }
+    uint16_t h;
+    memcpy(&h, p + 2 * i, sizeof h);
+    return kind == 'h' ? ckpt_half(h) : v_bits1((int32_t)((uint32_t)h << 16));
+}
+
+/* Copies a tensor to out [rows][cols]; transposed: the file holds [cols][rows]. cols 1: the file holds [rows]. */
+static void ckpt_load(const ckpt_file *f, const char *name, const json_t *entry, size_t rows,
+                      size_t cols, int one_dim, int transposed, float *out) {
+    rlhf_ctx *ctx = f->src.ctx;
+    const char *dtype = json_string_value(json_object_get(entry, "dtype"));
+    char kind = !strcmp(dtype, "F32") ? '4' : !strcmp(dtype, "F16") ? 'h' : !strcmp(dtype, "BF16") ? 'b' : 0;
+    if (!kind)
+        err_throw(ctx, RLHF_ERR_UNSUPPORTED, "%s: tensor \"%s\" has dtype %s; F32, F16 and BF16 are read", f->src.file, name, dtype);
+    json_t *shape = json_object_get(entry, "shape");
+    size_t nd = json_array_size(shape), a = (size_t)json_integer_value(json_array_get(shape, 0));
+    size_t b = nd > 1 ? (size_t)json_integer_value(json_array_get(shape, 1)) : 1;
+    size_t want_a = transposed ? cols : rows, want_b = transposed ? rows : cols;
+    if (nd != (one_dim ? 1u : 2u) || a != want_a || b != want_b) {
+        char *found = json_text(ctx, shape, JSON_COMPACT, NULL);
+        if (one_dim) err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu]", f->src.file, name, found, want_a);
+        err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu,%zu]",
+                  f->src.file, name, found, want_a, want_b);
+    }
+    const unsigned char *p = f->data + json_integer_value(json_array_get(json_object_get(entry, "data_offsets"), 0));
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++)
+            out[r * cols + c] = ckpt_value(p, kind, transposed ? c * rows + r : r * cols + c);
+}
+
+/* One tensor to be written: [rows][cols] floats at data, or their transpose; cols 0: [rows]. */
+typedef struct ckpt_tensor {
+    char name[160];
+    size_t rows, cols;
+    int transposed;
+    const float *data;
+} ckpt_tensor;
+
+/* Writes n tensors as F32. The file is in place when the call returns. */
+static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, int n) {
+    json_t *header = json_hold(ctx, json_object());
+    json_object_set_new(header, "__metadata__", json_pack("{s:s}", "format", "pt"));
+    size_t at = 0;
+    for (int i = 0; i < n; i++) {
+        size_t bytes = t[i].rows * (t[i].cols ? t[i].cols : 1) * sizeof(float);
+        json_int_t a = (json_int_t)(t[i].transposed ? t[i].cols : t[i].rows);
+        json_int_t b = (json_int_t)(t[i].transposed ? t[i].rows : t[i].cols);
+        json_t *shape = t[i].cols ? json_pack("[I,I]", a, b) : json_pack("[I]", a);
+        json_object_set_new(header, t[i].name,
+                            json_pack("{s:s,s:o,s:[I,I]}", "dtype", "F32", "shape", shape, "data_offsets",
+                                      (json_int_t)at, (json_int_t)(at + bytes)));
+        at += bytes;
+    }
+    size_t len;
+    char *text = json_text(ctx, header, JSON_COMPACT, &len);
+    size_t padded = base_round_up(len, 8);
+    unsigned char size[8];
+    for (int i = 0; i < 8; i++) size[i] = (unsigned char)(padded >> 8 * i);
+    io_file *f = io_create(ctx, path);
+    io_write(f, size, 8);
+    io_write(f, text, len);
+    io_write(f, "       ", padded - len);
+    for (int i = 0; i < n; i++) {
+        size_t cols = t[i].cols ? t[i].cols : 1;
+        if (!t[i].transposed) {
+            io_write(f, t[i].data, t[i].rows * cols * sizeof(float));
+            continue;
+        }
+        float *row = mem_alloc(ctx, t[i].rows * sizeof *row);
+        for (size_t c = 0; c < cols; c++) {
+            for (size_t r = 0; r < t[i].rows; r++) row[r] = t[i].data[r * cols + c];
+            io_write(f, row, t[i].rows * sizeof *row);
+        }
+        mem_free(row);
+    }
+    io_commit(f);
+    mem_free(text);
+    err_release(ctx);
+}
+
+/* ---- models ---- */
+
+/* A tensor of the family in one layer, as it lies in the model. */
+typedef struct ckpt_slice {
+    float *w;
+    size_t rows, cols;
+    int one_dim, transposed;
+} ckpt_slice;
+
+static ckpt_slice ckpt_slice_of(const rlhf_model *m, const model_tensor *t, int layer) {
+    const model_cfg *c = &m->c;
+    const model_slot *s = m->slot + t->param;
+    size_t q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv_heads * c->hd), ff = (size_t)c->ff;
+    size_t from = 0, rows = (size_t)s->rows;
+    switch ((model_part)t->part) {
+    case PART_ALL: break;
+    case PART_Q: rows = q; break;
+    case PART_K: from = q, rows = kv; break;
+    case PART_V: from = q + kv, rows = kv; break;
+    case PART_GATE: rows = ff; break;
+    case PART_UP: from = ff, rows = ff; break;
+    }
+    ckpt_slice o = {model_w(m, t->param, layer), rows, (size_t)s->cols, 0, t->transposed};
+    o.one_dim = s->cols == 1;
+    if (o.w) o.w += from * (size_t)s->cols;
+    return o;
+}
+
+/* The full name of a tensor in a file, with or without the family's prefix. */
+static const char *ckpt_name(char *out, size_t size, const model_family *f, const model_tensor *t,
+                             int layer, int prefix) {
+    const char *p = t->name, *mark = strstr(p, "%d");
+    int bare = *p == '!';
+    p += bare;
+    const char *pre = bare || !prefix ? "" : f->prefix;
+    if (mark) snprintf(out, size, "%s%.*s%d%s", pre, (int)(mark - p), p, layer, mark + 2);
+    else snprintf(out, size, "%s%s", pre, p);
+    return out;
+}
+
+static int ckpt_ignored(const rlhf_model *m, const char *name) {
+    static const char *const tails[] = {".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"};
+    for (size_t i = 0; i < sizeof tails / sizeof *tails; i++) {
+        size_t n = strlen(name), k = strlen(tails[i]);
+        if (n >= k && !strcmp(name + n - k, tails[i])) return 1;
+    }
+    /* A copy of the embedding, or the other kind of head. */
+    if (!strcmp(name, "lm_head.weight")) return m->c.tied || m->c.head == RLHF_HEAD_SCORE;
+    return !strcmp(name, "score.weight") && m->c.head == RLHF_HEAD_LM;
+}
+
+static void ckpt_load_model(rlhf_model *m, const char *path) {
+    ckpt_file f = ckpt_map(m->ctx, path);
+    json_t *left = json_hold(m->ctx, json_copy((json_t *)(uintptr_t)f.header));
+    json_object_del(left, "__metadata__");
+    m->score_trained = 0;
+    for (const model_tensor *t = m->family->tensors; t->name; t++)
+        for (int l = 0; l < model_param_layers(m, t->param); l++) {
+            char name[160];
+            json_t *entry = json_object_get(f.header, ckpt_name(name, sizeof name, m->family, t, l, 1));
+            if (!entry && m->family->prefix_optional)
+                entry = json_object_get(f.header, ckpt_name(name, sizeof name, m->family, t, l, 0));
+            if (!entry && t->param == P_SCORE) continue;
+            if (!entry)
+                err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", path,
+                          ckpt_name(name, sizeof name, m->family, t, l, 1));
+            ckpt_slice s = ckpt_slice_of(m, t, l);
+            ckpt_load(&f, name, entry, s.rows, s.cols, s.one_dim, s.transposed, s.w);
+            if (t->param == P_SCORE) m->score_trained = 1;
+            json_object_del(left, name);
+        }
+    const char *name;
+    json_t *entry;
+    json_object_foreach(left, name, entry) {
+        if (!ckpt_ignored(m, name))
+            err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: unexpected tensor \"%s\" for model_type %s", path,
+                      name, m->family->type);
+    }
+    err_release(m->ctx);
+    err_release(m->ctx);
+    err_release(m->ctx);
+    m->version++;
+}
+
+/* A model from a parsed and held config; takes the hold over. */
+static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config) {
+    rlhf_model *m = model_new(ctx, src, config);
+    m->config = json_incref(config);
+    m->score_mean = (float)json_opt_real(src, config, "mean", 0);
+    m->score_std = (float)json_opt_real(src, config, "std", 1);
+    return m;
+}
+
+static void ckpt_drop_config(void *model) {
+    json_decref(((rlhf_model *)model)->config);
+}
+
+/* Opens a directory. */
+static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
+    if (!io_is_dir(dir))
+        err_throw(ctx, RLHF_ERR_IO, "%s: not a directory; expected a Hugging Face model directory", dir);
+    char *path = ckpt_path(ctx, dir, "config.json");
+    json_src src = json_source(ctx, path);
+    json_t *config = json_read(&src);
+    rlhf_model *m = ckpt_adopt(ctx, &src, config);
+    err_release(ctx);
+    err_defer(ctx, ckpt_drop_config, m);
+    char *weights = ckpt_path(ctx, dir, "model.safetensors");
+    if (!io_exists(weights)) {
+        if (io_exists(ckpt_path(ctx, dir, "pytorch_model.bin")))
+            err_throw(ctx, RLHF_ERR_UNSUPPORTED,
+                      "%s: holds pytorch_model.bin, a Python pickle; save it again from Python with "
+                      "model.save_pretrained(dir, safe_serialization=True)", dir);
+        if (io_exists(ckpt_path(ctx, dir, "model.safetensors.index.json")))
+            err_throw(ctx, RLHF_ERR_UNSUPPORTED,
+                      "%s: weights in several files; save them as one from Python with "
+                      "model.save_pretrained(dir, max_shard_size=\"1TB\")", dir);
+        err_throw(ctx, RLHF_ERR_IO, "%s: no model.safetensors", dir);
+    }
+    ckpt_load_model(m, weights);
+    char *gen = ckpt_path(ctx, dir, "generation_config.json");
+    if (io_exists(gen)) {
+        json_src gsrc = json_source(ctx, gen);
+        model_read_special(m, &gsrc, json_read(&gsrc));
+        err_release(ctx);
+    }
+    err_keep(ctx);
+    return m;
+}
+
+static json_t *ckpt_eos_json(const rlhf_model *m) {
+    if (m->n_eos == 0) return json_null();
+    if (m->n_eos == 1) return json_integer(m->eos[0]);
+    json_t *list = json_array();
+    for (int i = 0; i < m->n_eos; i++) json_array_append_new(list, json_integer(m->eos[i]));
+    return list;
+}
+
+/* config.json as it is written: what was read, and what this library knows better. Held. */
+static json_t *ckpt_config(const rlhf_model *m) {
+    json_t *j = json_hold(m->ctx, json_deep_copy(m->config));
+    int score = m->c.head == RLHF_HEAD_SCORE;
+    json_object_set_new(j, "architectures",
+                        json_pack("[s]", score ? m->family->score_class : m->family->lm_class));
+    json_object_set_new(j, "vocab_size", json_integer(m->c.vocab));
+    json_object_set_new(j, "eos_token_id", ckpt_eos_json(m));
+    json_object_set_new(j, "bos_token_id", m->bos < 0 ? json_null() : json_integer(m->bos));
+    json_object_set_new(j, "tie_word_embeddings", json_boolean(m->c.tied));
+    json_object_del(j, "dtype");
+    json_object_set_new(j, "torch_dtype", json_string("float32"));
+    if (score) {
+        json_object_set_new(j, "id2label", json_pack("{s:s}", "0", "LABEL_0"));
+        json_object_set_new(j, "label2id", json_pack("{s:i}", "LABEL_0", 0));
+        if (m->n_eos) json_object_set_new(j, "pad_token_id", json_integer(m->eos[0]));
+        json_object_set_new(j, "mean", json_real((double)m->score_mean));
+        json_object_set_new(j, "std", json_real((double)m->score_std));
+    }
+    return j;
+}
+
+static void ckpt_save(const rlhf_model *m, const char *dir) {
+    rlhf_ctx *ctx = m->ctx;
+    io_mkdirs(ctx, dir);
+    int n = 0, cap = 0;
+    for (const model_tensor *t = m->family->tensors; t->name; t++) cap += model_param_layers(m, t->param);
+    ckpt_tensor *list = mem_zalloc(ctx, (size_t)cap + 1, sizeof *list);
+    for (const model_tensor *t = m->family->tensors; t->name; t++) {
+        if (t->param == P_SCORE && !m->score_trained) continue;
+        for (int l = 0; l < model_param_layers(m, t->param); l++) {
+            ckpt_slice s = ckpt_slice_of(m, t, l);
+            ckpt_name(list[n].name, sizeof list[n].name, m->family, t, l, 1);
+            list[n].rows = s.rows;
+            list[n].cols = s.one_dim ? 0 : s.cols;
+            list[n].transposed = s.transposed;
+            list[n++].data = s.w;
+        }
+    }
+    ckpt_write(ctx, ckpt_path(ctx, dir, "model.safetensors"), list, n);
+    json_write_file(ctx, ckpt_path(ctx, dir, "config.json"), ckpt_config(m));
+    err_release(ctx);
+    if (m->c.head == RLHF_HEAD_LM) {
+        json_t *g = json_hold(ctx, json_object());
+        json_object_set_new(g, "eos_token_id", ckpt_eos_json(m));
+        if (m->bos >= 0) json_object_set_new(g, "bos_token_id", json_integer(m->bos));
+        json_write_file(ctx, ckpt_path(ctx, dir, "generation_config.json"), g);
+        err_release(ctx);
+    }
+    mem_free(list);
+}
+
+/* A copy with the head asked for. */
+static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
+    json_t *config = ckpt_config(m);
+    json_object_set_new(config, "architectures",
+                        json_pack("[s]", head == RLHF_HEAD_SCORE ? m->family->score_class
+                                                                 : m->family->lm_class));
+    json_src src = json_source(m->ctx, "config.json");
+    if (head == RLHF_HEAD_LM && m->c.head == RLHF_HEAD_SCORE && !m->c.tied)
+        err_throw(m->ctx, RLHF_ERR_ARG, "a scorer has no output matrix to make a language model from");
+    rlhf_model *o = ckpt_adopt(m->ctx, &src, config);
+    err_release(m->ctx);
+    for (int p = 0; p < P_COUNT; p++)
+        for (int l = 0; l < model_param_layers(o, p); l++)
+            if (model_w(m, p, l)) memcpy(model_w(o, p, l), model_w(m, p, l), o->slot[p].n * sizeof(float));
+    o->score_trained = head == RLHF_HEAD_SCORE && m->score_trained;
+    o->score_mean = o->score_trained ? m->score_mean : 0;
+    o->score_std = o->score_trained ? m->score_std : 1;
+    o->version++;
+    return o;
+}
+
+/* ============================================================================================
+ * MARK: - 15 OPT (opt_)
+ * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm
+ * is summed in double over chunks that the problem fixes, in order.
+ * Tests: test/test_train.c, test/test_golden.c
+ * ============================================================================================ */
+
+enum { OPT_CHUNK = 16384, OPT_MODELS = 2 };
+
+typedef struct opt_chunk {
+    int model;
+    size_t at;
+    int n, decay;
+} opt_chunk;
+
+typedef struct opt {
+    rlhf_ctx *ctx;
+    int models;
+    rlhf_model *model[OPT_MODELS];
+    float *g[OPT_MODELS], *m[OPT_MODELS], *v[OPT_MODELS];
+    int64_t step;
+    double beta1, beta2, eps, weight_decay, max_norm;
+    opt_chunk *chunk;
+    double *part; /* one sum of squares for each chunk */
+    int64_t chunks;
+    k_adam now[OPT_MODELS][2]; /* constants of the current step, without and with decay */
+} opt;
+
+/* b^n by squaring: the same bits everywhere. */
+static double opt_power(double b, int64_t n) {
+    double r = 1;
+    for (; n > 0; n >>= 1, b *= b)
+        if (n & 1) r *= b;
+    return r;
+}
+
+/* Factor on the learning rate of step k (from 0) of total, as Hugging Face's schedules: the first warm-up step is 0. */
+static double opt_schedule(const char *kind, int64_t k, int64_t warmup, int64_t total) {
+    if (k < warmup) return (double)k / (double)(warmup > 1 ? warmup : 1);
+    double left = (double)(total - warmup > 1 ? total - warmup : 1);
+    double p = (double)(k - warmup) / left;
+    if (!strcmp(kind, "linear")) return p < 1 ? (double)(total - k) / left : 0;
+    if (!strcmp(kind, "cosine")) {
+        float s, c;
+        v_sincos1((float)(3.141592653589793 * (p < 1 ? p : 1)), &s, &c);
+        return 0.5 * (1.0 + (double)c);
+    }
+    return 1;
+}
+
+static void opt_add_chunks(opt *o, int model, int count_only) {
+    const rlhf_model *m = o->model[model];
+    for (int p = 0; p < P_COUNT; p++)
+        for (int l = 0; l < model_param_layers(m, p); l++)
+            for (size_t i = 0; i < m->slot[p].n; i += OPT_CHUNK) {
+                size_t n = m->slot[p].n - i < OPT_CHUNK ? m->slot[p].n - i : OPT_CHUNK;
+                if (!count_only)
+                    o->chunk[o->chunks] = (opt_chunk){model, model_at(m, p, l) + i, (int)n, m->slot[p].cols > 1};
+                o->chunks++;
+            }
+}
+
+/* Optimises the given models together; lends them their gradient arrays. */
+static opt *opt_new(rlhf_ctx *ctx, rlhf_model *const *models, int n) {
+    opt *o = mem_zalloc(ctx, 1, sizeof *o);
+    o->ctx = ctx;
+    o->models = n;
+    for (int i = 0; i < n; i++) {
+        o->model[i] = models[i];
+        o->g[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
+        o->m[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
+        o->v[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
+        opt_add_chunks(o, i, 1);
+    }
+    o->chunk = mem_zalloc(ctx, (size_t)o->chunks, sizeof *o->chunk);
+    o->part = mem_zalloc(ctx, (size_t)o->chunks, sizeof *o->part);
+    o->chunks = 0;
+    for (int i = 0; i < n; i++) opt_add_chunks(o, i, 0);
+    return o;
+}
+
+/* Lends the gradient arrays to the models; opt_free takes them back. */
+static void opt_attach(opt *o) {
+    for (int i = 0; i < o->models; i++) o->model[i]->g = o->g[i];
+}
+
+static void opt_free(opt *o) {
+    for (int i = 0; i < o->models; i++) {
+        if (o->model[i]->g == o->g[i]) o->model[i]->g = NULL;
+        mem_free(o->g[i]);
+        mem_free(o->m[i]);
+        mem_free(o->v[i]);
+    }
+    mem_free(o->chunk);
+    mem_free(o->part);
+    mem_free(o);
+}
+
+static void opt_zero_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    opt *o = arg;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++)
+        memset(o->g[o->chunk[i].model] + o->chunk[i].at, 0, (size_t)o->chunk[i].n * sizeof(float));
+}
+
+static void opt_zero(opt *o) {
+    par_for(o->ctx, o->chunks, 8, opt_zero_range, o);
+}
+
+static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    opt *o = arg;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++)
+        o->part[i] = k_sumsq(o->chunk[i].n, o->g[o->chunk[i].model] + o->chunk[i].at);
+}
+
+/* The norm over all gradients. */
+static double opt_norm(opt *o) {
+    par_for(o->ctx, o->chunks, 8, opt_norm_range, o);
+    double sum = 0;
+    for (int64_t i = 0; i < o->chunks; i++) sum += o->part[i];
+    return sqrt(sum);
+}
+
+static void opt_step_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    opt *o = arg;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++) {
+        opt_chunk c = o->chunk[i];
+        o->ctx->k->adam(c.n, o->model[c.model]->w + c.at, o->g[c.model] + c.at, o->m[c.model] + c.at,
+                        o->v[c.model] + c.at, &o->now[c.model][c.decay]);
+    }
+}
+
+/* One step with lr[i] for model i; returns the gradient norm before clipping. A norm that is not finite is thrown and changes
+ * nothing. */
+static double opt_step(opt *o, const double *lr) {
+    double norm = opt_norm(o);
+    if (!isfinite(norm))
+        err_throw(o->ctx, RLHF_ERR_NUMERIC,
+                  "step %lld: the gradient is not finite; the weights are those of the step before "
+                  "(a lower learning_rate may help)", (long long)o->step + 1);
+    double clip = o->max_norm > 0 && norm > o->max_norm ? o->max_norm / (norm + 1e-6) : 1;
+    o->step++;
+    for (int i = 0; i < o->models; i++) {
+        k_adam a = {.lr = (float)lr[i], .beta1 = (float)o->beta1, .beta2 = (float)o->beta2,
+                    .eps = (float)o->eps, .decay = 1, .clip = (float)clip,
+                    .fix1 = (float)(1.0 / (1.0 - opt_power(o->beta1, o->step))),
+                    .fix2 = (float)(1.0 / (1.0 - opt_power(o->beta2, o->step)))};
+        o->now[i][0] = o->now[i][1] = a;
+        o->now[i][1].decay = (float)(1.0 - lr[i] * o->weight_decay);
+    }
+    par_for(o->ctx, o->chunks, 8, opt_step_range, o);
+    for (int i = 0; i < o->models; i++) o->model[i]->version++;
+    return norm;
+}
+
+/* ============================================================================================
+ * MARK: - 16 DATA (data_)
+ * Records of every kind, read by one loader for every stage. A record becomes token sequences
+ * whose tokens are marked where they bear loss: assistant turns with their end, completions, or
+ * all of a plain text. Text is tokenised whole; where a part begins is found as the longest common
+ * prefix with the tokens of what precedes it. A record that cannot be used is an error with
+ * file:line; one that is too long is dropped and counted, never cut.
+ * Tests: test/test_data.c
+ * ============================================================================================ */
+
+/* loss[t] = 1: the prediction of token t counts. */
+typedef struct data_seq {
+    int n;
+    int32_t *ids;
+    uint8_t *loss;
+} data_seq;
+
+typedef struct data_record {
+    char *line;   /* the record as one line of JSON */
+    char *prompt; /* rendered text of the prompt, kind PROMPT */
+    const char *domain, *annotator, *annotator_type; /* null where the record has none */
+    double weight, margin;
+    data_seq a, b; /* the sequence, or the prompt; PREFERENCE: chosen and rejected */
+} data_record;
+
+struct rlhf_dataset {
+    rlhf_ctx *ctx;
+    rlhf_data_config config;
+    data_record *record; /* in store, as is all they point at */
+    int n, cap, dropped;
+    int64_t tokens;
+    arena store;
+};
+
+typedef struct data_reader {
+    rlhf_dataset *d;
+    rlhf_tokenizer *tok;
+    const char *chat; /* name of the chat template, or "auto" */
+    json_src src; /* of the record at hand */
+} data_reader;
+
+static void data_drop_store(void *store) {
+    arena_free(store);
+}
+
+static char *data_keep(rlhf_dataset *d, const char *s, size_t n) {
+    char *p = arena_alloc(&d->store, n + 1);
+    memcpy(p, s, n);
+    p[n] = 0;
+    return p;
+}
+
+__attribute__((noreturn))
+static void data_bad(const data_reader *r, const char *text) {
+    char place[512];
+    err_throw(r->d->ctx, RLHF_ERR_DATA, "%s: %s", json_place(&r->src, place, sizeof place), text);
+}
+
+/* ---- tokens ---- */
+
+static int data_common(const tok_ids *a, const tok_ids *b) {
+    int n = base_min(a->n, b->n), i = 0;
+    while (i < n && a->ids[i] == b->ids[i]) i++;
+    return i;
+}
+
+/* Marks the tokens of text[from, to) in s, whose ids are those of the whole text. */
+static void data_mark(const data_reader *r, const char *text, size_t from, size_t to, int special,
+                      const tok_ids *whole, data_seq *s) {
+    tok_ids before = {0}, through = {0};
+    tok_encode(r->tok, text, from, special, &before);
+    tok_encode(r->tok, text, to, special, &through);
+    int lo = data_common(whole, &before), hi = data_common(whole, &through);
+    if (to == strlen(text)) hi = whole->n;
+    for (int t = base_max(lo, 1); t < hi; t++) s->loss[t] = 1;
+    mem_free(before.ids);
+    mem_free(through.ids);
+}
+
+/* A sequence in the store from ids; an end-of-text token that bears loss follows if asked for and not there. */
+static data_seq data_seq_new(const data_reader *r, const tok_ids *ids, int add_eos) {
+    int eos = r->tok->eos;
+    int extra = add_eos && eos >= 0 && (ids->n == 0 || ids->ids[ids->n - 1] != eos);
+    data_seq s = {.n = ids->n + extra};
+    s.ids = arena_alloc(&r->d->store, (size_t)(s.n + 1) * sizeof *s.ids);
+    s.loss = arena_alloc(&r->d->store, (size_t)s.n + 1);
+    memset(s.loss, 0, (size_t)s.n + 1);
+    if (ids->n) memcpy(s.ids, ids->ids, (size_t)ids->n * sizeof *s.ids);
+    if (extra) {
+        s.ids[ids->n] = eos;
+        s.loss[ids->n] = 1;
+    } else if (add_eos && ids->n > 1) {
+        s.loss[ids->n - 1] = 1;
+    }
+    return s;
+}
+
+/* prompt + completion as one text; all: the prompt bears loss too. */
+static data_seq data_text_seq(const data_reader *r, const char *prompt, const char *completion,
+                              int all) {
+    rlhf_ctx *ctx = r->d->ctx;
+    size_t np = strlen(prompt), nc = strlen(completion);
+    char *text = mem_alloc(ctx, np + nc + 1);
+    memcpy(text, prompt, np);
+    memcpy(text + np, completion, nc + 1);
+    tok_ids ids = {0};
+    tok_encode(r->tok, text, np + nc, 1, &ids);
+    data_seq s = data_seq_new(r, &ids, r->d->config.add_eos);
+    if (all || !r->d->config.completion_only_loss) memset(s.loss + 1, 1, (size_t)base_max(s.n - 1, 0));
+    else data_mark(r, text, np, np + nc, 1, &ids, &s);
+    mem_free(ids.ids);
+    mem_free(text);
+    return s;
+}
+
+/* ---- conversations ---- */
+
+typedef struct data_chat {
+    tok_message *message;
+    int n;
+} data_chat;
+
+static void data_chat_add(const data_reader *r, data_chat *c, const char *role, const char *content) {
+    c->message = mem_realloc(r->d->ctx, c->message, (size_t)(c->n + 1) * sizeof *c->message);
+    c->message[c->n++] = (tok_message){role, content};
+}
+
+/* Appends a list of {"role", "content"}, or a string as one turn of the assistant. */
+static void data_chat_read(const data_reader *r, data_chat *c, const char *key, const json_t *list) {
+    size_t i;
+    json_t *turn;
+    if (json_is_string(list)) {
+        data_chat_add(r, c, "assistant", json_string_value(list));
+        return;
+    }
+    json_array_foreach((json_t *)(uintptr_t)list, i, turn) {
+        if (!json_is_object(turn)) json_bad(&r->src, key, turn, "a list of {\"role\", \"content\"}");
+        const char *role = json_need_str(&r->src, turn, "role");
+        if (strcmp(role, "system") && strcmp(role, "user") && strcmp(role, "assistant"))
+            json_bad(&r->src, "role", json_object_get(turn, "role"), "system, user or assistant");
+        data_chat_add(r, c, role, json_need_str(&r->src, turn, "content"));
+    }
+}
+
+/* Templates without tokens of their own leave beginning and end of text to the tokenizer. */
+static int data_chat_is_text(const data_reader *r) {
+    return tok_chat_choose(r->tok, r->chat) <= TOK_CHAT_HH;
+}
+
+/* The conversation as tokens. last: only the last turn bears loss. It ends with the last assistant turn's end. */
+static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int last) {
+    rlhf_ctx *ctx = r->d->ctx;
+    if (c->n == 0 || strcmp(c->message[c->n - 1].role, "assistant"))
+        data_bad(r, "a conversation to learn from ends with a turn of the assistant");
+    tok_span *span = mem_alloc(ctx, (size_t)c->n * sizeof *span);
+    int spans = 0, special = data_chat_is_text(r);
+    char *text = tok_render(r->tok, r->chat, c->message, c->n, 0, span, &spans, NULL);
+    text[span[spans - 1].end] = 0;
+    tok_ids ids = {0};
+    tok_encode(r->tok, text, strlen(text), special, &ids);
+    data_seq s = data_seq_new(r, &ids, special && r->d->config.add_eos);
+    for (int i = last ? spans - 1 : 0; i < spans; i++)
+        data_mark(r, text, span[i].start, span[i].end, special, &ids, &s);
+    mem_free(ids.ids);
+    mem_free(text);
+    mem_free(span);
+    return s;
+}
+
+/* ---- records ---- */
+
+static const char *data_string(const data_reader *r, const json_t *j, const char *key) {
+    json_t *v = json_get(j, key);
+    if (v && !json_is_string(v)) json_bad(&r->src, key, v, "a string");
+    return json_string_value(v);
+}
+
+/* Either of two members that stand for an answer. */
+static json_t *data_completion(const json_t *j) {
+    static const char *const names[] = {"completion", "response", "output", "answer"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (json_get(j, names[i])) return json_get(j, names[i]);
+    return NULL;
+}
+
+static int data_is_text_or_turns(const json_t *v) {
+    return json_is_string(v) || json_is_array(v);
+}
+
+static data_seq data_read_whole(data_reader *r, const json_t *j) {
+    json_t *text = json_get(j, "text"), *messages = json_get(j, "messages");
+    json_t *prompt = json_get(j, "prompt"), *completion = data_completion(j);
+    if (messages) {
+        if (!json_is_array(messages)) json_bad(&r->src, "messages", messages, "a list of {\"role\", \"content\"}");
+        data_chat c = {0};
+        data_chat_read(r, &c, "messages", messages);
+        data_seq s = data_chat_seq(r, &c, 0);
+        mem_free(c.message);
+        return s;
+    }
+    if (prompt && completion) {
+        if (!data_is_text_or_turns(prompt)) json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
+        if (!data_is_text_or_turns(completion)) json_bad(&r->src, "completion", completion, "a string or a list of turns");
+        if (json_is_string(prompt) && json_is_string(completion))
+            return data_text_seq(r, json_string_value(prompt), json_string_value(completion), 0);
+        data_chat c = {0};
+        if (json_is_string(prompt)) data_chat_add(r, &c, "user", json_string_value(prompt));
+        else data_chat_read(r, &c, "prompt", prompt);
+        data_chat_read(r, &c, "completion", completion);
+        data_seq s = data_chat_seq(r, &c, 0);
+        mem_free(c.message);
+        return s;
+    }
+    if (text) return data_text_seq(r, "", json_need_str(&r->src, j, "text"), 1);
+    if (prompt) data_bad(r, "missing \"completion\" beside \"prompt\"");
+    data_bad(r, "expected \"text\", \"messages\", or \"prompt\" and \"completion\"");
+}
+
+/* One answer of a pair after an explicit prompt (may be null: the answer holds the whole conversation). */
+static data_seq data_read_answer(data_reader *r, const json_t *prompt, const char *key,
+                                 const json_t *answer, size_t shared) {
+    if (json_is_string(answer) && !json_is_array(prompt)) {
+        const char *a = json_string_value(answer);
+        if (json_is_string(prompt)) return data_text_seq(r, json_string_value(prompt), a, 0);
+        char *head = mem_strndup(r->d->ctx, a, shared);
+        data_seq s = data_text_seq(r, head, a + shared, 0);
+        mem_free(head);
+        return s;
+    }
+    data_chat c = {0};
+    if (json_is_string(prompt)) data_chat_add(r, &c, "user", json_string_value(prompt));
+    else if (prompt) data_chat_read(r, &c, "prompt", prompt);
+    data_chat_read(r, &c, key, answer);
+    data_seq s = data_chat_seq(r, &c, 1);
+    mem_free(c.message);
+    return s;
+}
+
+/* Bytes that two transcripts share as their prompt: up to the last "\n\nAssistant:" before they part, else up to where they
+ * part, a space belonging to the answers. */
+static size_t data_shared(const char *a, const char *b) {
+    static const char turn[] = "\n\nAssistant:";
+    size_t n = 0, at = 0;
+    while (a[n] && a[n] == b[n]) n++;
+    for (const char *p = a; (p = strstr(p, turn)) && (size_t)(p - a) + sizeof turn - 1 <= n; p++)
+        at = (size_t)(p - a) + sizeof turn - 1;
+    if (at) return at;
+    while (n && ((unsigned char)a[n] & 0xc0) == 0x80) n--; /* whole characters */
+    return n && a[n - 1] == ' ' ? n - 1 : n;
+}
+
+static void data_read_pair(data_reader *r, const json_t *j, data_record *rec) {
+    json_t *prompt = json_get(j, "prompt"), *a = json_get(j, "chosen"), *b = json_get(j, "rejected");
+    if (!a) data_bad(r, "missing \"chosen\"");
+    if (!b) data_bad(r, "missing \"rejected\"");
+    if (!data_is_text_or_turns(a)) json_bad(&r->src, "chosen", a, "a string or a list of turns");
+    if (!data_is_text_or_turns(b)) json_bad(&r->src, "rejected", b, "a string or a list of turns");
+    if (prompt && !data_is_text_or_turns(prompt)) json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
+    size_t shared = 0;
+    if (!prompt && json_is_string(a) && json_is_string(b))
+        shared = data_shared(json_string_value(a), json_string_value(b));
+    rec->a = data_read_answer(r, prompt, "chosen", a, shared);
+    rec->b = data_read_answer(r, prompt, "rejected", b, shared);
+}
+
+static void data_read_prompt(data_reader *r, const json_t *j, data_record *rec) {
+    json_t *prompt = json_get(j, "prompt");
+    tok_ids ids = {0};
+    char *text;
+    if (!prompt) data_bad(r, "missing \"prompt\"");
+    if (!data_is_text_or_turns(prompt)) json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
+    if (json_is_string(prompt)) {
+        text = data_keep(r->d, json_string_value(prompt), strlen(json_string_value(prompt)));
+        tok_encode(r->tok, text, strlen(text), 1, &ids);
+    } else {
+        data_chat c = {0};
+        data_chat_read(r, &c, "prompt", prompt);
+        char *rendered = tok_render(r->tok, r->chat, c.message, c.n, 1, NULL, NULL, NULL);
+        text = data_keep(r->d, rendered, strlen(rendered));
+        mem_free(rendered);
+        mem_free(c.message);
+        tok_encode(r->tok, text, strlen(text), data_chat_is_text(r), &ids);
+    }
+    rec->prompt = text;
+    rec->a = data_seq_new(r, &ids, 0);
+    mem_free(ids.ids);
+}
+
+static data_record *data_next_slot(rlhf_dataset *d) {
+    if (d->n == d->cap) {
+        int cap = d->cap ? 2 * d->cap : 256;
+        data_record *grown = arena_alloc(&d->store, (size_t)cap * sizeof *grown);
+        if (d->n) memcpy(grown, d->record, (size_t)d->n * sizeof *grown);
+        d->record = grown;
+        d->cap = cap;
+    }
+    return d->record + d->n;
+}
+
+static const char *data_keep_string(const data_reader *r, const json_t *j, const char *key) {
+    const char *s = data_string(r, j, key);
+    return s ? data_keep(r->d, s, strlen(s)) : NULL;
+}
+
+static void data_read_record(data_reader *r, const json_t *j) {
+    rlhf_dataset *d = r->d;
+    if (!json_is_object(j)) data_bad(r, "expected an object");
+    data_record *rec = data_next_slot(d);
+    memset(rec, 0, sizeof *rec);
+    rec->domain = data_keep_string(r, j, "domain");
+    rec->annotator = data_keep_string(r, j, "annotator");
+    rec->annotator_type = data_keep_string(r, j, "annotator_type");
+    rec->weight = json_opt_real(&r->src, j, "weight", 1);
+    rec->margin = json_opt_real(&r->src, j, "margin", 0);
+    if (!(rec->weight >= 0)) data_bad(r, "\"weight\" is negative");
+    switch (d->config.kind) {
+    case RLHF_DATA_SFT:
+    case RLHF_DATA_SCORE: rec->a = data_read_whole(r, j); break;
+    case RLHF_DATA_PREFERENCE: data_read_pair(r, j, rec); break;
+    case RLHF_DATA_PROMPT: data_read_prompt(r, j, rec); break;
+    }
+    int longest = base_max(rec->a.n, rec->b.n);
+    if (rec->a.n < 1) data_bad(r, "the record has no tokens");
+    if (longest > d->config.max_length) {
+        d->dropped++;
+        return;
+    }
+    int bears = 0;
+    for (int t = 0; t < rec->a.n; t++) bears |= rec->a.loss[t];
+    if (d->config.kind == RLHF_DATA_SFT && !bears) data_bad(r, "no token of the record bears loss");
+    size_t len;
+    char *line = json_text(d->ctx, j, JSON_COMPACT, &len);
+    rec->line = data_keep(d, line, len);
+    mem_free(line);
+    d->tokens += rec->a.n + rec->b.n;
+    d->n++;
+}
+
+static void data_read_lines(data_reader *r, const char *text, size_t len) {
+    const char *end = text + len;
+    int64_t line = 1;
+    for (const char *p = text; p < end; line++) {
+        const char *stop = memchr(p, '\n', (size_t)(end - p));
+        if (!stop) stop = end;
+        const char *q = p;
+        while (q < stop && strchr(" \t\r", *q)) q++;
+        if (q < stop && (r->d->config.max_records < 0 || r->d->n < r->d->config.max_records)) {
+            r->src.line = line;
+            data_read_record(r, json_parse(&r->src, p, (size_t)(stop - p)));
+            err_release(r->d->ctx);
+        }
+        p = stop + 1;
+    }
+}
+
+/* Reads JSON lines, or one JSON array, from memory. */
+static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, const char *name,
+                                rlhf_tokenizer *tok, const rlhf_data_config *config) {
+    rlhf_dataset *d = mem_zalloc(ctx, 1, sizeof *d);
+    d->ctx = ctx;
+    d->config = *config;
+    d->store.ctx = ctx;
+    err_defer(ctx, data_drop_store, &d->store);
+    data_reader r = {.d = d, .tok = tok, .chat = config->chat_template};
+    if (strcmp(r.chat, "auto")) tok_chat_choose(tok, r.chat);
+    r.src = json_source(ctx, name);
+    r.src.status = RLHF_ERR_DATA;
+    size_t i = 0;
+    while (i < len && strchr(" \t\r\n", text[i])) i++;
+    if (i < len && text[i] == '[') {
+        json_t *list = json_parse(&r.src, text, len), *item;
+        char at[32];
+        json_array_foreach(list, i, item) {
+            if (config->max_records >= 0 && d->n >= config->max_records) break;
+            snprintf(at, sizeof at, "[%zu]", i);
+            r.src.at = at;
+            data_read_record(&r, item);
+        }
+        err_release(ctx);
+    } else {
+        data_read_lines(&r, text, len);
+    }
+    if (d->n == 0 && d->dropped == 0) err_throw(ctx, RLHF_ERR_DATA, "%s: no records", name);
+    if (d->n == 0)
+        err_throw(ctx, RLHF_ERR_DATA, "%s: all %d records are longer than max_length %d tokens", name,
+                  d->dropped, config->max_length);
+    if (d->dropped)
+        log_at(ctx, RLHF_LOG_WARNING, "%s: %d of %d records are longer than %d tokens and were dropped",
+               name, d->dropped, d->n + d->dropped, config->max_length);
+    err_keep(ctx);
+    return d;
+}
+
+static rlhf_dataset *data_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tok,
+                               const rlhf_data_config *config) {
+    size_t len;
+    char *text = io_read(ctx, path, IO_LIMIT, &len);
+    rlhf_dataset *d = data_parse(ctx, text, len, path, tok, config);
+    mem_free(text);
+    return d;
+}
+
+static void data_free(rlhf_dataset *d) {
+    arena_free(&d->store);
+    mem_free(d);
+}
+
+/* Order of the n records in an epoch. */
+static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *order) {
+    if (shuffle) rng_permutation(seed, RNG_ORDER, (uint64_t)epoch, n, order);
+    else
+        for (int i = 0; i < n; i++) order[i] = i;
+}
+
+/* ============================================================================================
+ * MARK: - 17 GEN (gen_)
+ * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
+ * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
+ * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
+ * and its key alone, and its log-probabilities are those that training computes, bit for bit.
+ * Tests: test/test_gen.c
+ * ============================================================================================ */
+
+typedef struct gen_config {
+    int max_new, top_k, batch;
+    float temperature; /* 0: greedy */
+    double top_p;
+    uint64_t seed;
+    int stop; /* the id that ends an answer; -1: the model's end-of-text ids */
+} gen_config;
+
+/* One answer. The caller provides the arrays of max_new entries; logp and hidden ([max_new][d], the normed states the tokens
+ * were drawn from) may be null. */
+typedef struct gen_item {
+    const int32_t *prompt;
+    int n_prompt;
+    uint64_t key;
+    int32_t *out;
+    float *logp, *hidden;
+    int n, finished;
+} gen_item;
+
+typedef struct gen_rows {
+    const k_table *k;
+    const gen_config *c;
+    gen_item **item; /* of each live row */
+    float *logits;   /* [live][vocab] */
+    int vocab;
+    int32_t *token;
+    float *logp;
+} gen_rows;
+
+static int gen_greater(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? 1 : x > y ? -1 : 0;
+}
+
+/* Leaves only the top_k most likely tokens, of those only the top_p share; the others become -inf. */
+static void gen_truncate(const gen_rows *g, float *x, float *sorted) {
+    int n = g->vocab, keep = g->c->top_k > 0 ? base_min(g->c->top_k, n) : n;
+    float scale = 1.0f / g->c->temperature;
+    memcpy(sorted, x, (size_t)n * sizeof *x);
+    qsort(sorted, (size_t)n, sizeof *sorted, gen_greater);
+    if (g->c->top_p < 1) {
+        k_stats s = g->k->stats(keep, sorted, scale);
+        double mass = 0;
+        for (int i = 0; i < keep; i++) {
+            mass += (double)v_exp1(sorted[i] * scale - s.lse);
+            if (mass >= g->c->top_p) keep = i + 1;
+        }
+    }
+    float least = sorted[keep - 1];
+    for (int i = 0; i < n; i++)
+        if (x[i] < least) x[i] = -INFINITY;
+}
+
+static void gen_pick_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    gen_rows *g = arg;
+    (void)thread;
+    for (int64_t r = lo; r < hi; r++) {
+        float *x = g->logits + (size_t)r * (size_t)g->vocab;
+        const gen_item *it = g->item[r];
+        int greedy = g->c->temperature == 0, id = 0;
+        float scale = greedy ? 1.0f : 1.0f / g->c->temperature;
+        k_stats s = g->k->stats(g->vocab, x, scale);
+        if (greedy) {
+            for (int i = 1; i < g->vocab; i++)
+                if (x[i] > x[id]) id = i;
+        } else {
+            double u = rng_uniform(g->c->seed, RNG_SAMPLE + it->key, (uint64_t)it->n);
+            id = k_draw(g->k, g->vocab, x, scale, s.lse, u);
+        }
+        g->token[r] = id;
+        g->logp[r] = x[id] * scale - s.lse;
+    }
+}
+
+/* The longest run of positions that any item can need. */
+static int gen_longest(const rlhf_model *m, const gen_item *items, int n, int max_new) {
+    int longest = 0;
+    for (int i = 0; i < n; i++) {
+        if (items[i].n_prompt < 1)
+            err_throw(m->ctx, RLHF_ERR_ARG, "prompt %d has no tokens (the tokenizer has no beginning-of-text token)", i);
+        if (items[i].n_prompt >= m->c.positions)
+            err_throw(m->ctx, RLHF_ERR_CONTEXT, "prompt %d has %d tokens: the model has %d positions", i,
+                      items[i].n_prompt, m->c.positions);
+        longest = base_max(longest, items[i].n_prompt + max_new);
+    }
+    return base_min(longest, m->c.positions);
+}
+
+/* The live rows. Slot s of the cache belongs to live row slot[i] = s. */
+typedef struct gen_live {
+    int n, *slot;
+    gen_item **item;
+    op_kv *kv; /* [layers][slots] */
+    int slots;
+} gen_live;
+
+/* Feeds every live row's new tokens and draws the next token of each. */
+static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *live) {
+    arena_mark mark = arena_save(ws);
+    int n = live->n, rows = 0;
+    model_run run = {.seqs = n};
+    op_seq *seq = arena_alloc(ws, (size_t)n * sizeof *seq);
+    int *last = arena_alloc(ws, (size_t)n * sizeof *last);
+    for (int i = 0; i < n; i++) {
+        const gen_item *it = live->item[i];
+        seq[i] = (op_seq){.row = rows, .n = it->n ? 1 : it->n_prompt,
+                          .past = it->n ? it->n_prompt + it->n - 1 : 0};
+        rows += seq[i].n;
+        last[i] = rows - 1;
+    }
+    int32_t *ids = arena_alloc(ws, (size_t)rows * sizeof *ids);
+    int32_t *pos = arena_alloc(ws, (size_t)rows * sizeof *pos);
+    for (int i = 0; i < n; i++) {
+        const gen_item *it = live->item[i];
+        for (int t = 0; t < seq[i].n; t++) {
+            ids[seq[i].row + t] = it->n ? it->out[it->n - 1] : it->prompt[t];
+            pos[seq[i].row + t] = seq[i].past + t;
+        }
+    }
+    run.rows = rows, run.ids = ids, run.pos = pos, run.seq = seq;
+    run.kv = arena_alloc(ws, (size_t)(m->c.layers * n) * sizeof *run.kv);
+    for (int l = 0; l < m->c.layers; l++)
+        for (int i = 0; i < n; i++) run.kv[l * n + i] = live->kv[l * live->slots + live->slot[i]];
+    model_forward(m, ws, &run);
+    model_top top = model_top_fwd(m, ws, run.x, last, n);
+    op_weight w = model_head_weight(m);
+    op_env e = {m->ctx, ws};
+    gen_rows g = {.k = m->ctx->k, .c = c, .item = live->item, .vocab = m->c.vocab};
+    g.logits = arena_floats(ws, (size_t)n, (size_t)m->c.vocab);
+    g.token = arena_alloc(ws, (size_t)n * sizeof *g.token);
+    g.logp = arena_floats(ws, (size_t)n, 1);
+    op_linear(&e, &w, n, top.h, g.logits, GEMM_STORE, NULL, NULL);
+    if (c->temperature > 0 && ((c->top_k > 0 && c->top_k < m->c.vocab) || c->top_p < 1)) {
+        float *sorted = arena_floats(ws, (size_t)m->c.vocab, 1);
+        for (int i = 0; i < n; i++) gen_truncate(&g, g.logits + (size_t)i * (size_t)m->c.vocab, sorted);
+    }
+    par_for(m->ctx, n, 1, gen_pick_rows, &g);
+    for (int i = 0; i < n; i++) {
+        gen_item *it = live->item[i];
+        size_t d = (size_t)m->c.d;
+        if (it->hidden) memcpy(it->hidden + (size_t)it->n * d, top.h + (size_t)i * d, d * sizeof(float));
+        if (it->logp) it->logp[it->n] = g.logp[i];
+        it->out[it->n++] = g.token[i];
+        it->finished = c->stop >= 0 ? g.token[i] == c->stop : model_is_eos(m, g.token[i]);
+    }
+    arena_restore(ws, mark);
+}
+
+/* Generates all items. Returns 0 if the progress hook asked to stop. */
+static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *items, int n, const char *what) {
+    if (n == 0) return 1;
+    arena_mark mark = arena_save(ws);
+    int slots = base_min(c->batch, n), longest = gen_longest(m, items, n, c->max_new);
+    gen_live live = {.slots = slots};
+    live.slot = arena_alloc(ws, (size_t)slots * sizeof *live.slot);
+    live.item = arena_alloc(ws, (size_t)slots * sizeof *live.item);
+    live.kv = arena_alloc(ws, (size_t)(m->c.layers * slots) * sizeof *live.kv);
+    for (int i = 0; i < m->c.layers * slots; i++) live.kv[i] = model_kv_new(m, ws, longest);
+    uint8_t *busy = arena_alloc(ws, (size_t)slots);
+    memset(busy, 0, (size_t)slots);
+    int next = 0, done = 0, go_on = 1;
+    double begun = base_now();
+    int64_t tokens = 0;
+    while (done < n && go_on) {
+        for (int s = 0; s < slots && next < n; s++)
+            if (!busy[s]) {
+                busy[s] = 1;
+                items[next].n = items[next].finished = 0;
+                live.slot[live.n] = s;
+                live.item[live.n++] = items + next++;
+            }
+        gen_step(m, ws, c, &live);
+        tokens += live.n;
+        int kept = 0;
+        for (int i = 0; i < live.n; i++) {
+            const gen_item *it = live.item[i];
+            if (it->finished || it->n == c->max_new || it->n_prompt + it->n == m->c.positions) {
+                busy[live.slot[i]] = 0;
+                done++;
+                continue;
+            }
+            live.slot[kept] = live.slot[i];
+            live.item[kept++] = live.item[i];
+        }
+        live.n = kept;
+        if (what && m->ctx->hooks.progress) {
+            rlhf_progress p = {what, done, n, tokens, base_now() - begun, NULL};
+            go_on = !m->ctx->hooks.progress(m->ctx->hooks.user, &p);
+        }
+    }
+    arena_restore(ws, mark);
+    return go_on;
+}
+
+/* ============================================================================================
+ * MARK: - 18 ROLL (roll_)
+ * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
+ * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
+ * ragged; a mean over tokens is a sum over all of them by their number.
+ * Tests: test/test_roll.c (hand-computed values)
+ * ============================================================================================ */
+
+typedef struct roll_row {
+    const data_record *record;
+    int index;           /* of the record */
+    int32_t *ids;        /* prompt, then answer */
+    int n_prompt, n;     /* n: tokens of the answer, its end included */
+    int n_value;         /* states that have a value: n, or n + 1 where the score goes behind the end */
+    int finished;
+    float score;         /* reward of the answer, penalty included */
+    float *hidden;       /* [n][d] policy states the tokens were drawn from */
+    float *logp, *ref_logp, *kl, *entropy; /* [n]; kl is the exact KL(policy || reference) */
+    float *value, *reward, *adv, *ret;     /* [n_value] */
+} roll_row;
+
+/* Per-token KL penalty and the score: r_t = -coef kl_t, plus the score at the last state. Returns the sum of the penalty. */
+static double roll_rewards(roll_row *r, double coef, int k3) {
+    double sum = 0;
+    for (int t = 0; t < r->n_value; t++) r->reward[t] = 0;
+    for (int t = 0; t < r->n; t++) {
+        double u = (double)r->logp[t] - (double)r->ref_logp[t];
+        double kl = k3 ? (double)v_exp1((float)-u) - 1.0 + u : u;
+        r->reward[t] = (float)(-coef * kl);
+        sum += -coef * kl;
+    }
+    r->reward[r->n_value - 1] += r->score;
+    return sum;
+}
+
+/* delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, R_t = A_t + V_t; V behind the end is 0. */
+static void roll_gae(roll_row *r, double gamma, double lam) {
+    double adv = 0, next = 0;
+    for (int t = r->n_value - 1; t >= 0; t--) {
+        adv = (double)r->reward[t] + gamma * next - (double)r->value[t] + gamma * lam * adv;
+        next = (double)r->value[t];
+        r->adv[t] = (float)adv;
+        r->ret[t] = (float)(adv + next);
+    }
+}
+
+/* Pieces of arrays that are whitened together. */
+typedef struct roll_piece {
+    float *x;
+    int n;
+} roll_piece;
+
+/* x <- (x - mean) / sqrt(var + 1e-8) over all pieces, with n - 1 in the variance; keep_mean adds the mean again. */
+static void roll_whiten(roll_piece *p, int pieces, int keep_mean) {
+    double sum = 0, sq = 0;
+    int64_t n = 0;
+    for (int i = 0; i < pieces; i++) {
+        for (int t = 0; t < p[i].n; t++) sum += (double)p[i].x[t];
+        n += p[i].n;
+    }
+    if (n < 2) return;
+    double mean = sum / (double)n;
+    for (int i = 0; i < pieces; i++)
+        for (int t = 0; t < p[i].n; t++) sq += ((double)p[i].x[t] - mean) * ((double)p[i].x[t] - mean);
+    double scale = 1.0 / sqrt(sq / (double)(n - 1) + 1e-8);
+    for (int i = 0; i < pieces; i++)
+        for (int t = 0; t < p[i].n; t++)
+            p[i].x[t] = (float)(((double)p[i].x[t] - mean) * scale + (keep_mean ? mean : 0));
+}
+
+/* The proportional controller of Ziegler et al. (2019): kl is the mean over answers of the sum over tokens. */
+static double roll_adapt_kl(double coef, double kl, double target, int episodes, double horizon) {
+    double err = kl / target - 1;
+    err = err > 0.2 ? 0.2 : err < -0.2 ? -0.2 : err;
+    return coef * (1 + err * episodes / horizon);
+}
+
+/* ============================================================================================
+ * MARK: - 19 TRAIN (train_)
+ * The loop that every trainer runs in: schedule, step, metrics, evaluation, checkpoints, resume.
+ * A trainer supplies what a step is (20, 21, 22). metrics.jsonl holds no times, so that two equal
+ * runs write equal files.
+ * Tests: test/test_train.c
+ * ============================================================================================ */
+
+enum { TRAIN_METRICS = 96 };
+
+/* The part that all configurations begin with. */
+typedef struct train_config { RLHF_TRAIN_FIELDS(RLHF_MEMBER_, 0, 0, 0, 0) } train_config;
+
+#define TRAIN_SAME(type)                                                                           \
+    _Static_assert(offsetof(type, learning_rate) == offsetof(train_config, learning_rate) &&       \
+                       offsetof(type, resume) == offsetof(train_config, resume),                   \
+                   "a configuration begins with the common fields")
+TRAIN_SAME(rlhf_sft_config);
+TRAIN_SAME(rlhf_rm_config);
+TRAIN_SAME(rlhf_ppo_config);
+
+#define TRAIN_FIELD_I(type, name, def, lo, hi, help)                                               \
+    {'I', #name, offsetof(type, name), (double)(def), (double)(lo), (double)(hi), NULL, NULL, help},
+#define TRAIN_FIELD_R(type, name, def, lo, hi, help)                                               \
+    {'R', #name, offsetof(type, name), (double)(def), (double)(lo), (double)(hi), NULL, NULL, help},
+#define TRAIN_FIELD_B(type, name, def, lo, hi, help)                                               \
+    {'B', #name, offsetof(type, name), (double)(def), (double)(lo), (double)(hi), NULL, NULL, help},
+#define TRAIN_FIELD_S(type, name, def, lo, hi, help)                                               \
+    {'S', #name, offsetof(type, name), 0, 0, 0, def, lo, help},
+
+#define TRAIN_ROW_SFT(kind, ...) TRAIN_FIELD_##kind(rlhf_sft_config, __VA_ARGS__)
+#define TRAIN_ROW_RM(kind, ...) TRAIN_FIELD_##kind(rlhf_rm_config, __VA_ARGS__)
+#define TRAIN_ROW_PPO(kind, ...) TRAIN_FIELD_##kind(rlhf_ppo_config, __VA_ARGS__)
+#define TRAIN_ROW_GEN(kind, ...) TRAIN_FIELD_##kind(rlhf_generate_config, __VA_ARGS__)
+static const rlhf_field train_sft_fields[] = {RLHF_SFT_FIELDS(TRAIN_ROW_SFT)};
+static const rlhf_field train_rm_fields[] = {RLHF_RM_FIELDS(TRAIN_ROW_RM)};
+static const rlhf_field train_ppo_fields[] = {RLHF_PPO_FIELDS(TRAIN_ROW_PPO)};
+static const rlhf_field train_gen_fields[] = {RLHF_GENERATE_FIELDS(TRAIN_ROW_GEN)};
+
+static const struct { const rlhf_field *row; int n; } train_tables[] = {
+    [RLHF_CONFIG_SFT] = {train_sft_fields, sizeof train_sft_fields / sizeof *train_sft_fields},
+    [RLHF_CONFIG_RM] = {train_rm_fields, sizeof train_rm_fields / sizeof *train_rm_fields},
+    [RLHF_CONFIG_PPO] = {train_ppo_fields, sizeof train_ppo_fields / sizeof *train_ppo_fields},
+    [RLHF_CONFIG_GENERATE] = {train_gen_fields, sizeof train_gen_fields / sizeof *train_gen_fields}};
+
+/* Writes the defaults of a table into its struct. */
+static void train_defaults(rlhf_config_kind kind, void *config) {
+    for (int i = 0; i < train_tables[kind].n; i++) {
+        const rlhf_field *f = train_tables[kind].row + i;
+        char *at = (char *)config + f->offset;
+        int64_t integer = (int64_t)f->def;
+        int boolean = (int)f->def;
+        switch (f->kind) {
+        case 'I': memcpy(at, &integer, sizeof integer); break;
+        case 'R': memcpy(at, &f->def, sizeof f->def); break;
+        case 'B': memcpy(at, &boolean, sizeof boolean); break;
+        default: memcpy(at, &f->text, sizeof f->text); break;
+        }
+    }
+}
+
+static double train_number(const rlhf_field *f, const void *config) {
+    const char *at = (const char *)config + f->offset;
+    int64_t integer;
+    int boolean;
+    double real;
+    switch (f->kind) {
+    case 'I': memcpy(&integer, at, sizeof integer); return (double)integer;
+    case 'B': memcpy(&boolean, at, sizeof boolean); return boolean;
+    default: memcpy(&real, at, sizeof real); return real;
+    }
+}
+
+static const char *train_text(const rlhf_field *f, const void *config) {
+    const char *s;
+    memcpy(&s, (const char *)config + f->offset, sizeof s);
+    return s;
+}
+
+static int train_is_choice(const char *choices, const char *value) {
+    size_t n = strlen(value);
+    for (const char *p = choices; n && (p = strstr(p, value)); p++)
+        if ((p == choices || p[-1] == '|') && (p[n] == 0 || p[n] == '|')) return 1;
+    return 0;
+}
+
+/* Every value within the table's limits, or an error that names the field. */
+static void train_validate(rlhf_ctx *ctx, rlhf_config_kind kind, const void *config) {
+    for (int i = 0; i < train_tables[kind].n; i++) {
+        const rlhf_field *f = train_tables[kind].row + i;
+        if (f->kind == 'S') {
+            const char *s = train_text(f, config);
+            if (!s || (f->choices && !train_is_choice(f->choices, s)))
+                err_throw(ctx, RLHF_ERR_ARG, "%s is \"%s\", expected one of %s", f->name, s ? s : "(null)",
+                          f->choices ? f->choices : "any text");
+            continue;
+        }
+        double x = train_number(f, config);
+        if (!(x >= f->min && x <= f->max))
+            err_throw(ctx, RLHF_ERR_ARG, "%s is %g, expected %g to %g", f->name, x, f->min, f->max);
+    }
+}
+
+/* The configuration as a held JSON object. */
+static json_t *train_config_json(rlhf_ctx *ctx, rlhf_config_kind kind, const void *config) {
+    json_t *j = json_hold(ctx, json_object());
+    for (int i = 0; i < train_tables[kind].n; i++) {
+        const rlhf_field *f = train_tables[kind].row + i;
+        double x = f->kind == 'S' ? 0 : train_number(f, config);
+        json_t *v = f->kind == 'S'   ? json_string(train_text(f, config))
+                    : f->kind == 'B' ? json_boolean(x != 0)
+                    : f->kind == 'I' ? json_integer((json_int_t)x)
+                                     : json_real(x);
+        json_object_set_new(j, f->name, v);
+    }
+    return j;
+}
+
+/* ---- trainer ---- */
+
+typedef struct train_metric {
+    char name[40];
+    double value;
+} train_metric;
+
+typedef struct train_ops {
+    const char *name;
+    rlhf_config_kind kind;
+    void (*step)(rlhf_trainer *t);
+    void (*eval)(rlhf_trainer *t);        /* may be null */
+    void (*finish)(rlhf_trainer *t);      /* after the last step, before the model is saved; may be null */
+} train_ops;
+
+struct rlhf_trainer {
+    rlhf_ctx *ctx;
+    const train_ops *ops;
+    union { train_config c; rlhf_sft_config sft; rlhf_rm_config rm; rlhf_ppo_config ppo; } u;
+    rlhf_model *model;    /* what is trained and saved */
+    rlhf_model *start;    /* rm: samples answers to normalise with; ppo: the reference, owned */
+    rlhf_model *value, *reward;
+    int owns_start, owns_value;
+    rlhf_tokenizer *tok;
+    rlhf_dataset *train, *eval;
+    rlhf_reward_fn fn;
+    void *user;
+    opt *opt;
+    arena ws;
+    int64_t step, total, tokens, episodes;
+    int64_t per_epoch;    /* steps */
+    int *order;
+    int64_t order_epoch;  /* of order; -1: none yet */
+    double kl_coef, begun;
+    int fresh, finished;  /* fresh: the run directory has not been opened yet */
+    train_metric metric[TRAIN_METRICS];
+    int metrics;
+};
+
+static void train_put(rlhf_trainer *t, const char *name, double value) {
+    int i = 0;
+    while (i < t->metrics && strcmp(t->metric[i].name, name)) i++;
+    if (i == TRAIN_METRICS) return;
+    if (i == t->metrics) {
+        snprintf(t->metric[i].name, sizeof t->metric[i].name, "%s", name);
+        t->metrics++;
+    }
+    t->metric[i].value = value;
+}
+
+/* All newest metrics, held. A number that JSON cannot express is null. */
+static json_t *train_metrics_json(const rlhf_trainer *t) {
+    json_t *j = json_hold(t->ctx, json_object());
+    json_object_set_new(j, "step", json_integer(t->step));
+    for (int i = 0; i < t->metrics; i++) {
+        double v = t->metric[i].value;
+        json_object_set_new(j, t->metric[i].name, isfinite(v) ? json_real(v) : json_null());
+    }
+    return j;
+}
+
+/* Learning rate of the coming step. */
+static double train_lr(const rlhf_trainer *t) {
+    const train_config *c = &t->u.c;
+    return c->learning_rate * opt_schedule(c->lr_scheduler_type, t->step, c->warmup_steps, t->total);
+}
+
+/* The records of the coming step: *from in t->order, their number. Epochs end with a shorter step. */
+static int train_window(rlhf_trainer *t, int *from) {
+    const train_config *c = &t->u.c;
+    int64_t epoch = t->step / t->per_epoch, at = t->step % t->per_epoch;
+    int64_t window = c->per_device_train_batch_size * c->gradient_accumulation_steps;
+    if (t->order_epoch != epoch) {
+        data_order((uint64_t)c->seed, epoch, c->shuffle_dataset, t->train->n, t->order);
+        t->order_epoch = epoch;
+    }
+    *from = (int)(at * window);
+    int64_t left = t->train->n - at * window;
+    return (int)(left < window ? left : window);
+}
+
+static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
+    const train_config *c = &t->u.c;
+    t->opt = opt_new(t->ctx, models, n);
+    t->opt->beta1 = c->adam_beta1;
+    t->opt->beta2 = c->adam_beta2;
+    t->opt->eps = c->adam_epsilon;
+    t->opt->weight_decay = c->weight_decay;
+    t->opt->max_norm = c->max_grad_norm;
+}
+
+/* A trainer whose config is size bytes; sets the length of the run from the data. */
+static rlhf_trainer *train_new(rlhf_model *model, rlhf_tokenizer *tok, rlhf_dataset *train,
+                               const train_ops *ops, const void *config, size_t size) {
+    rlhf_ctx *ctx = model->ctx;
+    train_validate(ctx, ops->kind, config);
+    rlhf_trainer *t = mem_zalloc(ctx, 1, sizeof *t);
+    t->ctx = ctx;
+    t->ops = ops;
+    memcpy(&t->u, config, size);
+    t->model = model;
+    t->tok = tok;
+    t->train = train;
+    t->ws.ctx = ctx;
+    t->order = mem_zalloc(ctx, (size_t)train->n, sizeof *t->order);
+    t->order_epoch = -1;
+    t->fresh = 1;
+    t->begun = base_now();
+    return t;
+}
+
+/* Length of the run when a step takes `window` records. */
+static void train_set_length(rlhf_trainer *t, int64_t window) {
+    const train_config *c = &t->u.c;
+    t->per_epoch = (t->train->n + window - 1) / window;
+    t->total = c->max_steps >= 0 ? c->max_steps : (int64_t)ceil(c->num_train_epochs * (double)t->per_epoch);
+}
+
+static void train_free(rlhf_trainer *t) {
+    opt_free(t->opt);
+    arena_free(&t->ws);
+    if (t->owns_start) model_free(t->start);
+    if (t->owns_value) model_free(t->value);
+    mem_free(t->order);
+    mem_free(t);
+}
+
+/* ---- run directory ---- */
+
+static const char *train_dir(const rlhf_trainer *t) {
+    return t->u.c.output_dir[0] ? t->u.c.output_dir : NULL;
+}
+
+static void train_state_tensors(const rlhf_trainer *t, ckpt_tensor *list) {
+    for (int i = 0; i < t->opt->models; i++) {
+        ckpt_tensor *x = list + 2 * i;
+        snprintf(x[0].name, sizeof x[0].name, "exp_avg.%d", i);
+        snprintf(x[1].name, sizeof x[1].name, "exp_avg_sq.%d", i);
+        x[0].rows = x[1].rows = t->opt->model[i]->n;
+        x[0].data = t->opt->m[i];
+        x[1].data = t->opt->v[i];
+    }
+}
+
+/* Writes DIR/checkpoint: the weights, the optimizer and where the run stands. The state file comes last: it makes the others count. */
+static void train_save_state(rlhf_trainer *t) {
+    rlhf_ctx *ctx = t->ctx;
+    char *dir = ckpt_path(ctx, train_dir(t), "checkpoint");
+    ckpt_save(t->model, dir);
+    if (t->owns_value) ckpt_save(t->value, ckpt_path(ctx, dir, "value"));
+    ckpt_tensor list[2 * OPT_MODELS] = {0};
+    train_state_tensors(t, list);
+    ckpt_write(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"), list, 2 * t->opt->models);
+    json_t *j = json_hold(ctx, json_object());
+    json_object_set_new(j, "trainer", json_string(t->ops->name));
+    json_object_set_new(j, "step", json_integer(t->step));
+    json_object_set_new(j, "optimizer_step", json_integer(t->opt->step));
+    json_object_set_new(j, "tokens", json_integer(t->tokens));
+    json_object_set_new(j, "episodes", json_integer(t->episodes));
+    json_object_set_new(j, "kl_coef", json_real(t->kl_coef));
+    json_object_set_new(j, "records", json_integer(t->train->n));
+    json_write_file(ctx, ckpt_path(ctx, dir, "trainer_state.json"), j);
+    err_release(ctx);
+}
+
+static void train_load_state(rlhf_trainer *t) {
+    rlhf_ctx *ctx = t->ctx;
+    char *dir = ckpt_path(ctx, train_dir(t), "checkpoint");
+    json_src src = json_source(ctx, ckpt_path(ctx, dir, "trainer_state.json"));
+    json_t *j = json_read(&src);
+    const char *name = json_need_str(&src, j, "trainer");
+    if (strcmp(name, t->ops->name) || json_need_int(&src, j, "records", 0, INT_MAX) != t->train->n)
+        err_throw(ctx, RLHF_ERR_ARG, "%s: the state is of another run (%s, another number of records)", src.file, name);
+    t->step = json_need_int(&src, j, "step", 0, INT64_MAX);
+    t->opt->step = json_need_int(&src, j, "optimizer_step", 0, INT64_MAX);
+    t->tokens = json_need_int(&src, j, "tokens", 0, INT64_MAX);
+    t->episodes = json_need_int(&src, j, "episodes", 0, INT64_MAX);
+    t->kl_coef = json_need_real(&src, j, "kl_coef");
+    err_release(ctx);
+    ckpt_load_model(t->model, ckpt_path(ctx, dir, "model.safetensors"));
+    if (t->owns_value) ckpt_load_model(t->value, ckpt_path(ctx, ckpt_path(ctx, dir, "value"), "model.safetensors"));
+    ckpt_file f = ckpt_map(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"));
+    ckpt_tensor list[2 * OPT_MODELS] = {0};
+    train_state_tensors(t, list);
+    for (int i = 0; i < 2 * t->opt->models; i++) {
+        json_t *entry = json_object_get(f.header, list[i].name);
+        if (!entry) err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", f.src.file, list[i].name);
+        ckpt_load(&f, list[i].name, entry, list[i].rows, 1, 1, 0, (float *)(uintptr_t)list[i].data);
+    }
+    err_release(ctx);
+    err_release(ctx);
+}
+
+/* Keeps the lines of metrics.jsonl up to the step that the run goes on from. */
+static void train_trim_metrics(rlhf_trainer *t, const char *path) {
+    rlhf_ctx *ctx = t->ctx;
+    if (!io_exists(path)) return;
+    size_t len, keep = 0;
+    char *text = io_read(ctx, path, IO_LIMIT, &len);
+    while (keep < len) {
+        char *end = memchr(text + keep, '\n', len - keep);
+        json_error_t e;
+        json_t *j = end ? json_loadb(text + keep, (size_t)(end - text) - keep, 0, &e) : NULL;
+        int64_t step = json_integer_value(json_object_get(j, "step"));
+        json_decref(j);
+        if (!j || step > t->step) break;
+        keep = (size_t)(end - text) + 1;
+    }
+    io_write_file(ctx, path, text, keep);
+    mem_free(text);
+}
+
+/* First contact with the run directory: its configuration, an empty metrics.jsonl, or the state to go on from. */
+static void train_open_dir(rlhf_trainer *t) {
+    t->fresh = 0;
+    if (!train_dir(t)) return;
+    rlhf_ctx *ctx = t->ctx;
+    io_mkdirs(ctx, train_dir(t));
+    char *metrics = ckpt_path(ctx, train_dir(t), "metrics.jsonl");
+    char *state = ckpt_path(ctx, ckpt_path(ctx, train_dir(t), "checkpoint"), "trainer_state.json");
+    if (t->u.c.resume && io_exists(state)) {
+        train_load_state(t);
+        train_trim_metrics(t, metrics);
+        log_at(ctx, RLHF_LOG_INFO, "%s: going on from step %lld", train_dir(t), (long long)t->step);
+    } else {
+        if (t->u.c.resume) log_at(ctx, RLHF_LOG_WARNING, "%s: no state to go on from; starting at step 0", train_dir(t));
+        unlink(state); /* it would belong to an earlier run */
+        io_write_file(ctx, metrics, "", 0);
+    }
+    json_t *j = train_config_json(ctx, t->ops->kind, &t->u);
+    json_object_del(j, "resume");
+    json_object_set_new(j, "trainer", json_string(t->ops->name));
+    json_object_set_new(j, "rlhf_version", json_string(RLHF_VERSION));
+    json_write_file(ctx, ckpt_path(ctx, train_dir(t), "run.json"), j);
+    err_release(ctx);
+}
+
+static void train_close_file(void *file) {
+    fclose(file);
+}
+
+/* One line of metrics for the file and the progress hook. Returns 0 if the hook asks to stop. */
+static int train_log(rlhf_trainer *t, int line) {
+    rlhf_ctx *ctx = t->ctx;
+    char *text = NULL;
+    size_t len = 0;
+    if (line) {
+        text = json_text(ctx, train_metrics_json(t), JSON_COMPACT, &len);
+        err_release(ctx);
+    }
+    if (line && train_dir(t)) {
+        char *path = ckpt_path(ctx, train_dir(t), "metrics.jsonl");
+        FILE *f = fopen(path, "ab");
+        if (!f) io_fail(ctx, "open", path, errno);
+        err_defer(ctx, train_close_file, f);
+        if (fwrite(text, 1, len, f) != len || fputc('\n', f) == EOF || fflush(f)) io_fail(ctx, "write", path, errno);
+        err_release(ctx);
+    }
+    int stop = 0;
+    if (ctx->hooks.progress) {
+        rlhf_progress p = {t->ops->name, t->step, t->total, t->tokens, base_now() - t->begun, text};
+        stop = ctx->hooks.progress(ctx->hooks.user, &p);
+    }
+    mem_free(text);
+    return !stop;
+}
+
+/* ---- the loop ---- */
+
+/* Fails before weights change if the loss is not a number. */
+static void train_check_loss(const rlhf_trainer *t, double loss) {
+    if (!isfinite(loss))
+        err_throw(t->ctx, RLHF_ERR_NUMERIC, "step %lld: the loss is not finite; the weights are those of the step before",
+                  (long long)t->step + 1);
+}
+
+static void train_step(rlhf_trainer *t) {
+    if (t->fresh) train_open_dir(t);
+    if (t->step >= t->total) err_throw(t->ctx, RLHF_ERR_ARG, "the run is over: all %lld steps are done", (long long)t->total);
+    opt_attach(t->opt);
+    arena_reset(&t->ws);
+    t->ops->step(t);
+    t->step++;
+    train_put(t, "epoch", (double)t->step / (double)t->per_epoch);
+}
+
+/* The remaining steps and what follows them. Returns 0 if the progress hook stopped the run; its state is then saved. */
+static int train_run(rlhf_trainer *t) {
+    const train_config *c = &t->u.c;
+    if (t->fresh) train_open_dir(t);
+    while (t->step < t->total) {
+        train_step(t);
+        int last = t->step == t->total;
+        int line = t->step % c->logging_steps == 0 || last;
+        if (t->ops->eval && t->eval && (last || (c->eval_steps && t->step % c->eval_steps == 0))) {
+            arena_reset(&t->ws);
+            t->ops->eval(t);
+            line = 1;
+        }
+        if (last && t->ops->finish) {
+            arena_reset(&t->ws);
+            t->ops->finish(t);
+        }
+        int go_on = train_log(t, line);
+        int save = c->save_steps && t->step % c->save_steps == 0;
+        if (train_dir(t) && (save || (!go_on && !last))) train_save_state(t);
+        if (!go_on && !last) return 0;
+    }
+    if (train_dir(t) && !t->finished) {
+        ckpt_save(t->model, train_dir(t));
+        if (t->tok) tok_save(t->tok, train_dir(t));
+    }
+    t->finished = 1;
+    return 1;
+}
+
+/* ============================================================================================
+ * MARK: - 20 SFT (sft_)
+ * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
+ * micro-batches of an optimizer step.
+ * Tests: test/test_golden.c, test/test_train.c
+ * ============================================================================================ */
+
+/* Rows of a batch whose next token bears loss, and that token. */
+typedef struct sft_rows {
+    int n;
+    int *row;
+    int32_t *target;
+} sft_rows;
+
+static int sft_count(const data_seq *s) {
+    int n = 0;
+    for (int t = 1; t < s->n; t++) n += s->loss[t];
+    return n;
+}
+
+static model_run sft_batch(arena *ws, const data_seq *const *seq, int n, sft_rows *rows) {
+    const int32_t **ids = arena_alloc(ws, (size_t)n * sizeof *ids);
+    int *len = arena_alloc(ws, (size_t)n * sizeof *len), count = 0;
+    for (int i = 0; i < n; i++) {
+        ids[i] = seq[i]->ids;
+        len[i] = seq[i]->n;
+        count += sft_count(seq[i]);
+    }
+    model_run run = model_batch(ws, n, ids, len);
+    rows->row = arena_alloc(ws, (size_t)(count + 1) * sizeof *rows->row);
+    rows->target = arena_alloc(ws, (size_t)(count + 1) * sizeof *rows->target);
+    rows->n = 0;
+    for (int i = 0; i < n; i++)
+        for (int t = 1; t < seq[i]->n; t++)
+            if (seq[i]->loss[t]) {
+                rows->row[rows->n] = run.seq[i].row + t - 1;
+                rows->target[rows->n++] = seq[i]->ids[t];
+            }
+    return run;
+}
+
+/* Sums over tokens. */
+typedef struct sft_sums {
+    double nll, entropy;
+    int64_t hits, tokens;
+} sft_sums;
+
+static void sft_coef(void *user, int row, int n, const op_rows *found, float *coef) {
+    const float *c = user;
+    (void)row, (void)found;
+    for (int i = 0; i < n; i++) coef[i] = *c;
+}
+
+/* One batch: adds to the sums and, with train, the gradient of nll * scale. */
+static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n, int train,
+                     double scale, sft_sums *sums) {
+    arena_mark mark = arena_save(ws);
+    sft_rows rows;
+    model_run run = sft_batch(ws, seq, n, &rows);
+    if (rows.n) {
+        run.save = train;
+        model_forward(m, ws, &run);
+        model_top top = model_top_fwd(m, ws, run.x, rows.row, rows.n);
+        op_rows out = {.logp = arena_floats(ws, (size_t)rows.n, 1), .entropy = arena_floats(ws, (size_t)rows.n, 1),
+                       .hit = arena_alloc(ws, (size_t)rows.n)};
+        op_weight w = model_head_weight(m);
+        op_env e = {m->ctx, ws};
+        float coef = (float)-scale, *dh = train ? arena_floats(ws, (size_t)rows.n, (size_t)m->c.d) : NULL;
+        op_vocab_run(&e, &w, rows.n, top.h, rows.target, 1.0f, &out, train ? sft_coef : NULL, &coef, dh);
+        if (train) model_backward(m, ws, &run, model_top_bwd(m, ws, &top, dh, run.rows));
+        for (int i = 0; i < rows.n; i++) {
+            sums->nll -= (double)out.logp[i];
+            sums->entropy += (double)out.entropy[i];
+            sums->hits += out.hit[i];
+        }
+        sums->tokens += rows.n;
+    }
+    arena_restore(ws, mark);
+}
+
+static void sft_step(rlhf_trainer *t) {
+    const train_config *c = &t->u.c;
+    int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
+    const data_seq **seq = arena_alloc(&t->ws, (size_t)n * sizeof *seq);
+    int64_t labels = 0;
+    for (int i = 0; i < n; i++) {
+        seq[i] = &t->train->record[t->order[from + i]].a;
+        labels += sft_count(seq[i]);
+        t->tokens += seq[i]->n;
+    }
+    sft_sums sums = {0};
+    double lr = train_lr(t);
+    opt_zero(t->opt);
+    for (int i = 0; i < n; i += batch)
+        sft_pass(t->model, &t->ws, seq + i, base_min(batch, n - i), 1, 1.0 / (double)labels, &sums);
+    double loss = sums.nll / (double)labels;
+    train_check_loss(t, loss);
+    double norm = opt_step(t->opt, &lr);
+    train_put(t, "loss", loss);
+    train_put(t, "grad_norm", norm);
+    train_put(t, "learning_rate", lr);
+    train_put(t, "entropy", sums.entropy / (double)labels);
+    train_put(t, "mean_token_accuracy", (double)sums.hits / (double)labels);
+    train_put(t, "num_tokens", (double)t->tokens);
+}
+
+/* Sums over a whole dataset. */
+static sft_sums sft_measure(rlhf_model *m, arena *ws, const rlhf_dataset *d) {
+    sft_sums sums = {0};
+    const data_seq **seq = arena_alloc(ws, (size_t)d->n * sizeof *seq);
+    int *len = arena_alloc(ws, (size_t)d->n * sizeof *len);
+    for (int i = 0; i < d->n; i++) {
+        seq[i] = &d->record[i].a;
+        len[i] = seq[i]->n;
+    }
+    for (int i = 0, k; i < d->n; i += k) {
+        k = model_batch_count(len, i, d->n);
+        sft_pass(m, ws, seq + i, k, 0, 0, &sums);
+    }
+    return sums;
+}
+
+static void sft_eval(rlhf_trainer *t) {
+    sft_sums s = sft_measure(t->model, &t->ws, t->eval);
+    double n = (double)(s.tokens ? s.tokens : 1);
+    train_put(t, "eval_loss", s.nll / n);
+    train_put(t, "eval_mean_token_accuracy", (double)s.hits / n);
+    train_put(t, "eval_num_tokens", (double)s.tokens);
+}
+
+static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL};
+
+static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_dataset *train,
+                              rlhf_dataset *eval, const rlhf_sft_config *config) {
+    model_need_lm(model);
+    rlhf_trainer *t = train_new(model, tok, train, &sft_ops, config, sizeof *config);
+    t->eval = eval;
+    train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
+    train_optimizer(t, &model, 1);
+    return t;
+}
+
+/* ============================================================================================
+ * MARK: - 21 RM (rm_)
+ * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood,
+ *   mean w (-log sigmoid(r_chosen - r_rejected - margin)) + c mean (r_chosen + r_rejected)^2,
+ * then normalised so that answers of the starting model score with mean 0 and deviation 1.
+ * Tests: test/test_golden.c, test/test_train.c
+ * ============================================================================================ */
+
+/* -log sigmoid(z), without overflow. */
+static double rm_loss(double z) {
+    return (z < 0 ? -z : 0) + log1p(exp(-fabs(z)));
+}
+
+typedef struct rm_sums {
+    double loss, margin, correct, total, min, max; /* ties count half */
+    int64_t pairs;
+} rm_sums;
+
+static void rm_add(rm_sums *s, const data_record *rec, double a, double b) {
+    s->loss += rec->weight * rm_loss(a - b - rec->margin);
+    s->margin += a - b;
+    s->correct += a > b ? 1 : a == b ? 0.5 : 0;
+    s->total += a + b;
+    s->min = s->pairs ? fmin(s->min, fmin(a, b)) : fmin(a, b);
+    s->max = s->pairs ? fmax(s->max, fmax(a, b)) : fmax(a, b);
+    s->pairs++;
+}
+
+static void rm_put(rlhf_trainer *t, const char *prefix, const rm_sums *s) {
+    double n = (double)(s->pairs ? s->pairs : 1);
+    const struct { const char *name; double value; } m[] = {
+        {"loss", s->loss / n}, {"accuracy", s->correct / n}, {"margin", s->margin / n},
+        {"mean_reward", s->total / (2 * n)}, {"min_reward", s->min}, {"max_reward", s->max}};
+    for (size_t i = 0; i < sizeof m / sizeof *m; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "%s%s", prefix, m[i].name);
+        train_put(t, name, m[i].value);
+    }
+}
+
+/* One micro-batch of n pairs out of `of` in the step: gradients and sums. */
+static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int of, rm_sums *sums) {
+    arena *ws = &t->ws;
+    arena_mark mark = arena_save(ws);
+    double center = t->u.rm.center_rewards_coefficient;
+    const int32_t **ids = arena_alloc(ws, (size_t)(2 * n) * sizeof *ids);
+    int *len = arena_alloc(ws, (size_t)(2 * n) * sizeof *len);
+    int *row = arena_alloc(ws, (size_t)(2 * n) * sizeof *row);
+    for (int i = 0; i < n; i++) {
+        ids[2 * i] = rec[i]->a.ids, len[2 * i] = rec[i]->a.n;
+        ids[2 * i + 1] = rec[i]->b.ids, len[2 * i + 1] = rec[i]->b.n;
+    }
+    model_run run = model_batch(ws, 2 * n, ids, len);
+    for (int i = 0; i < 2 * n; i++) row[i] = run.seq[i].row + run.seq[i].n - 1;
+    run.save = 1;
+    model_forward(t->model, ws, &run);
+    model_top top = model_top_fwd(t->model, ws, run.x, row, 2 * n);
+    float *score = arena_floats(ws, (size_t)(2 * n), 2), *d = score + 2 * n;
+    model_scores(t->model, ws, &top, score);
+    for (int i = 0; i < n; i++) {
+        float a = score[2 * i], b = score[2 * i + 1];
+        float slope = -(float)rec[i]->weight * v_sigmoid1(b - a + (float)rec[i]->margin) / (float)of;
+        float pull = 2.0f * (float)center * (a + b) / (float)of;
+        d[2 * i] = slope + pull;
+        d[2 * i + 1] = pull - slope;
+        rm_add(sums, rec[i], (double)a, (double)b);
+        sums->loss += center * (double)(a + b) * (double)(a + b);
+    }
+    model_scores_bwd(t->model, ws, &run, &top, d);
+    arena_restore(ws, mark);
+}
+
+static void rm_step(rlhf_trainer *t) {
+    const train_config *c = &t->u.c;
+    int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
+    const data_record **rec = arena_alloc(&t->ws, (size_t)n * sizeof *rec);
+    for (int i = 0; i < n; i++) {
+        rec[i] = t->train->record + t->order[from + i];
+        t->tokens += rec[i]->a.n + rec[i]->b.n;
+    }
+    rm_sums sums = {0};
+    double lr = train_lr(t);
+    opt_zero(t->opt);
+    for (int i = 0; i < n; i += batch) rm_pass(t, rec + i, base_min(batch, n - i), n, &sums);
+    train_check_loss(t, sums.loss);
+    double norm = opt_step(t->opt, &lr);
+    rm_put(t, "", &sums);
+    train_put(t, "grad_norm", norm);
+    train_put(t, "learning_rate", lr);
+    train_put(t, "num_tokens", (double)t->tokens);
+}
+
+/* Raw scores of the chosen and rejected answers of a whole dataset: score[2 i], score[2 i + 1]. */
+static float *rm_score_pairs(rlhf_model *m, arena *ws, const rlhf_dataset *d) {
+    int n = 2 * d->n;
+    const int32_t **ids = arena_alloc(ws, (size_t)n * sizeof *ids);
+    int *len = arena_alloc(ws, (size_t)n * sizeof *len);
+    float *score = arena_floats(ws, (size_t)n, 1);
+    for (int i = 0; i < n; i++) {
+        const data_seq *s = i % 2 ? &d->record[i / 2].b : &d->record[i / 2].a;
+        ids[i] = s->ids;
+        len[i] = s->n;
+    }
+    model_score_list(m, ws, n, ids, len, score);
+    return score;
+}
+
+static void rm_eval(rlhf_trainer *t) {
+    float *score = rm_score_pairs(t->model, &t->ws, t->eval);
+    rm_sums sums = {0};
+    for (int i = 0; i < t->eval->n; i++)
+        rm_add(&sums, t->eval->record + i, (double)score[2 * i], (double)score[2 * i + 1]);
+    rm_put(t, "eval_", &sums);
+}
+
+/* Answers that the starting model gives to prompts of the training data. */
+static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
+    const rlhf_rm_config *c = &t->u.rm;
+    arena *ws = &t->ws;
+    int room = (int)c->response_length, *order = arena_alloc(ws, (size_t)t->train->n * sizeof *order);
+    rng_permutation((uint64_t)c->seed, RNG_PROMPT, 0, t->train->n, order);
+    gen_item *item = arena_alloc(ws, (size_t)n * sizeof *item);
+    memset(item, 0, (size_t)n * sizeof *item);
+    for (int i = 0; i < n; i++) {
+        const data_seq *s = &t->train->record[order[i % t->train->n]].a;
+        int prompt = 0;
+        while (prompt < s->n && !s->loss[prompt]) prompt++;
+        int32_t *whole = arena_alloc(ws, (size_t)(prompt + room) * sizeof *whole);
+        memcpy(whole, s->ids, (size_t)prompt * sizeof *whole);
+        item[i] = (gen_item){.prompt = whole, .n_prompt = prompt, .key = (uint64_t)i, .out = whole + prompt};
+        ids[i] = whole;
+    }
+    gen_config g = {.max_new = room, .batch = 64, .temperature = (float)c->temperature, .top_p = 1,
+                    .seed = (uint64_t)c->seed, .stop = -1};
+    gen_run(t->start, ws, &g, item, n, NULL);
+    for (int i = 0; i < n; i++) len[i] = item[i].n_prompt + item[i].n;
+}
+
+static void rm_normalize(rlhf_trainer *t) {
+    int n = (int)t->u.rm.normalize_samples;
+    rlhf_model *m = t->model;
+    if (n < 2) return;
+    arena *ws = &t->ws;
+    const int32_t **ids = arena_alloc(ws, (size_t)n * sizeof *ids);
+    int *len = arena_alloc(ws, (size_t)n * sizeof *len);
+    if (t->start) {
+        rm_sample(t, n, ids, len);
+    } else {
+        n = base_min(n, 2 * t->train->n);
+        for (int i = 0; i < n; i++) {
+            const data_seq *s = i % 2 ? &t->train->record[i / 2].b : &t->train->record[i / 2].a;
+            ids[i] = s->ids;
+            len[i] = s->n;
+        }
+    }
+    float *score = arena_floats(ws, (size_t)n, 1);
+    model_score_list(m, ws, n, ids, len, score);
+    double mean = 0, var = 0;
+    for (int i = 0; i < n; i++) mean += (double)score[i] / n;
+    for (int i = 0; i < n; i++) var += ((double)score[i] - mean) * ((double)score[i] - mean) / n;
+    m->score_mean = (float)mean;
+    m->score_std = var > 1e-12 ? (float)sqrt(var) : 1.0f;
+    train_put(t, "score_mean", (double)m->score_mean);
+    train_put(t, "score_std", (double)m->score_std);
+}
+
+static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, rm_eval, rm_normalize};
+
+static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tok,
+                             rlhf_dataset *train, rlhf_dataset *eval, const rlhf_rm_config *config) {
+    if (model->c.head != RLHF_HEAD_SCORE)
+        err_throw(model->ctx, RLHF_ERR_ARG, "a reward model needs a score head: rlhf_model_clone(model, RLHF_HEAD_SCORE, ...)");
+    if (start) model_need_lm(start);
+    rlhf_trainer *t = train_new(model, tok, train, &rm_ops, config, sizeof *config);
+    t->eval = eval;
+    t->start = start;
+    train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
+    train_optimizer(t, &model, 1);
+    if (!model->score_trained) model_init_score(model, (uint64_t)config->seed);
+    model->score_trained = 1;
+    model->score_mean = 0;
+    model->score_std = 1;
+    return t;
+}
+
+/* ============================================================================================
+ * MARK: - 22 PPO (ppo_)
+ * Proximal policy optimisation with a per-token KL penalty (Schulman et al. 2017; Ziegler et al.
+ * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
+ * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
+ * together. Before the first of them every probability ratio is exactly 1, since sampling and
+ * training compute the same bits. Policy, reference, reward and value model are separate models.
+ * Tests: test/test_golden.c, test/test_ppo.c
+ * ============================================================================================ */
+
+/* ---- rollout ---- */
+
+/* Rows of the coming update, with room for everything they will hold. */
+static roll_row *ppo_rows_new(rlhf_trainer *t) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    arena *ws = &t->ws;
+    int n = (int)c->batch_size, room = (int)c->response_length;
+    size_t d = (size_t)t->model->c.d;
+    roll_row *row = arena_alloc(ws, (size_t)n * sizeof *row);
+    memset(row, 0, (size_t)n * sizeof *row);
+    for (int i = 0; i < n; i++) {
+        int64_t at = t->episodes + i, epoch = at / t->train->n;
+        if (epoch != t->order_epoch) {
+            data_order((uint64_t)c->seed, epoch, c->shuffle_dataset, t->train->n, t->order);
+            t->order_epoch = epoch;
+        }
+        roll_row *r = row + i;
+        r->index = t->order[at % t->train->n];
+        r->record = t->train->record + r->index;
+        r->n_prompt = r->record->a.n;
+        r->ids = arena_alloc(ws, (size_t)(r->n_prompt + room) * sizeof *r->ids);
+        memcpy(r->ids, r->record->a.ids, (size_t)r->n_prompt * sizeof *r->ids);
+        r->hidden = arena_floats(ws, (size_t)room, d);
+        float *f = arena_zeros(ws, (size_t)room + 1, 8);
+        r->logp = f, r->ref_logp = f + (room + 1), r->kl = f + 2 * (room + 1), r->entropy = f + 3 * (room + 1);
+        r->value = f + 4 * (room + 1), r->reward = f + 5 * (room + 1), r->adv = f + 6 * (room + 1);
+        r->ret = f + 7 * (room + 1);
+    }
+    return row;
+}
+
+static void ppo_generate(rlhf_trainer *t, roll_row *row, int n) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    gen_item *item = arena_alloc(&t->ws, (size_t)n * sizeof *item);
+    for (int i = 0; i < n; i++)
+        item[i] = (gen_item){.prompt = row[i].ids, .n_prompt = row[i].n_prompt,
+                             .key = (uint64_t)(t->episodes + i), .out = row[i].ids + row[i].n_prompt,
+                             .logp = row[i].logp, .hidden = row[i].hidden};
+    gen_config g = {.max_new = (int)c->response_length, .batch = n, .temperature = (float)c->temperature,
+                    .top_p = 1, .seed = (uint64_t)c->seed, .stop = (int)c->stop_token_id};
+    gen_run(t->model, &t->ws, &g, item, n, NULL);
+    for (int i = 0; i < n; i++) {
+        row[i].n = item[i].n;
+        row[i].finished = item[i].finished;
+        row[i].n_value = row[i].n + (!strcmp(c->reward_at, "p1") && row[i].n < (int)c->response_length);
+    }
+}
+
+/* Whole sequences of some rows as one batch. */
+static model_run ppo_batch(arena *ws, roll_row *const *row, int n) {
+    const int32_t **ids = arena_alloc(ws, (size_t)n * sizeof *ids);
+    int *len = arena_alloc(ws, (size_t)n * sizeof *len);
+    for (int i = 0; i < n; i++) {
+        ids[i] = row[i]->ids;
+        len[i] = row[i]->n_prompt + row[i]->n;
+    }
+    return model_batch(ws, n, ids, len);
+}
+
+/* Batch rows of the states before each of the answer's tokens; values: also the one behind its end where it counts. */
+static int *ppo_states(arena *ws, const model_run *run, roll_row *const *row, int n, int values, int *count) {
+    int total = 0, at = 0;
+    for (int i = 0; i < n; i++) total += values ? row[i]->n_value : row[i]->n;
+    int *out = arena_alloc(ws, (size_t)(total + 1) * sizeof *out);
+    for (int i = 0; i < n; i++)
+        for (int s = 0; s < (values ? row[i]->n_value : row[i]->n); s++)
+            out[at++] = run->seq[i].row + row[i]->n_prompt - 1 + s;
+    *count = total;
+    return out;
+}
+
+static int32_t *ppo_targets(arena *ws, roll_row *const *row, int n, int total) {
+    int32_t *out = arena_alloc(ws, (size_t)(total + 1) * sizeof *out);
+    for (int i = 0, at = 0; i < n; i++)
+        for (int s = 0; s < row[i]->n; s++) out[at++] = row[i]->ids[row[i]->n_prompt + s];
+    return out;
+}
+
+/* Reference log-probabilities, the exact KL and the entropy of the policy, from its saved states. */
+static void ppo_reference(rlhf_trainer *t, roll_row *const *row, int n) {
+    arena *ws = &t->ws;
+    rlhf_model *p = t->model, *ref = t->start;
+    size_t d = (size_t)p->c.d;
+    model_run run = ppo_batch(ws, row, n);
+    int total, *state = ppo_states(ws, &run, row, n, 0, &total);
+    int32_t *target = ppo_targets(ws, row, n, total);
+    model_forward(ref, ws, &run);
+    model_top top = model_top_fwd(ref, ws, run.x, state, total);
+    float *hidden = arena_floats(ws, (size_t)total, d), *f = arena_floats(ws, (size_t)total, 4);
+    for (int i = 0, at = 0; i < n; at += row[i++]->n)
+        memcpy(hidden + (size_t)at * d, row[i]->hidden, (size_t)row[i]->n * d * sizeof(float));
+    op_rows out = {.logp = f, .entropy = f + total};
+    op_weight w = model_head_weight(p), w2 = model_head_weight(ref);
+    op_env e = {t->ctx, ws};
+    op_vocab_compare(&e, &w, hidden, &w2, top.h, total, target, 1.0f / (float)t->u.ppo.temperature, &out,
+                     f + 2 * total, f + 3 * total);
+    for (int i = 0, at = 0; i < n; at += row[i++]->n) {
+        size_t bytes = (size_t)row[i]->n * sizeof(float);
+        memcpy(row[i]->entropy, out.entropy + at, bytes);
+        memcpy(row[i]->kl, f + 2 * total + at, bytes);
+        memcpy(row[i]->ref_logp, f + 3 * total + at, bytes);
+    }
+}
+
+static void ppo_values(rlhf_trainer *t, roll_row *const *row, int n) {
+    arena *ws = &t->ws;
+    model_run run = ppo_batch(ws, row, n);
+    int total, *state = ppo_states(ws, &run, row, n, 1, &total);
+    model_forward(t->value, ws, &run);
+    model_top top = model_top_fwd(t->value, ws, run.x, state, total);
+    float *v = arena_floats(ws, (size_t)total, 1);
+    model_scores(t->value, ws, &top, v);
+    for (int i = 0, at = 0; i < n; at += row[i++]->n_value)
+        for (int s = 0; s < row[i]->n_value; s++) row[i]->value[s] = model_reward(t->value, v[at + s]);
+}
+
+/* Calls pass on all rows in batches of a bounded number of tokens. */
+static void ppo_each_batch(rlhf_trainer *t, roll_row *const *row, int n,
+                           void (*pass)(rlhf_trainer *, roll_row *const *, int)) {
+    int *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
+    for (int i = 0; i < n; i++) len[i] = row[i]->n_prompt + row[i]->n;
+    for (int at = 0, k; at < n; at += k) {
+        arena_mark mark = arena_save(&t->ws);
+        k = model_batch_count(len, at, n);
+        pass(t, row + at, k);
+        arena_restore(&t->ws, mark);
+    }
+}
+
+/* ---- scores ---- */
+
+static void ppo_call_function(rlhf_trainer *t, roll_row *const *row, int n, float *out) {
+    arena *ws = &t->ws;
+    rlhf_sample *s = arena_alloc(ws, (size_t)n * sizeof *s);
+    for (int i = 0; i < n; i++) {
+        const roll_row *r = row[i];
+        double logp = 0;
+        for (int k = 0; k < r->n; k++) logp += (double)r->logp[k];
+        s[i] = (rlhf_sample){.prompt = r->record->prompt, .prompt_ids = r->ids, .n_prompt = r->n_prompt,
+                             .completion_ids = r->ids + r->n_prompt, .n_completion = r->n,
+                             .finished = r->finished, .logprob = logp, .record = r->record->line,
+                             .prompt_index = r->index};
+        s[i].completion = t->tok ? tok_decode(t->tok, s[i].completion_ids, r->n, 1, NULL) : "";
+    }
+    for (int i = 0; i < n; i++) out[i] = NAN;
+    rlhf_status status = t->fn(t->user, s, n, out);
+    if (status == RLHF_STOPPED) err_throw(t->ctx, RLHF_STOPPED, "the reward function asked to stop");
+    if (status != RLHF_OK)
+        err_throw(t->ctx, RLHF_ERR_CALLBACK, "the reward function failed: %s", rlhf_status_text(status));
+    for (int i = 0; i < n; i++) {
+        if (t->tok) mem_free((char *)(uintptr_t)s[i].completion);
+        if (isinf(out[i]))
+            err_throw(t->ctx, RLHF_ERR_CALLBACK, "the reward function gave an infinite reward to sample %d", i);
+    }
+}
+
+/* The score of every answer: reward model, function, or their sum; less the penalty for a missing end. */
+static void ppo_score(rlhf_trainer *t, roll_row *const *row, int n) {
+    arena *ws = &t->ws;
+    arena_mark mark = arena_save(ws);
+    float *score = arena_floats(ws, (size_t)n, 1);
+    for (int i = 0; i < n; i++) row[i]->score = 0;
+    if (t->reward) {
+        const int32_t **ids = arena_alloc(ws, (size_t)n * sizeof *ids);
+        int *len = arena_alloc(ws, (size_t)n * sizeof *len);
+        for (int i = 0; i < n; i++) {
+            ids[i] = row[i]->ids;
+            len[i] = row[i]->n_prompt + row[i]->n;
+        }
+        model_score_list(t->reward, ws, n, ids, len, score);
+        for (int i = 0; i < n; i++) row[i]->score += model_reward(t->reward, score[i]);
+    }
+    if (t->fn) {
+        ppo_call_function(t, row, n, score);
+        for (int i = 0; i < n; i++)
+            if (!isnan(score[i])) row[i]->score += score[i];
+    }
+    for (int i = 0; i < n; i++)
+        if (!row[i]->finished) row[i]->score -= (float)t->u.ppo.missing_eos_penalty;
+    arena_restore(ws, mark);
+}
+
+/* Rewards, whitening, advantages and returns of a scored rollout. */
+static void ppo_advantages(rlhf_trainer *t, roll_row *const *row, int n) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    arena_mark mark = arena_save(&t->ws);
+    roll_piece *p = arena_alloc(&t->ws, (size_t)n * sizeof *p);
+    double penalty = 0;
+    for (int i = 0; i < n; i++) penalty += roll_rewards(row[i], t->kl_coef, !strcmp(c->kl_estimator, "k3"));
+    if (c->whiten_rewards) {
+        for (int i = 0; i < n; i++) p[i] = (roll_piece){row[i]->reward, row[i]->n_value};
+        roll_whiten(p, n, 1);
+    }
+    for (int i = 0; i < n; i++) roll_gae(row[i], c->gamma, c->lam);
+    if (c->whiten_advantages) {
+        for (int i = 0; i < n; i++) p[i] = (roll_piece){row[i]->adv, row[i]->n};
+        roll_whiten(p, n, 0);
+    }
+    train_put(t, "objective/non_score_reward", penalty / n);
+    arena_restore(&t->ws, mark);
+}
+
+/* What was sampled, in TRL's names: sums over an answer's tokens, means over answers. */
+static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
+    double k1 = 0, k3 = 0, exact = 0, entropy = 0, score = 0, eos = 0, length = 0, tokens = 0;
+    for (int i = 0; i < n; i++) {
+        const roll_row *r = row[i];
+        for (int s = 0; s < r->n; s++) {
+            double u = (double)r->logp[s] - (double)r->ref_logp[s];
+            k1 += u;
+            k3 += (double)v_exp1((float)-u) - 1.0 + u;
+            exact += (double)r->kl[s];
+            entropy -= (double)r->logp[s];
+        }
+        score += (double)r->score;
+        eos += r->finished;
+        length += r->n;
+        tokens += r->n_prompt + r->n;
+    }
+    int use_k3 = !strcmp(t->u.ppo.kl_estimator, "k3");
+    double penalty = 0;
+    for (int i = 0; i < t->metrics; i++)
+        if (!strcmp(t->metric[i].name, "objective/non_score_reward")) penalty = t->metric[i].value;
+    train_put(t, "objective/kl", (use_k3 ? k3 : k1) / n);
+    train_put(t, "objective/kl_k1", k1 / n);
+    train_put(t, "objective/kl_k3", k3 / n);
+    train_put(t, "objective/kl_exact", exact / n);
+    train_put(t, "objective/entropy", entropy / n);
+    train_put(t, "objective/scores", score / n);
+    train_put(t, "objective/rlhf_reward", score / n + penalty);
+    train_put(t, "objective/kl_coef", t->kl_coef);
+    train_put(t, "val/num_eos_tokens", eos);
+    train_put(t, "completions/mean_length", length / n);
+    t->tokens += (int64_t)tokens;
+}
+
+/* ---- optimisation ---- */
+
+/* Sums over the tokens of all minibatches, and means of each minibatch. */
+typedef struct ppo_sums {
+    double policy, value, kl, clipped, value_clipped, entropy, ratio, ratio_sq, first_ratio, norm;
+    int64_t minibatches;
+} ppo_sums;
+
+/* One micro-batch's policy loss, for the coefficients behind the log-probabilities. */
+typedef struct ppo_policy {
+    const float *old, *adv; /* [tokens] */
+    double clip, scale;     /* scale: 1 / tokens of the minibatch */
+    double loss, kl, clipped, entropy, ratio; /* sums over tokens */
+} ppo_policy;
+
+/* max(-A rho, -A clip(rho)) and its slope in log rho. */
+static void ppo_policy_coef(void *user, int row, int n, const op_rows *found, float *coef) {
+    ppo_policy *p = user;
+    for (int i = 0; i < n; i++) {
+        float diff = found->logp[i] - p->old[row + i], adv = p->adv[row + i], ratio = v_exp1(diff);
+        float lo = 1.0f - (float)p->clip, hi = 1.0f + (float)p->clip;
+        float bound = ratio < lo ? lo : ratio > hi ? hi : ratio;
+        float free_loss = -adv * ratio, clip_loss = -adv * bound;
+        coef[i] = free_loss >= clip_loss ? (float)((double)free_loss * p->scale) : 0.0f;
+        p->loss += (double)(free_loss >= clip_loss ? free_loss : clip_loss);
+        p->clipped += clip_loss > free_loss;
+        p->kl += 0.5 * (double)diff * (double)diff;
+        p->ratio += (double)ratio;
+        p->entropy += (double)found->entropy[i];
+    }
+}
+
+static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_policy *p) {
+    arena *ws = &t->ws;
+    arena_mark mark = arena_save(ws);
+    rlhf_model *m = t->model;
+    model_run run = ppo_batch(ws, row, n);
+    run.save = 1;
+    int total, *state = ppo_states(ws, &run, row, n, 0, &total);
+    int32_t *target = ppo_targets(ws, row, n, total);
+    float *f = arena_floats(ws, (size_t)total, 4), *old = f, *adv = f + total;
+    for (int i = 0, at = 0; i < n; at += row[i++]->n) {
+        memcpy(old + at, row[i]->logp, (size_t)row[i]->n * sizeof *old);
+        memcpy(adv + at, row[i]->adv, (size_t)row[i]->n * sizeof *adv);
+    }
+    p->old = old;
+    p->adv = adv;
+    model_forward(m, ws, &run);
+    model_top top = model_top_fwd(m, ws, run.x, state, total);
+    op_rows out = {.logp = f + 2 * total, .entropy = f + 3 * total};
+    op_weight w = model_head_weight(m);
+    op_env e = {t->ctx, ws};
+    float *dh = arena_floats(ws, (size_t)total, (size_t)m->c.d);
+    op_vocab_run(&e, &w, total, top.h, target, 1.0f / (float)t->u.ppo.temperature, &out, ppo_policy_coef, p, dh);
+    model_backward(m, ws, &run, model_top_bwd(m, ws, &top, dh, run.rows));
+    arena_restore(ws, mark);
+}
+
+/* 1/2 max((v - R)^2, (clip(v) - R)^2) on one micro-batch; scale: vf_coef / states of the minibatch. */
+static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double scale, double *loss, double *clipped) {
+    arena *ws = &t->ws;
+    arena_mark mark = arena_save(ws);
+    rlhf_model *m = t->value;
+    float range = (float)t->u.ppo.cliprange_value, std = m->score_std > 1e-8f ? m->score_std : 1e-8f;
+    model_run run = ppo_batch(ws, row, n);
+    run.save = 1;
+    int total, *state = ppo_states(ws, &run, row, n, 1, &total);
+    model_forward(m, ws, &run);
+    model_top top = model_top_fwd(m, ws, run.x, state, total);
+    float *v = arena_floats(ws, (size_t)total, 2), *dv = v + total;
+    model_scores(m, ws, &top, v);
+    for (int i = 0, at = 0; i < n; i++)
+        for (int s = 0; s < row[i]->n_value; s++, at++) {
+            float x = model_reward(m, v[at]), old = row[i]->value[s], ret = row[i]->ret[s];
+            float bound = x < old - range ? old - range : x > old + range ? old + range : x;
+            float a = (x - ret) * (x - ret), b = (bound - ret) * (bound - ret);
+            *loss += 0.5 * (double)(a >= b ? a : b);
+            *clipped += b > a;
+            dv[at] = a >= b ? (float)((double)(x - ret) * scale) / std : 0.0f;
+        }
+    model_scores_bwd(m, ws, &run, &top, dv);
+    arena_restore(ws, mark);
+}
+
+/* One optimizer step on n rows. The micro-batches weigh by their tokens, so that how they are cut changes nothing. */
+static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const double *lr, ppo_sums *s) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    int batch = (int)c->per_device_train_batch_size;
+    int64_t tokens = 0, states = 0;
+    for (int i = 0; i < n; i++) {
+        tokens += row[i]->n;
+        states += row[i]->n_value;
+    }
+    ppo_policy p = {.clip = c->cliprange, .scale = 1.0 / (double)tokens};
+    double loss = 0, clipped = 0;
+    opt_zero(t->opt);
+    for (int i = 0; i < n; i += batch) {
+        int k = base_min(batch, n - i);
+        ppo_policy_pass(t, row + i, k, &p);
+        ppo_value_pass(t, row + i, k, c->vf_coef / (double)states, &loss, &clipped);
+    }
+    train_check_loss(t, p.loss + loss);
+    s->norm += opt_step(t->opt, lr);
+    double ratio = p.ratio / (double)tokens;
+    if (!s->minibatches) s->first_ratio = ratio;
+    s->policy += p.loss / (double)tokens;
+    s->value += loss / (double)states;
+    s->kl += p.kl / (double)tokens;
+    s->clipped += p.clipped / (double)tokens;
+    s->value_clipped += clipped / (double)states;
+    s->entropy += p.entropy / (double)tokens;
+    s->ratio += ratio;
+    s->ratio_sq += ratio * ratio;
+    s->minibatches++;
+}
+
+static void ppo_optimize(rlhf_trainer *t, roll_row *const *row, int n, const double *lr) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    int size = n / (int)c->num_mini_batches;
+    roll_row **shuffled = arena_alloc(&t->ws, (size_t)n * sizeof *shuffled);
+    int *order = arena_alloc(&t->ws, (size_t)n * sizeof *order);
+    ppo_sums s = {0};
+    for (int epoch = 0; epoch < c->num_ppo_epochs; epoch++) {
+        uint64_t round = (uint64_t)(t->step * c->num_ppo_epochs + epoch);
+        if (c->shuffle_minibatches) rng_permutation((uint64_t)c->seed, RNG_MINIBATCH, round, n, order);
+        for (int i = 0; i < n; i++) shuffled[i] = row[c->shuffle_minibatches ? order[i] : i];
+        for (int i = 0; i < n; i += size) ppo_minibatch(t, shuffled + i, size, lr, &s);
+    }
+    double k = (double)s.minibatches;
+    train_put(t, "policy/approxkl_avg", s.kl / k);
+    train_put(t, "policy/clipfrac_avg", s.clipped / k);
+    train_put(t, "policy/entropy_avg", s.entropy / k);
+    train_put(t, "loss/policy_avg", s.policy / k);
+    train_put(t, "loss/value_avg", s.value / k);
+    train_put(t, "val/clipfrac_avg", s.value_clipped / k);
+    train_put(t, "val/ratio", s.ratio / k);
+    train_put(t, "val/ratio_var", k > 1 ? fmax(0, (s.ratio_sq - s.ratio * s.ratio / k) / (k - 1)) : 0);
+    train_put(t, "val/ratio_first", s.first_ratio);
+    train_put(t, "grad_norm", s.norm / k);
+}
+
+static void ppo_step(rlhf_trainer *t) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    int n = (int)c->batch_size;
+    roll_row *rows = ppo_rows_new(t), **row = arena_alloc(&t->ws, (size_t)n * sizeof *row);
+    for (int i = 0; i < n; i++) row[i] = rows + i;
+    ppo_generate(t, rows, n);
+    ppo_each_batch(t, row, n, ppo_reference);
+    ppo_each_batch(t, row, n, ppo_values);
+    ppo_score(t, row, n);
+    ppo_advantages(t, row, n);
+    ppo_rollout_metrics(t, row, n);
+    double factor = opt_schedule(c->lr_scheduler_type, t->step, c->warmup_steps, t->total);
+    double lr[2] = {c->learning_rate * factor, c->learning_rate * factor};
+    if (c->value_learning_rate >= 0) lr[1] = c->value_learning_rate * factor;
+    ppo_optimize(t, row, n, lr);
+    t->episodes += n;
+    train_put(t, "lr", lr[0]);
+    train_put(t, "episode", (double)t->episodes);
+    if (c->kl_target > 0) {
+        double kl = 0;
+        for (int i = 0; i < t->metrics; i++)
+            if (!strcmp(t->metric[i].name, "objective/kl")) kl = t->metric[i].value;
+        t->kl_coef = roll_adapt_kl(t->kl_coef, kl, c->kl_target, n, c->kl_horizon);
+    }
+}
+
+static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, NULL, NULL};
+
+/* The value model: a copy of the reward model, or the policy's trunk with a head of zeros. */
+static rlhf_model *ppo_value_model(rlhf_model *policy, rlhf_model *reward) {
+    rlhf_model *v = ckpt_clone(reward ? reward : policy, RLHF_HEAD_SCORE);
+    v->score_trained = 1;
+    return v;
+}
+
+static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_dataset *prompts, rlhf_model *reward,
+                              rlhf_reward_fn fn, void *user, const rlhf_ppo_config *config) {
+    rlhf_ctx *ctx = policy->ctx;
+    model_need_lm(policy);
+    if (reward) model_need_score(reward);
+    if (!reward && !fn) err_throw(ctx, RLHF_ERR_ARG, "PPO needs a reward model, a reward function, or both");
+    if (prompts->config.kind != RLHF_DATA_PROMPT) err_throw(ctx, RLHF_ERR_ARG, "PPO needs a dataset of prompts");
+    rlhf_trainer *t = train_new(policy, tok, prompts, &ppo_ops, config, sizeof *config);
+    if (config->batch_size % config->num_mini_batches)
+        err_throw(ctx, RLHF_ERR_ARG, "batch_size %lld is not a multiple of num_mini_batches %lld",
+                  (long long)config->batch_size, (long long)config->num_mini_batches);
+    for (int i = 0; i < prompts->n; i++)
+        if (prompts->record[i].a.n + config->response_length > policy->c.positions)
+            err_throw(ctx, RLHF_ERR_CONTEXT, "prompt %d has %d tokens; with response_length %lld it exceeds the model's %d positions",
+                      i, prompts->record[i].a.n, (long long)config->response_length, policy->c.positions);
+    t->reward = reward;
+    t->fn = fn;
+    t->user = user;
+    t->kl_coef = config->kl_coef;
+    train_set_length(t, config->batch_size);
+    t->start = ckpt_clone(policy, RLHF_HEAD_LM);
+    t->value = ppo_value_model(policy, reward);
+    t->owns_start = t->owns_value = 1;
+    rlhf_model *models[2] = {policy, t->value};
+    train_optimizer(t, models, 2);
+    return t;
+}
+
+/* ============================================================================================
+ * MARK: - 23 EVAL (eval_)
+ * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy overall
+ * and by domain, kind of annotator and annotator. Results are JSON objects.
+ * Tests: test/test_eval.c
+ * ============================================================================================ */
+
+/* The exact KL(model || reference) at each row that bears loss, summed over the dataset's records. */
+static double eval_kl_pass(rlhf_model *m, rlhf_model *ref, arena *ws, const data_seq *const *seq, int n) {
+    arena_mark mark = arena_save(ws);
+    sft_rows rows;
+    model_run run = sft_batch(ws, seq, n, &rows), other = run;
+    double sum = 0;
+    if (rows.n) {
+        model_forward(m, ws, &run);
+        model_top top = model_top_fwd(m, ws, run.x, rows.row, rows.n);
+        model_forward(ref, ws, &other);
+        model_top top2 = model_top_fwd(ref, ws, other.x, rows.row, rows.n);
+        op_weight w = model_head_weight(m), w2 = model_head_weight(ref);
+        op_env e = {m->ctx, ws};
+        op_rows out = {0};
+        float *kl = arena_floats(ws, (size_t)rows.n, 1);
+        op_vocab_compare(&e, &w, top.h, &w2, top2.h, rows.n, rows.target, 1.0f, &out, kl, NULL);
+        for (int i = 0; i < rows.n; i++) sum += (double)kl[i];
+    }
+    arena_restore(ws, mark);
+    return sum;
+}
+
+static double eval_kl(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_dataset *d) {
+    if (m->c.vocab != ref->c.vocab)
+        err_throw(m->ctx, RLHF_ERR_ARG, "the model has %d tokens, the reference %d", m->c.vocab, ref->c.vocab);
+    const data_seq **seq = arena_alloc(ws, (size_t)d->n * sizeof *seq);
+    int *len = arena_alloc(ws, (size_t)d->n * sizeof *len);
+    double sum = 0;
+    for (int i = 0; i < d->n; i++) {
+        seq[i] = &d->record[i].a;
+        len[i] = seq[i]->n;
+    }
+    for (int i = 0, k; i < d->n; i += k) {
+        k = model_batch_count(len, i, d->n);
+        sum += eval_kl_pass(m, ref, ws, seq + i, k);
+    }
+    return sum / d->n;
+}
+
+/* Likelihood of a dataset of texts; ref may be null. Held. */
+static json_t *eval_text(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_dataset *d) {
+    model_need_lm(m);
+    sft_sums s = sft_measure(m, ws, d);
+    if (!s.tokens) err_throw(m->ctx, RLHF_ERR_DATA, "no token of the dataset bears loss");
+    json_t *j = json_hold(m->ctx, json_object());
+    double n = (double)s.tokens, nll = s.nll / n;
+    json_object_set_new(j, "records", json_integer(d->n));
+    json_object_set_new(j, "dropped", json_integer(d->dropped));
+    json_object_set_new(j, "num_tokens", json_integer(s.tokens));
+    json_object_set_new(j, "nll", json_real(nll));
+    json_object_set_new(j, "perplexity", json_real(fmin(exp(nll), 1e300)));
+    json_object_set_new(j, "mean_token_accuracy", json_real((double)s.hits / n));
+    json_object_set_new(j, "entropy", json_real(s.entropy / n));
+    if (ref) json_object_set_new(j, "kl", json_real(eval_kl(m, ref, ws, d)));
+    return j;
+}
+
+static json_t *eval_pairs_json(const rm_sums *s, double pos_std) {
+    double n = (double)(s->pairs ? s->pairs : 1);
+    json_t *j = json_object();
+    json_object_set_new(j, "pairs", json_integer(s->pairs));
+    json_object_set_new(j, "accuracy", json_real(s->correct / n));
+    json_object_set_new(j, "margin", json_real(s->margin / n / pos_std));
+    json_object_set_new(j, "loss", json_real(s->loss / n));
+    return j;
+}
+
+/* Adds "by": {value: {...}} for one column that slices the pairs. */
+static void eval_slices(json_t *out, const char *key, const rlhf_dataset *d, const float *score,
+                        const char *(*column)(const data_record *), double std) {
+    json_t *slices = json_object();
+    for (int i = 0; i < d->n; i++) {
+        const char *name = column(d->record + i);
+        if (!name || json_object_get(slices, name)) continue;
+        rm_sums s = {0};
+        for (int k = i; k < d->n; k++) {
+            const char *other = column(d->record + k);
+            if (other && !strcmp(other, name))
+                rm_add(&s, d->record + k, (double)score[2 * k], (double)score[2 * k + 1]);
+        }
+        json_object_set_new(slices, name, eval_pairs_json(&s, std));
+    }
+    if (json_object_size(slices)) json_object_set(out, key, slices);
+    json_decref(slices);
+}
+
+static const char *eval_domain(const data_record *r) { return r->domain; }
+static const char *eval_annotator(const data_record *r) { return r->annotator; }
+static const char *eval_annotator_type(const data_record *r) { return r->annotator_type; }
+
+/* Preference accuracy, overall and by slice. Margins are in normalised rewards, the loss in raw scores. Held. */
+static json_t *eval_preferences(rlhf_model *m, arena *ws, const rlhf_dataset *d) {
+    model_need_score(m);
+    float *score = rm_score_pairs(m, ws, d);
+    double std = m->score_std > 1e-8f ? (double)m->score_std : 1e-8;
+    rm_sums s = {0};
+    for (int i = 0; i < d->n; i++)
+        rm_add(&s, d->record + i, (double)score[2 * i], (double)score[2 * i + 1]);
+    json_t *j = json_hold(m->ctx, eval_pairs_json(&s, std));
+    json_object_set_new(j, "dropped", json_integer(d->dropped));
+    eval_slices(j, "domain", d, score, eval_domain, std);
+    eval_slices(j, "annotator_type", d, score, eval_annotator_type, std);
+    eval_slices(j, "annotator", d, score, eval_annotator, std);
+    return j;
+}
+
+/* Normalised rewards of a dataset of whole answers. */
+static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *score) {
+    const int32_t **ids = arena_alloc(ws, (size_t)d->n * sizeof *ids);
+    int *len = arena_alloc(ws, (size_t)d->n * sizeof *len);
+    for (int i = 0; i < d->n; i++) {
+        ids[i] = d->record[i].a.ids;
+        len[i] = d->record[i].a.n;
+    }
+    model_score_list(m, ws, d->n, ids, len, score);
+    for (int i = 0; i < d->n; i++) score[i] = model_reward(m, score[i]);
+}
+
+/* ============================================================================================
+ * MARK: - 24 API (rlhf_ api_)
+ * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
+ * down. Nothing is computed here. rlhf.h documents them.
+ * Tests: test/test_api.c
+ * ============================================================================================ */
+
+/* Opens the frame of a public call; an error below lands here and becomes its status. */
+#define API_ENTER(context)                                                                         \
+    rlhf_ctx *api_ctx = (context);                                                                 \
+    err_frame api_frame;                                                                           \
+    mem_enter(api_ctx, &api_frame);                                                                \
+    if (setjmp(api_frame.jump)) return mem_leave(api_ctx, 1)
+
+#define API_LEAVE() return mem_leave(api_ctx, 0)
+
+/* Throws unless the condition holds; the text names the parameter. */
+#define API_CHECK(condition, text)                                                                 \
+    do {                                                                                           \
+        if (!(condition)) err_throw(api_ctx, RLHF_ERR_ARG, "%s", text);                            \
+    } while (0)
+
+const char *rlhf_status_text(rlhf_status status) {
+    static const char *const texts[] = {
+#define API_STATUS_TEXT(name, text) text,
+        RLHF_STATUS_LIST(API_STATUS_TEXT)
+#undef API_STATUS_TEXT
+    };
+    size_t i = (size_t)status;
+    return i < sizeof texts / sizeof *texts ? texts[i] : "unknown status";
+}
+
+/* ---- context ---- */
+
+static void *api_default_alloc(void *user, size_t size) {
+    (void)user;
+    return malloc(size);
+}
+
+static void api_default_free(void *user, void *ptr, size_t size) {
+    (void)user;
+    (void)size;
+    free(ptr);
+}
+
+rlhf_options rlhf_options_default(void) {
+    return (rlhf_options){.threads = 0, .isa = "auto"};
+}
+
+rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
+    rlhf_options o = options ? *options : rlhf_options_default();
+    const k_table *k = NULL;
+    if (!ctx) return RLHF_ERR_ARG;
+    *ctx = NULL;
+    for (int i = 0; i < K_TABLES && !k; i++)
+        if (k_tables[i]->available() &&
+            (!o.isa || !strcmp(o.isa, "auto") || !strcmp(o.isa, k_tables[i]->name)))
+            k = k_tables[i];
+    if (!k || o.threads < 0 || o.threads > RLHF_MAX_THREADS || !o.hooks.alloc != !o.hooks.free)
+        return RLHF_ERR_ARG;
+    if (!o.hooks.alloc) {
+        o.hooks.alloc = api_default_alloc;
+        o.hooks.free = api_default_free;
+    }
+    rlhf_ctx *c = o.hooks.alloc(o.hooks.user, sizeof *c);
+    if (!c) return RLHF_ERR_MEMORY;
+    memset(c, 0, sizeof *c);
+    c->hooks = o.hooks;
+    c->threads = o.threads ? o.threads : base_min(par_default_threads(), RLHF_MAX_THREADS);
+    c->k = k;
+    *ctx = c;
+    return RLHF_OK;
+}
+
+void rlhf_close(rlhf_ctx *ctx) {
+    if (!ctx) return;
+    while (ctx->blocks) mem_free(ctx->blocks + 1);
+    rlhf_hooks h = ctx->hooks;
+    h.free(h.user, ctx, sizeof *ctx);
+}
+
+const char *rlhf_error(const rlhf_ctx *ctx) {
+    return ctx ? ctx->error : "";
+}
+
+const char *rlhf_isas(void) {
+#if RLHF_X86
+    return gemm_has_avx512() ? "avx512 avx2 ref" : gemm_has_avx2() ? "avx2 ref" : "ref";
+#elif RLHF_NEON
+    return "neon ref";
+#else
+    return "ref";
+#endif
+}
+
+void rlhf_free(rlhf_ctx *ctx, void *ptr) {
+    (void)ctx;
+    mem_free(ptr);
+}
+
+rlhf_status rlhf_info(rlhf_ctx *ctx, char **json) {
+    if (!ctx || !json) return RLHF_ERR_ARG;
+    API_ENTER(ctx);
+    json_t *j = json_hold(ctx, json_object());
+    char cpu[128] = "unknown";
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    for (char line[256]; f && fgets(line, sizeof line, f);)
+        if (sscanf(line, "model name : %127[^\n]", cpu) == 1) break;
+    if (f) fclose(f);
+    json_object_set_new(j, "version", json_string(RLHF_VERSION));
+    json_object_set_new(j, "cpu", json_string(cpu));
+    json_object_set_new(j, "isa", json_string(ctx->k->name));
+    json_object_set_new(j, "available", json_string(rlhf_isas()));
+    json_object_set_new(j, "threads", json_integer(ctx->threads));
+    json_object_set_new(j, "processors", json_integer(par_default_threads()));
+    *json = json_text(ctx, j, JSON_COMPACT, NULL);
+    err_release(ctx);
+    API_LEAVE();
+}
+
+/* ---- tokenizer ---- */
+
+rlhf_status rlhf_tokenizer_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer **tokenizer) {
+    if (!ctx || !path || !tokenizer) return RLHF_ERR_ARG;
+    *tokenizer = NULL;
+    API_ENTER(ctx);
+    *tokenizer = tok_open(ctx, path);
+    API_LEAVE();
+}
+
+void rlhf_tokenizer_close(rlhf_tokenizer *tokenizer) {
+    if (tokenizer) tok_free(tokenizer);
+}
+
+rlhf_status rlhf_tokenizer_train(rlhf_ctx *ctx, const char *const *texts, const size_t *lens, int n, int vocab_size,
+                                 rlhf_tokenizer **tokenizer) {
+    if (!ctx || !texts || !lens || !tokenizer) return RLHF_ERR_ARG;
+    *tokenizer = NULL;
+    API_ENTER(ctx);
+    *tokenizer = tok_train(ctx, texts, lens, n, vocab_size);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_tokenizer_save(rlhf_tokenizer *tokenizer, const char *dir) {
+    if (!tokenizer || !dir) return RLHF_ERR_ARG;
+    API_ENTER(tokenizer->ctx);
+    io_mkdirs(api_ctx, dir);
+    tok_save(tokenizer, dir);
+    API_LEAVE();
+}
+
+int rlhf_tokenizer_vocab_size(const rlhf_tokenizer *tokenizer) {
+    return tokenizer ? tokenizer->vocab_size : 0;
+}
+
+int rlhf_tokenizer_eos(const rlhf_tokenizer *tokenizer) {
+    return tokenizer ? tokenizer->eos : -1;
+}
+
+int rlhf_tokenizer_bos(const rlhf_tokenizer *tokenizer) {
+    return tokenizer ? tokenizer->bos : -1;
+}
+
+rlhf_status rlhf_encode(rlhf_tokenizer *tokenizer, const char *text, size_t len, int add_special, int32_t *ids, int cap,
+                        int *n) {
+    if (!tokenizer || (!text && len) || (!ids && cap > 0) || !n) return RLHF_ERR_ARG;
+    *n = 0;
+    API_ENTER(tokenizer->ctx);
+    tok_ids out = {0};
+    tok_encode(tokenizer, text ? text : "", len, add_special, &out);
+    *n = out.n;
+    if (out.n && cap > 0) memcpy(ids, out.ids, (size_t)base_min(cap, out.n) * sizeof *ids);
+    mem_free(out.ids);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_decode(rlhf_tokenizer *tokenizer, const int32_t *ids, int n, int skip_special, char **text, size_t *len) {
+    if (!tokenizer || (!ids && n) || n < 0 || !text) return RLHF_ERR_ARG;
+    *text = NULL;
+    API_ENTER(tokenizer->ctx);
+    *text = tok_decode(tokenizer, ids, n, skip_special, len);
+    API_LEAVE();
+}
+
+/* ---- dataset ---- */
+
+rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind) {
+    return (rlhf_data_config){.kind = kind, .max_length = 1024, .max_records = -1, .completion_only_loss = 1,
+                              .add_eos = 1, .chat_template = "auto"};
+}
+
+const char *rlhf_chat_templates(void) {
+    return "auto|" TOK_CHAT_NAMES;
+}
+
+rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tokenizer, const rlhf_data_config *config,
+                              rlhf_dataset **dataset) {
+    if (!ctx || !path || !tokenizer || !config || !dataset) return RLHF_ERR_ARG;
+    *dataset = NULL;
+    API_ENTER(ctx);
+    *dataset = data_open(ctx, path, tokenizer, config);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_dataset_parse(rlhf_ctx *ctx, const char *jsonl, size_t len, const char *name, rlhf_tokenizer *tokenizer,
+                               const rlhf_data_config *config, rlhf_dataset **dataset) {
+    if (!ctx || !jsonl || !name || !tokenizer || !config || !dataset) return RLHF_ERR_ARG;
+    *dataset = NULL;
+    API_ENTER(ctx);
+    *dataset = data_parse(ctx, jsonl, len, name, tokenizer, config);
+    API_LEAVE();
+}
+
+void rlhf_dataset_close(rlhf_dataset *dataset) {
+    if (dataset) data_free(dataset);
+}
+
+int rlhf_dataset_count(const rlhf_dataset *dataset) {
+    return dataset ? dataset->n : 0;
+}
+
+int rlhf_dataset_dropped(const rlhf_dataset *dataset) {
+    return dataset ? dataset->dropped : 0;
+}
+
+int64_t rlhf_dataset_tokens(const rlhf_dataset *dataset) {
+    return dataset ? dataset->tokens : 0;
+}
+
+const char *rlhf_dataset_record(const rlhf_dataset *dataset, int i) {
+    return dataset && i >= 0 && i < dataset->n ? dataset->record[i].line : NULL;
+}
+
+/* ---- model ---- */
+
+rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model) {
+    if (!ctx || !dir || !model) return RLHF_ERR_ARG;
+    *model = NULL;
+    API_ENTER(ctx);
+    *model = ckpt_open(ctx, dir);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_size, int bos, int eos, uint64_t seed,
+                            rlhf_model **model) {
+    if (!ctx || !config_json || !model) return RLHF_ERR_ARG;
+    *model = NULL;
+    API_ENTER(ctx);
+    json_src src = json_source(ctx, config_json);
+    json_t *config = json_read(&src);
+    if (vocab_size > 0) json_object_set_new(config, "vocab_size", json_integer(vocab_size));
+    if (bos >= 0) json_object_set_new(config, "bos_token_id", json_integer(bos));
+    if (eos >= 0) json_object_set_new(config, "eos_token_id", json_integer(eos));
+    rlhf_model *m = ckpt_adopt(ctx, &src, config);
+    err_release(ctx);
+    model_randomize(m, seed);
+    *model = m;
+    API_LEAVE();
+}
+
+rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **copy) {
+    if (!model || !copy) return RLHF_ERR_ARG;
+    *copy = NULL;
+    API_ENTER(model->ctx);
+    *copy = ckpt_clone(model, head);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir) {
+    if (!model || !dir) return RLHF_ERR_ARG;
+    API_ENTER(model->ctx);
+    ckpt_save(model, dir);
+    if (tokenizer) tok_save(tokenizer, dir);
+    API_LEAVE();
+}
+
+void rlhf_model_close(rlhf_model *model) {
+    if (model) model_free(model);
+}
+
+rlhf_model_shape rlhf_model_get_shape(const rlhf_model *m) {
+    return (rlhf_model_shape){.model_type = m->family->type, .head = m->c.head, .vocab_size = m->c.vocab,
+                              .hidden_size = m->c.d, .num_layers = m->c.layers, .num_heads = m->c.heads,
+                              .num_kv_heads = m->c.kv_heads, .head_dim = m->c.hd, .intermediate_size = m->c.ff,
+                              .max_positions = m->c.positions, .tied = m->c.tied, .n_params = model_count(m)};
+}
+
+rlhf_status rlhf_model_hash(rlhf_model *model, char hash[17]) {
+    if (!model || !hash) return RLHF_ERR_ARG;
+    snprintf(hash, 17, "%016llx", (unsigned long long)model_hash(model));
+    return RLHF_OK;
+}
+
+/* Runs one sequence; the states of its first n - drop tokens, normed. */
+static model_top api_states(rlhf_model *m, const int32_t *ids, int n, int drop) {
+    arena_reset(&m->ws);
+    model_run run = model_batch(&m->ws, 1, &ids, &n);
+    int *row = arena_alloc(&m->ws, (size_t)n * sizeof *row);
+    for (int i = 0; i < n; i++) row[i] = i;
+    model_forward(m, &m->ws, &run);
+    return model_top_fwd(m, &m->ws, run.x, row, n - drop);
+}
+
+rlhf_status rlhf_model_logits(rlhf_model *model, const int32_t *ids, int n, float *logits) {
+    if (!model || !ids || n < 1 || !logits) return RLHF_ERR_ARG;
+    API_ENTER(model->ctx);
+    model_need_lm(model);
+    model_top top = api_states(model, ids, n, 0);
+    op_weight w = model_head_weight(model);
+    op_env e = {api_ctx, &model->ws};
+    op_linear(&e, &w, n, top.h, logits, GEMM_STORE, NULL, NULL);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_model_logprobs(rlhf_model *model, const int32_t *ids, int n, float *logprobs) {
+    if (!model || !ids || n < 2 || !logprobs) return RLHF_ERR_ARG;
+    API_ENTER(model->ctx);
+    model_need_lm(model);
+    model_top top = api_states(model, ids, n, 1);
+    op_weight w = model_head_weight(model);
+    op_env e = {api_ctx, &model->ws};
+    op_rows out = {.logp = logprobs};
+    op_vocab_run(&e, &w, n - 1, top.h, ids + 1, 1.0f, &out, NULL, NULL, NULL);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float *score) {
+    if (!model || !ids || n < 1 || !score) return RLHF_ERR_ARG;
+    API_ENTER(model->ctx);
+    model_need_score(model);
+    arena_reset(&model->ws);
+    float raw;
+    model_score_list(model, &model->ws, 1, &ids, &n, &raw);
+    *score = model_reward(model, raw);
+    API_LEAVE();
+}
+
+/* ---- configurations ---- */
+
+rlhf_sft_config rlhf_sft_config_default(void) {
+    rlhf_sft_config c;
+    train_defaults(RLHF_CONFIG_SFT, &c);
+    return c;
+}
+
+rlhf_rm_config rlhf_rm_config_default(void) {
+    rlhf_rm_config c;
+    train_defaults(RLHF_CONFIG_RM, &c);
+    return c;
+}
+
+rlhf_ppo_config rlhf_ppo_config_default(void) {
+    rlhf_ppo_config c;
+    train_defaults(RLHF_CONFIG_PPO, &c);
+    return c;
+}
+
+rlhf_generate_config rlhf_generate_config_default(void) {
+    rlhf_generate_config c;
+    train_defaults(RLHF_CONFIG_GENERATE, &c);
+    return c;
+}
+
+const rlhf_field *rlhf_config_fields(rlhf_config_kind kind, int *n) {
+    *n = train_tables[kind].n;
+    return train_tables[kind].row;
+}
+
+/* ---- generation ---- */
+
+/* Samples for n prompts whose ids are given; everything a sample points at is one block behind the array's own. */
+static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_generate_config *c,
+                                 const data_seq *prompt, const char *const *text, const char *const *record, int n,
+                                 int *count) {
+    rlhf_ctx *ctx = m->ctx;
+    model_need_lm(m);
+    train_validate(ctx, RLHF_CONFIG_GENERATE, c);
+    arena_reset(&m->ws);
+    int each = (int)c->num_return_sequences, total = n * each, room = (int)c->max_new_tokens;
+    gen_item *item = arena_alloc(&m->ws, (size_t)total * sizeof *item);
+    for (int i = 0; i < total; i++)
+        item[i] = (gen_item){.prompt = prompt[i / each].ids, .n_prompt = prompt[i / each].n, .key = (uint64_t)i,
+                             .out = arena_alloc(&m->ws, (size_t)room * sizeof(int32_t)),
+                             .logp = arena_floats(&m->ws, (size_t)room, 1)};
+    gen_config g = {.max_new = room, .top_k = (int)c->top_k, .batch = (int)c->batch_size,
+                    .temperature = (float)c->temperature, .top_p = c->top_p, .seed = (uint64_t)c->seed, .stop = -1};
+    if (!gen_run(m, &m->ws, &g, item, total, "generate")) err_throw(ctx, RLHF_STOPPED, "stopped by the progress hook");
+    rlhf_sample *s = mem_zalloc(ctx, (size_t)total + 1, sizeof *s);
+    for (int i = 0; i < total; i++) {
+        const gen_item *it = item + i;
+        int32_t *ids = mem_alloc(ctx, (size_t)(it->n_prompt + it->n) * sizeof *ids);
+        memcpy(ids, it->prompt, (size_t)it->n_prompt * sizeof *ids);
+        memcpy(ids + it->n_prompt, it->out, (size_t)it->n * sizeof *ids);
+        s[i] = (rlhf_sample){.prompt = mem_strdup(ctx, text[i / each]), .prompt_ids = ids, .n_prompt = it->n_prompt,
+                             .completion_ids = ids + it->n_prompt, .n_completion = it->n, .finished = it->finished,
+                             .prompt_index = i / each, .sample_index = i % each};
+        s[i].completion = tok_decode(tok, it->out, it->n, 1, NULL);
+        if (record) s[i].record = mem_strdup(ctx, record[i / each]);
+        for (int k = 0; k < it->n; k++) s[i].logprob += (double)it->logp[k];
+    }
+    *count = total;
+    return s;
+}
+
+rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer, const rlhf_generate_config *config,
+                          const char *const *prompts, int n, rlhf_sample **samples, int *count) {
+    if (!model || !tokenizer || !config || !prompts || n < 1 || !samples || !count) return RLHF_ERR_ARG;
+    *samples = NULL;
+    *count = 0;
+    API_ENTER(model->ctx);
+    data_seq *seq = mem_temp(mem_zalloc(api_ctx, (size_t)n, sizeof *seq));
+    for (int i = 0; i < n; i++) {
+        tok_ids ids = {0};
+        tok_encode(tokenizer, prompts[i], strlen(prompts[i]), 1, &ids);
+        if (!ids.n && tokenizer->bos >= 0) tok_push(api_ctx, &ids, tokenizer->bos);
+        seq[i] = (data_seq){.n = ids.n, .ids = ids.n ? mem_temp(ids.ids) : NULL};
+    }
+    *samples = api_generate(model, tokenizer, config, seq, prompts, NULL, n, count);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer, const rlhf_generate_config *config,
+                                  rlhf_dataset *prompts, rlhf_sample **samples, int *count) {
+    if (!model || !tokenizer || !config || !prompts || !samples || !count) return RLHF_ERR_ARG;
+    *samples = NULL;
+    *count = 0;
+    API_ENTER(model->ctx);
+    API_CHECK(prompts->config.kind == RLHF_DATA_PROMPT, "generation needs a dataset of kind RLHF_DATA_PROMPT");
+    size_t n = (size_t)prompts->n;
+    data_seq *seq = mem_temp(mem_alloc(api_ctx, n * sizeof *seq));
+    const char **text = mem_temp(mem_alloc(api_ctx, 2 * n * sizeof *text));
+    for (size_t i = 0; i < n; i++) {
+        seq[i] = prompts->record[i].a;
+        text[i] = prompts->record[i].prompt;
+        text[n + i] = prompts->record[i].line;
+    }
+    *samples = api_generate(model, tokenizer, config, seq, text, text + n, prompts->n, count);
+    API_LEAVE();
+}
+
+void rlhf_samples_free(rlhf_ctx *ctx, rlhf_sample *samples, int count) {
+    (void)ctx;
+    for (int i = 0; samples && i < count; i++) {
+        mem_free((char *)(uintptr_t)samples[i].prompt);
+        mem_free((char *)(uintptr_t)samples[i].completion);
+        mem_free((char *)(uintptr_t)samples[i].record);
+        mem_free((int32_t *)(uintptr_t)samples[i].prompt_ids);
+    }
+    mem_free(samples);
+}
+
+/* ---- evaluation ---- */
+
+rlhf_status rlhf_score_dataset(rlhf_model *reward, rlhf_dataset *dataset, float *scores) {
+    if (!reward || !dataset || !scores) return RLHF_ERR_ARG;
+    API_ENTER(reward->ctx);
+    model_need_score(reward);
+    API_CHECK(dataset->config.kind == RLHF_DATA_SCORE || dataset->config.kind == RLHF_DATA_SFT,
+              "scoring needs a dataset of kind RLHF_DATA_SCORE");
+    arena_reset(&reward->ws);
+    eval_score(reward, &reward->ws, dataset, scores);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_eval(rlhf_model *model, rlhf_dataset *dataset, rlhf_model *reference, char **json) {
+    if (!model || !dataset || !json) return RLHF_ERR_ARG;
+    *json = NULL;
+    API_ENTER(model->ctx);
+    API_CHECK(dataset->config.kind != RLHF_DATA_PROMPT, "prompts alone cannot be evaluated");
+    if (reference) model_need_lm(reference);
+    arena_reset(&model->ws);
+    int pairs = dataset->config.kind == RLHF_DATA_PREFERENCE;
+    json_t *j = pairs ? eval_preferences(model, &model->ws, dataset)
+                      : eval_text(model, reference, &model->ws, dataset);
+    *json = json_text(api_ctx, j, JSON_COMPACT, NULL);
+    err_release(api_ctx);
+    API_LEAVE();
+}
+
+/* ---- training ---- */
+
+rlhf_status rlhf_sft_open(rlhf_model *model, rlhf_tokenizer *tokenizer, rlhf_dataset *train, rlhf_dataset *eval,
+                          const rlhf_sft_config *config, rlhf_trainer **trainer) {
+    if (!model || !train || !config || !trainer) return RLHF_ERR_ARG;
+    *trainer = NULL;
+    API_ENTER(model->ctx);
+    API_CHECK(train->config.kind == RLHF_DATA_SFT, "fine-tuning needs a dataset of kind RLHF_DATA_SFT");
+    *trainer = sft_open(model, tokenizer, train, eval, config);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tokenizer, rlhf_dataset *train,
+                         rlhf_dataset *eval, const rlhf_rm_config *config, rlhf_trainer **trainer) {
+    if (!model || !train || !config || !trainer) return RLHF_ERR_ARG;
+    *trainer = NULL;
+    API_ENTER(model->ctx);
+    API_CHECK(train->config.kind == RLHF_DATA_PREFERENCE, "a reward model needs a dataset of kind RLHF_DATA_PREFERENCE");
+    *trainer = rm_open(model, start, tokenizer, train, eval, config);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_ppo_open(rlhf_model *policy, rlhf_tokenizer *tokenizer, rlhf_dataset *prompts, rlhf_model *reward,
+                          rlhf_reward_fn function, void *user, const rlhf_ppo_config *config, rlhf_trainer **trainer) {
+    if (!policy || !prompts || !config || !trainer) return RLHF_ERR_ARG;
+    *trainer = NULL;
+    API_ENTER(policy->ctx);
+    *trainer = ppo_open(policy, tokenizer, prompts, reward, function, user, config);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_trainer_step(rlhf_trainer *trainer) {
+    if (!trainer) return RLHF_ERR_ARG;
+    API_ENTER(trainer->ctx);
+    train_step(trainer);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_trainer_run(rlhf_trainer *trainer) {
+    if (!trainer) return RLHF_ERR_ARG;
+    API_ENTER(trainer->ctx);
+    if (!train_run(trainer)) {
+        err_note(api_ctx, RLHF_STOPPED, "stopped by the progress hook");
+        mem_leave(api_ctx, 0);
+        return RLHF_STOPPED;
+    }
+    API_LEAVE();
+}
+
+int64_t rlhf_trainer_steps_done(const rlhf_trainer *trainer) {
+    return trainer ? trainer->step : 0;
+}
+
+int64_t rlhf_trainer_steps_total(const rlhf_trainer *trainer) {
+    return trainer ? trainer->total : 0;
+}
+
+double rlhf_trainer_metric(const rlhf_trainer *trainer, const char *name) {
+    for (int i = 0; trainer && name && i < trainer->metrics; i++)
+        if (!strcmp(trainer->metric[i].name, name)) return trainer->metric[i].value;
+    return NAN;
+}
+
+rlhf_status rlhf_trainer_metrics(rlhf_trainer *trainer, char **json) {
+    if (!trainer || !json) return RLHF_ERR_ARG;
+    *json = NULL;
+    API_ENTER(trainer->ctx);
+    *json = json_text(api_ctx, train_metrics_json(trainer), JSON_COMPACT, NULL);
+    err_release(api_ctx);
+    API_LEAVE();
+}
+
+void rlhf_trainer_close(rlhf_trainer *trainer) {
+    if (trainer) train_free(trainer);
+}
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 25 CLI (cli_ main)
+ * The program. Commands are rows of a table; options come from two tables, the commands' own and
+ * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
+ * names. Results go to stdout, progress and messages to stderr.
+ * Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted with the state saved.
+ * ============================================================================================ */
+
+#include <signal.h>
+
+/* name, argument, help */
+#define CLI_OPTIONS(X)                                                                             \
+    X(model, "DIR", "Hugging Face model directory")                                                \
+    X(init, "FILE", "config.json of a new model with random weights")                              \
+    X(tokenizer, "DIR", "tokenizer directory; default: the model's")                               \
+    X(data, "FILE", "records, .jsonl (or .gz), one JSON object a line")                            \
+    X(eval_data, "FILE", "records for evaluation")                                                 \
+    X(out, "PATH", "where the result goes (sft, rm, ppo: the run directory)")                      \
+    X(reward, "DIR", "reward model directory")                                                     \
+    X(ref, "DIR", "reference model: also report KL to it")                                         \
+    X(prompt, "TEXT", "the prompt; default: one prompt a line from standard input")                \
+    X(train, "FILE", "text to learn the vocabulary from; more files may follow")                   \
+    X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
+    X(type, "KIND", "text or preference; default: what the model is for")                          \
+    X(chat_template, "NAME", "how conversations are rendered (default auto)")                      \
+    X(config, "FILE", "JSON object with options by their names; the command line wins")            \
+    X(threads, "N", "worker threads; the result does not depend on it (default: all processors)")  \
+    X(isa, "NAME", "kernels: auto, ref, avx2, avx512, neon; the result is the same bits")          \
+    X(seed, "N", "seed of every random choice")                                                    \
+    X(max_steps, "N", "stop after so many steps (records, lines)")                                 \
+    X(json, NULL, "the last line of standard output is one JSON object with the results")          \
+    X(quiet, NULL, "no progress and no messages, only results and errors")                         \
+    X(help, NULL, "this text")
+
+enum {
+#define CLI_ENUM(name, arg, help) O_##name,
+    CLI_OPTIONS(CLI_ENUM)
+#undef CLI_ENUM
+        O_COUNT
+};
+
+static const struct { const char *name, *arg, *help; } cli_options[O_COUNT] = {
+#define CLI_ROW(name, arg, help) {#name, arg, help},
+    CLI_OPTIONS(CLI_ROW)
+#undef CLI_ROW
+};
+
+#define CLI_BIT(name) (1u << O_##name)
+#define CLI_COMMON                                                                                 \
+    (CLI_BIT(config) | CLI_BIT(threads) | CLI_BIT(isa) | CLI_BIT(seed) | CLI_BIT(max_steps) |      \
+     CLI_BIT(json) | CLI_BIT(quiet) | CLI_BIT(help))
+
+typedef union cli_config {
+    rlhf_sft_config sft;
+    rlhf_rm_config rm;
+    rlhf_ppo_config ppo;
+    rlhf_generate_config gen;
+} cli_config;
+
+struct cli;
+
+typedef struct cli_command {
+    const char *name, *what, *usage;
+    unsigned options;
+    int config; /* rlhf_config_kind of further options, -1: none */
+    int (*run)(struct cli *c);
+} cli_command;
+
+typedef struct cli {
+    const cli_command *cmd;
+    const char *v[O_COUNT];
+    char **more; /* further arguments */
+    int n_more;
+    cli_config config;
+    uint64_t set;     /* rows of the configuration's table that the command line named */
+    json_t *file;     /* --config */
+    rlhf_ctx *ctx;
+    int tty, line;    /* a progress line stands on the terminal */
+    double shown;
+} cli;
+
+static volatile sig_atomic_t cli_interrupted;
+
+static void cli_on_signal(int signal_number) {
+    (void)signal_number;
+    cli_interrupted = 1;
+}
+
+/* ---- output ---- */
+
+static void cli_clear(cli *c) {
+    if (c->line) fprintf(stderr, "\r\033[K");
+    c->line = 0;
+}
+
+RLHF_PRINTF(2, 3)
+static int cli_fail(cli *c, const char *format, ...) {
+    va_list args;
+    cli_clear(c);
+    fprintf(stderr, "rlhf: ");
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fprintf(stderr, "\n");
+    return 1;
+}
+
+/* The last error of the context as an exit code. */
+static int cli_error(cli *c, rlhf_status status) {
+    if (status == RLHF_STOPPED) {
+        cli_fail(c, "interrupted");
+        return 130;
+    }
+    const char *text = rlhf_error(c->ctx);
+    return cli_fail(c, "%s", *text ? text : rlhf_status_text(status));
+}
+
+static void cli_log(void *user, rlhf_level level, const char *text) {
+    cli *c = user;
+    if (c->v[O_quiet]) return;
+    cli_clear(c);
+    fprintf(stderr, "rlhf: %s%s\n", level == RLHF_LOG_WARNING ? "warning: " : "", text);
+}
+
+/* The metrics worth a line, in this order, where they exist. */
+static void cli_print_metrics(const char *text) {
+    static const char *const keys[] = {
+        "loss", "eval_loss", "mean_token_accuracy", "accuracy", "eval_accuracy", "objective/scores",
+        "objective/rlhf_reward", "objective/kl", "objective/kl_exact", "objective/entropy", "policy/approxkl_avg",
+        "policy/clipfrac_avg", "loss/value_avg", "completions/mean_length", "grad_norm", "learning_rate", "lr"};
+    json_t *j = json_loads(text, 0, NULL);
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        const json_t *v = json_object_get(j, keys[i]);
+        if (v) fprintf(stderr, "  %s %.4g", keys[i], json_number_value(v));
+    }
+    json_decref(j);
+}
+
+static int cli_progress(void *user, const rlhf_progress *p) {
+    cli *c = user;
+    double rate = p->seconds > 0 ? (double)p->tokens / p->seconds : 0;
+    double left = p->done > 0 ? p->seconds / (double)p->done * (double)(p->total - p->done) : 0;
+    int show = p->metrics != NULL || (c->tty && p->seconds - c->shown > 0.2);
+    if (!c->v[O_quiet] && show) {
+        if (c->tty) fprintf(stderr, "\r\033[K");
+        fprintf(stderr, "%s %lld/%lld", p->what, (long long)p->done, (long long)p->total);
+        if (p->metrics) cli_print_metrics(p->metrics);
+        fprintf(stderr, "  %.0f tok/s  %02d:%02d left", rate, (int)(left / 60), (int)left % 60);
+        c->line = c->tty && !p->metrics;
+        if (!c->line) fprintf(stderr, "\n");
+        c->shown = p->seconds;
+    }
+    return cli_interrupted;
+}
+
+/* Prints the results as the last line, if --json. Takes the reference. */
+static int cli_results(cli *c, json_t *j) {
+    cli_clear(c);
+    if (c->v[O_json]) {
+        char *text = json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(12));
+        printf("%s\n", text ? text : "{}");
+        free(text);
+    }
+    json_decref(j);
+    return fflush(stdout) ? cli_fail(c, "standard output: %s", strerror(errno)) : 0;
+}
+
+/* ---- help ---- */
+
+static void cli_print_default(const rlhf_field *f, char *out, size_t size) {
+    if (f->kind == 'S') snprintf(out, size, "%s", f->text[0] ? f->text : "\"\"");
+    else if (f->kind == 'B') snprintf(out, size, "%s", f->def != 0 ? "true" : "false");
+    else snprintf(out, size, "%g", f->def);
+}
+
+static int cli_named_by_config(const cli_command *cmd, const char *name) {
+    int n = 0;
+    const rlhf_field *f = cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, &n);
+    for (int i = 0; i < n; i++)
+        if (!strcmp(f[i].name, name)) return i;
+    return -1;
+}
+
+static void cli_help(const cli_command *cmd) {
+    printf("rlhf %s - %s\n\n  rlhf %s %s\n\nOptions ('-' and '_' are the same):\n", cmd->name, cmd->what, cmd->name, cmd->usage);
+    for (int i = 0; i < O_COUNT; i++) {
+        if (!(cmd->options & 1u << i) || cli_named_by_config(cmd, cli_options[i].name) >= 0) continue;
+        char left[64];
+        snprintf(left, sizeof left, "--%s %s", cli_options[i].name, cli_options[i].arg ? cli_options[i].arg : "");
+        printf("  %-34s %s\n", left, cli_options[i].help);
+    }
+    int n = 0;
+    const rlhf_field *f = cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, &n);
+    for (int i = 0; i < n; i++) {
+        char left[64], def[64];
+        cli_print_default(f + i, def, sizeof def);
+        snprintf(left, sizeof left, "--%s %s", f[i].name, def);
+        printf("  %-34s %s%s%s%s\n", left, f[i].help, f[i].choices ? " (" : "", f[i].choices ? f[i].choices : "",
+               f[i].choices ? ")" : "");
+    }
+}
+
+/* ---- options ---- */
+
+static int cli_same(const char *a, const char *b) {
+    for (; *a && *b; a++, b++)
+        if ((*a == '-' ? '_' : *a) != (*b == '-' ? '_' : *b)) return 0;
+    return !*a && !*b;
+}
+
+/* Edit distance, for suggestions. */
+static int cli_distance(const char *a, const char *b) {
+    int row[64], n = (int)strlen(b);
+    if (n > 62 || strlen(a) > 62) return 99;
+    for (int j = 0; j <= n; j++) row[j] = j;
+    for (int i = 1; a[i - 1]; i++) {
+        int corner = row[0];
+        row[0] = i;
+        for (int j = 1; j <= n; j++) {
+            int up = row[j], same = a[i - 1] == b[j - 1] || (a[i - 1] == '-' && b[j - 1] == '_');
+            row[j] = base_min(base_min(row[j], row[j - 1]) + 1, corner + !same);
+            corner = up;
+        }
+    }
+    return row[n];
+}
+
+static int cli_unknown(cli *c, const char *name) {
+    const char *best = NULL;
+    int least = 4, n = 0;
+    const rlhf_field *f = c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
+    for (int i = 0; i < O_COUNT + n; i++) {
+        const char *known = i < O_COUNT ? cli_options[i].name : f[i - O_COUNT].name;
+        if (i < O_COUNT && !(c->cmd->options & 1u << i)) continue;
+        int d = cli_distance(name, known);
+        if (d < least) least = d, best = known;
+    }
+    if (best) cli_fail(c, "%s: unknown option --%s; did you mean --%s?", c->cmd->name, name, best);
+    else cli_fail(c, "%s: unknown option --%s; `rlhf %s --help` lists them", c->cmd->name, name, c->cmd->name);
+    return 2;
+}
+
+/* Sets one row of the configuration from text. */
+static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
+    char *at = (char *)&c->config + f->offset, *end;
+    double x = strtod(text, &end);
+    int ok = *text && !*end;
+    if (f->kind == 'B') {
+        int yes = !strcmp(text, "true") || !strcmp(text, "1"), no = !strcmp(text, "false") || !strcmp(text, "0");
+        if (!yes && !no) return cli_fail(c, "--%s: \"%s\", expected true or false", f->name, text), 2;
+        memcpy(at, &yes, sizeof yes);
+        return 0;
+    }
+    if (f->kind == 'S') {
+        if (f->choices && !train_is_choice(f->choices, text))
+            return cli_fail(c, "--%s: \"%s\", expected one of %s", f->name, text, f->choices), 2;
+        memcpy(at, &text, sizeof text);
+        return 0;
+    }
+    if (!ok || !(x >= f->min && x <= f->max) || (f->kind == 'I' && x != floor(x)))
+        return cli_fail(c, "--%s: \"%s\", expected %s from %g to %g", f->name, text,
+                        f->kind == 'I' ? "an integer" : "a number", f->min, f->max), 2;
+    int64_t integer = (int64_t)x;
+    if (f->kind == 'I') memcpy(at, &integer, sizeof integer);
+    else memcpy(at, &x, sizeof x);
+    return 0;
+}
+
+/* Takes one option; value null: there was none. Returns an exit code, 0 to go on; *took: the value was used. */
+static int cli_take(cli *c, const char *name, const char *value, int *took) {
+    int n = 0;
+    const rlhf_field *f = c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
+    *took = 1;
+    for (int i = 0; i < n; i++) {
+        if (!cli_same(name, f[i].name)) continue;
+        if (f[i].kind == 'B' && (!value || (strcmp(value, "true") && strcmp(value, "false") &&
+                                            strcmp(value, "1") && strcmp(value, "0")))) {
+            *took = 0;
+            value = "true";
+        }
+        if (!value) return cli_fail(c, "--%s needs a value", f[i].name), 2;
+        if (c->set >> i & 1) return 0; /* --config comes last and does not override */
+        c->set |= (uint64_t)1 << i;
+        return cli_set_field(c, f + i, value);
+    }
+    for (int i = 0; i < O_COUNT; i++) {
+        if (!(c->cmd->options & 1u << i) || !cli_same(name, cli_options[i].name)) continue;
+        if (!cli_options[i].arg) {
+            *took = 0;
+            c->v[i] = "true";
+            return 0;
+        }
+        if (!value) return cli_fail(c, "--%s needs a value (%s)", cli_options[i].name, cli_options[i].arg), 2;
+        if (!c->v[i]) c->v[i] = value;
+        return 0;
+    }
+    return cli_unknown(c, name);
+}
+
+static int cli_take_file(cli *c) {
+    json_error_t e;
+    const char *key;
+    json_t *v;
+    if (!c->v[O_config]) return 0;
+    c->file = json_load_file(c->v[O_config], 0, &e);
+    if (!c->file) return cli_fail(c, "%s:%d: %s", c->v[O_config], e.line, e.text);
+    if (!json_is_object(c->file)) return cli_fail(c, "%s: expected a JSON object with options by name", c->v[O_config]);
+    json_object_foreach(c->file, key, v) {
+        char text[64];
+        const char *value = text;
+        if (json_is_string(v)) value = json_string_value(v);
+        else if (json_is_boolean(v)) value = json_is_true(v) ? "true" : "false";
+        else if (json_is_integer(v)) snprintf(text, sizeof text, "%lld", (long long)json_integer_value(v));
+        else if (json_is_real(v)) snprintf(text, sizeof text, "%.17g", json_real_value(v));
+        else return cli_fail(c, "%s: \"%s\" is neither a number, a text nor true or false", c->v[O_config], key);
+        int took, code = cli_take(c, key, value == text ? strdup(text) : value, &took);
+        if (code) return code;
+    }
+    return 0;
+}
+
+static int cli_parse(cli *c, int argc, char **argv) {
+    c->more = argv;
+    for (int i = 0; i < argc; i++) {
+        if (strncmp(argv[i], "--", 2)) {
+            argv[c->n_more++] = argv[i];
+            continue;
+        }
+        char name[128];
+        const char *eq = strchr(argv[i], '='), *value = eq ? eq + 1 : i + 1 < argc ? argv[i + 1] : NULL;
+        snprintf(name, sizeof name, "%.*s", (int)(eq ? eq - argv[i] - 2 : (ptrdiff_t)strlen(argv[i]) - 2), argv[i] + 2);
+        /* What looks like an option is not a value, but a negative number is. */
+        if (!eq && value && !strncmp(value, "--", 2)) value = NULL;
+        int took = 0, code = cli_take(c, name, value, &took);
+        if (code) return code;
+        i += took && !eq;
+    }
+    if (c->n_more && !c->v[O_train]) return cli_fail(c, "%s: unexpected argument \"%s\"", c->cmd->name, argv[0]), 2;
+    return cli_take_file(c);
+}
+
+/* ---- shared by commands ---- */
+
+#define CLI_TRY(call)                                                                              \
+    do {                                                                                           \
+        rlhf_status cli_status = (call);                                                           \
+        if (cli_status != RLHF_OK) return cli_error(c, cli_status);                                \
+    } while (0)
+
+#define CLI_NEED(option)                                                                           \
+    do {                                                                                           \
+        if (!c->v[O_##option])                                                                     \
+            return cli_fail(c, "%s: --%s %s is missing", c->cmd->name, #option,                    \
+                            cli_options[O_##option].arg), 2;                                       \
+    } while (0)
+
+static int cli_number(cli *c, int option, long long lo, long long hi, long long *out) {
+    char *end;
+    if (!c->v[option]) return 0;
+    *out = strtoll(c->v[option], &end, 10);
+    if (*end || end == c->v[option] || *out < lo || *out > hi)
+        return cli_fail(c, "--%s: \"%s\", expected an integer from %lld to %lld", cli_options[option].name, c->v[option], lo, hi), 2;
+    return 0;
+}
+
+static rlhf_status cli_open_tokenizer(cli *c, rlhf_tokenizer **tok) {
+    const char *dir = c->v[O_tokenizer] ? c->v[O_tokenizer] : c->v[O_model];
+    return rlhf_tokenizer_open(c->ctx, dir, tok);
+}
+
+static rlhf_data_config cli_data_config(cli *c, rlhf_data_kind kind, int64_t max_length) {
+    rlhf_data_config d = rlhf_data_config_default(kind);
+    if (c->v[O_chat_template]) d.chat_template = c->v[O_chat_template];
+    d.max_length = max_length > INT_MAX ? INT_MAX : (int)max_length;
+    return d;
+}
+
+static void cli_set_hash(json_t *j, rlhf_model *m) {
+    char hash[17];
+    if (rlhf_model_hash(m, hash) == RLHF_OK) json_object_set_new(j, "weights_hash", json_string(hash));
+}
+
+/* ---- training commands ---- */
+
+/* Runs a trainer; *out becomes its last metrics. */
+static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset *d, json_t **out) {
+    if (!c->v[O_quiet])
+        fprintf(stderr, "rlhf: %d records, %lld tokens, %lld steps\n", rlhf_dataset_count(d),
+                (long long)rlhf_dataset_tokens(d), (long long)rlhf_trainer_steps_total(t));
+    rlhf_status status = rlhf_trainer_run(t);
+    if (status == RLHF_STOPPED) {
+        cli_fail(c, "interrupted at step %lld; the same command with --resume goes on from there",
+                 (long long)rlhf_trainer_steps_done(t));
+        return 130;
+    }
+    CLI_TRY(status);
+    char *text = NULL;
+    CLI_TRY(rlhf_trainer_metrics(t, &text));
+    json_t *j = json_loads(text, 0, NULL);
+    rlhf_free(c->ctx, text);
+    json_object_set_new(j, "out", json_string(c->v[O_out]));
+    json_object_set_new(j, "records", json_integer(rlhf_dataset_count(d)));
+    json_object_set_new(j, "dropped", json_integer(rlhf_dataset_dropped(d)));
+    cli_set_hash(j, m);
+    *out = j;
+    return 0;
+}
+
+/* Prints numbers and texts by name, then slices as tables. */
+static void cli_print_object(cli *c, const json_t *j) {
+    const char *key, *name;
+    json_t *v, *slice;
+    cli_clear(c);
+    if (c->v[O_json]) return;
+    json_object_foreach((json_t *)(uintptr_t)j, key, v) {
+        if (json_is_number(v)) printf("%-32s %.6g\n", key, json_number_value(v));
+        else if (json_is_string(v)) printf("%-32s %s\n", key, json_string_value(v));
+    }
+    json_object_foreach((json_t *)(uintptr_t)j, key, v) {
+        if (!json_is_object(v)) continue;
+        printf("\n%-24s %8s %9s %9s\n", key, "pairs", "accuracy", "margin");
+        json_object_foreach(v, name, slice)
+            printf("%-24s %8lld %9.3f %9.3f\n", name, (long long)json_integer_value(json_object_get(slice, "pairs")),
+                   json_real_value(json_object_get(slice, "accuracy")), json_real_value(json_object_get(slice, "margin")));
+    }
+}
+
+static int cli_sft(cli *c) {
+    rlhf_sft_config *cfg = &c->config.sft;
+    rlhf_model *m;
+    rlhf_tokenizer *tok;
+    rlhf_dataset *train, *eval = NULL;
+    rlhf_trainer *t;
+    if (!c->v[O_init]) CLI_NEED(model);
+    else CLI_NEED(tokenizer);
+    CLI_NEED(data);
+    CLI_NEED(out);
+    cfg->output_dir = c->v[O_out];
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    if (c->v[O_init])
+        CLI_TRY(rlhf_model_init(c->ctx, c->v[O_init], rlhf_tokenizer_vocab_size(tok), rlhf_tokenizer_bos(tok),
+                                rlhf_tokenizer_eos(tok), (uint64_t)cfg->seed, &m));
+    else CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
+    rlhf_data_config d = cli_data_config(c, RLHF_DATA_SFT, cfg->max_length);
+    CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &d, &train));
+    if (c->v[O_eval_data]) CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_eval_data], tok, &d, &eval));
+    CLI_TRY(rlhf_sft_open(m, tok, train, eval, cfg, &t));
+    json_t *j = NULL;
+    int code = cli_run_trainer(c, t, m, train, &j);
+    if (code) return code;
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+static int cli_rm(cli *c) {
+    rlhf_rm_config *cfg = &c->config.rm;
+    rlhf_model *start, *m;
+    rlhf_tokenizer *tok;
+    rlhf_dataset *train, *eval = NULL;
+    rlhf_trainer *t;
+    CLI_NEED(model);
+    CLI_NEED(data);
+    CLI_NEED(out);
+    cfg->output_dir = c->v[O_out];
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &start));
+    int scorer = rlhf_model_get_shape(start).head == RLHF_HEAD_SCORE;
+    CLI_TRY(rlhf_model_clone(start, RLHF_HEAD_SCORE, &m));
+    rlhf_data_config d = cli_data_config(c, RLHF_DATA_PREFERENCE, cfg->max_length);
+    CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &d, &train));
+    if (c->v[O_eval_data]) CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_eval_data], tok, &d, &eval));
+    CLI_TRY(rlhf_rm_open(m, scorer ? NULL : start, tok, train, eval, cfg, &t));
+    json_t *j = NULL;
+    int code = cli_run_trainer(c, t, m, train, &j);
+    if (code) return code;
+    char *text;
+    if (eval) {
+        CLI_TRY(rlhf_eval(m, eval, NULL, &text));
+        json_t *e = json_loads(text, 0, NULL);
+        rlhf_free(c->ctx, text);
+        const char *const by[] = {"domain", "annotator_type", "annotator"};
+        for (int i = 0; i < 3; i++)
+            if (json_object_get(e, by[i])) json_object_set(j, by[i], json_object_get(e, by[i]));
+        json_decref(e);
+    }
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+static int cli_ppo(cli *c) {
+    rlhf_ppo_config *cfg = &c->config.ppo;
+    rlhf_model *policy, *reward;
+    rlhf_tokenizer *tok;
+    rlhf_dataset *prompts;
+    rlhf_trainer *t;
+    CLI_NEED(model);
+    CLI_NEED(reward);
+    CLI_NEED(data);
+    CLI_NEED(out);
+    cfg->output_dir = c->v[O_out];
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &policy));
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_reward], &reward));
+    rlhf_data_config d = cli_data_config(c, RLHF_DATA_PROMPT, cfg->max_length);
+    CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &d, &prompts));
+    CLI_TRY(rlhf_ppo_open(policy, tok, prompts, reward, NULL, NULL, cfg, &t));
+    json_t *j = NULL;
+    int code = cli_run_trainer(c, t, policy, prompts, &j);
+    if (code) return code;
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+/* ---- the other commands ---- */
+
+static int cli_put_line(FILE *f, json_t *j) {
+    char *text = json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(9));
+    int bad = !text || fputs(text, f) == EOF || fputc('\n', f) == EOF;
+    free(text);
+    json_decref(j);
+    return bad;
+}
+
+/* The stream that --out names, or standard output. */
+static FILE *cli_out(cli *c) {
+    if (!c->v[O_out]) return stdout;
+    FILE *f = fopen(c->v[O_out], "wb");
+    if (!f) cli_fail(c, "%s: cannot open: %s", c->v[O_out], strerror(errno));
+    return f;
+}
+
+static int cli_close(cli *c, FILE *f) {
+    int bad = fflush(f) != 0 || ferror(f);
+    if (f != stdout) bad |= fclose(f) != 0;
+    return bad ? cli_fail(c, "%s: cannot write: %s", c->v[O_out] ? c->v[O_out] : "standard output", strerror(errno)) : 0;
+}
+
+/* Lines of standard input, without their ends; *n becomes their number. */
+static char **cli_read_lines(int *n, long long most) {
+    char **lines = NULL, *line = NULL;
+    size_t cap = 0;
+    ssize_t len;
+    *n = 0;
+    while ((most < 0 || *n < most) && (len = getline(&line, &cap, stdin)) >= 0) {
+        if (len && line[len - 1] == '\n') line[len - 1] = 0;
+        char **grown = realloc(lines, (size_t)(*n + 1) * sizeof *lines);
+        char *copy = strdup(line);
+        if (!grown || !copy) break;
+        lines = grown;
+        lines[(*n)++] = copy;
+    }
+    free(line);
+    return lines;
+}
+
+/* The samples of a file's prompts, as the records they came from with the completion added. */
+static int cli_write_samples(cli *c, const rlhf_sample *s, int n) {
+    FILE *f = cli_out(c);
+    int bad = 0;
+    if (!f) return 1;
+    for (int i = 0; i < n; i++) {
+        json_t *j = json_loads(s[i].record, 0, NULL);
+        json_object_set_new(j, "completion", json_string(s[i].completion));
+        json_object_set_new(j, "n_tokens", json_integer(s[i].n_completion));
+        json_object_set_new(j, "finished", json_boolean(s[i].finished));
+        json_object_set_new(j, "logprob", json_real(s[i].logprob));
+        bad |= cli_put_line(f, j);
+    }
+    return cli_close(c, f) || bad;
+}
+
+static int cli_generate(cli *c) {
+    rlhf_model *m;
+    rlhf_tokenizer *tok;
+    rlhf_sample *s;
+    int n = 0, count = 0;
+    long long most = -1;
+    CLI_NEED(model);
+    int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
+    if (code) return code;
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    if (c->v[O_data]) {
+        rlhf_dataset *d;
+        rlhf_data_config cfg = cli_data_config(c, RLHF_DATA_PROMPT, rlhf_model_get_shape(m).max_positions - 1);
+        cfg.max_records = (int)most;
+        CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &cfg, &d));
+        CLI_TRY(rlhf_generate_dataset(m, tok, &c->config.gen, d, &s, &count));
+        code = cli_write_samples(c, s, count);
+    } else {
+        const char *one[1] = {c->v[O_prompt]};
+        char **lines = c->v[O_prompt] ? NULL : cli_read_lines(&n, most);
+        if (!c->v[O_prompt] && !n) return cli_fail(c, "generate: no prompt: give --prompt TEXT, --data FILE or lines on standard input");
+        CLI_TRY(rlhf_generate(m, tok, &c->config.gen, lines ? (const char *const *)lines : one, lines ? n : 1, &s, &count));
+        cli_clear(c);
+        for (int i = 0; i < count; i++) printf("%s\n", s[i].completion);
+    }
+    if (code) return code;
+    double tokens = 0, finished = 0;
+    for (int i = 0; i < count; i++) {
+        tokens += s[i].n_completion;
+        finished += s[i].finished;
+    }
+    json_t *j = json_pack("{s:i,s:f,s:f}", "samples", count, "mean_length", tokens / count, "finished", finished / count);
+    if (count == 1) json_object_set_new(j, "completion", json_string(s[0].completion));
+    return cli_results(c, j);
+}
+
+static int cli_score(cli *c) {
+    rlhf_model *m;
+    rlhf_tokenizer *tok;
+    rlhf_dataset *d;
+    long long most = -1;
+    CLI_NEED(model);
+    CLI_NEED(data);
+    int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
+    if (code) return code;
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    rlhf_data_config cfg = cli_data_config(c, RLHF_DATA_SCORE, rlhf_model_get_shape(m).max_positions);
+    cfg.max_records = (int)most;
+    CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &cfg, &d));
+    int n = rlhf_dataset_count(d), bad = 0;
+    float *score = calloc((size_t)n, sizeof *score);
+    if (!score) return cli_fail(c, "out of memory");
+    CLI_TRY(rlhf_score_dataset(m, d, score));
+    FILE *f = cli_out(c);
+    if (!f) return 1;
+    double mean = 0, var = 0;
+    for (int i = 0; i < n; i++) {
+        json_t *j = json_loads(rlhf_dataset_record(d, i), 0, NULL);
+        json_object_set_new(j, "score", json_real((double)score[i]));
+        bad |= cli_put_line(f, j);
+        mean += (double)score[i] / n;
+    }
+    for (int i = 0; i < n; i++) var += ((double)score[i] - mean) * ((double)score[i] - mean) / n;
+    code = cli_close(c, f) || bad;
+    free(score);
+    if (code) return code;
+    return cli_results(c, json_pack("{s:i,s:i,s:f,s:f}", "records", n, "dropped", rlhf_dataset_dropped(d), "mean", mean, "std", sqrt(var)));
+}
+
+static int cli_eval(cli *c) {
+    rlhf_model *m, *ref = NULL;
+    rlhf_tokenizer *tok;
+    rlhf_dataset *d;
+    char *text;
+    long long most = -1;
+    CLI_NEED(model);
+    CLI_NEED(data);
+    int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
+    if (code) return code;
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
+    if (c->v[O_ref]) CLI_TRY(rlhf_model_open(c->ctx, c->v[O_ref], &ref));
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    int pairs = rlhf_model_get_shape(m).head == RLHF_HEAD_SCORE;
+    if (c->v[O_type]) {
+        pairs = !strcmp(c->v[O_type], "preference");
+        if (!pairs && strcmp(c->v[O_type], "text"))
+            return cli_fail(c, "--type: \"%s\", expected text or preference", c->v[O_type]), 2;
+    }
+    rlhf_data_config cfg = cli_data_config(c, pairs ? RLHF_DATA_PREFERENCE : RLHF_DATA_SFT, rlhf_model_get_shape(m).max_positions);
+    cfg.max_records = (int)most;
+    CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &cfg, &d));
+    CLI_TRY(rlhf_eval(m, d, ref, &text));
+    json_t *j = json_loads(text, 0, NULL);
+    rlhf_free(c->ctx, text);
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+static int cli_tokenize(cli *c) {
+    rlhf_tokenizer *tok;
+    int n, count, cap = 0;
+    long long most = -1, total = 0;
+    int32_t *ids = NULL;
+    if (!c->v[O_tokenizer]) CLI_NEED(model);
+    int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
+    if (code) return code;
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    char **lines = cli_read_lines(&n, most);
+    for (int i = 0; i < n; i++) {
+        CLI_TRY(rlhf_encode(tok, lines[i], strlen(lines[i]), 1, ids, cap, &count));
+        if (count > cap) {
+            free(ids);
+            cap = 2 * count;
+            ids = malloc((size_t)cap * sizeof *ids);
+            if (!ids) return cli_fail(c, "out of memory");
+            CLI_TRY(rlhf_encode(tok, lines[i], strlen(lines[i]), 1, ids, cap, &count));
+        }
+        for (int k = 0; k < count; k++) printf("%s%d", k ? " " : "", (int)ids[k]);
+        printf("\n");
+        total += count;
+    }
+    return cli_results(c, json_pack("{s:i,s:I}", "lines", n, "tokens", (json_int_t)total));
+}
+
+/* Reads a file as it is, or unpacks it. */
+static rlhf_status cli_read_file(cli *c, const char *path, char **text, size_t *len) {
+    API_ENTER(c->ctx);
+    *text = io_read(c->ctx, path, IO_LIMIT, len);
+    API_LEAVE();
+}
+
+static int cli_tokenizer(cli *c) {
+    rlhf_tokenizer *tok;
+    long long size = 512;
+    CLI_NEED(train);
+    CLI_NEED(out);
+    int code = cli_number(c, O_vocab_size, 257, 1 << 24, &size), n = c->n_more + 1;
+    if (code) return code;
+    char **text = calloc((size_t)n, sizeof *text);
+    size_t *len = calloc((size_t)n, sizeof *len), total = 0;
+    if (!text || !len) return cli_fail(c, "out of memory");
+    for (int i = 0; i < n; i++) {
+        CLI_TRY(cli_read_file(c, i ? c->more[i - 1] : c->v[O_train], text + i, len + i));
+        total += len[i];
+    }
+    CLI_TRY(rlhf_tokenizer_train(c->ctx, (const char *const *)text, len, n, (int)size, &tok));
+    CLI_TRY(rlhf_tokenizer_save(tok, c->v[O_out]));
+    int vocab = rlhf_tokenizer_vocab_size(tok);
+    if (!c->v[O_json]) printf("%d entries learnt from %zu bytes, in %s\n", vocab, total, c->v[O_out]);
+    free(text);
+    free(len);
+    return cli_results(c, json_pack("{s:i,s:I,s:s}", "vocab_size", vocab, "bytes", (json_int_t)total, "out", c->v[O_out]));
+}
+
+static int cli_info(cli *c) {
+    char *text;
+    CLI_TRY(rlhf_info(c->ctx, &text));
+    json_t *j = json_loads(text, 0, NULL);
+    rlhf_free(c->ctx, text);
+    if (c->v[O_model]) {
+        rlhf_model *m;
+        CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
+        rlhf_model_shape s = rlhf_model_get_shape(m);
+        const struct { const char *name; json_int_t value; } rows[] = {
+            {"vocab_size", s.vocab_size}, {"hidden_size", s.hidden_size}, {"num_hidden_layers", s.num_layers},
+            {"num_attention_heads", s.num_heads}, {"num_key_value_heads", s.num_kv_heads}, {"head_dim", s.head_dim},
+            {"intermediate_size", s.intermediate_size}, {"max_position_embeddings", s.max_positions},
+            {"parameters", s.n_params}, {"bytes", s.n_params * 4}};
+        json_object_set_new(j, "model", json_string(c->v[O_model]));
+        json_object_set_new(j, "model_type", json_string(s.model_type));
+        json_object_set_new(j, "head", json_string(s.head == RLHF_HEAD_SCORE ? "score" : "lm"));
+        json_object_set_new(j, "tied", json_boolean(s.tied));
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+            json_object_set_new(j, rows[i].name, json_integer(rows[i].value));
+        cli_set_hash(j, m);
+    }
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+/* ---- main ---- */
+
+static const cli_command cli_commands[] = {
+    {"sft", "supervised fine-tuning", "--model DIR --data train.jsonl --out DIR",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(init) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(eval_data) | CLI_BIT(out) |
+         CLI_BIT(chat_template), RLHF_CONFIG_SFT, cli_sft},
+    {"rm", "train a reward model on preferences", "--model SFT_DIR --data prefs.jsonl --out DIR",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(eval_data) | CLI_BIT(out) |
+         CLI_BIT(chat_template), RLHF_CONFIG_RM, cli_rm},
+    {"ppo", "proximal policy optimisation against a reward model", "--model SFT_DIR --reward RM_DIR --data prompts.jsonl --out DIR",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) | CLI_BIT(out) |
+         CLI_BIT(chat_template), RLHF_CONFIG_PPO, cli_ppo},
+    {"generate", "continue prompts", "--model DIR [--prompt TEXT | --data prompts.jsonl --out answers.jsonl]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(prompt) | CLI_BIT(data) | CLI_BIT(out) |
+         CLI_BIT(chat_template), RLHF_CONFIG_GENERATE, cli_generate},
+    {"score", "the reward of each record", "--model RM_DIR --data answers.jsonl [--out scored.jsonl]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(out) | CLI_BIT(chat_template), -1, cli_score},
+    {"eval", "likelihood, KL or preference accuracy on a file", "--model DIR --data FILE [--ref DIR]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(ref) | CLI_BIT(type) | CLI_BIT(chat_template), -1, cli_eval},
+    {"tokenize", "lines of standard input to token ids", "--tokenizer DIR < text",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer), -1, cli_tokenize},
+    {"tokenizer", "learn a byte-level BPE vocabulary from text", "--train FILE... --vocab_size N --out DIR",
+     CLI_COMMON | CLI_BIT(train) | CLI_BIT(vocab_size) | CLI_BIT(out), -1, cli_tokenizer},
+    {"info", "this machine, and a model's shape", "[--model DIR]", CLI_COMMON | CLI_BIT(model), -1, cli_info}};
+enum { CLI_COMMANDS = sizeof cli_commands / sizeof *cli_commands };
+
+static int cli_usage(FILE *f) {
+    fprintf(f, "rlhf " RLHF_VERSION " - supervised fine-tuning, reward models and PPO on a CPU\n\n");
+    for (int i = 0; i < CLI_COMMANDS; i++) fprintf(f, "  rlhf %-10s %s\n", cli_commands[i].name, cli_commands[i].what);
+    fprintf(f, "\n`rlhf COMMAND --help` lists a command's options.\n");
+    return f == stderr ? 2 : 0;
+}
+
+/* Opens the context that the options ask for. */
+static int cli_open(cli *c) {
+    rlhf_options o = rlhf_options_default();
+    long long threads = 0;
+    int code = cli_number(c, O_threads, 1, RLHF_MAX_THREADS, &threads);
+    if (code) return code;
+    o.threads = (int)threads;
+    o.isa = c->v[O_isa] ? c->v[O_isa] : "auto";
+    o.hooks = (rlhf_hooks){.user = c, .log = cli_log, .progress = cli_progress};
+    rlhf_status status = rlhf_open(&c->ctx, &o);
+    if (status == RLHF_ERR_ARG) return cli_fail(c, "--isa: \"%s\", this processor has: auto %s", o.isa, rlhf_isas()), 2;
+    return status ? cli_fail(c, "%s", rlhf_status_text(status)) : 0;
+}
+
+int main(int argc, char **argv) {
+    cli c = {0};
+    if (argc < 2) return cli_usage(stderr);
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "help") || !strcmp(argv[1], "-h")) return cli_usage(stdout);
+    if (!strcmp(argv[1], "--version")) return printf("rlhf " RLHF_VERSION "\n") < 0;
+    const char *near = NULL;
+    for (int i = 0, least = 4; i < CLI_COMMANDS && !c.cmd; i++) {
+        int d = cli_distance(argv[1], cli_commands[i].name);
+        if (d == 0) c.cmd = cli_commands + i;
+        if (d < least) least = d, near = cli_commands[i].name;
+    }
+    if (!c.cmd) {
+        fprintf(stderr, "rlhf: unknown command \"%s\"%s%s%s; `rlhf --help` lists them\n", argv[1],
+                near ? ", did you mean \"" : "", near ? near : "", near ? "\"?" : "");
+        return 2;
+    }
+    if (c.cmd->config >= 0) train_defaults((rlhf_config_kind)c.cmd->config, &c.config);
+    int code = cli_parse(&c, argc - 2, argv + 2);
+    if (c.v[O_help]) {
+        cli_help(c.cmd);
+        return 0;
+    }
+    c.tty = isatty(2);
+    if (!code) code = cli_open(&c);
+    if (code) return code;
+    signal(SIGINT, cli_on_signal);
+    signal(SIGTERM, cli_on_signal);
+    code = c.cmd->run(&c);
+    rlhf_close(c.ctx);
+    json_decref(c.file);
+    return code;
+}
+
+#endif

@@ -1,0 +1,559 @@
+/* The vocabulary and the row kernels (sections 06 and 07). Polynomials are compared with double
+ * precision, in units in the last place; every kernel of every table with its plain-C twin, bit
+ * for bit, between margins of NaN; the twins with their formulas. */
+
+#include "../rlhf.c"
+#include "test.h"
+
+/* ---- polynomials ----------------------------------------------------------------------------- */
+
+/* Distance in units of the last place of the exact value (of the smallest denormal, below that). */
+static double ulps(float got, double exact) {
+    int e;
+    frexp(exact, &e);
+    return fabs((double)got - exact) / ldexp(1, e - 24 < -149 ? -149 : e - 24);
+}
+
+typedef struct poly {
+    const char *name;
+    double (*exact)(double);
+    float low, high; /* magnitudes that are compared with double precision */
+    bool negative;   /* negative numbers too */
+    double bound;    /* ulps: the largest error over all floats of the range, rounded up */
+} poly;
+
+/* Measured over every float of the range: 1.0103, 0.8265, 1.3303, 1.5768, 1.5642. */
+static const poly polys[] = {{"exp", exp, 0, 104, true, 1.011},
+                             {"log", log, 0, FLT_MAX, false, 0.827},
+                             {"tanh", tanh, 0, FLT_MAX, true, 1.331},
+                             {"sin", sin, 0, 1e5f, true, 1.577},
+                             {"cos", cos, 0, 1e5f, true, 1.565}};
+enum { POLYS = sizeof polys / sizeof *polys };
+
+static void poly_map(const k_table *k, int which, int n, const float *x, float *y) {
+    float other[256];
+    switch (which) {
+    case 0: k->exp(n, x, y); return;
+    case 1: k->log(n, x, y); return;
+    case 2: k->tanh(n, x, y); return;
+    case 3: k->sincos(n, x, y, other); return;
+    default: k->sincos(n, x, other, y); return;
+    }
+}
+
+static float poly_scalar(int which, float x) {
+    float s, c;
+    if (which > 2) v_sincos1(x, &s, &c);
+    return which == 0 ? v_exp1(x) : which == 1 ? v_log1(x) : which == 2 ? v_tanh1(x)
+         : which == 3 ? s : c;
+}
+
+/* The same value, where all NaN are one. */
+static bool same(float a, float b) {
+    return isnan(a) ? isnan(b) : memcmp(&a, &b, sizeof a) == 0;
+}
+
+/* 256 floats, each `stride` patterns from the last, beginning at pattern `at`. */
+static void poly_block(const poly *f, int which, uint32_t at, uint32_t stride, double *worst) {
+    float x[256], y[256], z[256];
+    for (int i = 0; i < 256; i++) {
+        uint32_t bits = at + (uint32_t)i * stride;
+        memcpy(x + i, &bits, sizeof bits);
+        /* Signals are not kept: quiet ones only. Angles end where a quadrant fits an int. */
+        if (isnan(x[i]) || (which > 2 && fabsf(x[i]) > 1e9f)) x[i] = NAN;
+        y[i] = poly_scalar(which, x[i]);
+    }
+    for (int t = 0; t < K_TABLES; t++) {
+        if (!k_tables[t]->available() || k_tables[t] == &k_ref) continue;
+        poly_map(k_tables[t], which, 256, x, z);
+        for (int i = 0; i < 256; i++)
+            if (!same(y[i], z[i]))
+                test_fail(__FILE__, __LINE__, "%s(%.9g) = %.9g, but %.9g by %s", f->name,
+                          (double)x[i], (double)y[i], (double)z[i], k_tables[t]->name);
+    }
+    for (int i = 0; i < 256; i++) {
+        double exact = f->exact((double)x[i]);
+        float a = fabsf(x[i]);
+        if (isnan(x[i]) || a < f->low || a > f->high || (!f->negative && x[i] < 0)) continue;
+        if (isinf(exact) || fabs(exact) > (double)FLT_MAX) {
+            CHECK(isinf(y[i]) && y[i] > 0 == exact > 0);
+            continue;
+        }
+        double off = ulps(y[i], exact);
+        if (!(off <= f->bound))
+            test_fail(__FILE__, __LINE__, "%s(%.9g) = %.9g, off by %.4f ulp", f->name,
+                      (double)x[i], (double)y[i], off);
+        if (off > *worst) *worst = off;
+    }
+}
+
+/* Over all 2^32 patterns in equal steps; prime, so that low bits vary. */
+static void poly_check(int which) {
+    uint32_t stride = test_quick() ? 65537 : 4093;
+    double worst = 0;
+    uint64_t count = (UINT64_C(1) << 32) / stride / 256;
+    for (uint64_t b = 0; b < count; b++)
+        poly_block(polys + which, which, (uint32_t)(b * 256 * stride), stride, &worst);
+    CHECK(worst > 0.5 * polys[which].bound); /* the bound says something */
+}
+
+TEST(exp_everywhere) { poly_check(0); }
+TEST(log_everywhere) { poly_check(1); }
+TEST(tanh_everywhere) { poly_check(2); }
+TEST(sin_everywhere) { poly_check(3); }
+TEST(cos_everywhere) { poly_check(4); }
+
+/* Every float of the intervals that are used most, in which no step may be missed. */
+TEST(dense_intervals) {
+    static const struct { int which; float from; } intervals[] = {
+        {0, -0.34657f}, {0, 0.34657f}, {0, -87.33f}, {1, 0.70710f}, {1, 1.0f},
+        {1, 1.41421f},  {2, 0.62499f}, {2, 9.0f},    {3, 0.78539f}, {4, 0.78539f}};
+    for (size_t i = 0; i < sizeof intervals / sizeof *intervals; i++) {
+        uint32_t at;
+        double worst = 0;
+        memcpy(&at, &intervals[i].from, sizeof at);
+        for (uint32_t b = 0; b < (test_quick() ? 2u : 40u); b++)
+            poly_block(polys + intervals[i].which, intervals[i].which, at + b * 256, 1, &worst);
+    }
+}
+
+TEST(exact_values) {
+    float s, c;
+    CHECK(v_exp1(0) == 1 && v_exp1(-0.0f) == 1 && v_log1(1) == 0 && v_tanh1(0) == 0);
+    CHECK(v_exp1(INFINITY) == INFINITY && v_exp1(-INFINITY) == 0 && isnan(v_exp1(NAN)));
+    CHECK(v_exp1(88.72f) < INFINITY && v_exp1(88.73f) == INFINITY && v_exp1(FLT_MAX) == INFINITY);
+    CHECK(v_exp1(-103.9f) > 0 == exp(-103.9) > 0x1p-150 && v_exp1(-104.1f) == 0);
+    CHECK(v_exp1(-103.2f) == 0x1p-149f && v_exp1(-FLT_MAX) == 0);
+    CHECK(v_log1(0) == -INFINITY && v_log1(-0.0f) == -INFINITY && v_log1(INFINITY) == INFINITY);
+    CHECK(isnan(v_log1(-1)) && isnan(v_log1(-INFINITY)) && isnan(v_log1(NAN)));
+    CHECK(v_tanh1(INFINITY) == 1 && v_tanh1(-INFINITY) == -1 && isnan(v_tanh1(NAN)));
+    CHECK(v_tanh1(20) == 1 && v_tanh1(-FLT_MAX) == -1 && v_tanh1(1e-30f) == 1e-30f);
+    v_sincos1(0, &s, &c);
+    CHECK(s == 0 && c == 1);
+    CHECK(v_sigmoid1(0) == 0.5f && v_sigmoid1(200) == 1 && v_sigmoid1(-200) == 0);
+    for (int i = -125; i < 128; i++) CHECK_NEAR(v_log1(ldexpf(1, i)), i * log(2), 1e-5);
+}
+
+/* ---- every kernel against its twin ----------------------------------------------------------- */
+
+enum { INS = 3, OUTS = 3, VALS = 3 };
+
+/* Operands of one call: three inputs in [-3, 3), three outputs that begin with numbers of the same
+ * kind (in place, accumulated), and results by value. */
+typedef struct call {
+    int n;
+    const float *in[INS];
+    float *out[OUTS]; /* [0] holds 2 n floats */
+    double val[VALS];
+} call;
+
+typedef void call_fn(const k_table *k, call *c);
+
+static void c_exp(const k_table *k, call *c) { k->exp(c->n, c->in[0], c->out[1]); }
+static void c_tanh(const k_table *k, call *c) { k->tanh(c->n, c->in[0], c->out[1]); }
+static void c_add(const k_table *k, call *c) { k->add(c->n, c->in[0], c->out[1]); }
+static void c_gelu(const k_table *k, call *c) { k->gelu(c->n, c->in[0], c->out[1]); }
+static void c_gelu_here(const k_table *k, call *c) { k->gelu(c->n, c->out[1], c->out[1]); }
+static void c_sincos(const k_table *k, call *c) { k->sincos(c->n, c->in[0], c->out[1], c->out[2]); }
+static void c_scale(const k_table *k, call *c) { k->scale(c->n, c->out[1], 0.77f); }
+static void c_log(const k_table *k, call *c) {
+    for (int i = 0; i < c->n; i++) c->out[1][i] = fabsf(c->in[0][i]);
+    k->log(c->n, c->out[1], c->out[1]);
+}
+static void c_dot(const k_table *k, call *c) {
+    c->val[0] = (double)k->dot(c->n, c->in[0], c->in[1]);
+}
+static void c_rms(const k_table *k, call *c) {
+    float r;
+    k->rms(c->n, c->in[0], c->in[1], 1e-5f, c->out[1], &r);
+    c->val[0] = (double)r;
+}
+static void c_rms_bwd(const k_table *k, call *c) {
+    k->rms_bwd(c->n, c->in[0], c->in[1], c->in[2], 0.6f, c->out[1]);
+}
+static void c_ln(const k_table *k, call *c) {
+    float m, r;
+    k->ln(c->n, c->in[0], c->in[1], c->in[2], 1e-5f, c->out[1], &m, &r);
+    c->val[0] = (double)m;
+    c->val[1] = (double)r;
+}
+static void c_ln_bwd(const k_table *k, call *c) {
+    k->ln_bwd(c->n, c->in[0], c->in[1], c->in[2], 0.3f, 0.6f, c->out[1]);
+}
+static void c_norm_dw(const k_table *k, call *c) {
+    k->norm_dw(c->n, c->in[0], c->in[1], 0.3f, 0.6f, c->out[1]);
+}
+static void c_gelu_bwd(const k_table *k, call *c) {
+    k->gelu_bwd(c->n, c->in[0], c->in[1], c->out[1]);
+    k->gelu_bwd(c->n, c->in[0], c->out[2], c->out[2]);
+}
+static void c_glu(const k_table *k, call *c) { k->glu(c->n, c->in[0], c->in[1], c->out[1]); }
+static void c_glu_bwd(const k_table *k, call *c) {
+    k->glu_bwd(c->n, c->in[0], c->in[1], c->in[2], c->out[1], c->out[2]);
+}
+static void c_rope(const k_table *k, call *c) {
+    k->rope(c->n, c->out[0], c->in[0], c->in[1], c->n % 2 ? 1.0f : -1.0f);
+}
+static void c_stats(const k_table *k, call *c) {
+    k_stats s = k->stats(c->n, c->in[0], 1.3f);
+    c->val[0] = (double)s.max;
+    c->val[1] = (double)s.lse;
+    c->val[2] = (double)s.entropy;
+}
+static void c_ce(const k_table *k, call *c) { k->ce(c->n, c->out[1], 1.3f, 2.5f, -0.7f); }
+static void c_kl(const k_table *k, call *c) {
+    c->val[0] = k->kl(c->n, c->in[0], c->in[1], 0.8f, 3.0f, 4.0f);
+}
+static void c_softmax(const k_table *k, call *c) {
+    float max = c->n % 3 ? -INFINITY : 1.5f, sum = c->n % 3 ? 0 : 2.0f;
+    c->val[2] = (double)k->softmax(c->n, c->out[1], 0.9f, &max, &sum);
+    c->val[0] = (double)max;
+    c->val[1] = (double)sum;
+}
+static void c_prob(const k_table *k, call *c) { k->prob(c->n, c->out[1], 0.9f, 1.7f); }
+static void c_ds(const k_table *k, call *c) { k->ds(c->n, c->in[0], c->out[1], 0.4f, 0.35f); }
+static void c_adam(const k_table *k, call *c) {
+    k_adam a = {1e-2f, 0.9f, 0.999f, 1e-8f, 0.999f, 2.5f, 130.0f, 0.8f};
+    for (int i = 0; i < c->n; i++) c->out[0][i] = fabsf(c->out[0][i]); /* second moments */
+    k->adam(c->n, c->out[1], c->in[0], c->out[2], c->out[0], &a);
+}
+
+static const struct { const char *name; call_fn *run; } calls[] = {
+    {"exp", c_exp},         {"log", c_log},       {"tanh", c_tanh},         {"add", c_add},
+    {"gelu", c_gelu},       {"gelu", c_gelu_here}, {"sincos", c_sincos},    {"dot", c_dot},
+    {"rms", c_rms},         {"rms_bwd", c_rms_bwd}, {"ln", c_ln},           {"ln_bwd", c_ln_bwd},
+    {"norm_dw", c_norm_dw}, {"gelu_bwd", c_gelu_bwd}, {"glu", c_glu},       {"glu_bwd", c_glu_bwd},
+    {"rope", c_rope},       {"stats", c_stats},   {"ce", c_ce},             {"kl", c_kl},
+    {"softmax", c_softmax}, {"prob", c_prob},     {"ds", c_ds},             {"scale", c_scale},
+    {"adam", c_adam}};
+
+/* Every kernel has a line above: the table's functions, less the tile, which test_gemm.c tests. */
+_Static_assert(sizeof calls / sizeof *calls - 1 ==
+                   (offsetof(k_table, tile) - offsetof(k_table, exp)) / sizeof(k_map_fn *),
+               "a kernel without a test");
+
+static bool any_nan(const float *x, int n) {
+    for (int i = 0; i < n; i++)
+        if (isnan(x[i])) return true;
+    return false;
+}
+
+static call call_new(int n, float *const *in, float *const *start) {
+    call c = {.n = n, .in = {in[0], in[1], in[2]}};
+    for (int i = 0; i < OUTS; i++) {
+        size_t count = (size_t)(i == 0 ? 2 * n : n);
+        c.out[i] = test_floats(count);
+        memcpy(c.out[i], start[i], count * sizeof(float));
+    }
+    return c;
+}
+
+static void call_free(call *c) {
+    for (int i = 0; i < OUTS; i++) test_floats_free(c->out[i]);
+}
+
+static void call_compare(const char *name, const k_table *k, const call *want, const call *got) {
+    int before = test_failures, n = want->n;
+    CHECK(memcmp(want->val, got->val, sizeof want->val) == 0);
+    CHECK(!isnan(got->val[0]) && !isnan(got->val[1]) && !isnan(got->val[2]));
+    for (int i = 0; i < OUTS; i++) {
+        CHECK_BITS(got->out[i], want->out[i], i == 0 ? 2 * n : n);
+        CHECK(!any_nan(got->out[i], i == 0 ? 2 * n : n));
+        CHECK(test_margins(got->out[i], (size_t)(i == 0 ? 2 * n : n)));
+    }
+    if (test_failures > before)
+        test_fail(__FILE__, __LINE__, "above: %s of %s with n = %d", name, k->name, n);
+}
+
+/* All kernels with operands of n floats whose magnitudes go up to `size`. */
+static void twins(int n, float size) {
+    float *in[INS], *start[OUTS];
+    for (int i = 0; i < INS; i++) test_fill(in[i] = test_floats((size_t)n), (size_t)n, -size, size);
+    for (int i = 0; i < OUTS; i++) {
+        size_t count = (size_t)(i == 0 ? 2 * n : n);
+        test_fill(start[i] = test_floats(count), count, -size, size);
+    }
+    for (size_t f = 0; f < sizeof calls / sizeof *calls; f++) {
+        call want = call_new(n, in, start);
+        calls[f].run(&k_ref, &want);
+        call_compare(calls[f].name, &k_ref, &want, &want);
+        for (int t = 0; t < K_TABLES; t++) {
+            if (!k_tables[t]->available() || k_tables[t] == &k_ref) continue;
+            call got = call_new(n, in, start);
+            calls[f].run(k_tables[t], &got);
+            call_compare(calls[f].name, k_tables[t], &want, &got);
+            call_free(&got);
+        }
+        call_free(&want);
+    }
+    for (int i = 0; i < INS; i++) test_floats_free(in[i]);
+    for (int i = 0; i < OUTS; i++) test_floats_free(start[i]);
+}
+
+TEST(twins_of_every_length) {
+    for (int n = 1; n <= 70; n++)
+        for (int i = 0; i < (test_quick() ? 1 : 5); i++) twins(n, 3);
+}
+
+TEST(twins_long) {
+    static const int ns[] = {127, 128, 129, 500, 1023, 4097, 20000};
+    for (int i = 0; i < (test_quick() ? 5 : 7); i++) twins(ns[i], 3);
+}
+
+/* Magnitudes at which exp overflows or vanishes, and tiny ones. */
+TEST(twins_extreme) {
+    for (int n = 1; n <= 70; n += test_quick() ? 9 : 1) {
+        twins(n, 25);
+        twins(n, 1e-20f);
+        twins(n, 1e-38f);
+    }
+}
+
+/* Infinities and NaN reach the same places; where one alone is undefined, both are NaN. */
+TEST(special_values) {
+    static const float special[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, FLT_MAX, -FLT_MAX,
+                                    1e-45f, -1e-45f, FLT_MIN, 1, -1, 88.8f, -104.5f, 1e19f};
+    enum { N = sizeof special / sizeof *special };
+    for (int t = 0; t < K_TABLES; t++) {
+        const k_table *k = k_tables[t];
+        float x[N], y[N], z[N], d[N];
+        if (!k->available()) continue;
+        memcpy(x, special, sizeof x);
+        k->exp(N, x, y);
+        k->log(N, x, z);
+        k->tanh(N, x, d);
+        for (int i = 0; i < N; i++)
+            CHECK(same(y[i], v_exp1(x[i])) && same(z[i], v_log1(x[i])) && same(d[i], v_tanh1(x[i])));
+        k->gelu(N, x, y);
+        k_r_gelu(N, x, z);
+        for (int i = 0; i < N; i++) CHECK(same(y[i], z[i]));
+        memcpy(y, x, sizeof y);
+        memcpy(z, x, sizeof z);
+        k->ce(N, y, 1, 0.5f, 2);
+        k_r_ce(N, z, 1, 0.5f, 2);
+        for (int i = 0; i < N; i++) CHECK(same(y[i], z[i]));
+    }
+}
+
+/* A row with NaN or an infinity in it does not pass for a sound one. */
+TEST(bad_rows_show) {
+    for (int t = 0; t < K_TABLES; t++)
+        for (int n = 1; n <= 40; n += 3)
+            for (int i = 0; i < n; i += 2) {
+                if (!k_tables[t]->available()) continue;
+                float x[40], w[40], y[40], r;
+                for (int j = 0; j < n; j++) x[j] = w[j] = 0.01f * (float)j + 0.5f;
+                x[i] = NAN;
+                CHECK(isnan(k_tables[t]->dot(n, x, w)));
+                k_tables[t]->rms(n, x, w, 1e-5f, y, &r);
+                CHECK(isnan(r));
+                k_stats s = k_tables[t]->stats(n, x, 1);
+                CHECK(isnan(s.lse) && isnan(s.entropy));
+                CHECK(isnan(k_tables[t]->kl(n, x, w, 1, 2, 2)));
+            }
+}
+
+/* ---- twins against formulas ------------------------------------------------------------------ */
+
+TEST(statistics_of_a_row) {
+    for (int n = 1; n <= 3000; n = n * 3 / 2 + 1)
+        for (int wide = 0; wide < 2; wide++) {
+            float *x = test_floats((size_t)n), *y = test_floats((size_t)n), scale = wide ? 3.0f : 0.7f;
+            test_fill(x, (size_t)n, -8, 8);
+            test_fill(y, (size_t)n, -8, 8);
+            double max = -INFINITY, sum = 0, sum2 = 0, entropy = 0, kl = 0;
+            for (int i = 0; i < n; i++) max = fmax(max, (double)x[i] * (double)scale);
+            for (int i = 0; i < n; i++) {
+                sum += exp((double)x[i] * (double)scale);
+                sum2 += exp((double)y[i] * (double)scale);
+            }
+            for (int i = 0; i < n; i++) {
+                double lp = (double)x[i] * (double)scale - log(sum);
+                entropy -= exp(lp) * lp;
+                kl += exp(lp) * (lp - ((double)y[i] * (double)scale - log(sum2)));
+            }
+            k_stats s = k_r_stats(n, x, scale);
+            CHECK_NEAR(s.max, max, 2e-6);
+            CHECK_NEAR(s.lse, log(sum), 4e-6);
+            CHECK_NEAR(s.entropy, entropy, 2e-6 * (1 + entropy));
+            CHECK_NEAR(k_r_kl(n, x, y, scale, s.lse, (float)log(sum2)), kl, 4e-6 * (1 + kl));
+            test_floats_free(x), test_floats_free(y);
+        }
+}
+
+/* A row in tiles: what was accumulated is corrected by the factor that each tile returns. */
+TEST(online_softmax) {
+    for (int n = 1; n <= 300; n += 13) {
+        float x[300], p[300], max = -INFINITY, sum = 0;
+        double m = -INFINITY, total = 0;
+        test_fill(x, (size_t)n, -10, 10);
+        memcpy(p, x, sizeof p);
+        for (int i = 0; i < n; i += 64) {
+            int w = n - i < 64 ? n - i : 64;
+            float fix = k_r_softmax(w, p + i, 0.5f, &max, &sum);
+            CHECK(i ? fix <= 1 : fix == 0);
+            for (int j = 0; j < i; j++) p[j] *= fix;
+        }
+        for (int i = 0; i < n; i++) m = fmax(m, 0.5 * (double)x[i]);
+        for (int i = 0; i < n; i++) total += exp(0.5 * (double)x[i] - m);
+        CHECK_NEAR(max, m, 1e-9);
+        CHECK_NEAR(sum, total, 2e-6 * total);
+        for (int i = 0; i < n; i++) CHECK_NEAR(p[i], exp(0.5 * (double)x[i] - m), 2e-6);
+    }
+}
+
+/* Rotating there and back is the identity, and keeps lengths. */
+TEST(rotation) {
+    for (int half = 1; half <= 40; half++) {
+        float angle[40], s[40], c[40], x[80], y[80];
+        test_fill(angle, (size_t)half, -50, 50);
+        test_fill(x, 2 * (size_t)half, -1, 1);
+        k_r_sincos(half, angle, s, c);
+        memcpy(y, x, sizeof y);
+        k_r_rope(half, y, c, s, 1);
+        for (int i = 0; i < half; i++) {
+            double a = (double)angle[i], p = (double)x[i], q = (double)x[half + i];
+            CHECK_NEAR(y[i], p * cos(a) - q * sin(a), 4e-7);
+            CHECK_NEAR(y[half + i], q * cos(a) + p * sin(a), 4e-7);
+        }
+        k_r_rope(half, y, c, s, -1);
+        for (int i = 0; i < 2 * half; i++) CHECK_NEAR(y[i], x[i], 4e-7);
+    }
+}
+
+/* ---- AdamW ----------------------------------------------------------------------------------- */
+
+/* Twenty steps on weights that double precision follows; with and without decay and clipping. */
+TEST(adam_formula) {
+    enum { N = 50 };
+    for (int variant = 0; variant < 4; variant++) {
+        double lr = 3e-3, b1 = 0.9, b2 = variant % 2 ? 0.95 : 0.999, eps = 1e-8;
+        double decay = variant & 1 ? 0.1 : 0, clip = variant & 2 ? 0.25 : 1, top = 0;
+        float p[N], g[N], m[N] = {0}, v[N] = {0};
+        double P[N], M[N] = {0}, V[N] = {0};
+        test_fill(p, N, -1, 1);
+        for (int i = 0; i < N; i++) P[i] = (double)p[i];
+        for (int step = 1; step <= 20; step++) {
+            k_adam a = {.lr = (float)lr, .beta1 = (float)b1, .beta2 = (float)b2, .eps = (float)eps,
+                        .decay = (float)(1 - lr * decay), .clip = (float)clip,
+                        .fix1 = (float)(1 / (1 - pow(b1, step))),
+                        .fix2 = (float)(1 / (1 - pow(b2, step)))};
+            test_fill(g, N, -1, 1);
+            k_r_adam(N, p, g, m, v, &a);
+            for (int i = 0; i < N; i++) {
+                double u = clip * (double)g[i];
+                M[i] = b1 * M[i] + (1 - b1) * u;
+                V[i] = b2 * V[i] + (1 - b2) * u * u;
+                double root = sqrt(V[i] / (1 - pow(b2, step))) + eps;
+                P[i] -= lr * decay * P[i];
+                P[i] -= lr * (M[i] / (1 - pow(b1, step))) / root;
+                top = fmax(top, fabs(P[i] - (double)p[i]));
+            }
+        }
+        CHECK_NEAR(top, 0, 1e-6);
+    }
+}
+
+/* By hand: the first step goes by lr against the sign of any gradient, a zero one leaves all. */
+TEST(adam_by_hand) {
+    for (int t = 0; t < K_TABLES; t++) {
+        if (!k_tables[t]->available()) continue;
+        float p[4] = {1, 1, 1, 1}, g[4] = {0.5f, -2000, 0, 1e-3f}, m[4] = {0}, v[4] = {0};
+        k_adam a = {.lr = 0.1f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .decay = 1,
+                    .fix1 = 10, .fix2 = 1000, .clip = 1};
+        k_tables[t]->adam(4, p, g, m, v, &a);
+        CHECK_NEAR(p[0], 0.9, 1e-5);
+        CHECK_NEAR(p[1], 1.1, 1e-5);
+        CHECK(p[2] == 1 && m[2] == 0 && v[2] == 0);
+        CHECK_NEAR(p[3], 0.9, 1e-5);
+        CHECK_NEAR(m[0], 0.05, 1e-8);
+        CHECK_NEAR(v[0], 2.5e-4, 1e-10);
+        float q[2] = {0.1f, -7.25f}, zero[2] = {0}, m2[2] = {0.3f, 1}, v2[2] = {0.2f, 1};
+        float before[2] = {0.1f, -7.25f};
+        a.lr = 0;
+        k_tables[t]->adam(2, q, zero, m2, v2, &a);
+        CHECK_BITS(q, before, 2); /* a rate of 0 changes nothing */
+    }
+}
+
+/* ---- sums of squares, drawing ---------------------------------------------------------------- */
+
+TEST(sum_of_squares) {
+    for (int n = 0; n <= 2000; n = n < 70 ? n + 1 : n * 2) {
+        float *x = test_floats((size_t)n);
+        long double want = 0;
+        test_fill(x, (size_t)n, -1, 1);
+        for (int i = 0; i < n; i++) want += (long double)x[i] * (long double)x[i];
+        CHECK_NEAR(k_sumsq(n, x), (double)want, 1e-15 * (double)want);
+        for (int i = 0; i < n; i++) x[i] = (float)(i % 7 - 3);
+        int64_t whole = 0;
+        for (int i = 0; i < n; i++) whole += (i % 7 - 3) * (i % 7 - 3);
+        CHECK(k_sumsq(n, x) == (double)whole);
+        if (n) {
+            x[n / 2] = 1e30f;
+            CHECK(k_sumsq(n, x) > 9e59 && k_sumsq(n, x) < INFINITY);
+            x[n / 2] = NAN;
+            CHECK(isnan(k_sumsq(n, x)));
+        }
+        test_floats_free(x);
+    }
+}
+
+/* Evenly spaced u hit every index as often as its probability says. */
+TEST(draw_distribution) {
+    enum { N = 600, DRAWS = 20000 };
+    float x[N], scale = 1.25f;
+    static int count[N];
+    double p[N], sum = 0;
+    int most = test_quick() ? 500 : DRAWS;
+    test_fill(x, N, -3, 3);
+    x[0] = x[256] = x[N - 1] = -INFINITY;
+    for (int i = 0; i < N; i++) sum += p[i] = exp((double)x[i] * (double)scale);
+    float lse = k_r_stats(N, x, scale).lse;
+    memset(count, 0, sizeof count);
+    for (int d = 0; d < most; d++) {
+        int first = k_draw(k_tables[0], N, x, scale, lse, (d + 0.5) / most);
+        CHECK(first >= 0 && first < N);
+        count[first]++;
+        for (int t = 1; t < K_TABLES && d % 100 == 0; t++)
+            if (k_tables[t]->available())
+                CHECK_EQ_I(k_draw(k_tables[t], N, x, scale, lse, (d + 0.5) / most), first);
+    }
+    for (int i = 0; i < N; i++) {
+        CHECK_NEAR(count[i], p[i] / sum * most, 2);
+        if (x[i] == -INFINITY) CHECK_EQ_I(count[i], 0);
+    }
+}
+
+TEST(draw_edges) {
+    float one = 3, few[5] = {-INFINITY, 0, 0, 0, -INFINITY}, far[3] = {0, 200, 0};
+    float many[1000];
+    for (int t = 0; t < K_TABLES; t++) {
+        const k_table *k = k_tables[t];
+        double top = 1 - 0x1p-53;
+        if (!k->available()) continue;
+        CHECK_EQ_I(k_draw(k, 1, &one, 1, 3, 0), 0);
+        CHECK_EQ_I(k_draw(k, 1, &one, 1, 3, top), 0);
+        float lse = k->stats(5, few, 1).lse;
+        CHECK_EQ_I(k_draw(k, 5, few, 1, lse, 0), 1);
+        CHECK_EQ_I(k_draw(k, 5, few, 1, lse, 0.34), 2);
+        CHECK_EQ_I(k_draw(k, 5, few, 1, lse, top), 3);
+        CHECK_EQ_I(k_draw(k, 5, few, 1, lse + 0.5f, top), 3); /* a total of 0.6: still the last */
+        lse = k->stats(3, far, 1).lse;
+        CHECK_EQ_I(k_draw(k, 3, far, 1, lse, 0), 1);
+        CHECK_EQ_I(k_draw(k, 3, far, 1, lse, top), 1);
+        for (int i = 0; i < 1000; i++) many[i] = 0;
+        lse = k->stats(1000, many, 1).lse;
+        for (int i = 0; i < 1000; i += 37)
+            CHECK_EQ_I(k_draw(k, 1000, many, 1, lse, (i + 0.5) / 1000), i);
+        many[999] = -INFINITY;
+        CHECK_EQ_I(k_draw(k, 1000, many, 1, k->stats(1000, many, 1).lse, top), 998);
+    }
+}
+
+TEST_MAIN(CASE(exp_everywhere), CASE(log_everywhere), CASE(tanh_everywhere), CASE(sin_everywhere),
+          CASE(cos_everywhere), CASE(dense_intervals), CASE(exact_values),
+          CASE(twins_of_every_length), CASE(twins_long), CASE(twins_extreme), CASE(special_values),
+          CASE(bad_rows_show), CASE(statistics_of_a_row), CASE(online_softmax), CASE(rotation),
+          CASE(adam_formula), CASE(adam_by_hand), CASE(sum_of_squares), CASE(draw_distribution),
+          CASE(draw_edges))

@@ -1,44 +1,48 @@
 /* rlhf.c - the whole of RLHF on an ordinary CPU: supervised fine-tuning, reward model, PPO.
  *
- * This file owns everything from the matrix product to the command line. It does not download, does not use a GPU, keeps no
- * padding, keeps no logits, and has one code path for sampling and for training, so that the log-probability recorded while
- * sampling is the one that training computes, to the last bit.
+ * This file owns everything from the matrix product to the command line. It does not download,
+ * does not use a GPU, keeps no padding and no logits, and has one code path for sampling and for
+ * training, so that the log-probability recorded while sampling is the one that training
+ * computes, to the last bit.
  *
- * Read it upward or downward: a section calls only sections above it, there is not one forward declaration. `MARK:` lines are
- * indexed by grep, minimaps and jump bars.
+ * Read it upward or downward: a section calls only sections above it, there is not one forward
+ * declaration. `MARK:` lines are indexed by grep, minimaps and jump bars.
  *
- *   01 CONFIG (RLHF_)        compiler, platform, limits, third-party headers
- *   02 BASE (err_ log_ base_) context, errors that unwind to the public call, log, time
- *   03 MEM (mem_ arena_)     blocks that a failed call gives back, arenas for steps
- *   04 RNG (rng_)            counter-based random numbers
- *   05 PAR (par_)            threads: fixed splits over outputs
- *   06 VEC (v_)              sixteen virtual lanes: AVX2, NEON, plain C; exp, log, tanh, sin, cos
- *   07 KERN (k_)             row kernels on 06, each with a plain-C twin
- *   08 GEMM (gemm_)          the matrix product: packing, tiles, driver
- *   09 OPS (op_)             forward and backward of every operation
- *   10 IO (io_)              files: bounded reads, mapping, atomic writes, gzip
- *   11 JSON (json_)          schema helpers whose errors say file, line, key
- *   12 TOK (tok_)            byte-level and SentencePiece-style BPE, training, chat templates
- *   13 MODEL (model_)        architectures, parameter table, forward, backward, decoding
- *   14 CKPT (ckpt_)          safetensors and Hugging Face directories
- *   15 OPT (opt_)            AdamW, clipping, schedules
- *   16 DATA (data_)          records, loss spans, orders, ragged batches
- *   17 GEN (gen_)            sampling and batched generation
- *   18 ROLL (roll_)          rollouts, KL, rewards, whitening, advantages
- *   19 TRAIN (train_)        the loop that every trainer runs in: metrics, run directory, resume
- *   20 SFT (sft_)            supervised fine-tuning
- *   21 RM (rm_)              the reward model
- *   22 PPO (ppo_)            proximal policy optimisation
- *   23 EVAL (eval_)          perplexity, KL, preference accuracy by slice
- *   24 API (rlhf_)           every public function: checks arguments, calls one layer down
- *   25 CLI (cli_)            the program: only under RLHF_MAIN
+ *   01 CONFIG (RLHF_)          compiler, platform, limits, third-party headers
+ *   02 BASE (err_ log_ base_)  context, errors that unwind to the public call, log, time
+ *   03 MEM (mem_ arena_)       blocks that a failed call gives back, arenas for steps
+ *   04 RNG (rng_)              counter-based random numbers
+ *   05 PAR (par_)              threads: fixed splits over outputs
+ *   06 VEC (v_ v16_)           sixteen virtual lanes: AVX2, NEON, plain C; exp, log, tanh, sin, cos
+ *   07 KERN (k_)               row kernels on 06, each with a plain-C twin
+ *   08 GEMM (gemm_)            the matrix product: packing, tiles, driver
+ *   09 OPS (op_)               forward and backward of every operation
+ *   10 IO (io_)                files: bounded reads, mapping, atomic writes, gzip
+ *   11 JSON (json_)            schema helpers whose errors say file, line, key
+ *   12 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
+ *   13 VOCAB (tok_)            tokenizer.json in and out, chat templates, training a vocabulary
+ *   14 MODEL (model_)          architectures, parameter table, forward, backward, decoding
+ *   15 CKPT (ckpt_)            safetensors and Hugging Face directories
+ *   16 OPT (opt_)              AdamW, clipping, schedules
+ *   17 DATA (data_)            records, loss spans, orders
+ *   18 GEN (gen_)              sampling and batched generation
+ *   19 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
+ *   20 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
+ *   21 SFT (sft_)              supervised fine-tuning
+ *   22 RM (rm_)                the reward model
+ *   23 PPO (ppo_)              proximal policy optimisation
+ *   24 EVAL (eval_)            perplexity, KL, preference accuracy by slice
+ *   25 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
+ *   26 CLI (cli_ main)         the program: only under RLHF_MAIN
  *
- * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product is one chain of fused
- * multiply-adds over k in order; every row reduction has sixteen lanes and one tree. Hence the same bits for any thread
- * count, batch composition, tile shape and instruction set. (3) Transcendental functions are polynomials of 06.
+ * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
+ * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
+ * one tree. Hence the same bits for any thread count, batch composition, tile shape and
+ * instruction set. (3) exp, log, tanh, sin and cos are polynomials of 06, never libm's.
  *
- * Embedding: compile with -ffp-contract=off; -fopenmp is optional. No -march flag is needed: kernels carry their own target
- * attributes and are chosen when a context is opened. RLHF_MAIN adds the program.
+ * Embedding: compile with -ffp-contract=off; -fopenmp is optional. No -march flag is needed:
+ * kernels carry their own target attributes and are chosen when a context is opened. RLHF_MAIN
+ * adds the program.
  */
 
 /* ============================================================================================
@@ -48,7 +52,7 @@
  * ============================================================================================ */
 
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE 1 /* mmap, fsync, strptime-free subset of POSIX on Linux */
+#define _GNU_SOURCE 1
 #endif
 #ifndef _DARWIN_C_SOURCE
 #define _DARWIN_C_SOURCE 1
@@ -74,6 +78,7 @@
 #include <jansson.h>
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
+#include <utf8proc.h>
 #include <zlib.h>
 
 #ifdef _OPENMP
@@ -92,16 +97,18 @@
 #define RLHF_TARGET
 #endif
 
-/* Bodies that must be inlined into a function with the same target, so that their constants fold. */
+/* Bodies that must be inlined into a function with the same target, so that their constants fold.
+ */
 #define RLHF_INLINE static inline __attribute__((always_inline, unused))
 #define RLHF_PRINTF(a, b) __attribute__((format(printf, a, b)))
 
-/* One thread uses one context at a time; this is how stb_ds, which has no user pointer, finds it. */
+/* One thread uses one context at a time; this is how stb_ds, which has no user pointer, finds it.
+ */
 #define RLHF_THREAD _Thread_local
 
 enum {
-    RLHF_LANES = 16,        /* virtual lanes of every row reduction; also the width of a packed panel */
-    RLHF_ALIGN = 64,        /* of arena blocks: one cache line */
+    RLHF_LANES = 16, /* virtual lanes of every row reduction; also the width of a packed panel */
+    RLHF_ALIGN = 64, /* of arena blocks: one cache line */
     RLHF_MAX_THREADS = 1024,
     RLHF_ERROR_TEXT = 1024, /* bytes of the last error's text */
     RLHF_MAX_DEFER = 64     /* resources held at once by one public call */
@@ -139,8 +146,8 @@ typedef struct mem_block mem_block;
 typedef struct err_frame {
     jmp_buf jump;
     struct err_frame *up;
-    uint64_t seq; /* blocks with this number or a later one were allocated inside the frame */
-    int defers;   /* depth of the defer stack at entry */
+    uint64_t seq;    /* blocks with this number or a later one were allocated inside the frame */
+    int defers;      /* depth of the defer stack at entry */
     rlhf_ctx *outer; /* the context that was current on this thread */
 } err_frame;
 
@@ -161,9 +168,9 @@ struct rlhf_ctx {
     rlhf_status status;
     mem_block *blocks; /* newest first */
     uint64_t seq;
-    int64_t n_allocs;           /* calls of the allocation hook so far */
-    int objects;                /* open tokenizers, datasets, models, trainers */
-    int64_t mem_now, mem_peak;  /* bytes held through the allocation hook */
+    int64_t n_allocs;          /* calls of the allocation hook so far */
+    int objects;               /* open tokenizers, datasets, models, trainers */
+    int64_t mem_now, mem_peak; /* bytes held through the allocation hook */
     char error[RLHF_ERROR_TEXT];
 };
 
@@ -182,8 +189,8 @@ static void err_note(rlhf_ctx *ctx, rlhf_status status, const char *text) {
 }
 
 /* Fails the current public call: status and text go into the context, control to its frame. */
-__attribute__((noreturn)) RLHF_PRINTF(3, 4)
-static void err_throw(rlhf_ctx *ctx, rlhf_status status, const char *format, ...) {
+__attribute__((noreturn)) RLHF_PRINTF(3, 4) static void err_throw(rlhf_ctx *ctx, rlhf_status status,
+                                                                  const char *format, ...) {
     char text[RLHF_ERROR_TEXT];
     va_list args;
     va_start(args, format);
@@ -209,9 +216,7 @@ static void err_release(rlhf_ctx *ctx) {
 }
 
 /* Forgets the newest deferred resource: somebody else owns it from here on. */
-static void err_keep(rlhf_ctx *ctx) {
-    ctx->n_defer--;
-}
+static void err_keep(rlhf_ctx *ctx) { ctx->n_defer--; }
 
 RLHF_PRINTF(3, 4)
 static void log_at(rlhf_ctx *ctx, rlhf_level level, const char *format, ...) {
@@ -232,9 +237,7 @@ static size_t base_mul(rlhf_ctx *ctx, size_t a, size_t b) {
     return r;
 }
 
-static size_t base_round_up(size_t n, size_t unit) {
-    return (n + unit - 1) / unit * unit;
-}
+static size_t base_round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
 RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
@@ -252,7 +255,7 @@ struct mem_block {
     mem_block *older, *younger;
     rlhf_ctx *ctx;
     uint64_t seq;
-    size_t size; /* as asked for, without this header */
+    size_t size;      /* as asked for, without this header */
     size_t temporary; /* 1: given back when the public call that made it ends */
 };
 
@@ -325,9 +328,7 @@ static char *mem_strndup(rlhf_ctx *ctx, const char *s, size_t n) {
     return p;
 }
 
-static char *mem_strdup(rlhf_ctx *ctx, const char *s) {
-    return mem_strndup(ctx, s, strlen(s));
-}
+static char *mem_strdup(rlhf_ctx *ctx, const char *s) { return mem_strndup(ctx, s, strlen(s)); }
 
 RLHF_PRINTF(2, 3)
 static char *mem_printf(rlhf_ctx *ctx, const char *format, ...) {
@@ -348,7 +349,7 @@ static void *mem_stb_realloc(void *ptr, size_t size) {
 
 #define STBDS_NO_SHORT_NAMES
 #define STBDS_REALLOC(context, ptr, size) mem_stb_realloc(ptr, size)
-#define STBDS_FREE(context, ptr) mem_free(ptr)
+#define STBDS_FREE(context, ptr)          mem_free(ptr)
 #define STB_DS_IMPLEMENTATION
 #if defined(__GNUC__)
 #pragma GCC diagnostic push
@@ -403,7 +404,8 @@ typedef struct arena_block {
     size_t size, used;
 } arena_block;
 
-/* A stack of memory. Blocks belong to the arena and survive a failed call; arena_reset joins them into one. */
+/* A stack of memory. Blocks belong to the arena and survive a failed call; arena_reset joins them
+ * into one. */
 typedef struct arena {
     rlhf_ctx *ctx;
     arena_block *top; /* newest first */
@@ -460,9 +462,7 @@ static float *arena_zeros(arena *a, size_t rows, size_t cols) {
     return memset(arena_floats(a, rows, cols), 0, rows * cols * sizeof(float));
 }
 
-static arena_mark arena_save(arena *a) {
-    return (arena_mark){a->top, a->top ? a->top->used : 0};
-}
+static arena_mark arena_save(arena *a) { return (arena_mark){a->top, a->top ? a->top->used : 0}; }
 
 /* Gives back what was taken since the mark. */
 static void arena_restore(arena *a, arena_mark mark) {
@@ -479,7 +479,8 @@ static void arena_restore(arena *a, arena_mark mark) {
     }
 }
 
-/* Empties the arena and makes it one block of the largest size seen, so that the next step allocates nothing. */
+/* Empties the arena and makes it one block of the largest size seen, so that the next step
+ * allocates nothing. */
 static void arena_reset(arena *a) {
     if (a->top && !a->top->next && a->top->size >= a->peak) {
         a->top->used = 0;
@@ -504,12 +505,12 @@ static void arena_free(arena *a) {
 
 /* Streams: one for each use, so that no two uses ever share a number. */
 enum {
-    RNG_INIT = 1,    /* initial weights; index = position in the flat parameter array */
-    RNG_HEAD,        /* initial score head */
-    RNG_ORDER,       /* order of records; index mixes epoch and position */
-    RNG_MINIBATCH,   /* order of episodes inside a PPO update */
-    RNG_PROMPT,      /* order of prompts */
-    RNG_SAMPLE = 64  /* sampling: RNG_SAMPLE + a key of the sample; index = position in the answer */
+    RNG_INIT = 1,   /* initial weights; index = position in the flat parameter array */
+    RNG_HEAD,       /* initial score head */
+    RNG_ORDER,      /* order of records; index mixes epoch and position */
+    RNG_MINIBATCH,  /* order of episodes inside a PPO update */
+    RNG_PROMPT,     /* order of prompts */
+    RNG_SAMPLE = 64 /* sampling: RNG_SAMPLE + a key of the sample; index = position in the answer */
 };
 
 __extension__ typedef unsigned __int128 rng_u128;
@@ -563,6 +564,10 @@ static int par_default_threads(void) {
 #endif
 }
 
+/* Units of work that make a piece worth a thread, when one unit costs about `cost` simple
+ * operations: starting threads costs as much as some ten thousand of them. */
+static int64_t par_grain(int64_t cost) { return 1 + 16384 / (cost > 0 ? cost : 1); }
+
 /* Calls fn on pieces of [0, n), each of them a multiple of grain long but the last. */
 static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *arg) {
     int64_t units = (n + grain - 1) / grain;
@@ -595,7 +600,8 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
  * Tests: test/test_kern.c (against double precision, and lane against scalar bit for bit)
  * ============================================================================================ */
 
-/* ---- constants of the polynomials (S. Moshier's Cephes; parts of pi/2 and ln 2 so that fma reduces exactly) ---- */
+/* ---- constants of the polynomials (S. Moshier's Cephes; parts of pi/2 and ln 2 so that fma
+ * reduces exactly) ---- */
 
 #define V_LOG2E 1.44269504088896341f
 #define V_LN2_HI 0.693359375f
@@ -633,7 +639,8 @@ RLHF_INLINE int32_t v_int1(float f) {
     return i;
 }
 
-/* e^x: x = n ln 2 + r, |r| <= ln 2 / 2; 2^n in two factors, so that results go down to the smallest denormal. */
+/* e^x: x = n ln 2 + r, |r| <= ln 2 / 2; 2^n in two factors, so that results go down to the smallest
+ * denormal. */
 static float v_exp1(float x) {
     x = V_EXP_HI < x ? V_EXP_HI : x;
     x = V_EXP_LO > x ? V_EXP_LO : x;
@@ -656,7 +663,7 @@ static float v_log1(float x) {
         x *= 8388608.0f;
         e = -23.0f;
     }
-    int32_t i = v_int1(x), k = (i - 0x3f3504f3) >> 23;
+    int32_t i = v_int1(x), k = (int32_t)((uint32_t)i - 0x3f3504f3u) >> 23;
     float f = v_bits1((int32_t)((uint32_t)i - ((uint32_t)k << 23))) - 1.0f;
     e += (float)k;
     float z = f * f, p = v_log_c[0];
@@ -696,9 +703,7 @@ static void v_sincos1(float x, float *sine, float *cosine) {
     *cosine = (q + 1) & 2 ? -b : b;
 }
 
-static float v_sigmoid1(float x) {
-    return 1.0f / (1.0f + v_exp1(-x));
-}
+static float v_sigmoid1(float x) { return 1.0f / (1.0f + v_exp1(-x)); }
 
 /* Joins sixteen lanes as v16_sum does. acc is destroyed. */
 static float v_tree1(float acc[RLHF_LANES]) {
@@ -717,8 +722,14 @@ typedef __m256 vf;
 typedef __m256i vi;
 #define V_EACH(statement)                                                                          \
     do {                                                                                           \
-        { enum { i = 0 }; statement; }                                                             \
-        { enum { i = 1 }; statement; }                                                             \
+        {                                                                                          \
+            enum { i = 0 };                                                                        \
+            statement;                                                                             \
+        }                                                                                          \
+        {                                                                                          \
+            enum { i = 1 };                                                                        \
+            statement;                                                                             \
+        }                                                                                          \
     } while (0)
 V_OP vf v_load(const float *p) { return _mm256_loadu_ps(p); }
 V_OP void v_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
@@ -768,10 +779,22 @@ typedef float32x4_t vf;
 typedef int32x4_t vi;
 #define V_EACH(statement)                                                                          \
     do {                                                                                           \
-        { enum { i = 0 }; statement; }                                                             \
-        { enum { i = 1 }; statement; }                                                             \
-        { enum { i = 2 }; statement; }                                                             \
-        { enum { i = 3 }; statement; }                                                             \
+        {                                                                                          \
+            enum { i = 0 };                                                                        \
+            statement;                                                                             \
+        }                                                                                          \
+        {                                                                                          \
+            enum { i = 1 };                                                                        \
+            statement;                                                                             \
+        }                                                                                          \
+        {                                                                                          \
+            enum { i = 2 };                                                                        \
+            statement;                                                                             \
+        }                                                                                          \
+        {                                                                                          \
+            enum { i = 3 };                                                                        \
+            statement;                                                                             \
+        }                                                                                          \
     } while (0)
 V_OP vf v_load(const float *p) { return vld1q_f32(p); }
 V_OP void v_store(float *p, vf a) { vst1q_f32(p, a); }
@@ -888,12 +911,22 @@ V_OP void v_sincos(vf x, vf *sine, vf *cosine) {
 
 /* ---- sixteen lanes ---- */
 
-typedef struct v16 { vf r[V_COUNT]; } v16;
+typedef struct v16 {
+    vf r[V_COUNT];
+} v16;
 
 #define V16_1(name, op)                                                                            \
-    V_OP v16 name(v16 a) { v16 o; V_EACH(o.r[i] = op(a.r[i])); return o; }
+    V_OP v16 name(v16 a) {                                                                         \
+        v16 o;                                                                                     \
+        V_EACH(o.r[i] = op(a.r[i]));                                                               \
+        return o;                                                                                  \
+    }
 #define V16_2(name, op)                                                                            \
-    V_OP v16 name(v16 a, v16 b) { v16 o; V_EACH(o.r[i] = op(a.r[i], b.r[i])); return o; }
+    V_OP v16 name(v16 a, v16 b) {                                                                  \
+        v16 o;                                                                                     \
+        V_EACH(o.r[i] = op(a.r[i], b.r[i]));                                                       \
+        return o;                                                                                  \
+    }
 
 V16_2(v16_add, v_add)
 V16_2(v16_sub, v_sub)
@@ -923,9 +956,7 @@ V_OP v16 v16_neg(v16 a) {
     return o;
 }
 
-V_OP void v16_sincos(v16 a, v16 *s, v16 *c) {
-    V_EACH(v_sincos(a.r[i], &s->r[i], &c->r[i]));
-}
+V_OP void v16_sincos(v16 a, v16 *s, v16 *c) { V_EACH(v_sincos(a.r[i], &s->r[i], &c->r[i])); }
 
 V_OP v16 v16_load(const float *p) {
     v16 o;
@@ -933,9 +964,7 @@ V_OP v16 v16_load(const float *p) {
     return o;
 }
 
-V_OP void v16_store(float *p, v16 a) {
-    V_EACH(v_store(p + i * V_WIDTH, a.r[i]));
-}
+V_OP void v16_store(float *p, v16 a) { V_EACH(v_store(p + i * V_WIDTH, a.r[i])); }
 
 /* The first n lanes from p, the others fill. Reads nothing beyond p[n-1]. */
 V_OP v16 v16_get(const float *p, int n, float fill) {
@@ -999,6 +1028,7 @@ typedef struct k_stats {
 
 typedef struct k_adam {
     float lr, beta1, beta2, eps, decay; /* decay = 1 - lr * weight_decay, or 1 */
+    float rest1, rest2;                 /* 1 - beta, rounded once */
     float fix1, fix2;                   /* 1 / (1 - beta1^t), 1 / (1 - beta2^t) */
     float clip;                         /* factor on the gradient */
 } k_adam;
@@ -1008,12 +1038,14 @@ typedef void k_map_fn(int n, const float *x, float *y);
 typedef void k_sincos_fn(int n, const float *x, float *s, float *c);
 typedef float k_dot_fn(int n, const float *a, const float *b);
 typedef void k_rms_fn(int n, const float *x, const float *w, float eps, float *y, float *rstd);
-typedef void k_rms_bwd_fn(int n, const float *dy, const float *x, const float *w, float rstd, float *dx);
+typedef void k_rms_bwd_fn(int n, const float *dy, const float *x, const float *w, float rstd,
+                          float *dx);
 typedef void k_ln_fn(int n, const float *x, const float *w, const float *b, float eps, float *y,
                      float *mean, float *rstd);
 typedef void k_ln_bwd_fn(int n, const float *dy, const float *x, const float *w, float mean,
                          float rstd, float *dx);
-typedef void k_norm_dw_fn(int n, const float *dy, const float *x, float mean, float rstd, float *dw);
+typedef void k_norm_dw_fn(int n, const float *dy, const float *x, float mean, float rstd,
+                          float *dw);
 typedef void k_mul2_fn(int n, const float *x, const float *dy, float *dx);
 typedef void k_glu_fn(int n, const float *gate, const float *up, float *y);
 typedef void k_glu_bwd_fn(int n, const float *gate, const float *up, const float *dy, float *dgate,
@@ -1021,7 +1053,8 @@ typedef void k_glu_bwd_fn(int n, const float *gate, const float *up, const float
 typedef void k_rope_fn(int half, float *x, const float *c, const float *s, float sign);
 typedef k_stats k_stats_fn(int n, const float *x, float scale);
 typedef void k_ce_fn(int n, float *x, float scale, float lse, float coef);
-typedef double k_kl_fn(int n, const float *p, const float *q, float scale, float lse_p, float lse_q);
+typedef double k_kl_fn(int n, const float *p, const float *q, float scale, float lse_p,
+                       float lse_q);
 typedef float k_softmax_fn(int n, float *s, float scale, float *max, float *sum);
 typedef void k_prob_fn(int n, float *s, float scale, float lse);
 typedef void k_ds_fn(int n, const float *p, float *dp, float d, float scale);
@@ -1031,29 +1064,40 @@ typedef void k_adam_fn(int64_t n, float *p, const float *g, float *m, float *v, 
 struct gemm_tile_args;
 typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
 
+/* Every kernel: its name and type. */
+#define K_KERNELS(X)                                                                               \
+    X(exp, k_map_fn)                                                                               \
+    X(log, k_map_fn)                                                                               \
+    X(tanh, k_map_fn)                                                                              \
+    X(sincos, k_sincos_fn)                                                                         \
+    X(add, k_map_fn)                                                                               \
+    X(scale, k_scale_fn)                                                                           \
+    X(dot, k_dot_fn)                                                                               \
+    X(rms, k_rms_fn)                                                                               \
+    X(rms_bwd, k_rms_bwd_fn)                                                                       \
+    X(ln, k_ln_fn)                                                                                 \
+    X(ln_bwd, k_ln_bwd_fn)                                                                         \
+    X(norm_dw, k_norm_dw_fn)                                                                       \
+    X(gelu, k_map_fn)                                                                              \
+    X(gelu_bwd, k_mul2_fn)                                                                         \
+    X(glu, k_glu_fn)                                                                               \
+    X(glu_bwd, k_glu_bwd_fn)                                                                       \
+    X(rope, k_rope_fn)                                                                             \
+    X(stats, k_stats_fn)                                                                           \
+    X(ce, k_ce_fn)                                                                                 \
+    X(kl, k_kl_fn)                                                                                 \
+    X(softmax, k_softmax_fn)                                                                       \
+    X(prob, k_prob_fn)                                                                             \
+    X(ds, k_ds_fn)                                                                                 \
+    X(adam, k_adam_fn)
+
+/* The kernels of one instruction set. */
 typedef struct k_table {
     const char *name;
     int (*available)(void);
-    k_map_fn *exp, *log, *tanh, *add, *gelu;
-    k_sincos_fn *sincos;
-    k_dot_fn *dot;
-    k_rms_fn *rms;
-    k_rms_bwd_fn *rms_bwd;
-    k_ln_fn *ln;
-    k_ln_bwd_fn *ln_bwd;
-    k_norm_dw_fn *norm_dw;
-    k_mul2_fn *gelu_bwd;
-    k_glu_fn *glu;
-    k_glu_bwd_fn *glu_bwd;
-    k_rope_fn *rope;
-    k_stats_fn *stats;
-    k_ce_fn *ce;
-    k_kl_fn *kl;
-    k_softmax_fn *softmax;
-    k_prob_fn *prob;
-    k_ds_fn *ds;
-    k_scale_fn *scale;
-    k_adam_fn *adam;
+#define K_MEMBER(name, type) type *name;
+    K_KERNELS(K_MEMBER)
+#undef K_MEMBER
     k_tile_fn *tile;    /* 08: computes rows x panels, both from the list below */
     int rows;           /* height of the full tile */
     uint8_t panels[13]; /* panels[r]: widest tile of r rows, in panels of sixteen columns */
@@ -1142,7 +1186,8 @@ static void k_r_ln_bwd(int n, const float *dy, const float *x, const float *w, f
     }
 }
 
-/* One row's part of the norm weight's gradient, both norms (RMS: mean 0): dw += dy (x - mean) rstd. */
+/* One row's part of the norm weight's gradient, both norms (RMS: mean 0): dw += dy (x - mean) rstd.
+ */
 static void k_r_norm_dw(int n, const float *dy, const float *x, float mean, float rstd, float *dw) {
     for (int i = 0; i < n; i++) dw[i] = fmaf(dy[i], (x[i] - mean) * rstd, dw[i]);
 }
@@ -1179,7 +1224,8 @@ static void k_r_glu_bwd(int n, const float *gate, const float *up, const float *
     }
 }
 
-/* Rotates the pairs (x[i], x[half + i]) by the angle whose cosine and sine are given; sign -1 rotates back. */
+/* Rotates the pairs (x[i], x[half + i]) by the angle whose cosine and sine are given; sign -1
+ * rotates back. */
 static void k_r_rope(int half, float *x, const float *c, const float *s, float sign) {
     for (int i = 0; i < half; i++) {
         float a = x[i], b = x[half + i], t = s[i] * sign;
@@ -1205,7 +1251,7 @@ static void k_r_ce(int n, float *x, float scale, float lse, float coef) {
     for (int i = 0; i < n; i++) x[i] = v_exp1(x[i] * scale - lse) * coef;
 }
 
-/* KL(P || Q) of two rows of logits with the same scale. Sums in double, lane by lane. */
+/* KL(P || Q) of two rows of logits with the same scale. */
 static double k_r_kl(int n, const float *p, const float *q, float scale, float lse_p, float lse_q) {
     float t[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) {
@@ -1215,8 +1261,9 @@ static double k_r_kl(int n, const float *p, const float *q, float scale, float l
     return (double)v_tree1(t);
 }
 
-/* One tile of an online softmax: with m' = max(m, max s scale), s = e^(s scale - m'), sum = sum e^(m - m') + sum s.
- * Returns e^(m - m'), by which what was accumulated so far is to be multiplied. */
+/* One tile of an online softmax: with m' = max(m, max s scale), s = e^(s scale - m'), sum = sum
+ * e^(m - m') + sum s. Returns e^(m - m'), by which what was accumulated so far is to be multiplied.
+ */
 static float k_r_softmax(int n, float *s, float scale, float *max, float *sum) {
     float m = *max, e[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) m = s[i] * scale > m ? s[i] * scale : m;
@@ -1248,8 +1295,8 @@ static void k_r_scale(int n, float *x, float a) {
 static void k_r_adam(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a) {
     for (int64_t i = 0; i < n; i++) {
         float u = g[i] * a->clip;
-        m[i] = fmaf(m[i], a->beta1, u * (1.0f - a->beta1));
-        v[i] = fmaf(v[i], a->beta2, (u * u) * (1.0f - a->beta2));
+        m[i] = fmaf(m[i], a->beta1, u * a->rest1);
+        v[i] = fmaf(v[i], a->beta2, (u * u) * a->rest2);
         float root = sqrtf(v[i] * a->fix2) + a->eps;
         p[i] = fmaf(-a->lr, (m[i] * a->fix1) / root, p[i] * a->decay);
     }
@@ -1498,7 +1545,7 @@ K_FN void k_v_scale(int n, float *x, float a) {
 
 K_FN void k_v_adam(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a) {
     v16 b1 = v16_set(a->beta1), b2 = v16_set(a->beta2), clip = v16_set(a->clip);
-    v16 c1 = v16_set(1.0f - a->beta1), c2 = v16_set(1.0f - a->beta2), eps = v16_set(a->eps);
+    v16 c1 = v16_set(a->rest1), c2 = v16_set(a->rest2), eps = v16_set(a->eps);
     v16 f1 = v16_set(a->fix1), f2 = v16_set(a->fix2), lr = v16_set(-a->lr), dc = v16_set(a->decay);
     for (int64_t i = 0; i < n; i += RLHF_LANES) {
         int w = n - i < RLHF_LANES ? (int)(n - i) : RLHF_LANES;
@@ -1528,7 +1575,8 @@ static double k_sumsq(int64_t n, const float *x) {
     return acc[0];
 }
 
-/* Index of a draw from softmax(x scale) whose log normaliser is lse: the first i with sum_{j<=i} p_j > u. */
+/* Index of a draw from softmax(x scale) whose log normaliser is lse: the first i with sum_{j<=i}
+ * p_j > u. */
 static int k_draw(const k_table *k, int n, const float *x, float scale, float lse, double u) {
     double sum = 0;
     int last = 0;
@@ -1615,9 +1663,8 @@ V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
     for (int r = 0; r < R; r++) {
         GEMM_UNROLL
         for (int p = 0; p < P; p++)
-            sum[r][p] = t->mode == GEMM_ACC
-                            ? v16_load(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
-                            : v16_set(0);
+            sum[r][p] = t->mode == GEMM_ACC ? v16_load(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
+                                            : v16_set(0);
     }
     const float *a = t->a, *b = t->b;
     for (int k = t->k; k > 0; k--) {
@@ -1740,37 +1787,43 @@ GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t
 
 static int gemm_yes(void) { return 1; }
 
-static const k_table k_ref = {
-    "ref",      gemm_yes,       k_r_exp, k_r_log,   k_r_tanh,    k_r_add,      k_r_gelu,
-    k_r_sincos, k_r_dot,        k_r_rms, k_r_rms_bwd, k_r_ln,    k_r_ln_bwd,   k_r_norm_dw,
-    k_r_gelu_bwd, k_r_glu,      k_r_glu_bwd, k_r_rope, k_r_stats, k_r_ce,      k_r_kl,
-    k_r_softmax, k_r_prob,      k_r_ds,  k_r_scale, k_r_adam,    gemm_r_tile,
-    6,          {0, 4, 3, 2, 1, 1, 1}};
+#define GEMM_PLAIN_KERNEL(name, type)  .name = k_r_##name,
+#define GEMM_VECTOR_KERNEL(name, type) .name = k_v_##name,
 
-#if V_SIMD
-#define GEMM_VECTOR_KERNELS                                                                        \
-    k_v_exp, k_v_log, k_v_tanh, k_v_add, k_v_gelu, k_v_sincos, k_v_dot, k_v_rms, k_v_rms_bwd,      \
-        k_v_ln, k_v_ln_bwd, k_v_norm_dw, k_v_gelu_bwd, k_v_glu, k_v_glu_bwd, k_v_rope, k_v_stats,  \
-        k_v_ce, k_v_kl, k_v_softmax, k_v_prob, k_v_ds, k_v_scale, k_v_adam
-#endif
+static const k_table k_ref = {.name = "ref",
+                              .available = gemm_yes,
+                              .tile = gemm_r_tile,
+                              .rows = 6,
+                              .panels = {0, 4, 3, 2, 1, 1, 1},
+                              K_KERNELS(GEMM_PLAIN_KERNEL)};
 
 #if RLHF_X86
 static int gemm_has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-static int gemm_has_avx512(void) {
-    return gemm_has_avx2() && __builtin_cpu_supports("avx512f");
-}
+static int gemm_has_avx512(void) { return gemm_has_avx2() && __builtin_cpu_supports("avx512f"); }
 
-static const k_table k_avx2 = {"avx2", gemm_has_avx2, GEMM_VECTOR_KERNELS, gemm_v_tile,
-                               6,      {0, 4, 3, 2, 1, 1, 1}};
-static const k_table k_avx512 = {"avx512", gemm_has_avx512, GEMM_VECTOR_KERNELS, gemm_512_tile,
-                                 12, {0, 6, 6, 6, 6, 4, 4, 3, 3, 2, 2, 2, 2}};
+static const k_table k_avx2 = {.name = "avx2",
+                               .available = gemm_has_avx2,
+                               .tile = gemm_v_tile,
+                               .rows = 6,
+                               .panels = {0, 4, 3, 2, 1, 1, 1},
+                               K_KERNELS(GEMM_VECTOR_KERNEL)};
+static const k_table k_avx512 = {.name = "avx512",
+                                 .available = gemm_has_avx512,
+                                 .tile = gemm_512_tile,
+                                 .rows = 12,
+                                 .panels = {0, 6, 6, 6, 6, 4, 4, 3, 3, 2, 2, 2, 2},
+                                 K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table *const k_tables[] = {&k_avx512, &k_avx2, &k_ref};
 #elif RLHF_NEON
-static const k_table k_neon = {"neon", gemm_yes, GEMM_VECTOR_KERNELS, gemm_v_tile,
-                               6,      {0, 4, 3, 2, 1, 1, 1}};
+static const k_table k_neon = {.name = "neon",
+                               .available = gemm_yes,
+                               .tile = gemm_v_tile,
+                               .rows = 6,
+                               .panels = {0, 4, 3, 2, 1, 1, 1},
+                               K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table *const k_tables[] = {&k_neon, &k_ref};
 #else
 static const k_table *const k_tables[] = {&k_ref};
@@ -1779,14 +1832,10 @@ enum { K_TABLES = sizeof k_tables / sizeof *k_tables };
 
 /* ---- packing ---- */
 
-static size_t gemm_panels(int n) {
-    return ((size_t)n + RLHF_LANES - 1) / RLHF_LANES;
-}
+static size_t gemm_panels(int n) { return ((size_t)n + RLHF_LANES - 1) / RLHF_LANES; }
 
 /* Floats that B[k][n] takes when packed. */
-static size_t gemm_packed_size(int k, int n) {
-    return gemm_panels(n) * RLHF_LANES * (size_t)k;
-}
+static size_t gemm_packed_size(int k, int n) { return gemm_panels(n) * RLHF_LANES * (size_t)k; }
 
 typedef struct gemm_pack_args {
     const float *b;
@@ -1809,7 +1858,8 @@ static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
                        (size_t)w * sizeof *out);
             continue;
         }
-        /* Blocks of k keep the sixteen source lines and the destination in the first-level cache. */
+        /* Blocks of k keep the sixteen source lines and the destination in the first-level cache.
+         */
         for (int k0 = 0; k0 < g->k; k0 += 64) {
             int k1 = base_min(k0 + 64, g->k);
             for (int l = 0; l < w; l++) {
@@ -1826,8 +1876,7 @@ static void gemm_pack(rlhf_ctx *ctx, const float *b, size_t ks, size_t ns, int k
                       float *out) {
     gemm_pack_args g = {b, ks, ns, k, n, out};
     int64_t panels = (int64_t)gemm_panels(n);
-    int64_t grain = 1 + 4096 / (1 + k);
-    par_for(ctx, panels, grain, gemm_pack_range, &g);
+    par_for(ctx, panels, par_grain((int64_t)RLHF_LANES * k), gemm_pack_range, &g);
 }
 
 /* ---- driver ---- */
@@ -1905,7 +1954,7 @@ static void gemm_run(rlhf_ctx *ctx, const gemm_args *g) {
     int panels = (int)gemm_panels(g->n);
     int rows = base_min(g->m, 96); /* rows of A that stay in the second-level cache */
     int down = (g->m + rows - 1) / rows, across = 1;
-    if ((double)g->m * g->n * g->t.k < 32768.0) { /* a fork costs more than the work */
+    if ((double)g->m * g->n * g->t.k < 262144.0) { /* a fork costs more than the work */
         gemm_block(kt, g, 0, g->m, 0, panels);
         return;
     }
@@ -1931,6 +1980,11 @@ typedef struct op_env {
     arena *ws; /* scratch, given back before an operation returns */
 } op_env;
 
+/* Columns for one thread when each costs one operation a row: whole cache lines. */
+static int64_t op_col_grain(int rows) {
+    return (int64_t)base_round_up((size_t)par_grain(rows), RLHF_LANES);
+}
+
 /* ---- norms ---- */
 
 /* weight and bias [n]; bias null means RMSNorm. */
@@ -1940,9 +1994,9 @@ typedef struct op_norm {
     float eps;
     const float *w, *b;
     float *gw, *gb;
-    const float *x;      /* input [rows][n] */
-    float *y;            /* output [rows][n] */
-    float *mean, *rstd;  /* [rows] */
+    const float *x;     /* input [rows][n] */
+    float *y;           /* output [rows][n] */
+    float *mean, *rstd; /* [rows] */
     const float *dy;
     float *dx;
     int rows;
@@ -1961,7 +2015,7 @@ static void op_norm_rows(void *arg, int64_t lo, int64_t hi, int thread) {
 }
 
 static void op_norm_fwd(op_env *e, op_norm *o) {
-    par_for(e->ctx, o->rows, 4, op_norm_rows, o);
+    par_for(e->ctx, o->rows, par_grain(o->n), op_norm_rows, o);
 }
 
 static void op_norm_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -1980,7 +2034,8 @@ static void op_norm_bwd_cols(void *arg, int64_t lo, int64_t hi, int thread) {
     int n = (int)(hi - lo);
     (void)thread;
     for (int r = 0; r < o->rows; r++) {
-        const float *x = o->x + (size_t)r * (size_t)o->n + lo, *dy = o->dy + (size_t)r * (size_t)o->n + lo;
+        const float *x = o->x + (size_t)r * (size_t)o->n + lo,
+                    *dy = o->dy + (size_t)r * (size_t)o->n + lo;
         o->k->norm_dw(n, dy, x, o->mean[r], o->rstd[r], o->gw + lo);
         if (o->b) o->k->add(n, dy, o->gb + lo);
     }
@@ -1988,26 +2043,35 @@ static void op_norm_bwd_cols(void *arg, int64_t lo, int64_t hi, int thread) {
 
 /* dx += ..., gw += ..., gb += ... from dy, with x, mean and rstd of the forward pass. */
 static void op_norm_bwd(op_env *e, op_norm *o) {
-    par_for(e->ctx, o->rows, 4, op_norm_bwd_rows, o);
-    if (o->gw) par_for(e->ctx, o->n, RLHF_LANES, op_norm_bwd_cols, o);
+    par_for(e->ctx, o->rows, par_grain(o->n), op_norm_bwd_rows, o);
+    if (o->gw) par_for(e->ctx, o->n, op_col_grain(o->rows), op_norm_bwd_cols, o);
 }
 
 /* ---- linear ---- */
 
-/* y = x W^T + b with W [n][k]. packed is W^T in panels; gw and gb are null where nothing is trained. */
+/* y = x W^T + b with W [n][k]. packed is W^T in panels; gw and gb are null where nothing is
+ * trained. */
 typedef struct op_weight {
     int n, k;
     const float *w, *b, *packed;
     float *gw, *gb;
 } op_weight;
 
-/* y [m][n] = x [m][k] W^T + b; mode GEMM_ADD adds it to y. act, if not null, also writes z = act(y). */
+/* y [m][n] = x [m][k] W^T + b; mode GEMM_ADD adds it to y. act, if not null, also writes z =
+ * act(y). */
 static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y, int mode,
                       k_map_fn *act, float *z) {
     gemm_args g = {.m = m, .n = w->n, .act = act, .y = z, .ldy = (size_t)w->n};
-    g.t = (gemm_tile_args){.k = w->k, .a = x, .rs = (size_t)w->k, .cs = 1, .b = w->packed,
-                           .bs = (size_t)w->k * RLHF_LANES, .c = y, .ldc = (size_t)w->n,
-                           .mode = mode, .bias = w->b};
+    g.t = (gemm_tile_args){.k = w->k,
+                           .a = x,
+                           .rs = (size_t)w->k,
+                           .cs = 1,
+                           .b = w->packed,
+                           .bs = (size_t)w->k * RLHF_LANES,
+                           .c = y,
+                           .ldc = (size_t)w->n,
+                           .mode = mode,
+                           .bias = w->b};
     gemm_run(e->ctx, &g);
 }
 
@@ -2032,14 +2096,20 @@ static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x
     float *packed = arena_floats(e->ws, gemm_packed_size(m, w->k), 1);
     gemm_pack(e->ctx, x, (size_t)w->k, 1, m, w->k, packed);
     gemm_args g = {.m = w->n, .n = w->k};
-    g.t = (gemm_tile_args){.k = m, .a = dy, .rs = 1, .cs = (size_t)w->n, .b = packed,
-                           .bs = (size_t)m * RLHF_LANES, .c = w->gw, .ldc = (size_t)w->k,
+    g.t = (gemm_tile_args){.k = m,
+                           .a = dy,
+                           .rs = 1,
+                           .cs = (size_t)w->n,
+                           .b = packed,
+                           .bs = (size_t)m * RLHF_LANES,
+                           .c = w->gw,
+                           .ldc = (size_t)w->k,
                            .mode = GEMM_ACC};
     gemm_run(e->ctx, &g);
     arena_restore(e->ws, mark);
     if (!w->gb) return;
     op_cols o = {e->ctx->k, dy, w->gb, m, w->n};
-    par_for(e->ctx, w->n, 4 * RLHF_LANES, op_cols_range, &o);
+    par_for(e->ctx, w->n, op_col_grain(m), op_cols_range, &o);
 }
 
 /* dx [m][k] = dy [m][n] W. packed_w is W in panels (op_pack_bwd), or null: packed here. */
@@ -2052,8 +2122,14 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
         packed_w = p;
     }
     gemm_args g = {.m = m, .n = w->k};
-    g.t = (gemm_tile_args){.k = w->n, .a = dy, .rs = (size_t)w->n, .cs = 1, .b = packed_w,
-                           .bs = (size_t)w->n * RLHF_LANES, .c = dx, .ldc = (size_t)w->k};
+    g.t = (gemm_tile_args){.k = w->n,
+                           .a = dy,
+                           .rs = (size_t)w->n,
+                           .cs = 1,
+                           .b = packed_w,
+                           .bs = (size_t)w->n * RLHF_LANES,
+                           .c = dx,
+                           .ldc = (size_t)w->k};
     gemm_run(e->ctx, &g);
     arena_restore(e->ws, mark);
 }
@@ -2080,7 +2156,7 @@ static void op_embed_rows(void *arg, int64_t lo, int64_t hi, int thread) {
 }
 
 static void op_embed_fwd(op_env *e, op_embed *o) {
-    par_for(e->ctx, o->rows, 16, op_embed_rows, o);
+    par_for(e->ctx, o->rows, par_grain(o->d), op_embed_rows, o);
 }
 
 static void op_embed_cols(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -2095,7 +2171,7 @@ static void op_embed_cols(void *arg, int64_t lo, int64_t hi, int thread) {
 }
 
 static void op_embed_bwd(op_env *e, op_embed *o) {
-    if (o->gwte) par_for(e->ctx, o->d, RLHF_LANES, op_embed_cols, o);
+    if (o->gwte) par_for(e->ctx, o->d, op_col_grain(o->rows), op_embed_cols, o);
 }
 
 /* ---- activations ---- */
@@ -2167,11 +2243,11 @@ typedef struct op_attn {
     const k_table *kt;
     int heads, kv_heads, hd, seqs;
     const op_seq *seq;
-    float *qkv;   /* [rows][(heads + 2 kv_heads) hd], rotated */
-    float *o;     /* [rows][heads hd] */
-    float *lse;   /* [rows][heads]; null where no backward follows */
-    const float *dout; /* [rows][heads hd] */
-    float *dqkv;  /* as qkv, zeroed by the caller */
+    float *qkv;                 /* [rows][(heads + 2 kv_heads) hd], rotated */
+    float *o;                   /* [rows][heads hd] */
+    float *lse;                 /* [rows][heads]; null where no backward follows */
+    const float *dout;          /* [rows][heads hd] */
+    float *dqkv;                /* as qkv, zeroed by the caller */
     const float *cosine, *sine; /* [positions][hd/2]; null: no rotary positions */
     const int32_t *pos;         /* [rows] */
     float sign;                 /* of the rotation */
@@ -2188,9 +2264,7 @@ static size_t op_kv_v_size(int kv_heads, int hd, int cap) {
     return (size_t)kv_heads * gemm_panels(hd) * RLHF_LANES * (size_t)cap;
 }
 
-static int op_attn_width(const op_attn *a) {
-    return (a->heads + 2 * a->kv_heads) * a->hd;
-}
+static int op_attn_width(const op_attn *a) { return (a->heads + 2 * a->kv_heads) * a->hd; }
 
 static void op_rope_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_attn *a = arg;
@@ -2205,9 +2279,10 @@ static void op_rope_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Rotates queries and keys in place (sign 1), or their gradients back (sign -1, with qkv = dqkv). */
+/* Rotates queries and keys in place (sign 1), or their gradients back (sign -1, with qkv = dqkv).
+ */
 static void op_rope(op_env *e, op_attn *a) {
-    if (a->cosine) par_for(e->ctx, a->rows, 8, op_rope_rows, a);
+    if (a->cosine) par_for(e->ctx, a->rows, par_grain(op_attn_width(a)), op_rope_rows, a);
 }
 
 /* Copies one sequence's new keys and values into its panels. */
@@ -2216,8 +2291,8 @@ static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
     float *kp = s->kv.k + (size_t)g * hd * cap, *vp = s->kv.v + (size_t)g * hp * RLHF_LANES * cap;
     for (int r = 0; r < s->n; r++) {
         size_t pos = (size_t)(s->past + r);
-        const float *k = a->qkv + (size_t)(s->row + r) * (size_t)op_attn_width(a) +
-                         (size_t)(a->heads + g) * hd;
+        const float *k =
+            a->qkv + (size_t)(s->row + r) * (size_t)op_attn_width(a) + (size_t)(a->heads + g) * hd;
         const float *v = k + (size_t)a->kv_heads * hd;
         float *out = kp + pos / RLHF_LANES * hd * RLHF_LANES + pos % RLHF_LANES;
         for (size_t j = 0; j < hd; j++) out[j * RLHF_LANES] = k[j];
@@ -2226,8 +2301,9 @@ static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
     }
 }
 
-/* Queries [q0, q1) of one sequence and head. Scores of a tile of keys, online softmax, and o += P V, whose chain over keys is
- * the same whether the keys come from this batch or from earlier ones. */
+/* Queries [q0, q1) of one sequence and head. Scores of a tile of keys, online softmax, and o += P
+ * V, whose chain over keys is the same whether the keys come from this batch or from earlier ones.
+ */
 static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q1, float *scratch) {
     int g = h / (a->heads / a->kv_heads), hd = a->hd, n = q1 - q0;
     size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd), cap = (size_t)s->kv.cap;
@@ -2245,9 +2321,14 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
     for (int k0 = 0; k0 < last; k0 += OP_KEYS) {
         int keys = base_min(OP_KEYS, last - k0);
         gemm_args ga = {.m = n, .n = (int)gemm_panels(keys) * RLHF_LANES};
-        ga.t = (gemm_tile_args){.k = hd, .a = q, .rs = ldq, .cs = 1,
-                                .b = kp + (size_t)k0 * (size_t)hd, .bs = (size_t)hd * RLHF_LANES,
-                                .c = sc, .ldc = OP_KEYS};
+        ga.t = (gemm_tile_args){.k = hd,
+                                .a = q,
+                                .rs = ldq,
+                                .cs = 1,
+                                .b = kp + (size_t)k0 * (size_t)hd,
+                                .bs = (size_t)hd * RLHF_LANES,
+                                .c = sc,
+                                .ldc = OP_KEYS};
         gemm_block(a->kt, &ga, 0, n, 0, (int)gemm_panels(keys));
         for (int r = 0; r < n; r++) {
             int see = base_max(0, base_min(keys, s->past + q0 + r + 1 - k0));
@@ -2259,14 +2340,22 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
             memset(row + see, 0, (size_t)(keys - see) * sizeof *row);
         }
         gemm_args gv = {.m = n, .n = hd};
-        gv.t = (gemm_tile_args){.k = keys, .a = sc, .rs = OP_KEYS, .cs = 1,
-                                .b = vp + (size_t)k0 * RLHF_LANES, .bs = cap * RLHF_LANES,
-                                .c = o, .ldc = ldo, .mode = GEMM_ACC};
+        gv.t = (gemm_tile_args){.k = keys,
+                                .a = sc,
+                                .rs = OP_KEYS,
+                                .cs = 1,
+                                .b = vp + (size_t)k0 * RLHF_LANES,
+                                .bs = cap * RLHF_LANES,
+                                .c = o,
+                                .ldc = ldo,
+                                .mode = GEMM_ACC};
         gemm_block(a->kt, &gv, 0, n, 0, (int)gemm_panels(hd));
     }
     for (int r = 0; r < n; r++) {
         a->kt->scale(hd, o + (size_t)r * ldo, 1.0f / sum[r]);
-        if (a->lse) a->lse[(size_t)(s->row + q0 + r) * (size_t)a->heads + (size_t)h] = max[r] + v_log1(sum[r]);
+        if (a->lse)
+            a->lse[(size_t)(s->row + q0 + r) * (size_t)a->heads + (size_t)h] =
+                max[r] + v_log1(sum[r]);
     }
 }
 
@@ -2284,12 +2373,21 @@ static void op_attn_groups(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Causal attention of a ragged batch, after op_rope. Appends to every sequence's keys and values. */
+/* Groups of heads for one thread, from the mean cost of one. */
+static int64_t op_attn_grain(const op_attn *a) {
+    int64_t pairs = 0;
+    for (int i = 0; i < a->seqs; i++)
+        pairs += (int64_t)a->seq[i].n * (a->seq[i].past + a->seq[i].n);
+    return par_grain(pairs / (a->seqs ? a->seqs : 1) * (a->heads / a->kv_heads) * a->hd / 8);
+}
+
+/* Causal attention of a ragged batch, after op_rope. Appends to every sequence's keys and values.
+ */
 static void op_attn_fwd(op_env *e, op_attn *a) {
     arena_mark mark = arena_save(e->ws);
     a->scratch_size = OP_QUERIES * OP_KEYS;
     a->scratch = arena_floats(e->ws, a->scratch_size, (size_t)e->ctx->threads);
-    par_for(e->ctx, (int64_t)a->seqs * a->kv_heads, 1, op_attn_groups, a);
+    par_for(e->ctx, (int64_t)a->seqs * a->kv_heads, op_attn_grain(a), op_attn_groups, a);
     arena_restore(e->ws, mark);
 }
 
@@ -2322,8 +2420,8 @@ static void op_pack_here(const float *b, size_t ks, size_t ns, int k, int n, flo
     gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
 }
 
-/* One tile of queries and keys: P from the saved lse, dP = dO V^T, dS = P (dP - D) scale, then dQ += dS K, dK += dS^T Q and
- * dV += P^T dO (Dao et al., FlashAttention-2, without a T x T matrix). */
+/* One tile of queries and keys: P from the saved lse, dP = dO V^T, dS = P (dP - D) scale, then dQ
+ * += dS K, dK += dS^T Q and dV += P^T dO (Dao et al., FlashAttention-2, without a T x T matrix). */
 static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, int k0,
                              const op_attn_bwd_scratch *b) {
     int g = h / (a->heads / a->kv_heads), hd = a->hd, nq = base_min(OP_QUERIES, s->n - q0);
@@ -2333,10 +2431,15 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
     size_t vcol = kcol + (size_t)(a->kv_heads * hd), rows = base_round_up((size_t)s->n, RLHF_LANES);
     float scale = 1.0f / sqrtf((float)hd);
     gemm_args ga = {.m = nq, .n = np * RLHF_LANES};
-    ga.t = (gemm_tile_args){.k = hd, .a = a->qkv + (size_t)(s->row + q0) * ldq + qcol, .rs = ldq,
-                            .cs = 1, .b = s->kv.k + (size_t)g * (size_t)hd * (size_t)s->kv.cap +
-                                          (size_t)k0 * (size_t)hd,
-                            .bs = (size_t)hd * RLHF_LANES, .c = b->p, .ldc = OP_KEYS};
+    ga.t = (gemm_tile_args){.k = hd,
+                            .a = a->qkv + (size_t)(s->row + q0) * ldq + qcol,
+                            .rs = ldq,
+                            .cs = 1,
+                            .b = s->kv.k + (size_t)g * (size_t)hd * (size_t)s->kv.cap +
+                                 (size_t)k0 * (size_t)hd,
+                            .bs = (size_t)hd * RLHF_LANES,
+                            .c = b->p,
+                            .ldc = OP_KEYS};
     gemm_block(a->kt, &ga, 0, nq, 0, np);
     ga.t.a = a->dout + (size_t)(s->row + q0) * ldo + qcol;
     ga.t.rs = ldo;
@@ -2354,15 +2457,25 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
     }
     int hp = (int)gemm_panels(hd);
     gemm_args gq = {.m = nq, .n = hd}; /* dQ */
-    gq.t = (gemm_tile_args){.k = nk, .a = b->dp, .rs = OP_KEYS, .cs = 1,
-                            .b = b->kv + (size_t)k0 * RLHF_LANES, .bs = rows * RLHF_LANES,
-                            .c = a->dqkv + (size_t)(s->row + q0) * ldq + qcol, .ldc = ldq,
+    gq.t = (gemm_tile_args){.k = nk,
+                            .a = b->dp,
+                            .rs = OP_KEYS,
+                            .cs = 1,
+                            .b = b->kv + (size_t)k0 * RLHF_LANES,
+                            .bs = rows * RLHF_LANES,
+                            .c = a->dqkv + (size_t)(s->row + q0) * ldq + qcol,
+                            .ldc = ldq,
                             .mode = GEMM_ACC};
     gemm_block(a->kt, &gq, 0, nq, 0, hp);
     gemm_args gk = {.m = nk, .n = hd}; /* dK, then dV */
-    gk.t = (gemm_tile_args){.k = nq, .a = b->dp, .rs = 1, .cs = OP_KEYS,
-                            .b = b->q + (size_t)q0 * RLHF_LANES, .bs = rows * RLHF_LANES,
-                            .c = a->dqkv + (size_t)(s->row + k0) * ldq + kcol, .ldc = ldq,
+    gk.t = (gemm_tile_args){.k = nq,
+                            .a = b->dp,
+                            .rs = 1,
+                            .cs = OP_KEYS,
+                            .b = b->q + (size_t)q0 * RLHF_LANES,
+                            .bs = rows * RLHF_LANES,
+                            .c = a->dqkv + (size_t)(s->row + k0) * ldq + kcol,
+                            .ldc = ldq,
                             .mode = GEMM_ACC};
     gemm_block(a->kt, &gk, 0, nk, 0, hp);
     gk.t.a = b->p;
@@ -2412,7 +2525,7 @@ static void op_attn_bwd(op_env *e, op_attn *a) {
     for (int i = 0; i < a->seqs; i++) longest = base_max(longest, a->seq[i].n);
     a->scratch_size = op_attn_bwd_layout(longest, a->hd, NULL).size;
     a->scratch = arena_floats(e->ws, a->scratch_size, (size_t)e->ctx->threads);
-    par_for(e->ctx, (int64_t)a->seqs * a->kv_heads, 1, op_attn_bwd_groups, a);
+    par_for(e->ctx, (int64_t)a->seqs * a->kv_heads, op_attn_grain(a), op_attn_bwd_groups, a);
     arena_restore(e->ws, mark);
 }
 
@@ -2420,9 +2533,9 @@ static void op_attn_bwd(op_env *e, op_attn *a) {
 
 /* What is known of each row's distribution softmax(logits * scale). Arrays may be null. */
 typedef struct op_rows {
-    float *logp;    /* of the row's target */
+    float *logp; /* of the row's target */
     float *entropy;
-    uint8_t *hit;   /* 1: the target is a most likely token */
+    uint8_t *hit; /* 1: the target is a most likely token */
 } op_rows;
 
 /* d loss / d logp of rows [row, row + n), from what the forward pass found. */
@@ -2480,8 +2593,8 @@ static op_rows op_rows_at(const op_rows *o, int row) {
                      o->hit ? o->hit + row : NULL};
 }
 
-/* rows hidden states x [rows][d] against the vocabulary, in chunks: fills out; with coef also dx [rows][d] (overwritten) and
- * the weight's gradient. */
+/* rows hidden states x [rows][d] against the vocabulary, in chunks: fills out; with coef also dx
+ * [rows][d] (overwritten) and the weight's gradient. */
 static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x,
                          const int32_t *target, float scale, const op_rows *out, op_coef_fn *coef,
                          void *user, float *dx) {
@@ -2502,18 +2615,18 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
         op_linear(e, w, n, xr, v.logits, GEMM_STORE, NULL, NULL);
         v.target = target + r;
         v.out = op_rows_at(out, r);
-        par_for(e->ctx, n, 1, op_vocab_stats, &v);
+        par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_stats, &v);
         if (!coef) continue;
         coef(user, r, n, &v.out, v.coef);
-        par_for(e->ctx, n, 1, op_vocab_grad, &v);
+        par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_grad, &v);
         op_linear_bwd_x(e, w, n, v.logits, dx + (size_t)r * (size_t)w->k, packed);
         op_linear_bwd_w(e, w, n, xr, v.logits);
     }
     arena_restore(e->ws, mark);
 }
 
-/* Two models on the same rows: kl[r] = KL(first || second), other_logp[r] = the second's log-probability of the target; out
- * is about the first. */
+/* Two models on the same rows: kl[r] = KL(first || second), other_logp[r] = the second's
+ * log-probability of the target; out is about the first. */
 static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, const op_weight *w2,
                              const float *x2, int rows, const int32_t *target, float scale,
                              const op_rows *out, float *kl, float *other_logp) {
@@ -2531,7 +2644,7 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
         v.out = op_rows_at(out, r);
         v.kl = kl ? kl + r : NULL;
         v.other_logp = other_logp ? other_logp + r : NULL;
-        par_for(e->ctx, n, 1, op_vocab_stats, &v);
+        par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_stats, &v);
     }
     arena_restore(e->ws, mark);
 }
@@ -2929,8 +3042,6 @@ static void json_write_file(rlhf_ctx *ctx, const char *path, const json_t *value
  * not UTF-8 counts as what Python's errors="replace" makes of it: U+FFFD for each maximal bad part.
  * Tests: test/test_tok.c
  * ============================================================================================ */
-
-#include <utf8proc.h>
 
 enum {
     TOK_CACHE = 1 << 15,   /* words whose ids are remembered; a power of two */
@@ -3786,7 +3897,7 @@ static void tok_decode_step(tok_enc *e, const tok_step *st, const tok_list *from
     int fuses = st->kind == TOK_BYTES || st->kind == TOK_FUSE;
     for (size_t i = 0; i < from->n; i++) {
         size_t lo = i ? from->end[i - 1] : 0, n = from->end[i] - lo;
-        const char *s = from->text.p + lo;
+        const char *s = from->text.p ? from->text.p + lo : "";
         int byte = st->kind == TOK_FALLBACK ? tok_byte_token(s, n) : -1;
         if (byte >= 0) {
             char c = (char)byte;
@@ -3849,6 +3960,13 @@ static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_s
     if (len) *len = list.text.n;
     return list.text.p;
 }
+
+/* ============================================================================================
+ * MARK: - 13 VOCAB (tok_)
+ * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 12, chat
+ * templates as data, files out, and the training of a byte-level BPE.
+ * Tests: test/test_tok.c
+ * ============================================================================================ */
 
 /* ---- opening ---- */
 
@@ -4416,7 +4534,7 @@ static char *tok_render(rlhf_tokenizer *t, const char *template, const tok_messa
 
 /* tokenizer_config.json and chat_template.jinja, as far as they matter here. */
 static void tok_load_config(rlhf_tokenizer *t, const char *file) {
-    static const char *const eos[] = {TOK_END_OF_TEXT, "</s>", "<|end_of_text|>", "<s>", NULL};
+    static const char *const eos[] = {TOK_END_OF_TEXT, "</s>", "<|end_of_text|>", NULL};
     static const char *const bos[] = {TOK_END_OF_TEXT, "<s>", "<|begin_of_text|>", NULL};
     json_src src = json_source(t->ctx, file);
     json_t *config = t->config ? json_parse(&src, t->config, t->config_len) : NULL;
@@ -4635,7 +4753,7 @@ static void tok_train_merges(tok_trainer *r, int most) {
 static void tok_train_words(tok_trainer *r, rlhf_tokenizer *t, const char *const *texts,
                             const size_t *lens, int n) {
     tok_count *counts = NULL;
-    stbds_sh_new_arena(counts);
+    stbds_sh_new_strdup(counts);
     tok_enc e = tok_begin(t, NULL);
     e.counts = &counts;
     for (int i = 0; i < n; i++) tok_feed(&e, texts[i], lens[i]);
@@ -4680,15 +4798,17 @@ static char *tok_train_json(tok_trainer *r, size_t *len) {
         tok_must(r->ctx, json_array_append_new(merges, both));
     }
     json_t *root = json_pack(
-        format, "version", "1.0", "truncation", "padding", "added_tokens", "id", n, "content",
-        TOK_END_OF_TEXT, "single_word", 0, "lstrip", 0, "rstrip", 0, "normalized", 0, "special", 1,
-        "normalizer",
-        "pre_tokenizer", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1, "use_regex", 1,
-        "post_processor", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1, "use_regex", 1,
+        format, "version", "1.0", "truncation", "padding",
+        "added_tokens", "id", n, "content", TOK_END_OF_TEXT, "single_word", 0, "lstrip", 0,
+        "rstrip", 0, "normalized", 0, "special", 1, "normalizer",
+        "pre_tokenizer", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1,
+        "use_regex", 1,
+        "post_processor", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1,
+        "use_regex", 1,
         "decoder", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1, "use_regex", 1,
         "model", "type", "BPE", "dropout", "unk_token", "continuing_subword_prefix",
-        "end_of_word_suffix", "fuse_unk", 0, "byte_fallback", 0, "ignore_merges", 0, "vocab",
-        json_incref(vocab), "merges", json_incref(merges));
+        "end_of_word_suffix", "fuse_unk", 0, "byte_fallback", 0, "ignore_merges", 0,
+        "vocab", json_incref(vocab), "merges", json_incref(merges));
     json_hold(r->ctx, root);
     char *text = json_text(r->ctx, root, JSON_INDENT(1), len);
     for (int i = 0; i < 3; i++) err_release(r->ctx);
@@ -4742,7 +4862,7 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
 
 
 /* ============================================================================================
- * MARK: - 13 MODEL (model_)
+ * MARK: - 14 MODEL (model_)
  * A decoder. A family is data: a reader for its config.json and a list that maps its tensors onto
  * one table of parameters; forward, backward and decoding are written once for all. All weights
  * lie in one array, gradients and moments in arrays of the same layout. Sampling with a cache of
@@ -4753,16 +4873,17 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
 typedef struct model_cfg {
     int vocab, d, layers, heads, kv_heads, hd, ff, positions;
     float eps, theta, init_range;
-    int layer_norm;   /* 1: LayerNorm with bias, 0: RMSNorm */
-    int learned_pos;  /* 1: a table of positions, 0: rotary */
-    int glu;          /* 1: silu(gate) up, 0: gelu */
+    int layer_norm;  /* 1: LayerNorm with bias, 0: RMSNorm */
+    int learned_pos; /* 1: a table of positions, 0: rotary */
+    int glu;         /* 1: silu(gate) up, 0: gelu */
     int qkv_bias, o_bias, mlp_bias, tied;
-    int scaled_init;  /* residual projections start smaller by sqrt(2 layers) */
+    int scaled_init; /* residual projections start smaller by sqrt(2 layers) */
     rlhf_head head;
 } model_cfg;
 
-/* name, in every layer, rows, columns, exists, initial value ('n' normal, 'r' normal of a residual projection, '1', '0').
- * Weight decay applies to those with more than one column and to the score head. */
+/* name, in every layer, rows, columns, exists, initial value ('n' normal, 'r' normal of a residual
+ * projection, '1', '0'). Weight decay applies to those with more than one column and to the score
+ * head. */
 #define MODEL_PARAMS(X)                                                                            \
     X(WTE, 0, c->vocab, c->d, 1, 'n')                                                              \
     X(WPE, 0, c->positions, c->d, c->learned_pos, 'n')                                             \
@@ -4774,8 +4895,8 @@ typedef struct model_cfg {
     X(O_B, 1, c->d, 1, c->o_bias, '0')                                                             \
     X(LN2_W, 1, c->d, 1, 1, '1')                                                                   \
     X(LN2_B, 1, c->d, 1, c->layer_norm, '0')                                                       \
-    X(UP_W, 1, c->ff * (1 + c->glu), c->d, 1, 'n')                                                 \
-    X(UP_B, 1, c->ff * (1 + c->glu), 1, c->mlp_bias, '0')                                          \
+    X(UP_W, 1, c->ff *(1 + c->glu), c->d, 1, 'n')                                                  \
+    X(UP_B, 1, c->ff *(1 + c->glu), 1, c->mlp_bias, '0')                                           \
     X(DOWN_W, 1, c->d, c->ff, 1, 'r')                                                              \
     X(DOWN_B, 1, c->d, 1, c->mlp_bias, '0')                                                        \
     X(LNF_W, 0, c->d, 1, 1, '1')                                                                   \
@@ -4816,19 +4937,19 @@ struct rlhf_model {
     rlhf_ctx *ctx;
     const model_family *family;
     model_cfg c;
-    json_t *config;   /* as read; written back with what this library adds */
-    size_t n;         /* floats in w */
+    json_t *config; /* as read; written back with what this library adds */
+    size_t n;       /* floats in w */
     float *w;
-    float *g;         /* gradients, lent by the trainer that is open; null otherwise */
+    float *g; /* gradients, lent by the trainer that is open; null otherwise */
     model_slot slot[P_COUNT];
     size_t layer_size; /* floats from one layer to the next */
     uint64_t version;  /* changes with the weights */
-    float **packed;    /* [layers * P_COUNT]: forward panels of the matrices, made when first used */
+    float **packed; /* [layers * P_COUNT]: forward panels of the matrices, made when first used */
     uint64_t *packed_version;
     float *cosine, *sine; /* [rope_len][hd/2] */
     int rope_len;
-    arena ws;         /* of one call */
-    arena keep;       /* packed weights and tables: as long as the model */
+    arena ws;   /* of one call */
+    arena keep; /* packed weights and tables: as long as the model */
     int32_t eos[16];
     int n_eos, bos;
     int score_trained;
@@ -5002,7 +5123,9 @@ static void model_layout(rlhf_model *m) {
     m->n = at + base_mul(m->ctx, layer, (size_t)c->layers);
 }
 
-static const struct { uint8_t per_layer, init; } model_param_info[P_COUNT] = {
+static const struct {
+    uint8_t per_layer, init;
+} model_param_info[P_COUNT] = {
 #define MODEL_INFO(name, per_layer, rows, cols, exists, init) {per_layer, init},
     MODEL_PARAMS(MODEL_INFO)
 #undef MODEL_INFO
@@ -5080,9 +5203,9 @@ static void model_randomize(rlhf_model *m, uint64_t seed) {
             if (init == 'r' && m->c.scaled_init) std /= sqrtf(2.0f * (float)m->c.layers);
             for (size_t i = 0; i < m->slot[p].n; i++) {
                 uint64_t at = (uint64_t)(w - m->w) + i;
-                w[i] = init == '1' ? 1.0f
-                     : init == '0' ? 0.0f
-                                   : std * model_normal(seed, RNG_INIT, at);
+                w[i] = init == '1'   ? 1.0f
+                       : init == '0' ? 0.0f
+                                     : std * model_normal(seed, RNG_INIT, at);
             }
         }
     m->version++;
@@ -5102,13 +5225,15 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer) {
     size_t i = (size_t)layer * P_COUNT + (size_t)p;
     const model_slot *s = m->slot + p;
     float *w = model_w(m, p, layer);
-    if (!m->packed[i])
-        m->packed[i] = arena_floats(&m->keep, gemm_packed_size(s->cols, s->rows), 1);
+    if (!m->packed[i]) m->packed[i] = arena_floats(&m->keep, gemm_packed_size(s->cols, s->rows), 1);
     if (m->packed_version[i] != m->version) {
         gemm_pack(m->ctx, w, 1, (size_t)s->cols, s->cols, s->rows, m->packed[i]);
         m->packed_version[i] = m->version;
     }
-    op_weight o = {.n = s->rows, .k = s->cols, .w = w, .packed = m->packed[i],
+    op_weight o = {.n = s->rows,
+                   .k = s->cols,
+                   .w = w,
+                   .packed = m->packed[i],
                    .gw = model_g(m, p, layer)};
     if (bias != P_COUNT) {
         o.b = model_w(m, bias, layer);
@@ -5190,16 +5315,27 @@ static void model_check_run(rlhf_model *m, const model_run *run) {
                       (int)run->ids[i], m->c.vocab);
     for (int i = 0; i < run->seqs; i++)
         if (run->seq[i].past + run->seq[i].n > m->c.positions)
-            err_throw(m->ctx, RLHF_ERR_CONTEXT, "a sequence of %d tokens: the model has %d positions",
+            err_throw(m->ctx, RLHF_ERR_CONTEXT,
+                      "a sequence of %d tokens: the model has %d positions",
                       run->seq[i].past + run->seq[i].n, m->c.positions);
 }
 
 /* Attention of one layer's rows and its description, shared with backward. */
 static op_attn model_attn(rlhf_model *m, const model_run *run, model_acts *a) {
-    return (op_attn){.kt = m->ctx->k, .heads = m->c.heads, .kv_heads = m->c.kv_heads,
-                     .hd = m->c.hd, .seqs = run->seqs, .seq = a->seq, .qkv = a->qkv, .o = a->o,
-                     .lse = a->lse, .cosine = m->c.learned_pos ? NULL : m->cosine, .sine = m->sine,
-                     .pos = run->pos, .sign = 1, .rows = run->rows};
+    return (op_attn){.kt = m->ctx->k,
+                     .heads = m->c.heads,
+                     .kv_heads = m->c.kv_heads,
+                     .hd = m->c.hd,
+                     .seqs = run->seqs,
+                     .seq = a->seq,
+                     .qkv = a->qkv,
+                     .o = a->o,
+                     .lse = a->lse,
+                     .cosine = m->c.learned_pos ? NULL : m->cosine,
+                     .sine = m->sine,
+                     .pos = run->pos,
+                     .sign = 1,
+                     .rows = run->rows};
 }
 
 /* Buffers of one layer. Without save they serve every layer. */
@@ -5235,7 +5371,8 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     op_norm n1 = model_norm(m, P_LN1_W, layer, n);
     n1.x = a->x1, n1.y = a->h1, n1.mean = a->mean1, n1.rstd = a->rstd1;
     op_norm_fwd(e, &n1);
-    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer), o = model_weight(m, P_O_W, P_O_B, layer);
+    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer),
+              o = model_weight(m, P_O_W, P_O_B, layer);
     op_linear(e, &qkv, n, a->h1, a->qkv, GEMM_STORE, NULL, NULL);
     op_attn at = model_attn(m, run, a);
     op_rope(e, &at);
@@ -5250,7 +5387,7 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     op_linear(e, &up, n, a->h2, a->up, GEMM_STORE, c->glu ? NULL : m->ctx->k->gelu, a->act);
     if (c->glu) {
         op_glu glu = {.k = m->ctx->k, .ff = c->ff, .up = a->up, .y = a->act};
-        par_for(m->ctx, n, 4, op_glu_rows, &glu);
+        par_for(m->ctx, n, par_grain(4 * c->ff), op_glu_rows, &glu);
     }
     if (run->save) memcpy(run->x, a->x2, bytes);
     op_linear(e, &down, n, a->act, run->x, GEMM_ADD, NULL, NULL);
@@ -5268,8 +5405,14 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
     size_t rows = (size_t)run->rows, d = (size_t)c->d;
     run->acts = arena_alloc(ws, (size_t)c->layers * sizeof *run->acts);
     float *x = arena_floats(ws, rows, d);
-    op_embed em = {.k = m->ctx->k, .rows = run->rows, .d = c->d, .ids = run->ids, .pos = run->pos,
-                   .wte = model_w(m, P_WTE, 0), .wpe = model_w(m, P_WPE, 0), .x = x};
+    op_embed em = {.k = m->ctx->k,
+                   .rows = run->rows,
+                   .d = c->d,
+                   .ids = run->ids,
+                   .pos = run->pos,
+                   .wte = model_w(m, P_WTE, 0),
+                   .wpe = model_w(m, P_WPE, 0),
+                   .x = x};
     op_embed_fwd(&e, &em);
     run->x = x;
     for (int l = 0; l < c->layers; l++) {
@@ -5285,14 +5428,16 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
 
 /* ---- backward ---- */
 
-/* dx [rows][d], the gradient of run->x, becomes that of the layer's input; weight gradients are added to m->g. */
+/* dx [rows][d], the gradient of run->x, becomes that of the layer's input; weight gradients are
+ * added to m->g. */
 static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int layer, float *dx) {
     const model_cfg *c = &m->c;
     model_acts *a = run->acts + layer;
     arena_mark mark = arena_save(e->ws);
     int n = run->rows, wide = c->ff * (1 + c->glu);
     size_t rows = (size_t)n;
-    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer), o = model_weight(m, P_O_W, P_O_B, layer);
+    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer),
+              o = model_weight(m, P_O_W, P_O_B, layer);
     op_weight up = model_weight(m, P_UP_W, P_UP_B, layer);
     op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer);
 
@@ -5302,10 +5447,10 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     if (c->glu) {
         dup = arena_floats(e->ws, rows, (size_t)wide);
         op_glu glu = {.k = m->ctx->k, .ff = c->ff, .up = a->up, .dy = dact, .dup = dup};
-        par_for(m->ctx, n, 4, op_glu_bwd_rows, &glu);
+        par_for(m->ctx, n, par_grain(4 * c->ff), op_glu_bwd_rows, &glu);
     } else {
         op_gelu gelu = {m->ctx->k, c->ff, a->up, dup};
-        par_for(m->ctx, n, 4, op_gelu_bwd_rows, &gelu);
+        par_for(m->ctx, n, par_grain(4 * c->ff), op_gelu_bwd_rows, &gelu);
     }
     op_linear_bwd_w(e, &up, n, a->h2, dup);
     float *dh = arena_floats(e->ws, rows, (size_t)c->d);
@@ -5337,9 +5482,15 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
 static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float *dx) {
     op_env e = {m->ctx, ws};
     for (int l = m->c.layers - 1; l >= 0; l--) model_layer_bwd(m, &e, run, l, dx);
-    op_embed em = {.k = m->ctx->k, .rows = run->rows, .d = m->c.d, .ids = run->ids, .pos = run->pos,
-                   .wpe = model_w(m, P_WPE, 0), .gwte = model_g(m, P_WTE, 0),
-                   .gwpe = model_g(m, P_WPE, 0), .x = dx};
+    op_embed em = {.k = m->ctx->k,
+                   .rows = run->rows,
+                   .d = m->c.d,
+                   .ids = run->ids,
+                   .pos = run->pos,
+                   .wpe = model_w(m, P_WPE, 0),
+                   .gwte = model_g(m, P_WTE, 0),
+                   .gwpe = model_g(m, P_WPE, 0),
+                   .x = dx};
     op_embed_bwd(&e, &em);
 }
 
@@ -5369,7 +5520,8 @@ static model_top model_top_fwd(rlhf_model *m, arena *ws, const float *x, const i
 }
 
 /* dx [rows][d] of the residual stream, zero but for the chosen rows, from dh [n][d]. */
-static float *model_top_bwd(rlhf_model *m, arena *ws, const model_top *t, const float *dh, int rows) {
+static float *model_top_bwd(rlhf_model *m, arena *ws, const model_top *t, const float *dh,
+                            int rows) {
     op_env e = {m->ctx, ws};
     size_t d = (size_t)m->c.d;
     float *dx = arena_zeros(ws, (size_t)rows, d), *part = arena_zeros(ws, (size_t)t->n, d);
@@ -5454,9 +5606,12 @@ static float model_reward(const rlhf_model *m, float score) {
 
 static void model_need_score(const rlhf_model *m) {
     if (m->c.head != RLHF_HEAD_SCORE)
-        err_throw(m->ctx, RLHF_ERR_ARG, "the model is a language model; scoring needs a reward model (rlhf rm)");
+        err_throw(m->ctx, RLHF_ERR_ARG,
+                  "the model is a language model; scoring needs a reward model (rlhf rm)");
     if (!m->score_trained)
-        err_throw(m->ctx, RLHF_ERR_ARG, "the score head was never trained (no score.weight in the checkpoint); train it with rlhf rm");
+        err_throw(m->ctx, RLHF_ERR_ARG,
+                  "the score head was never trained (no score.weight in the checkpoint); train it "
+                  "with rlhf rm");
 }
 
 static void model_need_lm(const rlhf_model *m) {
@@ -5470,7 +5625,8 @@ static int model_is_eos(const rlhf_model *m, int32_t id) {
     return 0;
 }
 
-/* A hash of the weights: FNV-1a over their 32-bit patterns, parameter by parameter in table order. */
+/* A hash of the weights: FNV-1a over their 32-bit patterns, parameter by parameter in table order.
+ */
 static uint64_t model_hash(const rlhf_model *m) {
     uint64_t h = 14695981039346656037u;
     for (int p = 0; p < P_COUNT; p++)
@@ -5486,7 +5642,7 @@ static uint64_t model_hash(const rlhf_model *m) {
 }
 
 /* ============================================================================================
- * MARK: - 14 CKPT (ckpt_)
+ * MARK: - 15 CKPT (ckpt_)
  * safetensors files and Hugging Face model directories, in and out. Every offset and shape of a
  * file is checked before a byte is used; a tensor that is missing, unexpected or of another shape
  * is an error that names it.
@@ -5507,7 +5663,9 @@ typedef struct ckpt_file {
     size_t size;
 } ckpt_file;
 
-typedef struct ckpt_span { size_t from, to; } ckpt_span;
+typedef struct ckpt_span {
+    size_t from, to;
+} ckpt_span;
 
 static int ckpt_compare_spans(const void *a, const void *b) {
     const ckpt_span *x = a, *y = b;
@@ -5515,9 +5673,11 @@ static int ckpt_compare_spans(const void *a, const void *b) {
 }
 
 static size_t ckpt_dtype_size(const char *dtype) {
-    static const struct { const char *name; size_t size; } known[] = {
-        {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4}, {"I16", 2},
-        {"I8", 1}, {"U8", 1}, {"BOOL", 1}};
+    static const struct {
+        const char *name;
+        size_t size;
+    } known[] = {{"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8},
+                 {"I32", 4}, {"I16", 2}, {"I8", 1},  {"U8", 1},   {"BOOL", 1}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (!strcmp(dtype, known[i].name)) return known[i].size;
     return 0;
@@ -5532,7 +5692,9 @@ static ckpt_span ckpt_entry_span(const ckpt_file *f, const char *name, const jso
     json_t *shape = json_need_array(&src, entry, "shape"), *dim;
     json_t *offsets = json_need_array(&src, entry, "data_offsets");
     size_t n = ckpt_dtype_size(dtype), i;
-    if (!n) err_throw(ctx, RLHF_ERR_UNSUPPORTED, "%s: tensor \"%s\": unknown dtype \"%s\"", f->src.file, name, dtype);
+    if (!n)
+        err_throw(ctx, RLHF_ERR_UNSUPPORTED, "%s: tensor \"%s\": unknown dtype \"%s\"", f->src.file,
+                  name, dtype);
     json_array_foreach(shape, i, dim) {
         json_int_t d = json_integer_value(dim);
         if (!json_is_integer(dim) || d < 0 || __builtin_mul_overflow(n, (size_t)d, &n))
@@ -5542,13 +5704,15 @@ static ckpt_span ckpt_entry_span(const ckpt_file *f, const char *name, const jso
     json_int_t to = json_integer_value(json_array_get(offsets, 1));
     if (json_array_size(offsets) != 2 || from < 0 || to < from || (size_t)to > f->size)
         err_throw(ctx, RLHF_ERR_FORMAT,
-                  "%s: tensor \"%s\": data_offsets [%lld, %lld] do not lie in the file's %zu bytes of data%s",
+                  "%s: tensor \"%s\": data_offsets [%lld, %lld] do not lie in the file's %zu bytes "
+                  "of data%s",
                   f->src.file, name, (long long)from, (long long)to, f->size,
                   to > from ? "; the file may be truncated" : "");
     if ((size_t)(to - from) != n)
-        err_throw(ctx, RLHF_ERR_FORMAT,
-                  "%s: tensor \"%s\": its shape and dtype %s need %zu bytes, data_offsets hold %lld",
-                  f->src.file, name, dtype, n, (long long)(to - from));
+        err_throw(
+            ctx, RLHF_ERR_FORMAT,
+            "%s: tensor \"%s\": its shape and dtype %s need %zu bytes, data_offsets hold %lld",
+            f->src.file, name, dtype, n, (long long)(to - from));
     return (ckpt_span){(size_t)from, (size_t)to};
 }
 
@@ -5560,18 +5724,21 @@ static void ckpt_check(const ckpt_file *f) {
     json_object_foreach(header, name, entry) {
         if (!strcmp(name, "__metadata__")) continue;
         if (!json_is_object(entry))
-            err_throw(f->src.ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is not described by an object", f->src.file, name);
+            err_throw(f->src.ctx, RLHF_ERR_FORMAT,
+                      "%s: tensor \"%s\" is not described by an object", f->src.file, name);
         spans[n++] = ckpt_entry_span(f, name, entry);
     }
     qsort(spans, n, sizeof *spans, ckpt_compare_spans);
     for (size_t i = 1; i < n; i++)
         if (spans[i].from < spans[i - 1].to)
-            err_throw(f->src.ctx, RLHF_ERR_FORMAT, "%s: two tensors overlap at byte %zu of the data",
-                      f->src.file, spans[i].from);
+            err_throw(f->src.ctx, RLHF_ERR_FORMAT,
+                      "%s: two tensors overlap at byte %zu of the data", f->src.file,
+                      spans[i].from);
     mem_free(spans);
 }
 
-/* Maps the file and checks its header. Two resources are held: give them back with two err_release. */
+/* Maps the file and checks its header. Two resources are held: give them back with two err_release.
+ */
 static ckpt_file ckpt_map(rlhf_ctx *ctx, const char *path) {
     ckpt_file f = {.src = json_source(ctx, path)};
     const io_view *view = io_map(ctx, path);
@@ -5581,7 +5748,8 @@ static ckpt_file ckpt_map(rlhf_ctx *ctx, const char *path) {
     if (view->size < 8 || n > view->size - 8)
         err_throw(ctx, RLHF_ERR_FORMAT,
                   "%s: not a safetensors file, or truncated: its header of %llu bytes does not fit "
-                  "into %zu bytes", path, (unsigned long long)n, view->size);
+                  "into %zu bytes",
+                  path, (unsigned long long)n, view->size);
     f.header = json_parse(&f.src, (const char *)view->data + 8, (size_t)n);
     if (!json_is_object(f.header))
         err_throw(ctx, RLHF_ERR_FORMAT, "%s: the header is not a JSON object", path);
@@ -5611,25 +5779,34 @@ static float ckpt_value(const unsigned char *p, char kind, size_t i) {
     return kind == 'h' ? ckpt_half(h) : v_bits1((int32_t)((uint32_t)h << 16));
 }
 
-/* Copies a tensor to out [rows][cols]; transposed: the file holds [cols][rows]. cols 1: the file holds [rows]. */
+/* Copies a tensor to out [rows][cols]; transposed: the file holds [cols][rows]. cols 1: the file
+ * holds [rows]. */
 static void ckpt_load(const ckpt_file *f, const char *name, const json_t *entry, size_t rows,
                       size_t cols, int one_dim, int transposed, float *out) {
     rlhf_ctx *ctx = f->src.ctx;
     const char *dtype = json_string_value(json_object_get(entry, "dtype"));
-    char kind = !strcmp(dtype, "F32") ? '4' : !strcmp(dtype, "F16") ? 'h' : !strcmp(dtype, "BF16") ? 'b' : 0;
+    char kind = !strcmp(dtype, "F32")    ? '4'
+                : !strcmp(dtype, "F16")  ? 'h'
+                : !strcmp(dtype, "BF16") ? 'b'
+                                         : 0;
     if (!kind)
-        err_throw(ctx, RLHF_ERR_UNSUPPORTED, "%s: tensor \"%s\" has dtype %s; F32, F16 and BF16 are read", f->src.file, name, dtype);
+        err_throw(ctx, RLHF_ERR_UNSUPPORTED,
+                  "%s: tensor \"%s\" has dtype %s; F32, F16 and BF16 are read", f->src.file, name,
+                  dtype);
     json_t *shape = json_object_get(entry, "shape");
     size_t nd = json_array_size(shape), a = (size_t)json_integer_value(json_array_get(shape, 0));
     size_t b = nd > 1 ? (size_t)json_integer_value(json_array_get(shape, 1)) : 1;
     size_t want_a = transposed ? cols : rows, want_b = transposed ? rows : cols;
     if (nd != (one_dim ? 1u : 2u) || a != want_a || b != want_b) {
         char *found = json_text(ctx, shape, JSON_COMPACT, NULL);
-        if (one_dim) err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu]", f->src.file, name, found, want_a);
+        if (one_dim)
+            err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu]",
+                      f->src.file, name, found, want_a);
         err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu,%zu]",
                   f->src.file, name, found, want_a, want_b);
     }
-    const unsigned char *p = f->data + json_integer_value(json_array_get(json_object_get(entry, "data_offsets"), 0));
+    const unsigned char *p =
+        f->data + json_integer_value(json_array_get(json_object_get(entry, "data_offsets"), 0));
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++)
             out[r * cols + c] = ckpt_value(p, kind, transposed ? c * rows + r : r * cols + c);
@@ -5654,8 +5831,8 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
         json_int_t b = (json_int_t)(t[i].transposed ? t[i].rows : t[i].cols);
         json_t *shape = t[i].cols ? json_pack("[I,I]", a, b) : json_pack("[I]", a);
         json_object_set_new(header, t[i].name,
-                            json_pack("{s:s,s:o,s:[I,I]}", "dtype", "F32", "shape", shape, "data_offsets",
-                                      (json_int_t)at, (json_int_t)(at + bytes)));
+                            json_pack("{s:s,s:o,s:[I,I]}", "dtype", "F32", "shape", shape,
+                                      "data_offsets", (json_int_t)at, (json_int_t)(at + bytes)));
         at += bytes;
     }
     size_t len;
@@ -5744,7 +5921,8 @@ static void ckpt_load_model(rlhf_model *m, const char *path) {
     for (const model_tensor *t = m->family->tensors; t->name; t++)
         for (int l = 0; l < model_param_layers(m, t->param); l++) {
             char name[160];
-            json_t *entry = json_object_get(f.header, ckpt_name(name, sizeof name, m->family, t, l, 1));
+            json_t *entry =
+                json_object_get(f.header, ckpt_name(name, sizeof name, m->family, t, l, 1));
             if (!entry && m->family->prefix_optional)
                 entry = json_object_get(f.header, ckpt_name(name, sizeof name, m->family, t, l, 0));
             if (!entry && t->param == P_SCORE) continue;
@@ -5760,8 +5938,8 @@ static void ckpt_load_model(rlhf_model *m, const char *path) {
     json_t *entry;
     json_object_foreach(left, name, entry) {
         if (!ckpt_ignored(m, name))
-            err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: unexpected tensor \"%s\" for model_type %s", path,
-                      name, m->family->type);
+            err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: unexpected tensor \"%s\" for model_type %s",
+                      path, name, m->family->type);
     }
     err_release(m->ctx);
     err_release(m->ctx);
@@ -5778,14 +5956,13 @@ static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config
     return m;
 }
 
-static void ckpt_drop_config(void *model) {
-    json_decref(((rlhf_model *)model)->config);
-}
+static void ckpt_drop_config(void *model) { json_decref(((rlhf_model *)model)->config); }
 
 /* Opens a directory. */
 static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
     if (!io_is_dir(dir))
-        err_throw(ctx, RLHF_ERR_IO, "%s: not a directory; expected a Hugging Face model directory", dir);
+        err_throw(ctx, RLHF_ERR_IO, "%s: not a directory; expected a Hugging Face model directory",
+                  dir);
     char *path = ckpt_path(ctx, dir, "config.json");
     json_src src = json_source(ctx, path);
     json_t *config = json_read(&src);
@@ -5795,13 +5972,16 @@ static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
     char *weights = ckpt_path(ctx, dir, "model.safetensors");
     if (!io_exists(weights)) {
         if (io_exists(ckpt_path(ctx, dir, "pytorch_model.bin")))
-            err_throw(ctx, RLHF_ERR_UNSUPPORTED,
-                      "%s: holds pytorch_model.bin, a Python pickle; save it again from Python with "
-                      "model.save_pretrained(dir, safe_serialization=True)", dir);
+            err_throw(
+                ctx, RLHF_ERR_UNSUPPORTED,
+                "%s: holds pytorch_model.bin, a Python pickle; save it again from Python with "
+                "model.save_pretrained(dir, safe_serialization=True)",
+                dir);
         if (io_exists(ckpt_path(ctx, dir, "model.safetensors.index.json")))
             err_throw(ctx, RLHF_ERR_UNSUPPORTED,
                       "%s: weights in several files; save them as one from Python with "
-                      "model.save_pretrained(dir, max_shard_size=\"1TB\")", dir);
+                      "model.save_pretrained(dir, max_shard_size=\"1TB\")",
+                      dir);
         err_throw(ctx, RLHF_ERR_IO, "%s: no model.safetensors", dir);
     }
     ckpt_load_model(m, weights);
@@ -5849,7 +6029,8 @@ static void ckpt_save(const rlhf_model *m, const char *dir) {
     rlhf_ctx *ctx = m->ctx;
     io_mkdirs(ctx, dir);
     int n = 0, cap = 0;
-    for (const model_tensor *t = m->family->tensors; t->name; t++) cap += model_param_layers(m, t->param);
+    for (const model_tensor *t = m->family->tensors; t->name; t++)
+        cap += model_param_layers(m, t->param);
     ckpt_tensor *list = mem_zalloc(ctx, (size_t)cap + 1, sizeof *list);
     for (const model_tensor *t = m->family->tensors; t->name; t++) {
         if (t->param == P_SCORE && !m->score_trained) continue;
@@ -5878,17 +6059,19 @@ static void ckpt_save(const rlhf_model *m, const char *dir) {
 /* A copy with the head asked for. */
 static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     json_t *config = ckpt_config(m);
-    json_object_set_new(config, "architectures",
-                        json_pack("[s]", head == RLHF_HEAD_SCORE ? m->family->score_class
-                                                                 : m->family->lm_class));
+    json_object_set_new(
+        config, "architectures",
+        json_pack("[s]", head == RLHF_HEAD_SCORE ? m->family->score_class : m->family->lm_class));
     json_src src = json_source(m->ctx, "config.json");
     if (head == RLHF_HEAD_LM && m->c.head == RLHF_HEAD_SCORE && !m->c.tied)
-        err_throw(m->ctx, RLHF_ERR_ARG, "a scorer has no output matrix to make a language model from");
+        err_throw(m->ctx, RLHF_ERR_ARG,
+                  "a scorer has no output matrix to make a language model from");
     rlhf_model *o = ckpt_adopt(m->ctx, &src, config);
     err_release(m->ctx);
     for (int p = 0; p < P_COUNT; p++)
         for (int l = 0; l < model_param_layers(o, p); l++)
-            if (model_w(m, p, l)) memcpy(model_w(o, p, l), model_w(m, p, l), o->slot[p].n * sizeof(float));
+            if (model_w(m, p, l))
+                memcpy(model_w(o, p, l), model_w(m, p, l), o->slot[p].n * sizeof(float));
     o->score_trained = head == RLHF_HEAD_SCORE && m->score_trained;
     o->score_mean = o->score_trained ? m->score_mean : 0;
     o->score_std = o->score_trained ? m->score_std : 1;
@@ -5897,7 +6080,7 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
 }
 
 /* ============================================================================================
- * MARK: - 15 OPT (opt_)
+ * MARK: - 16 OPT (opt_)
  * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm
  * is summed in double over chunks that the problem fixes, in order.
  * Tests: test/test_train.c, test/test_golden.c
@@ -5932,7 +6115,8 @@ static double opt_power(double b, int64_t n) {
     return r;
 }
 
-/* Factor on the learning rate of step k (from 0) of total, as Hugging Face's schedules: the first warm-up step is 0. */
+/* Factor on the learning rate of step k (from 0) of total, as Hugging Face's schedules: the first
+ * warm-up step is 0. */
 static double opt_schedule(const char *kind, int64_t k, int64_t warmup, int64_t total) {
     if (k < warmup) return (double)k / (double)(warmup > 1 ? warmup : 1);
     double left = (double)(total - warmup > 1 ? total - warmup : 1);
@@ -5953,7 +6137,8 @@ static void opt_add_chunks(opt *o, int model, int count_only) {
             for (size_t i = 0; i < m->slot[p].n; i += OPT_CHUNK) {
                 size_t n = m->slot[p].n - i < OPT_CHUNK ? m->slot[p].n - i : OPT_CHUNK;
                 if (!count_only)
-                    o->chunk[o->chunks] = (opt_chunk){model, model_at(m, p, l) + i, (int)n, m->slot[p].cols > 1};
+                    o->chunk[o->chunks] =
+                        (opt_chunk){model, model_at(m, p, l) + i, (int)n, m->slot[p].cols > 1};
                 o->chunks++;
             }
 }
@@ -6001,9 +6186,7 @@ static void opt_zero_range(void *arg, int64_t lo, int64_t hi, int thread) {
         memset(o->g[o->chunk[i].model] + o->chunk[i].at, 0, (size_t)o->chunk[i].n * sizeof(float));
 }
 
-static void opt_zero(opt *o) {
-    par_for(o->ctx, o->chunks, 8, opt_zero_range, o);
-}
+static void opt_zero(opt *o) { par_for(o->ctx, o->chunks, 8, opt_zero_range, o); }
 
 static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
@@ -6025,24 +6208,31 @@ static void opt_step_range(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     for (int64_t i = lo; i < hi; i++) {
         opt_chunk c = o->chunk[i];
-        o->ctx->k->adam(c.n, o->model[c.model]->w + c.at, o->g[c.model] + c.at, o->m[c.model] + c.at,
-                        o->v[c.model] + c.at, &o->now[c.model][c.decay]);
+        o->ctx->k->adam(c.n, o->model[c.model]->w + c.at, o->g[c.model] + c.at,
+                        o->m[c.model] + c.at, o->v[c.model] + c.at, &o->now[c.model][c.decay]);
     }
 }
 
-/* One step with lr[i] for model i; returns the gradient norm before clipping. A norm that is not finite is thrown and changes
- * nothing. */
+/* One step with lr[i] for model i; returns the gradient norm before clipping. A norm that is not
+ * finite is thrown and changes nothing. */
 static double opt_step(opt *o, const double *lr) {
     double norm = opt_norm(o);
     if (!isfinite(norm))
         err_throw(o->ctx, RLHF_ERR_NUMERIC,
                   "step %lld: the gradient is not finite; the weights are those of the step before "
-                  "(a lower learning_rate may help)", (long long)o->step + 1);
+                  "(a lower learning_rate may help)",
+                  (long long)o->step + 1);
     double clip = o->max_norm > 0 && norm > o->max_norm ? o->max_norm / (norm + 1e-6) : 1;
     o->step++;
     for (int i = 0; i < o->models; i++) {
-        k_adam a = {.lr = (float)lr[i], .beta1 = (float)o->beta1, .beta2 = (float)o->beta2,
-                    .eps = (float)o->eps, .decay = 1, .clip = (float)clip,
+        k_adam a = {.lr = (float)lr[i],
+                    .beta1 = (float)o->beta1,
+                    .beta2 = (float)o->beta2,
+                    .rest1 = (float)(1.0 - o->beta1),
+                    .rest2 = (float)(1.0 - o->beta2),
+                    .eps = (float)o->eps,
+                    .decay = 1,
+                    .clip = (float)clip,
                     .fix1 = (float)(1.0 / (1.0 - opt_power(o->beta1, o->step))),
                     .fix2 = (float)(1.0 / (1.0 - opt_power(o->beta2, o->step)))};
         o->now[i][0] = o->now[i][1] = a;
@@ -6054,7 +6244,7 @@ static double opt_step(opt *o, const double *lr) {
 }
 
 /* ============================================================================================
- * MARK: - 16 DATA (data_)
+ * MARK: - 17 DATA (data_)
  * Records of every kind, read by one loader for every stage. A record becomes token sequences
  * whose tokens are marked where they bear loss: assistant turns with their end, completions, or
  * all of a plain text. Text is tokenised whole; where a part begins is found as the longest common
@@ -6071,8 +6261,8 @@ typedef struct data_seq {
 } data_seq;
 
 typedef struct data_record {
-    char *line;   /* the record as one line of JSON */
-    char *prompt; /* rendered text of the prompt, kind PROMPT */
+    char *line;                                      /* the record as one line of JSON */
+    char *prompt;                                    /* rendered text of the prompt, kind PROMPT */
     const char *domain, *annotator, *annotator_type; /* null where the record has none */
     double weight, margin;
     data_seq a, b; /* the sequence, or the prompt; PREFERENCE: chosen and rejected */
@@ -6091,12 +6281,10 @@ typedef struct data_reader {
     rlhf_dataset *d;
     rlhf_tokenizer *tok;
     const char *chat; /* name of the chat template, or "auto" */
-    json_src src; /* of the record at hand */
+    json_src src;     /* of the record at hand */
 } data_reader;
 
-static void data_drop_store(void *store) {
-    arena_free(store);
-}
+static void data_drop_store(void *store) { arena_free(store); }
 
 static char *data_keep(rlhf_dataset *d, const char *s, size_t n) {
     char *p = arena_alloc(&d->store, n + 1);
@@ -6105,8 +6293,7 @@ static char *data_keep(rlhf_dataset *d, const char *s, size_t n) {
     return p;
 }
 
-__attribute__((noreturn))
-static void data_bad(const data_reader *r, const char *text) {
+__attribute__((noreturn)) static void data_bad(const data_reader *r, const char *text) {
     char place[512];
     err_throw(r->d->ctx, RLHF_ERR_DATA, "%s: %s", json_place(&r->src, place, sizeof place), text);
 }
@@ -6132,7 +6319,8 @@ static void data_mark(const data_reader *r, const char *text, size_t from, size_
     mem_free(through.ids);
 }
 
-/* A sequence in the store from ids; an end-of-text token that bears loss follows if asked for and not there. */
+/* A sequence in the store from ids; an end-of-text token that bears loss follows if asked for and
+ * not there. */
 static data_seq data_seq_new(const data_reader *r, const tok_ids *ids, int add_eos) {
     int eos = r->tok->eos;
     int extra = add_eos && eos >= 0 && (ids->n == 0 || ids->ids[ids->n - 1] != eos);
@@ -6161,7 +6349,8 @@ static data_seq data_text_seq(const data_reader *r, const char *prompt, const ch
     tok_ids ids = {0};
     tok_encode(r->tok, text, np + nc, 1, &ids);
     data_seq s = data_seq_new(r, &ids, r->d->config.add_eos);
-    if (all || !r->d->config.completion_only_loss) memset(s.loss + 1, 1, (size_t)base_max(s.n - 1, 0));
+    if (all || !r->d->config.completion_only_loss)
+        memset(s.loss + 1, 1, (size_t)base_max(s.n - 1, 0));
     else data_mark(r, text, np, np + nc, 1, &ids, &s);
     mem_free(ids.ids);
     mem_free(text);
@@ -6175,13 +6364,15 @@ typedef struct data_chat {
     int n;
 } data_chat;
 
-static void data_chat_add(const data_reader *r, data_chat *c, const char *role, const char *content) {
+static void data_chat_add(const data_reader *r, data_chat *c, const char *role,
+                          const char *content) {
     c->message = mem_realloc(r->d->ctx, c->message, (size_t)(c->n + 1) * sizeof *c->message);
     c->message[c->n++] = (tok_message){role, content};
 }
 
 /* Appends a list of {"role", "content"}, or a string as one turn of the assistant. */
-static void data_chat_read(const data_reader *r, data_chat *c, const char *key, const json_t *list) {
+static void data_chat_read(const data_reader *r, data_chat *c, const char *key,
+                           const json_t *list) {
     size_t i;
     json_t *turn;
     if (json_is_string(list)) {
@@ -6189,7 +6380,8 @@ static void data_chat_read(const data_reader *r, data_chat *c, const char *key, 
         return;
     }
     json_array_foreach((json_t *)(uintptr_t)list, i, turn) {
-        if (!json_is_object(turn)) json_bad(&r->src, key, turn, "a list of {\"role\", \"content\"}");
+        if (!json_is_object(turn))
+            json_bad(&r->src, key, turn, "a list of {\"role\", \"content\"}");
         const char *role = json_need_str(&r->src, turn, "role");
         if (strcmp(role, "system") && strcmp(role, "user") && strcmp(role, "assistant"))
             json_bad(&r->src, "role", json_object_get(turn, "role"), "system, user or assistant");
@@ -6202,7 +6394,8 @@ static int data_chat_is_text(const data_reader *r) {
     return tok_chat_choose(r->tok, r->chat) <= TOK_CHAT_HH;
 }
 
-/* The conversation as tokens. last: only the last turn bears loss. It ends with the last assistant turn's end. */
+/* The conversation as tokens. last: only the last turn bears loss. It ends with the last assistant
+ * turn's end. */
 static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int last) {
     rlhf_ctx *ctx = r->d->ctx;
     if (c->n == 0 || strcmp(c->message[c->n - 1].role, "assistant"))
@@ -6238,15 +6431,14 @@ static json_t *data_completion(const json_t *j) {
     return NULL;
 }
 
-static int data_is_text_or_turns(const json_t *v) {
-    return json_is_string(v) || json_is_array(v);
-}
+static int data_is_text_or_turns(const json_t *v) { return json_is_string(v) || json_is_array(v); }
 
 static data_seq data_read_whole(data_reader *r, const json_t *j) {
     json_t *text = json_get(j, "text"), *messages = json_get(j, "messages");
     json_t *prompt = json_get(j, "prompt"), *completion = data_completion(j);
     if (messages) {
-        if (!json_is_array(messages)) json_bad(&r->src, "messages", messages, "a list of {\"role\", \"content\"}");
+        if (!json_is_array(messages))
+            json_bad(&r->src, "messages", messages, "a list of {\"role\", \"content\"}");
         data_chat c = {0};
         data_chat_read(r, &c, "messages", messages);
         data_seq s = data_chat_seq(r, &c, 0);
@@ -6254,8 +6446,10 @@ static data_seq data_read_whole(data_reader *r, const json_t *j) {
         return s;
     }
     if (prompt && completion) {
-        if (!data_is_text_or_turns(prompt)) json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
-        if (!data_is_text_or_turns(completion)) json_bad(&r->src, "completion", completion, "a string or a list of turns");
+        if (!data_is_text_or_turns(prompt))
+            json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
+        if (!data_is_text_or_turns(completion))
+            json_bad(&r->src, "completion", completion, "a string or a list of turns");
         if (json_is_string(prompt) && json_is_string(completion))
             return data_text_seq(r, json_string_value(prompt), json_string_value(completion), 0);
         data_chat c = {0};
@@ -6271,7 +6465,8 @@ static data_seq data_read_whole(data_reader *r, const json_t *j) {
     data_bad(r, "expected \"text\", \"messages\", or \"prompt\" and \"completion\"");
 }
 
-/* One answer of a pair after an explicit prompt (may be null: the answer holds the whole conversation). */
+/* One answer of a pair after an explicit prompt (may be null: the answer holds the whole
+ * conversation). */
 static data_seq data_read_answer(data_reader *r, const json_t *prompt, const char *key,
                                  const json_t *answer, size_t shared) {
     if (json_is_string(answer) && !json_is_array(prompt)) {
@@ -6291,8 +6486,8 @@ static data_seq data_read_answer(data_reader *r, const json_t *prompt, const cha
     return s;
 }
 
-/* Bytes that two transcripts share as their prompt: up to the last "\n\nAssistant:" before they part, else up to where they
- * part, a space belonging to the answers. */
+/* Bytes that two transcripts share as their prompt: up to the last "\n\nAssistant:" before they
+ * part, else up to where they part, a space belonging to the answers. */
 static size_t data_shared(const char *a, const char *b) {
     static const char turn[] = "\n\nAssistant:";
     size_t n = 0, at = 0;
@@ -6305,12 +6500,14 @@ static size_t data_shared(const char *a, const char *b) {
 }
 
 static void data_read_pair(data_reader *r, const json_t *j, data_record *rec) {
-    json_t *prompt = json_get(j, "prompt"), *a = json_get(j, "chosen"), *b = json_get(j, "rejected");
+    json_t *prompt = json_get(j, "prompt"), *a = json_get(j, "chosen"),
+           *b = json_get(j, "rejected");
     if (!a) data_bad(r, "missing \"chosen\"");
     if (!b) data_bad(r, "missing \"rejected\"");
     if (!data_is_text_or_turns(a)) json_bad(&r->src, "chosen", a, "a string or a list of turns");
     if (!data_is_text_or_turns(b)) json_bad(&r->src, "rejected", b, "a string or a list of turns");
-    if (prompt && !data_is_text_or_turns(prompt)) json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
+    if (prompt && !data_is_text_or_turns(prompt))
+        json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
     size_t shared = 0;
     if (!prompt && json_is_string(a) && json_is_string(b))
         shared = data_shared(json_string_value(a), json_string_value(b));
@@ -6323,7 +6520,8 @@ static void data_read_prompt(data_reader *r, const json_t *j, data_record *rec) 
     tok_ids ids = {0};
     char *text;
     if (!prompt) data_bad(r, "missing \"prompt\"");
-    if (!data_is_text_or_turns(prompt)) json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
+    if (!data_is_text_or_turns(prompt))
+        json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
     if (json_is_string(prompt)) {
         text = data_keep(r->d, json_string_value(prompt), strlen(json_string_value(prompt)));
         tok_encode(r->tok, text, strlen(text), 1, &ids);
@@ -6437,11 +6635,12 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     }
     if (d->n == 0 && d->dropped == 0) err_throw(ctx, RLHF_ERR_DATA, "%s: no records", name);
     if (d->n == 0)
-        err_throw(ctx, RLHF_ERR_DATA, "%s: all %d records are longer than max_length %d tokens", name,
-                  d->dropped, config->max_length);
+        err_throw(ctx, RLHF_ERR_DATA, "%s: all %d records are longer than max_length %d tokens",
+                  name, d->dropped, config->max_length);
     if (d->dropped)
-        log_at(ctx, RLHF_LOG_WARNING, "%s: %d of %d records are longer than %d tokens and were dropped",
-               name, d->dropped, d->n + d->dropped, config->max_length);
+        log_at(ctx, RLHF_LOG_WARNING,
+               "%s: %d of %d records are longer than %d tokens and were dropped", name, d->dropped,
+               d->n + d->dropped, config->max_length);
     err_keep(ctx);
     return d;
 }
@@ -6468,7 +6667,7 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
 }
 
 /* ============================================================================================
- * MARK: - 17 GEN (gen_)
+ * MARK: - 18 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
  * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
@@ -6484,8 +6683,8 @@ typedef struct gen_config {
     int stop; /* the id that ends an answer; -1: the model's end-of-text ids */
 } gen_config;
 
-/* One answer. The caller provides the arrays of max_new entries; logp and hidden ([max_new][d], the normed states the tokens
- * were drawn from) may be null. */
+/* One answer. The caller provides the arrays of max_new entries; logp and hidden ([max_new][d], the
+ * normed states the tokens were drawn from) may be null. */
 typedef struct gen_item {
     const int32_t *prompt;
     int n_prompt;
@@ -6510,7 +6709,8 @@ static int gen_greater(const void *a, const void *b) {
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
-/* Leaves only the top_k most likely tokens, of those only the top_p share; the others become -inf. */
+/* Leaves only the top_k most likely tokens, of those only the top_p share; the others become -inf.
+ */
 static void gen_truncate(const gen_rows *g, float *x, float *sorted) {
     int n = g->vocab, keep = g->c->top_k > 0 ? base_min(g->c->top_k, n) : n;
     float scale = 1.0f / g->c->temperature;
@@ -6555,10 +6755,12 @@ static int gen_longest(const rlhf_model *m, const gen_item *items, int n, int ma
     int longest = 0;
     for (int i = 0; i < n; i++) {
         if (items[i].n_prompt < 1)
-            err_throw(m->ctx, RLHF_ERR_ARG, "prompt %d has no tokens (the tokenizer has no beginning-of-text token)", i);
+            err_throw(m->ctx, RLHF_ERR_ARG,
+                      "prompt %d has no tokens (the tokenizer has no beginning-of-text token)", i);
         if (items[i].n_prompt >= m->c.positions)
-            err_throw(m->ctx, RLHF_ERR_CONTEXT, "prompt %d has %d tokens: the model has %d positions", i,
-                      items[i].n_prompt, m->c.positions);
+            err_throw(m->ctx, RLHF_ERR_CONTEXT,
+                      "prompt %d has %d tokens: the model has %d positions", i, items[i].n_prompt,
+                      m->c.positions);
         longest = base_max(longest, items[i].n_prompt + max_new);
     }
     return base_min(longest, m->c.positions);
@@ -6581,7 +6783,8 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
     int *last = arena_alloc(ws, (size_t)n * sizeof *last);
     for (int i = 0; i < n; i++) {
         const gen_item *it = live->item[i];
-        seq[i] = (op_seq){.row = rows, .n = it->n ? 1 : it->n_prompt,
+        seq[i] = (op_seq){.row = rows,
+                          .n = it->n ? 1 : it->n_prompt,
                           .past = it->n ? it->n_prompt + it->n - 1 : 0};
         rows += seq[i].n;
         last[i] = rows - 1;
@@ -6610,13 +6813,15 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
     op_linear(&e, &w, n, top.h, g.logits, GEMM_STORE, NULL, NULL);
     if (c->temperature > 0 && ((c->top_k > 0 && c->top_k < m->c.vocab) || c->top_p < 1)) {
         float *sorted = arena_floats(ws, (size_t)m->c.vocab, 1);
-        for (int i = 0; i < n; i++) gen_truncate(&g, g.logits + (size_t)i * (size_t)m->c.vocab, sorted);
+        for (int i = 0; i < n; i++)
+            gen_truncate(&g, g.logits + (size_t)i * (size_t)m->c.vocab, sorted);
     }
-    par_for(m->ctx, n, 1, gen_pick_rows, &g);
+    par_for(m->ctx, n, par_grain(4 * g.vocab), gen_pick_rows, &g);
     for (int i = 0; i < n; i++) {
         gen_item *it = live->item[i];
         size_t d = (size_t)m->c.d;
-        if (it->hidden) memcpy(it->hidden + (size_t)it->n * d, top.h + (size_t)i * d, d * sizeof(float));
+        if (it->hidden)
+            memcpy(it->hidden + (size_t)it->n * d, top.h + (size_t)i * d, d * sizeof(float));
         if (it->logp) it->logp[it->n] = g.logp[i];
         it->out[it->n++] = g.token[i];
         it->finished = c->stop >= 0 ? g.token[i] == c->stop : model_is_eos(m, g.token[i]);
@@ -6625,7 +6830,8 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
 }
 
 /* Generates all items. Returns 0 if the progress hook asked to stop. */
-static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *items, int n, const char *what) {
+static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *items, int n,
+                   const char *what) {
     if (n == 0) return 1;
     arena_mark mark = arena_save(ws);
     int slots = base_min(c->batch, n), longest = gen_longest(m, items, n, c->max_new);
@@ -6671,7 +6877,7 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
 }
 
 /* ============================================================================================
- * MARK: - 18 ROLL (roll_)
+ * MARK: - 19 ROLL (roll_)
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
  * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
  * ragged; a mean over tokens is a sum over all of them by their number.
@@ -6680,18 +6886,19 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
 
 typedef struct roll_row {
     const data_record *record;
-    int index;           /* of the record */
-    int32_t *ids;        /* prompt, then answer */
-    int n_prompt, n;     /* n: tokens of the answer, its end included */
-    int n_value;         /* states that have a value: n, or n + 1 where the score goes behind the end */
+    int index;       /* of the record */
+    int32_t *ids;    /* prompt, then answer */
+    int n_prompt, n; /* n: tokens of the answer, its end included */
+    int n_value;     /* states that have a value: n, or n + 1 where the score goes behind the end */
     int finished;
-    float score;         /* reward of the answer, penalty included */
-    float *hidden;       /* [n][d] policy states the tokens were drawn from */
+    float score;                           /* reward of the answer, penalty included */
+    float *hidden;                         /* [n][d] policy states the tokens were drawn from */
     float *logp, *ref_logp, *kl, *entropy; /* [n]; kl is the exact KL(policy || reference) */
     float *value, *reward, *adv, *ret;     /* [n_value] */
 } roll_row;
 
-/* Per-token KL penalty and the score: r_t = -coef kl_t, plus the score at the last state. Returns the sum of the penalty. */
+/* Per-token KL penalty and the score: r_t = -coef kl_t, plus the score at the last state. Returns
+ * the sum of the penalty. */
 static double roll_rewards(roll_row *r, double coef, int k3) {
     double sum = 0;
     for (int t = 0; t < r->n_value; t++) r->reward[t] = 0;
@@ -6705,7 +6912,8 @@ static double roll_rewards(roll_row *r, double coef, int k3) {
     return sum;
 }
 
-/* delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, R_t = A_t + V_t; V behind the end is 0. */
+/* delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, R_t = A_t + V_t; V behind
+ * the end is 0. */
 static void roll_gae(roll_row *r, double gamma, double lam) {
     double adv = 0, next = 0;
     for (int t = r->n_value - 1; t >= 0; t--) {
@@ -6722,7 +6930,8 @@ typedef struct roll_piece {
     int n;
 } roll_piece;
 
-/* x <- (x - mean) / sqrt(var + 1e-8) over all pieces, with n - 1 in the variance; keep_mean adds the mean again. */
+/* x <- (x - mean) / sqrt(var + 1e-8) over all pieces, with n - 1 in the variance; keep_mean adds
+ * the mean again. */
 static void roll_whiten(roll_piece *p, int pieces, int keep_mean) {
     double sum = 0, sq = 0;
     int64_t n = 0;
@@ -6733,14 +6942,16 @@ static void roll_whiten(roll_piece *p, int pieces, int keep_mean) {
     if (n < 2) return;
     double mean = sum / (double)n;
     for (int i = 0; i < pieces; i++)
-        for (int t = 0; t < p[i].n; t++) sq += ((double)p[i].x[t] - mean) * ((double)p[i].x[t] - mean);
+        for (int t = 0; t < p[i].n; t++)
+            sq += ((double)p[i].x[t] - mean) * ((double)p[i].x[t] - mean);
     double scale = 1.0 / sqrt(sq / (double)(n - 1) + 1e-8);
     for (int i = 0; i < pieces; i++)
         for (int t = 0; t < p[i].n; t++)
             p[i].x[t] = (float)(((double)p[i].x[t] - mean) * scale + (keep_mean ? mean : 0));
 }
 
-/* The proportional controller of Ziegler et al. (2019): kl is the mean over answers of the sum over tokens. */
+/* The proportional controller of Ziegler et al. (2019): kl is the mean over answers of the sum over
+ * tokens. */
 static double roll_adapt_kl(double coef, double kl, double target, int episodes, double horizon) {
     double err = kl / target - 1;
     err = err > 0.2 ? 0.2 : err < -0.2 ? -0.2 : err;
@@ -6748,7 +6959,7 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 }
 
 /* ============================================================================================
- * MARK: - 19 TRAIN (train_)
+ * MARK: - 20 TRAIN (train_)
  * The loop that every trainer runs in: schedule, step, metrics, evaluation, checkpoints, resume.
  * A trainer supplies what a step is (20, 21, 22). metrics.jsonl holds no times, so that two equal
  * runs write equal files.
@@ -6758,7 +6969,9 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 enum { TRAIN_METRICS = 96 };
 
 /* The part that all configurations begin with. */
-typedef struct train_config { RLHF_TRAIN_FIELDS(RLHF_MEMBER_, 0, 0, 0, 0) } train_config;
+typedef struct train_config {
+    RLHF_TRAIN_FIELDS(RLHF_MEMBER_, 0, 0, 0, 0)
+} train_config;
 
 #define TRAIN_SAME(type)                                                                           \
     _Static_assert(offsetof(type, learning_rate) == offsetof(train_config, learning_rate) &&       \
@@ -6778,7 +6991,7 @@ TRAIN_SAME(rlhf_ppo_config);
     {'S', #name, offsetof(type, name), 0, 0, 0, def, lo, help},
 
 #define TRAIN_ROW_SFT(kind, ...) TRAIN_FIELD_##kind(rlhf_sft_config, __VA_ARGS__)
-#define TRAIN_ROW_RM(kind, ...) TRAIN_FIELD_##kind(rlhf_rm_config, __VA_ARGS__)
+#define TRAIN_ROW_RM(kind, ...)  TRAIN_FIELD_##kind(rlhf_rm_config, __VA_ARGS__)
 #define TRAIN_ROW_PPO(kind, ...) TRAIN_FIELD_##kind(rlhf_ppo_config, __VA_ARGS__)
 #define TRAIN_ROW_GEN(kind, ...) TRAIN_FIELD_##kind(rlhf_generate_config, __VA_ARGS__)
 static const rlhf_field train_sft_fields[] = {RLHF_SFT_FIELDS(TRAIN_ROW_SFT)};
@@ -6786,11 +6999,15 @@ static const rlhf_field train_rm_fields[] = {RLHF_RM_FIELDS(TRAIN_ROW_RM)};
 static const rlhf_field train_ppo_fields[] = {RLHF_PPO_FIELDS(TRAIN_ROW_PPO)};
 static const rlhf_field train_gen_fields[] = {RLHF_GENERATE_FIELDS(TRAIN_ROW_GEN)};
 
-static const struct { const rlhf_field *row; int n; } train_tables[] = {
+static const struct {
+    const rlhf_field *row;
+    int n;
+} train_tables[] = {
     [RLHF_CONFIG_SFT] = {train_sft_fields, sizeof train_sft_fields / sizeof *train_sft_fields},
     [RLHF_CONFIG_RM] = {train_rm_fields, sizeof train_rm_fields / sizeof *train_rm_fields},
     [RLHF_CONFIG_PPO] = {train_ppo_fields, sizeof train_ppo_fields / sizeof *train_ppo_fields},
-    [RLHF_CONFIG_GENERATE] = {train_gen_fields, sizeof train_gen_fields / sizeof *train_gen_fields}};
+    [RLHF_CONFIG_GENERATE] = {train_gen_fields,
+                              sizeof train_gen_fields / sizeof *train_gen_fields}};
 
 /* Writes the defaults of a table into its struct. */
 static void train_defaults(rlhf_config_kind kind, void *config) {
@@ -6840,8 +7057,8 @@ static void train_validate(rlhf_ctx *ctx, rlhf_config_kind kind, const void *con
         if (f->kind == 'S') {
             const char *s = train_text(f, config);
             if (!s || (f->choices && !train_is_choice(f->choices, s)))
-                err_throw(ctx, RLHF_ERR_ARG, "%s is \"%s\", expected one of %s", f->name, s ? s : "(null)",
-                          f->choices ? f->choices : "any text");
+                err_throw(ctx, RLHF_ERR_ARG, "%s is \"%s\", expected one of %s", f->name,
+                          s ? s : "(null)", f->choices ? f->choices : "any text");
             continue;
         }
         double x = train_number(f, config);
@@ -6876,16 +7093,22 @@ typedef struct train_ops {
     const char *name;
     rlhf_config_kind kind;
     void (*step)(rlhf_trainer *t);
-    void (*eval)(rlhf_trainer *t);        /* may be null */
-    void (*finish)(rlhf_trainer *t);      /* after the last step, before the model is saved; may be null */
+    void (*eval)(rlhf_trainer *t);   /* may be null */
+    void (*finish)(rlhf_trainer *t); /* after the last step, before the model is saved; may be null
+                                      */
 } train_ops;
 
 struct rlhf_trainer {
     rlhf_ctx *ctx;
     const train_ops *ops;
-    union { train_config c; rlhf_sft_config sft; rlhf_rm_config rm; rlhf_ppo_config ppo; } u;
-    rlhf_model *model;    /* what is trained and saved */
-    rlhf_model *start;    /* rm: samples answers to normalise with; ppo: the reference, owned */
+    union {
+        train_config c;
+        rlhf_sft_config sft;
+        rlhf_rm_config rm;
+        rlhf_ppo_config ppo;
+    } u;
+    rlhf_model *model; /* what is trained and saved */
+    rlhf_model *start; /* rm: samples answers to normalise with; ppo: the reference, owned */
     rlhf_model *value, *reward;
     int owns_start, owns_value;
     rlhf_tokenizer *tok;
@@ -6895,11 +7118,11 @@ struct rlhf_trainer {
     opt *opt;
     arena ws;
     int64_t step, total, tokens, episodes;
-    int64_t per_epoch;    /* steps */
+    int64_t per_epoch; /* steps */
     int *order;
-    int64_t order_epoch;  /* of order; -1: none yet */
+    int64_t order_epoch; /* of order; -1: none yet */
     double kl_coef, begun;
-    int fresh, finished;  /* fresh: the run directory has not been opened yet */
+    int fresh, finished; /* fresh: the run directory has not been opened yet */
     train_metric metric[TRAIN_METRICS];
     int metrics;
 };
@@ -6929,10 +7152,12 @@ static json_t *train_metrics_json(const rlhf_trainer *t) {
 /* Learning rate of the coming step. */
 static double train_lr(const rlhf_trainer *t) {
     const train_config *c = &t->u.c;
-    return c->learning_rate * opt_schedule(c->lr_scheduler_type, t->step, c->warmup_steps, t->total);
+    return c->learning_rate *
+           opt_schedule(c->lr_scheduler_type, t->step, c->warmup_steps, t->total);
 }
 
-/* The records of the coming step: *from in t->order, their number. Epochs end with a shorter step. */
+/* The records of the coming step: *from in t->order, their number. Epochs end with a shorter step.
+ */
 static int train_window(rlhf_trainer *t, int *from) {
     const train_config *c = &t->u.c;
     int64_t epoch = t->step / t->per_epoch, at = t->step % t->per_epoch;
@@ -6980,7 +7205,8 @@ static rlhf_trainer *train_new(rlhf_model *model, rlhf_tokenizer *tok, rlhf_data
 static void train_set_length(rlhf_trainer *t, int64_t window) {
     const train_config *c = &t->u.c;
     t->per_epoch = (t->train->n + window - 1) / window;
-    t->total = c->max_steps >= 0 ? c->max_steps : (int64_t)ceil(c->num_train_epochs * (double)t->per_epoch);
+    t->total = c->max_steps >= 0 ? c->max_steps
+                                 : (int64_t)ceil(c->num_train_epochs * (double)t->per_epoch);
 }
 
 static void train_free(rlhf_trainer *t) {
@@ -7009,7 +7235,8 @@ static void train_state_tensors(const rlhf_trainer *t, ckpt_tensor *list) {
     }
 }
 
-/* Writes DIR/checkpoint: the weights, the optimizer and where the run stands. The state file comes last: it makes the others count. */
+/* Writes DIR/checkpoint: the weights, the optimizer and where the run stands. The state file comes
+ * last: it makes the others count. */
 static void train_save_state(rlhf_trainer *t) {
     rlhf_ctx *ctx = t->ctx;
     char *dir = ckpt_path(ctx, train_dir(t), "checkpoint");
@@ -7037,7 +7264,9 @@ static void train_load_state(rlhf_trainer *t) {
     json_t *j = json_read(&src);
     const char *name = json_need_str(&src, j, "trainer");
     if (strcmp(name, t->ops->name) || json_need_int(&src, j, "records", 0, INT_MAX) != t->train->n)
-        err_throw(ctx, RLHF_ERR_ARG, "%s: the state is of another run (%s, another number of records)", src.file, name);
+        err_throw(ctx, RLHF_ERR_ARG,
+                  "%s: the state is of another run (%s, another number of records)", src.file,
+                  name);
     t->step = json_need_int(&src, j, "step", 0, INT64_MAX);
     t->opt->step = json_need_int(&src, j, "optimizer_step", 0, INT64_MAX);
     t->tokens = json_need_int(&src, j, "tokens", 0, INT64_MAX);
@@ -7045,13 +7274,17 @@ static void train_load_state(rlhf_trainer *t) {
     t->kl_coef = json_need_real(&src, j, "kl_coef");
     err_release(ctx);
     ckpt_load_model(t->model, ckpt_path(ctx, dir, "model.safetensors"));
-    if (t->owns_value) ckpt_load_model(t->value, ckpt_path(ctx, ckpt_path(ctx, dir, "value"), "model.safetensors"));
+    if (t->owns_value)
+        ckpt_load_model(t->value,
+                        ckpt_path(ctx, ckpt_path(ctx, dir, "value"), "model.safetensors"));
     ckpt_file f = ckpt_map(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"));
     ckpt_tensor list[2 * OPT_MODELS] = {0};
     train_state_tensors(t, list);
     for (int i = 0; i < 2 * t->opt->models; i++) {
         json_t *entry = json_object_get(f.header, list[i].name);
-        if (!entry) err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", f.src.file, list[i].name);
+        if (!entry)
+            err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", f.src.file,
+                      list[i].name);
         ckpt_load(&f, list[i].name, entry, list[i].rows, 1, 1, 0, (float *)(uintptr_t)list[i].data);
     }
     err_release(ctx);
@@ -7077,7 +7310,8 @@ static void train_trim_metrics(rlhf_trainer *t, const char *path) {
     mem_free(text);
 }
 
-/* First contact with the run directory: its configuration, an empty metrics.jsonl, or the state to go on from. */
+/* First contact with the run directory: its configuration, an empty metrics.jsonl, or the state to
+ * go on from. */
 static void train_open_dir(rlhf_trainer *t) {
     t->fresh = 0;
     if (!train_dir(t)) return;
@@ -7090,7 +7324,9 @@ static void train_open_dir(rlhf_trainer *t) {
         train_trim_metrics(t, metrics);
         log_at(ctx, RLHF_LOG_INFO, "%s: going on from step %lld", train_dir(t), (long long)t->step);
     } else {
-        if (t->u.c.resume) log_at(ctx, RLHF_LOG_WARNING, "%s: no state to go on from; starting at step 0", train_dir(t));
+        if (t->u.c.resume)
+            log_at(ctx, RLHF_LOG_WARNING, "%s: no state to go on from; starting at step 0",
+                   train_dir(t));
         unlink(state); /* it would belong to an earlier run */
         io_write_file(ctx, metrics, "", 0);
     }
@@ -7102,9 +7338,7 @@ static void train_open_dir(rlhf_trainer *t) {
     err_release(ctx);
 }
 
-static void train_close_file(void *file) {
-    fclose(file);
-}
+static void train_close_file(void *file) { fclose(file); }
 
 /* One line of metrics for the file and the progress hook. Returns 0 if the hook asks to stop. */
 static int train_log(rlhf_trainer *t, int line) {
@@ -7120,7 +7354,8 @@ static int train_log(rlhf_trainer *t, int line) {
         FILE *f = fopen(path, "ab");
         if (!f) io_fail(ctx, "open", path, errno);
         err_defer(ctx, train_close_file, f);
-        if (fwrite(text, 1, len, f) != len || fputc('\n', f) == EOF || fflush(f)) io_fail(ctx, "write", path, errno);
+        if (fwrite(text, 1, len, f) != len || fputc('\n', f) == EOF || fflush(f))
+            io_fail(ctx, "write", path, errno);
         err_release(ctx);
     }
     int stop = 0;
@@ -7137,13 +7372,16 @@ static int train_log(rlhf_trainer *t, int line) {
 /* Fails before weights change if the loss is not a number. */
 static void train_check_loss(const rlhf_trainer *t, double loss) {
     if (!isfinite(loss))
-        err_throw(t->ctx, RLHF_ERR_NUMERIC, "step %lld: the loss is not finite; the weights are those of the step before",
+        err_throw(t->ctx, RLHF_ERR_NUMERIC,
+                  "step %lld: the loss is not finite; the weights are those of the step before",
                   (long long)t->step + 1);
 }
 
 static void train_step(rlhf_trainer *t) {
     if (t->fresh) train_open_dir(t);
-    if (t->step >= t->total) err_throw(t->ctx, RLHF_ERR_ARG, "the run is over: all %lld steps are done", (long long)t->total);
+    if (t->step >= t->total)
+        err_throw(t->ctx, RLHF_ERR_ARG, "the run is over: all %lld steps are done",
+                  (long long)t->total);
     opt_attach(t->opt);
     arena_reset(&t->ws);
     t->ops->step(t);
@@ -7151,7 +7389,8 @@ static void train_step(rlhf_trainer *t) {
     train_put(t, "epoch", (double)t->step / (double)t->per_epoch);
 }
 
-/* The remaining steps and what follows them. Returns 0 if the progress hook stopped the run; its state is then saved. */
+/* The remaining steps and what follows them. Returns 0 if the progress hook stopped the run; its
+ * state is then saved. */
 static int train_run(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
     if (t->fresh) train_open_dir(t);
@@ -7182,7 +7421,7 @@ static int train_run(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 20 SFT (sft_)
+ * MARK: - 21 SFT (sft_)
  * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
  * micro-batches of an optimizer step.
  * Tests: test/test_golden.c, test/test_train.c
@@ -7244,12 +7483,15 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
         run.save = train;
         model_forward(m, ws, &run);
         model_top top = model_top_fwd(m, ws, run.x, rows.row, rows.n);
-        op_rows out = {.logp = arena_floats(ws, (size_t)rows.n, 1), .entropy = arena_floats(ws, (size_t)rows.n, 1),
+        op_rows out = {.logp = arena_floats(ws, (size_t)rows.n, 1),
+                       .entropy = arena_floats(ws, (size_t)rows.n, 1),
                        .hit = arena_alloc(ws, (size_t)rows.n)};
         op_weight w = model_head_weight(m);
         op_env e = {m->ctx, ws};
-        float coef = (float)-scale, *dh = train ? arena_floats(ws, (size_t)rows.n, (size_t)m->c.d) : NULL;
-        op_vocab_run(&e, &w, rows.n, top.h, rows.target, 1.0f, &out, train ? sft_coef : NULL, &coef, dh);
+        float coef = (float)-scale,
+              *dh = train ? arena_floats(ws, (size_t)rows.n, (size_t)m->c.d) : NULL;
+        op_vocab_run(&e, &w, rows.n, top.h, rows.target, 1.0f, &out, train ? sft_coef : NULL, &coef,
+                     dh);
         if (train) model_backward(m, ws, &run, model_top_bwd(m, ws, &top, dh, run.rows));
         for (int i = 0; i < rows.n; i++) {
             sums->nll -= (double)out.logp[i];
@@ -7324,7 +7566,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
 }
 
 /* ============================================================================================
- * MARK: - 21 RM (rm_)
+ * MARK: - 22 RM (rm_)
  * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood,
  *   mean w (-log sigmoid(r_chosen - r_rejected - margin)) + c mean (r_chosen + r_rejected)^2,
  * then normalised so that answers of the starting model score with mean 0 and deviation 1.
@@ -7332,9 +7574,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
  * ============================================================================================ */
 
 /* -log sigmoid(z), without overflow. */
-static double rm_loss(double z) {
-    return (z < 0 ? -z : 0) + log1p(exp(-fabs(z)));
-}
+static double rm_loss(double z) { return (z < 0 ? -z : 0) + log1p(exp(-fabs(z))); }
 
 typedef struct rm_sums {
     double loss, margin, correct, total, min, max; /* ties count half */
@@ -7353,9 +7593,12 @@ static void rm_add(rm_sums *s, const data_record *rec, double a, double b) {
 
 static void rm_put(rlhf_trainer *t, const char *prefix, const rm_sums *s) {
     double n = (double)(s->pairs ? s->pairs : 1);
-    const struct { const char *name; double value; } m[] = {
-        {"loss", s->loss / n}, {"accuracy", s->correct / n}, {"margin", s->margin / n},
-        {"mean_reward", s->total / (2 * n)}, {"min_reward", s->min}, {"max_reward", s->max}};
+    const struct {
+        const char *name;
+        double value;
+    } m[] = {{"loss", s->loss / n},     {"accuracy", s->correct / n},
+             {"margin", s->margin / n}, {"mean_reward", s->total / (2 * n)},
+             {"min_reward", s->min},    {"max_reward", s->max}};
     for (size_t i = 0; i < sizeof m / sizeof *m; i++) {
         char name[64];
         snprintf(name, sizeof name, "%s%s", prefix, m[i].name);
@@ -7384,7 +7627,8 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int o
     model_scores(t->model, ws, &top, score);
     for (int i = 0; i < n; i++) {
         float a = score[2 * i], b = score[2 * i + 1];
-        float slope = -(float)rec[i]->weight * v_sigmoid1(b - a + (float)rec[i]->margin) / (float)of;
+        float slope =
+            -(float)rec[i]->weight * v_sigmoid1(b - a + (float)rec[i]->margin) / (float)of;
         float pull = 2.0f * (float)center * (a + b) / (float)of;
         d[2 * i] = slope + pull;
         d[2 * i + 1] = pull - slope;
@@ -7442,7 +7686,8 @@ static void rm_eval(rlhf_trainer *t) {
 static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     const rlhf_rm_config *c = &t->u.rm;
     arena *ws = &t->ws;
-    int room = (int)c->response_length, *order = arena_alloc(ws, (size_t)t->train->n * sizeof *order);
+    int room = (int)c->response_length,
+        *order = arena_alloc(ws, (size_t)t->train->n * sizeof *order);
     rng_permutation((uint64_t)c->seed, RNG_PROMPT, 0, t->train->n, order);
     gen_item *item = arena_alloc(ws, (size_t)n * sizeof *item);
     memset(item, 0, (size_t)n * sizeof *item);
@@ -7452,11 +7697,18 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
         while (prompt < s->n && !s->loss[prompt]) prompt++;
         int32_t *whole = arena_alloc(ws, (size_t)(prompt + room) * sizeof *whole);
         memcpy(whole, s->ids, (size_t)prompt * sizeof *whole);
-        item[i] = (gen_item){.prompt = whole, .n_prompt = prompt, .key = (uint64_t)i, .out = whole + prompt};
+        item[i] = (gen_item){.prompt = whole,
+                             .n_prompt = prompt,
+                             .key = (uint64_t)i,
+                             .out = whole + prompt};
         ids[i] = whole;
     }
-    gen_config g = {.max_new = room, .batch = 64, .temperature = (float)c->temperature, .top_p = 1,
-                    .seed = (uint64_t)c->seed, .stop = -1};
+    gen_config g = {.max_new = room,
+                    .batch = 64,
+                    .temperature = (float)c->temperature,
+                    .top_p = 1,
+                    .seed = (uint64_t)c->seed,
+                    .stop = -1};
     gen_run(t->start, ws, &g, item, n, NULL);
     for (int i = 0; i < n; i++) len[i] = item[i].n_prompt + item[i].n;
 }
@@ -7492,9 +7744,12 @@ static void rm_normalize(rlhf_trainer *t) {
 static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, rm_eval, rm_normalize};
 
 static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tok,
-                             rlhf_dataset *train, rlhf_dataset *eval, const rlhf_rm_config *config) {
+                             rlhf_dataset *train, rlhf_dataset *eval,
+                             const rlhf_rm_config *config) {
     if (model->c.head != RLHF_HEAD_SCORE)
-        err_throw(model->ctx, RLHF_ERR_ARG, "a reward model needs a score head: rlhf_model_clone(model, RLHF_HEAD_SCORE, ...)");
+        err_throw(
+            model->ctx, RLHF_ERR_ARG,
+            "a reward model needs a score head: rlhf_model_clone(model, RLHF_HEAD_SCORE, ...)");
     if (start) model_need_lm(start);
     rlhf_trainer *t = train_new(model, tok, train, &rm_ops, config, sizeof *config);
     t->eval = eval;
@@ -7509,7 +7764,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
 }
 
 /* ============================================================================================
- * MARK: - 22 PPO (ppo_)
+ * MARK: - 23 PPO (ppo_)
  * Proximal policy optimisation with a per-token KL penalty (Schulman et al. 2017; Ziegler et al.
  * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
@@ -7542,7 +7797,8 @@ static roll_row *ppo_rows_new(rlhf_trainer *t) {
         memcpy(r->ids, r->record->a.ids, (size_t)r->n_prompt * sizeof *r->ids);
         r->hidden = arena_floats(ws, (size_t)room, d);
         float *f = arena_zeros(ws, (size_t)room + 1, 8);
-        r->logp = f, r->ref_logp = f + (room + 1), r->kl = f + 2 * (room + 1), r->entropy = f + 3 * (room + 1);
+        r->logp = f, r->ref_logp = f + (room + 1), r->kl = f + 2 * (room + 1),
+        r->entropy = f + 3 * (room + 1);
         r->value = f + 4 * (room + 1), r->reward = f + 5 * (room + 1), r->adv = f + 6 * (room + 1);
         r->ret = f + 7 * (room + 1);
     }
@@ -7553,16 +7809,24 @@ static void ppo_generate(rlhf_trainer *t, roll_row *row, int n) {
     const rlhf_ppo_config *c = &t->u.ppo;
     gen_item *item = arena_alloc(&t->ws, (size_t)n * sizeof *item);
     for (int i = 0; i < n; i++)
-        item[i] = (gen_item){.prompt = row[i].ids, .n_prompt = row[i].n_prompt,
-                             .key = (uint64_t)(t->episodes + i), .out = row[i].ids + row[i].n_prompt,
-                             .logp = row[i].logp, .hidden = row[i].hidden};
-    gen_config g = {.max_new = (int)c->response_length, .batch = n, .temperature = (float)c->temperature,
-                    .top_p = 1, .seed = (uint64_t)c->seed, .stop = (int)c->stop_token_id};
+        item[i] = (gen_item){.prompt = row[i].ids,
+                             .n_prompt = row[i].n_prompt,
+                             .key = (uint64_t)(t->episodes + i),
+                             .out = row[i].ids + row[i].n_prompt,
+                             .logp = row[i].logp,
+                             .hidden = row[i].hidden};
+    gen_config g = {.max_new = (int)c->response_length,
+                    .batch = n,
+                    .temperature = (float)c->temperature,
+                    .top_p = 1,
+                    .seed = (uint64_t)c->seed,
+                    .stop = (int)c->stop_token_id};
     gen_run(t->model, &t->ws, &g, item, n, NULL);
     for (int i = 0; i < n; i++) {
         row[i].n = item[i].n;
         row[i].finished = item[i].finished;
-        row[i].n_value = row[i].n + (!strcmp(c->reward_at, "p1") && row[i].n < (int)c->response_length);
+        row[i].n_value =
+            row[i].n + (!strcmp(c->reward_at, "p1") && row[i].n < (int)c->response_length);
     }
 }
 
@@ -7577,8 +7841,10 @@ static model_run ppo_batch(arena *ws, roll_row *const *row, int n) {
     return model_batch(ws, n, ids, len);
 }
 
-/* Batch rows of the states before each of the answer's tokens; values: also the one behind its end where it counts. */
-static int *ppo_states(arena *ws, const model_run *run, roll_row *const *row, int n, int values, int *count) {
+/* Batch rows of the states before each of the answer's tokens; values: also the one behind its end
+ * where it counts. */
+static int *ppo_states(arena *ws, const model_run *run, roll_row *const *row, int n, int values,
+                       int *count) {
     int total = 0, at = 0;
     for (int i = 0; i < n; i++) total += values ? row[i]->n_value : row[i]->n;
     int *out = arena_alloc(ws, (size_t)(total + 1) * sizeof *out);
@@ -7596,7 +7862,8 @@ static int32_t *ppo_targets(arena *ws, roll_row *const *row, int n, int total) {
     return out;
 }
 
-/* Reference log-probabilities, the exact KL and the entropy of the policy, from its saved states. */
+/* Reference log-probabilities, the exact KL and the entropy of the policy, from its saved states.
+ */
 static void ppo_reference(rlhf_trainer *t, roll_row *const *row, int n) {
     arena *ws = &t->ws;
     rlhf_model *p = t->model, *ref = t->start;
@@ -7612,8 +7879,8 @@ static void ppo_reference(rlhf_trainer *t, roll_row *const *row, int n) {
     op_rows out = {.logp = f, .entropy = f + total};
     op_weight w = model_head_weight(p), w2 = model_head_weight(ref);
     op_env e = {t->ctx, ws};
-    op_vocab_compare(&e, &w, hidden, &w2, top.h, total, target, 1.0f / (float)t->u.ppo.temperature, &out,
-                     f + 2 * total, f + 3 * total);
+    op_vocab_compare(&e, &w, hidden, &w2, top.h, total, target, 1.0f / (float)t->u.ppo.temperature,
+                     &out, f + 2 * total, f + 3 * total);
     for (int i = 0, at = 0; i < n; at += row[i++]->n) {
         size_t bytes = (size_t)row[i]->n * sizeof(float);
         memcpy(row[i]->entropy, out.entropy + at, bytes);
@@ -7631,7 +7898,8 @@ static void ppo_values(rlhf_trainer *t, roll_row *const *row, int n) {
     float *v = arena_floats(ws, (size_t)total, 1);
     model_scores(t->value, ws, &top, v);
     for (int i = 0, at = 0; i < n; at += row[i++]->n_value)
-        for (int s = 0; s < row[i]->n_value; s++) row[i]->value[s] = model_reward(t->value, v[at + s]);
+        for (int s = 0; s < row[i]->n_value; s++)
+            row[i]->value[s] = model_reward(t->value, v[at + s]);
 }
 
 /* Calls pass on all rows in batches of a bounded number of tokens. */
@@ -7656,25 +7924,34 @@ static void ppo_call_function(rlhf_trainer *t, roll_row *const *row, int n, floa
         const roll_row *r = row[i];
         double logp = 0;
         for (int k = 0; k < r->n; k++) logp += (double)r->logp[k];
-        s[i] = (rlhf_sample){.prompt = r->record->prompt, .prompt_ids = r->ids, .n_prompt = r->n_prompt,
-                             .completion_ids = r->ids + r->n_prompt, .n_completion = r->n,
-                             .finished = r->finished, .logprob = logp, .record = r->record->line,
+        s[i] = (rlhf_sample){.prompt = r->record->prompt,
+                             .prompt_ids = r->ids,
+                             .n_prompt = r->n_prompt,
+                             .completion_ids = r->ids + r->n_prompt,
+                             .n_completion = r->n,
+                             .finished = r->finished,
+                             .logprob = logp,
+                             .record = r->record->line,
                              .prompt_index = r->index};
         s[i].completion = t->tok ? tok_decode(t->tok, s[i].completion_ids, r->n, 1, NULL) : "";
     }
     for (int i = 0; i < n; i++) out[i] = NAN;
     rlhf_status status = t->fn(t->user, s, n, out);
-    if (status == RLHF_STOPPED) err_throw(t->ctx, RLHF_STOPPED, "the reward function asked to stop");
+    if (status == RLHF_STOPPED)
+        err_throw(t->ctx, RLHF_STOPPED, "the reward function asked to stop");
     if (status != RLHF_OK)
-        err_throw(t->ctx, RLHF_ERR_CALLBACK, "the reward function failed: %s", rlhf_status_text(status));
+        err_throw(t->ctx, RLHF_ERR_CALLBACK, "the reward function failed: %s",
+                  rlhf_status_text(status));
     for (int i = 0; i < n; i++) {
         if (t->tok) mem_free((char *)(uintptr_t)s[i].completion);
         if (isinf(out[i]))
-            err_throw(t->ctx, RLHF_ERR_CALLBACK, "the reward function gave an infinite reward to sample %d", i);
+            err_throw(t->ctx, RLHF_ERR_CALLBACK,
+                      "the reward function gave an infinite reward to sample %d", i);
     }
 }
 
-/* The score of every answer: reward model, function, or their sum; less the penalty for a missing end. */
+/* The score of every answer: reward model, function, or their sum; less the penalty for a missing
+ * end. */
 static void ppo_score(rlhf_trainer *t, roll_row *const *row, int n) {
     arena *ws = &t->ws;
     arena_mark mark = arena_save(ws);
@@ -7706,7 +7983,8 @@ static void ppo_advantages(rlhf_trainer *t, roll_row *const *row, int n) {
     arena_mark mark = arena_save(&t->ws);
     roll_piece *p = arena_alloc(&t->ws, (size_t)n * sizeof *p);
     double penalty = 0;
-    for (int i = 0; i < n; i++) penalty += roll_rewards(row[i], t->kl_coef, !strcmp(c->kl_estimator, "k3"));
+    for (int i = 0; i < n; i++)
+        penalty += roll_rewards(row[i], t->kl_coef, !strcmp(c->kl_estimator, "k3"));
     if (c->whiten_rewards) {
         for (int i = 0; i < n; i++) p[i] = (roll_piece){row[i]->reward, row[i]->n_value};
         roll_whiten(p, n, 1);
@@ -7764,8 +8042,8 @@ typedef struct ppo_sums {
 
 /* One micro-batch's policy loss, for the coefficients behind the log-probabilities. */
 typedef struct ppo_policy {
-    const float *old, *adv; /* [tokens] */
-    double clip, scale;     /* scale: 1 / tokens of the minibatch */
+    const float *old, *adv;                   /* [tokens] */
+    double clip, scale;                       /* scale: 1 / tokens of the minibatch */
     double loss, kl, clipped, entropy, ratio; /* sums over tokens */
 } ppo_policy;
 
@@ -7807,17 +8085,21 @@ static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_po
     op_weight w = model_head_weight(m);
     op_env e = {t->ctx, ws};
     float *dh = arena_floats(ws, (size_t)total, (size_t)m->c.d);
-    op_vocab_run(&e, &w, total, top.h, target, 1.0f / (float)t->u.ppo.temperature, &out, ppo_policy_coef, p, dh);
+    op_vocab_run(&e, &w, total, top.h, target, 1.0f / (float)t->u.ppo.temperature, &out,
+                 ppo_policy_coef, p, dh);
     model_backward(m, ws, &run, model_top_bwd(m, ws, &top, dh, run.rows));
     arena_restore(ws, mark);
 }
 
-/* 1/2 max((v - R)^2, (clip(v) - R)^2) on one micro-batch; scale: vf_coef / states of the minibatch. */
-static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double scale, double *loss, double *clipped) {
+/* 1/2 max((v - R)^2, (clip(v) - R)^2) on one micro-batch; scale: vf_coef / states of the minibatch.
+ */
+static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double scale, double *loss,
+                           double *clipped) {
     arena *ws = &t->ws;
     arena_mark mark = arena_save(ws);
     rlhf_model *m = t->value;
-    float range = (float)t->u.ppo.cliprange_value, std = m->score_std > 1e-8f ? m->score_std : 1e-8f;
+    float range = (float)t->u.ppo.cliprange_value,
+          std = m->score_std > 1e-8f ? m->score_std : 1e-8f;
     model_run run = ppo_batch(ws, row, n);
     run.save = 1;
     int total, *state = ppo_states(ws, &run, row, n, 1, &total);
@@ -7838,8 +8120,10 @@ static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double 
     arena_restore(ws, mark);
 }
 
-/* One optimizer step on n rows. The micro-batches weigh by their tokens, so that how they are cut changes nothing. */
-static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const double *lr, ppo_sums *s) {
+/* One optimizer step on n rows. The micro-batches weigh by their tokens, so that how they are cut
+ * changes nothing. */
+static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const double *lr,
+                          ppo_sums *s) {
     const rlhf_ppo_config *c = &t->u.ppo;
     int batch = (int)c->per_device_train_batch_size;
     int64_t tokens = 0, states = 0;
@@ -7878,7 +8162,8 @@ static void ppo_optimize(rlhf_trainer *t, roll_row *const *row, int n, const dou
     ppo_sums s = {0};
     for (int epoch = 0; epoch < c->num_ppo_epochs; epoch++) {
         uint64_t round = (uint64_t)(t->step * c->num_ppo_epochs + epoch);
-        if (c->shuffle_minibatches) rng_permutation((uint64_t)c->seed, RNG_MINIBATCH, round, n, order);
+        if (c->shuffle_minibatches)
+            rng_permutation((uint64_t)c->seed, RNG_MINIBATCH, round, n, order);
         for (int i = 0; i < n; i++) shuffled[i] = row[c->shuffle_minibatches ? order[i] : i];
         for (int i = 0; i < n; i += size) ppo_minibatch(t, shuffled + i, size, lr, &s);
     }
@@ -7890,7 +8175,8 @@ static void ppo_optimize(rlhf_trainer *t, roll_row *const *row, int n, const dou
     train_put(t, "loss/value_avg", s.value / k);
     train_put(t, "val/clipfrac_avg", s.value_clipped / k);
     train_put(t, "val/ratio", s.ratio / k);
-    train_put(t, "val/ratio_var", k > 1 ? fmax(0, (s.ratio_sq - s.ratio * s.ratio / k) / (k - 1)) : 0);
+    train_put(t, "val/ratio_var",
+              k > 1 ? fmax(0, (s.ratio_sq - s.ratio * s.ratio / k) / (k - 1)) : 0);
     train_put(t, "val/ratio_first", s.first_ratio);
     train_put(t, "grad_norm", s.norm / k);
 }
@@ -7930,21 +8216,27 @@ static rlhf_model *ppo_value_model(rlhf_model *policy, rlhf_model *reward) {
     return v;
 }
 
-static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_dataset *prompts, rlhf_model *reward,
-                              rlhf_reward_fn fn, void *user, const rlhf_ppo_config *config) {
+static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_dataset *prompts,
+                              rlhf_model *reward, rlhf_reward_fn fn, void *user,
+                              const rlhf_ppo_config *config) {
     rlhf_ctx *ctx = policy->ctx;
     model_need_lm(policy);
     if (reward) model_need_score(reward);
-    if (!reward && !fn) err_throw(ctx, RLHF_ERR_ARG, "PPO needs a reward model, a reward function, or both");
-    if (prompts->config.kind != RLHF_DATA_PROMPT) err_throw(ctx, RLHF_ERR_ARG, "PPO needs a dataset of prompts");
+    if (!reward && !fn)
+        err_throw(ctx, RLHF_ERR_ARG, "PPO needs a reward model, a reward function, or both");
+    if (prompts->config.kind != RLHF_DATA_PROMPT)
+        err_throw(ctx, RLHF_ERR_ARG, "PPO needs a dataset of prompts");
     rlhf_trainer *t = train_new(policy, tok, prompts, &ppo_ops, config, sizeof *config);
     if (config->batch_size % config->num_mini_batches)
         err_throw(ctx, RLHF_ERR_ARG, "batch_size %lld is not a multiple of num_mini_batches %lld",
                   (long long)config->batch_size, (long long)config->num_mini_batches);
     for (int i = 0; i < prompts->n; i++)
         if (prompts->record[i].a.n + config->response_length > policy->c.positions)
-            err_throw(ctx, RLHF_ERR_CONTEXT, "prompt %d has %d tokens; with response_length %lld it exceeds the model's %d positions",
-                      i, prompts->record[i].a.n, (long long)config->response_length, policy->c.positions);
+            err_throw(ctx, RLHF_ERR_CONTEXT,
+                      "prompt %d has %d tokens; with response_length %lld it exceeds the model's "
+                      "%d positions",
+                      i, prompts->record[i].a.n, (long long)config->response_length,
+                      policy->c.positions);
     t->reward = reward;
     t->fn = fn;
     t->user = user;
@@ -7959,14 +8251,16 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
 }
 
 /* ============================================================================================
- * MARK: - 23 EVAL (eval_)
+ * MARK: - 24 EVAL (eval_)
  * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy overall
  * and by domain, kind of annotator and annotator. Results are JSON objects.
  * Tests: test/test_eval.c
  * ============================================================================================ */
 
-/* The exact KL(model || reference) at each row that bears loss, summed over the dataset's records. */
-static double eval_kl_pass(rlhf_model *m, rlhf_model *ref, arena *ws, const data_seq *const *seq, int n) {
+/* The exact KL(model || reference) at each row that bears loss, summed over the dataset's records.
+ */
+static double eval_kl_pass(rlhf_model *m, rlhf_model *ref, arena *ws, const data_seq *const *seq,
+                           int n) {
     arena_mark mark = arena_save(ws);
     sft_rows rows;
     model_run run = sft_batch(ws, seq, n, &rows), other = run;
@@ -7989,7 +8283,8 @@ static double eval_kl_pass(rlhf_model *m, rlhf_model *ref, arena *ws, const data
 
 static double eval_kl(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_dataset *d) {
     if (m->c.vocab != ref->c.vocab)
-        err_throw(m->ctx, RLHF_ERR_ARG, "the model has %d tokens, the reference %d", m->c.vocab, ref->c.vocab);
+        err_throw(m->ctx, RLHF_ERR_ARG, "the model has %d tokens, the reference %d", m->c.vocab,
+                  ref->c.vocab);
     const data_seq **seq = arena_alloc(ws, (size_t)d->n * sizeof *seq);
     int *len = arena_alloc(ws, (size_t)d->n * sizeof *len);
     double sum = 0;
@@ -8055,7 +8350,8 @@ static const char *eval_domain(const data_record *r) { return r->domain; }
 static const char *eval_annotator(const data_record *r) { return r->annotator; }
 static const char *eval_annotator_type(const data_record *r) { return r->annotator_type; }
 
-/* Preference accuracy, overall and by slice. Margins are in normalised rewards, the loss in raw scores. Held. */
+/* Preference accuracy, overall and by slice. Margins are in normalised rewards, the loss in raw
+ * scores. Held. */
 static json_t *eval_preferences(rlhf_model *m, arena *ws, const rlhf_dataset *d) {
     model_need_score(m);
     float *score = rm_score_pairs(m, ws, d);
@@ -8084,7 +8380,7 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
 }
 
 /* ============================================================================================
- * MARK: - 24 API (rlhf_ api_)
+ * MARK: - 25 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
  * Tests: test/test_api.c
@@ -8128,9 +8424,7 @@ static void api_default_free(void *user, void *ptr, size_t size) {
     free(ptr);
 }
 
-rlhf_options rlhf_options_default(void) {
-    return (rlhf_options){.threads = 0, .isa = "auto"};
-}
+rlhf_options rlhf_options_default(void) { return (rlhf_options){.threads = 0, .isa = "auto"}; }
 
 rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
     rlhf_options o = options ? *options : rlhf_options_default();
@@ -8164,9 +8458,7 @@ void rlhf_close(rlhf_ctx *ctx) {
     h.free(h.user, ctx, sizeof *ctx);
 }
 
-const char *rlhf_error(const rlhf_ctx *ctx) {
-    return ctx ? ctx->error : "";
-}
+const char *rlhf_error(const rlhf_ctx *ctx) { return ctx ? ctx->error : ""; }
 
 const char *rlhf_isas(void) {
 #if RLHF_X86
@@ -8217,8 +8509,8 @@ void rlhf_tokenizer_close(rlhf_tokenizer *tokenizer) {
     if (tokenizer) tok_free(tokenizer);
 }
 
-rlhf_status rlhf_tokenizer_train(rlhf_ctx *ctx, const char *const *texts, const size_t *lens, int n, int vocab_size,
-                                 rlhf_tokenizer **tokenizer) {
+rlhf_status rlhf_tokenizer_train(rlhf_ctx *ctx, const char *const *texts, const size_t *lens, int n,
+                                 int vocab_size, rlhf_tokenizer **tokenizer) {
     if (!ctx || !texts || !lens || !tokenizer) return RLHF_ERR_ARG;
     *tokenizer = NULL;
     API_ENTER(ctx);
@@ -8238,16 +8530,12 @@ int rlhf_tokenizer_vocab_size(const rlhf_tokenizer *tokenizer) {
     return tokenizer ? tokenizer->vocab_size : 0;
 }
 
-int rlhf_tokenizer_eos(const rlhf_tokenizer *tokenizer) {
-    return tokenizer ? tokenizer->eos : -1;
-}
+int rlhf_tokenizer_eos(const rlhf_tokenizer *tokenizer) { return tokenizer ? tokenizer->eos : -1; }
 
-int rlhf_tokenizer_bos(const rlhf_tokenizer *tokenizer) {
-    return tokenizer ? tokenizer->bos : -1;
-}
+int rlhf_tokenizer_bos(const rlhf_tokenizer *tokenizer) { return tokenizer ? tokenizer->bos : -1; }
 
-rlhf_status rlhf_encode(rlhf_tokenizer *tokenizer, const char *text, size_t len, int add_special, int32_t *ids, int cap,
-                        int *n) {
+rlhf_status rlhf_encode(rlhf_tokenizer *tokenizer, const char *text, size_t len, int add_special,
+                        int32_t *ids, int cap, int *n) {
     if (!tokenizer || (!text && len) || (!ids && cap > 0) || !n) return RLHF_ERR_ARG;
     *n = 0;
     API_ENTER(tokenizer->ctx);
@@ -8259,7 +8547,8 @@ rlhf_status rlhf_encode(rlhf_tokenizer *tokenizer, const char *text, size_t len,
     API_LEAVE();
 }
 
-rlhf_status rlhf_decode(rlhf_tokenizer *tokenizer, const int32_t *ids, int n, int skip_special, char **text, size_t *len) {
+rlhf_status rlhf_decode(rlhf_tokenizer *tokenizer, const int32_t *ids, int n, int skip_special,
+                        char **text, size_t *len) {
     if (!tokenizer || (!ids && n) || n < 0 || !text) return RLHF_ERR_ARG;
     *text = NULL;
     API_ENTER(tokenizer->ctx);
@@ -8270,16 +8559,18 @@ rlhf_status rlhf_decode(rlhf_tokenizer *tokenizer, const int32_t *ids, int n, in
 /* ---- dataset ---- */
 
 rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind) {
-    return (rlhf_data_config){.kind = kind, .max_length = 1024, .max_records = -1, .completion_only_loss = 1,
-                              .add_eos = 1, .chat_template = "auto"};
+    return (rlhf_data_config){.kind = kind,
+                              .max_length = 1024,
+                              .max_records = -1,
+                              .completion_only_loss = 1,
+                              .add_eos = 1,
+                              .chat_template = "auto"};
 }
 
-const char *rlhf_chat_templates(void) {
-    return "auto|" TOK_CHAT_NAMES;
-}
+const char *rlhf_chat_templates(void) { return "auto|" TOK_CHAT_NAMES; }
 
-rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tokenizer, const rlhf_data_config *config,
-                              rlhf_dataset **dataset) {
+rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tokenizer,
+                              const rlhf_data_config *config, rlhf_dataset **dataset) {
     if (!ctx || !path || !tokenizer || !config || !dataset) return RLHF_ERR_ARG;
     *dataset = NULL;
     API_ENTER(ctx);
@@ -8287,8 +8578,9 @@ rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *t
     API_LEAVE();
 }
 
-rlhf_status rlhf_dataset_parse(rlhf_ctx *ctx, const char *jsonl, size_t len, const char *name, rlhf_tokenizer *tokenizer,
-                               const rlhf_data_config *config, rlhf_dataset **dataset) {
+rlhf_status rlhf_dataset_parse(rlhf_ctx *ctx, const char *jsonl, size_t len, const char *name,
+                               rlhf_tokenizer *tokenizer, const rlhf_data_config *config,
+                               rlhf_dataset **dataset) {
     if (!ctx || !jsonl || !name || !tokenizer || !config || !dataset) return RLHF_ERR_ARG;
     *dataset = NULL;
     API_ENTER(ctx);
@@ -8300,17 +8592,11 @@ void rlhf_dataset_close(rlhf_dataset *dataset) {
     if (dataset) data_free(dataset);
 }
 
-int rlhf_dataset_count(const rlhf_dataset *dataset) {
-    return dataset ? dataset->n : 0;
-}
+int rlhf_dataset_count(const rlhf_dataset *dataset) { return dataset ? dataset->n : 0; }
 
-int rlhf_dataset_dropped(const rlhf_dataset *dataset) {
-    return dataset ? dataset->dropped : 0;
-}
+int rlhf_dataset_dropped(const rlhf_dataset *dataset) { return dataset ? dataset->dropped : 0; }
 
-int64_t rlhf_dataset_tokens(const rlhf_dataset *dataset) {
-    return dataset ? dataset->tokens : 0;
-}
+int64_t rlhf_dataset_tokens(const rlhf_dataset *dataset) { return dataset ? dataset->tokens : 0; }
 
 const char *rlhf_dataset_record(const rlhf_dataset *dataset, int i) {
     return dataset && i >= 0 && i < dataset->n ? dataset->record[i].line : NULL;
@@ -8326,8 +8612,8 @@ rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model) 
     API_LEAVE();
 }
 
-rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_size, int bos, int eos, uint64_t seed,
-                            rlhf_model **model) {
+rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_size, int bos,
+                            int eos, uint64_t seed, rlhf_model **model) {
     if (!ctx || !config_json || !model) return RLHF_ERR_ARG;
     *model = NULL;
     API_ENTER(ctx);
@@ -8364,10 +8650,18 @@ void rlhf_model_close(rlhf_model *model) {
 }
 
 rlhf_model_shape rlhf_model_get_shape(const rlhf_model *m) {
-    return (rlhf_model_shape){.model_type = m->family->type, .head = m->c.head, .vocab_size = m->c.vocab,
-                              .hidden_size = m->c.d, .num_layers = m->c.layers, .num_heads = m->c.heads,
-                              .num_kv_heads = m->c.kv_heads, .head_dim = m->c.hd, .intermediate_size = m->c.ff,
-                              .max_positions = m->c.positions, .tied = m->c.tied, .n_params = model_count(m)};
+    return (rlhf_model_shape){.model_type = m->family->type,
+                              .head = m->c.head,
+                              .vocab_size = m->c.vocab,
+                              .hidden_size = m->c.d,
+                              .num_layers = m->c.layers,
+                              .num_heads = m->c.heads,
+                              .num_kv_heads = m->c.kv_heads,
+                              .head_dim = m->c.hd,
+                              .intermediate_size = m->c.ff,
+                              .max_positions = m->c.positions,
+                              .tied = m->c.tied,
+                              .n_params = model_count(m)};
 }
 
 rlhf_status rlhf_model_hash(rlhf_model *model, char hash[17]) {
@@ -8453,10 +8747,11 @@ const rlhf_field *rlhf_config_fields(rlhf_config_kind kind, int *n) {
 
 /* ---- generation ---- */
 
-/* Samples for n prompts whose ids are given; everything a sample points at is one block behind the array's own. */
+/* Samples for n prompts whose ids are given; everything a sample points at is one block behind the
+ * array's own. */
 static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_generate_config *c,
-                                 const data_seq *prompt, const char *const *text, const char *const *record, int n,
-                                 int *count) {
+                                 const data_seq *prompt, const char *const *text,
+                                 const char *const *record, int n, int *count) {
     rlhf_ctx *ctx = m->ctx;
     model_need_lm(m);
     train_validate(ctx, RLHF_CONFIG_GENERATE, c);
@@ -8464,21 +8759,34 @@ static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_
     int each = (int)c->num_return_sequences, total = n * each, room = (int)c->max_new_tokens;
     gen_item *item = arena_alloc(&m->ws, (size_t)total * sizeof *item);
     for (int i = 0; i < total; i++)
-        item[i] = (gen_item){.prompt = prompt[i / each].ids, .n_prompt = prompt[i / each].n, .key = (uint64_t)i,
+        item[i] = (gen_item){.prompt = prompt[i / each].ids,
+                             .n_prompt = prompt[i / each].n,
+                             .key = (uint64_t)i,
                              .out = arena_alloc(&m->ws, (size_t)room * sizeof(int32_t)),
                              .logp = arena_floats(&m->ws, (size_t)room, 1)};
-    gen_config g = {.max_new = room, .top_k = (int)c->top_k, .batch = (int)c->batch_size,
-                    .temperature = (float)c->temperature, .top_p = c->top_p, .seed = (uint64_t)c->seed, .stop = -1};
-    if (!gen_run(m, &m->ws, &g, item, total, "generate")) err_throw(ctx, RLHF_STOPPED, "stopped by the progress hook");
+    gen_config g = {.max_new = room,
+                    .top_k = (int)c->top_k,
+                    .batch = (int)c->batch_size,
+                    .temperature = (float)c->temperature,
+                    .top_p = c->top_p,
+                    .seed = (uint64_t)c->seed,
+                    .stop = -1};
+    if (!gen_run(m, &m->ws, &g, item, total, "generate"))
+        err_throw(ctx, RLHF_STOPPED, "stopped by the progress hook");
     rlhf_sample *s = mem_zalloc(ctx, (size_t)total + 1, sizeof *s);
     for (int i = 0; i < total; i++) {
         const gen_item *it = item + i;
         int32_t *ids = mem_alloc(ctx, (size_t)(it->n_prompt + it->n) * sizeof *ids);
         memcpy(ids, it->prompt, (size_t)it->n_prompt * sizeof *ids);
         memcpy(ids + it->n_prompt, it->out, (size_t)it->n * sizeof *ids);
-        s[i] = (rlhf_sample){.prompt = mem_strdup(ctx, text[i / each]), .prompt_ids = ids, .n_prompt = it->n_prompt,
-                             .completion_ids = ids + it->n_prompt, .n_completion = it->n, .finished = it->finished,
-                             .prompt_index = i / each, .sample_index = i % each};
+        s[i] = (rlhf_sample){.prompt = mem_strdup(ctx, text[i / each]),
+                             .prompt_ids = ids,
+                             .n_prompt = it->n_prompt,
+                             .completion_ids = ids + it->n_prompt,
+                             .n_completion = it->n,
+                             .finished = it->finished,
+                             .prompt_index = i / each,
+                             .sample_index = i % each};
         s[i].completion = tok_decode(tok, it->out, it->n, 1, NULL);
         if (record) s[i].record = mem_strdup(ctx, record[i / each]);
         for (int k = 0; k < it->n; k++) s[i].logprob += (double)it->logp[k];
@@ -8487,9 +8795,11 @@ static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_
     return s;
 }
 
-rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer, const rlhf_generate_config *config,
-                          const char *const *prompts, int n, rlhf_sample **samples, int *count) {
-    if (!model || !tokenizer || !config || !prompts || n < 1 || !samples || !count) return RLHF_ERR_ARG;
+rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
+                          const rlhf_generate_config *config, const char *const *prompts, int n,
+                          rlhf_sample **samples, int *count) {
+    if (!model || !tokenizer || !config || !prompts || n < 1 || !samples || !count)
+        return RLHF_ERR_ARG;
     *samples = NULL;
     *count = 0;
     API_ENTER(model->ctx);
@@ -8504,13 +8814,15 @@ rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer, const rl
     API_LEAVE();
 }
 
-rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer, const rlhf_generate_config *config,
-                                  rlhf_dataset *prompts, rlhf_sample **samples, int *count) {
+rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer,
+                                  const rlhf_generate_config *config, rlhf_dataset *prompts,
+                                  rlhf_sample **samples, int *count) {
     if (!model || !tokenizer || !config || !prompts || !samples || !count) return RLHF_ERR_ARG;
     *samples = NULL;
     *count = 0;
     API_ENTER(model->ctx);
-    API_CHECK(prompts->config.kind == RLHF_DATA_PROMPT, "generation needs a dataset of kind RLHF_DATA_PROMPT");
+    API_CHECK(prompts->config.kind == RLHF_DATA_PROMPT,
+              "generation needs a dataset of kind RLHF_DATA_PROMPT");
     size_t n = (size_t)prompts->n;
     data_seq *seq = mem_temp(mem_alloc(api_ctx, n * sizeof *seq));
     const char **text = mem_temp(mem_alloc(api_ctx, 2 * n * sizeof *text));
@@ -8547,7 +8859,8 @@ rlhf_status rlhf_score_dataset(rlhf_model *reward, rlhf_dataset *dataset, float 
     API_LEAVE();
 }
 
-rlhf_status rlhf_eval(rlhf_model *model, rlhf_dataset *dataset, rlhf_model *reference, char **json) {
+rlhf_status rlhf_eval(rlhf_model *model, rlhf_dataset *dataset, rlhf_model *reference,
+                      char **json) {
     if (!model || !dataset || !json) return RLHF_ERR_ARG;
     *json = NULL;
     API_ENTER(model->ctx);
@@ -8564,28 +8877,33 @@ rlhf_status rlhf_eval(rlhf_model *model, rlhf_dataset *dataset, rlhf_model *refe
 
 /* ---- training ---- */
 
-rlhf_status rlhf_sft_open(rlhf_model *model, rlhf_tokenizer *tokenizer, rlhf_dataset *train, rlhf_dataset *eval,
-                          const rlhf_sft_config *config, rlhf_trainer **trainer) {
+rlhf_status rlhf_sft_open(rlhf_model *model, rlhf_tokenizer *tokenizer, rlhf_dataset *train,
+                          rlhf_dataset *eval, const rlhf_sft_config *config,
+                          rlhf_trainer **trainer) {
     if (!model || !train || !config || !trainer) return RLHF_ERR_ARG;
     *trainer = NULL;
     API_ENTER(model->ctx);
-    API_CHECK(train->config.kind == RLHF_DATA_SFT, "fine-tuning needs a dataset of kind RLHF_DATA_SFT");
+    API_CHECK(train->config.kind == RLHF_DATA_SFT,
+              "fine-tuning needs a dataset of kind RLHF_DATA_SFT");
     *trainer = sft_open(model, tokenizer, train, eval, config);
     API_LEAVE();
 }
 
-rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tokenizer, rlhf_dataset *train,
-                         rlhf_dataset *eval, const rlhf_rm_config *config, rlhf_trainer **trainer) {
+rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tokenizer,
+                         rlhf_dataset *train, rlhf_dataset *eval, const rlhf_rm_config *config,
+                         rlhf_trainer **trainer) {
     if (!model || !train || !config || !trainer) return RLHF_ERR_ARG;
     *trainer = NULL;
     API_ENTER(model->ctx);
-    API_CHECK(train->config.kind == RLHF_DATA_PREFERENCE, "a reward model needs a dataset of kind RLHF_DATA_PREFERENCE");
+    API_CHECK(train->config.kind == RLHF_DATA_PREFERENCE,
+              "a reward model needs a dataset of kind RLHF_DATA_PREFERENCE");
     *trainer = rm_open(model, start, tokenizer, train, eval, config);
     API_LEAVE();
 }
 
-rlhf_status rlhf_ppo_open(rlhf_model *policy, rlhf_tokenizer *tokenizer, rlhf_dataset *prompts, rlhf_model *reward,
-                          rlhf_reward_fn function, void *user, const rlhf_ppo_config *config, rlhf_trainer **trainer) {
+rlhf_status rlhf_ppo_open(rlhf_model *policy, rlhf_tokenizer *tokenizer, rlhf_dataset *prompts,
+                          rlhf_model *reward, rlhf_reward_fn function, void *user,
+                          const rlhf_ppo_config *config, rlhf_trainer **trainer) {
     if (!policy || !prompts || !config || !trainer) return RLHF_ERR_ARG;
     *trainer = NULL;
     API_ENTER(policy->ctx);
@@ -8611,9 +8929,7 @@ rlhf_status rlhf_trainer_run(rlhf_trainer *trainer) {
     API_LEAVE();
 }
 
-int64_t rlhf_trainer_steps_done(const rlhf_trainer *trainer) {
-    return trainer ? trainer->step : 0;
-}
+int64_t rlhf_trainer_steps_done(const rlhf_trainer *trainer) { return trainer ? trainer->step : 0; }
 
 int64_t rlhf_trainer_steps_total(const rlhf_trainer *trainer) {
     return trainer ? trainer->total : 0;
@@ -8641,7 +8957,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 25 CLI (cli_ main)
+ * MARK: - 26 CLI (cli_ main)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -8681,7 +8997,9 @@ enum {
         O_COUNT
 };
 
-static const struct { const char *name, *arg, *help; } cli_options[O_COUNT] = {
+static const struct {
+    const char *name, *arg, *help;
+} cli_options[O_COUNT] = {
 #define CLI_ROW(name, arg, help) {#name, arg, help},
     CLI_OPTIONS(CLI_ROW)
 #undef CLI_ROW
@@ -8714,10 +9032,10 @@ typedef struct cli {
     char **more; /* further arguments */
     int n_more;
     cli_config config;
-    uint64_t set;     /* rows of the configuration's table that the command line named */
-    json_t *file;     /* --config */
+    uint64_t set; /* rows of the configuration's table that the command line named */
+    json_t *file; /* --config */
     rlhf_ctx *ctx;
-    int tty, line;    /* a progress line stands on the terminal */
+    int tty, line; /* a progress line stands on the terminal */
     double shown;
 } cli;
 
@@ -8766,10 +9084,23 @@ static void cli_log(void *user, rlhf_level level, const char *text) {
 
 /* The metrics worth a line, in this order, where they exist. */
 static void cli_print_metrics(const char *text) {
-    static const char *const keys[] = {
-        "loss", "eval_loss", "mean_token_accuracy", "accuracy", "eval_accuracy", "objective/scores",
-        "objective/rlhf_reward", "objective/kl", "objective/kl_exact", "objective/entropy", "policy/approxkl_avg",
-        "policy/clipfrac_avg", "loss/value_avg", "completions/mean_length", "grad_norm", "learning_rate", "lr"};
+    static const char *const keys[] = {"loss",
+                                       "eval_loss",
+                                       "mean_token_accuracy",
+                                       "accuracy",
+                                       "eval_accuracy",
+                                       "objective/scores",
+                                       "objective/rlhf_reward",
+                                       "objective/kl",
+                                       "objective/kl_exact",
+                                       "objective/entropy",
+                                       "policy/approxkl_avg",
+                                       "policy/clipfrac_avg",
+                                       "loss/value_avg",
+                                       "completions/mean_length",
+                                       "grad_norm",
+                                       "learning_rate",
+                                       "lr"};
     json_t *j = json_loads(text, 0, NULL);
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         const json_t *v = json_object_get(j, keys[i]);
@@ -8817,28 +9148,33 @@ static void cli_print_default(const rlhf_field *f, char *out, size_t size) {
 
 static int cli_named_by_config(const cli_command *cmd, const char *name) {
     int n = 0;
-    const rlhf_field *f = cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, &n);
+    const rlhf_field *f =
+        cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, &n);
     for (int i = 0; i < n; i++)
         if (!strcmp(f[i].name, name)) return i;
     return -1;
 }
 
 static void cli_help(const cli_command *cmd) {
-    printf("rlhf %s - %s\n\n  rlhf %s %s\n\nOptions ('-' and '_' are the same):\n", cmd->name, cmd->what, cmd->name, cmd->usage);
+    printf("rlhf %s - %s\n\n  rlhf %s %s\n\nOptions ('-' and '_' are the same):\n", cmd->name,
+           cmd->what, cmd->name, cmd->usage);
     for (int i = 0; i < O_COUNT; i++) {
-        if (!(cmd->options & 1u << i) || cli_named_by_config(cmd, cli_options[i].name) >= 0) continue;
+        if (!(cmd->options & 1u << i) || cli_named_by_config(cmd, cli_options[i].name) >= 0)
+            continue;
         char left[64];
-        snprintf(left, sizeof left, "--%s %s", cli_options[i].name, cli_options[i].arg ? cli_options[i].arg : "");
+        snprintf(left, sizeof left, "--%s %s", cli_options[i].name,
+                 cli_options[i].arg ? cli_options[i].arg : "");
         printf("  %-34s %s\n", left, cli_options[i].help);
     }
     int n = 0;
-    const rlhf_field *f = cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, &n);
+    const rlhf_field *f =
+        cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, &n);
     for (int i = 0; i < n; i++) {
-        char left[64], def[64];
+        char left[160], def[64];
         cli_print_default(f + i, def, sizeof def);
         snprintf(left, sizeof left, "--%s %s", f[i].name, def);
-        printf("  %-34s %s%s%s%s\n", left, f[i].help, f[i].choices ? " (" : "", f[i].choices ? f[i].choices : "",
-               f[i].choices ? ")" : "");
+        printf("  %-34s %s%s%s%s\n", left, f[i].help, f[i].choices ? " (" : "",
+               f[i].choices ? f[i].choices : "", f[i].choices ? ")" : "");
     }
 }
 
@@ -8870,7 +9206,8 @@ static int cli_distance(const char *a, const char *b) {
 static int cli_unknown(cli *c, const char *name) {
     const char *best = NULL;
     int least = 4, n = 0;
-    const rlhf_field *f = c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
+    const rlhf_field *f =
+        c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
     for (int i = 0; i < O_COUNT + n; i++) {
         const char *known = i < O_COUNT ? cli_options[i].name : f[i - O_COUNT].name;
         if (i < O_COUNT && !(c->cmd->options & 1u << i)) continue;
@@ -8878,7 +9215,9 @@ static int cli_unknown(cli *c, const char *name) {
         if (d < least) least = d, best = known;
     }
     if (best) cli_fail(c, "%s: unknown option --%s; did you mean --%s?", c->cmd->name, name, best);
-    else cli_fail(c, "%s: unknown option --%s; `rlhf %s --help` lists them", c->cmd->name, name, c->cmd->name);
+    else
+        cli_fail(c, "%s: unknown option --%s; `rlhf %s --help` lists them", c->cmd->name, name,
+                 c->cmd->name);
     return 2;
 }
 
@@ -8888,8 +9227,10 @@ static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
     double x = strtod(text, &end);
     int ok = *text && !*end;
     if (f->kind == 'B') {
-        int yes = !strcmp(text, "true") || !strcmp(text, "1"), no = !strcmp(text, "false") || !strcmp(text, "0");
-        if (!yes && !no) return cli_fail(c, "--%s: \"%s\", expected true or false", f->name, text), 2;
+        int yes = !strcmp(text, "true") || !strcmp(text, "1"),
+            no = !strcmp(text, "false") || !strcmp(text, "0");
+        if (!yes && !no)
+            return cli_fail(c, "--%s: \"%s\", expected true or false", f->name, text), 2;
         memcpy(at, &yes, sizeof yes);
         return 0;
     }
@@ -8901,17 +9242,20 @@ static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
     }
     if (!ok || !(x >= f->min && x <= f->max) || (f->kind == 'I' && x != floor(x)))
         return cli_fail(c, "--%s: \"%s\", expected %s from %g to %g", f->name, text,
-                        f->kind == 'I' ? "an integer" : "a number", f->min, f->max), 2;
+                        f->kind == 'I' ? "an integer" : "a number", f->min, f->max),
+               2;
     int64_t integer = (int64_t)x;
     if (f->kind == 'I') memcpy(at, &integer, sizeof integer);
     else memcpy(at, &x, sizeof x);
     return 0;
 }
 
-/* Takes one option; value null: there was none. Returns an exit code, 0 to go on; *took: the value was used. */
+/* Takes one option; value null: there was none. Returns an exit code, 0 to go on; *took: the value
+ * was used. */
 static int cli_take(cli *c, const char *name, const char *value, int *took) {
     int n = 0;
-    const rlhf_field *f = c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
+    const rlhf_field *f =
+        c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
     *took = 1;
     for (int i = 0; i < n; i++) {
         if (!cli_same(name, f[i].name)) continue;
@@ -8932,7 +9276,9 @@ static int cli_take(cli *c, const char *name, const char *value, int *took) {
             c->v[i] = "true";
             return 0;
         }
-        if (!value) return cli_fail(c, "--%s needs a value (%s)", cli_options[i].name, cli_options[i].arg), 2;
+        if (!value)
+            return cli_fail(c, "--%s needs a value (%s)", cli_options[i].name, cli_options[i].arg),
+                   2;
         if (!c->v[i]) c->v[i] = value;
         return 0;
     }
@@ -8946,15 +9292,19 @@ static int cli_take_file(cli *c) {
     if (!c->v[O_config]) return 0;
     c->file = json_load_file(c->v[O_config], 0, &e);
     if (!c->file) return cli_fail(c, "%s:%d: %s", c->v[O_config], e.line, e.text);
-    if (!json_is_object(c->file)) return cli_fail(c, "%s: expected a JSON object with options by name", c->v[O_config]);
+    if (!json_is_object(c->file))
+        return cli_fail(c, "%s: expected a JSON object with options by name", c->v[O_config]);
     json_object_foreach(c->file, key, v) {
         char text[64];
         const char *value = text;
         if (json_is_string(v)) value = json_string_value(v);
         else if (json_is_boolean(v)) value = json_is_true(v) ? "true" : "false";
-        else if (json_is_integer(v)) snprintf(text, sizeof text, "%lld", (long long)json_integer_value(v));
+        else if (json_is_integer(v))
+            snprintf(text, sizeof text, "%lld", (long long)json_integer_value(v));
         else if (json_is_real(v)) snprintf(text, sizeof text, "%.17g", json_real_value(v));
-        else return cli_fail(c, "%s: \"%s\" is neither a number, a text nor true or false", c->v[O_config], key);
+        else
+            return cli_fail(c, "%s: \"%s\" is neither a number, a text nor true or false",
+                            c->v[O_config], key);
         int took, code = cli_take(c, key, value == text ? strdup(text) : value, &took);
         if (code) return code;
     }
@@ -8969,15 +9319,19 @@ static int cli_parse(cli *c, int argc, char **argv) {
             continue;
         }
         char name[128];
-        const char *eq = strchr(argv[i], '='), *value = eq ? eq + 1 : i + 1 < argc ? argv[i + 1] : NULL;
-        snprintf(name, sizeof name, "%.*s", (int)(eq ? eq - argv[i] - 2 : (ptrdiff_t)strlen(argv[i]) - 2), argv[i] + 2);
+        const char *eq = strchr(argv[i], '='), *value = eq             ? eq + 1
+                                                        : i + 1 < argc ? argv[i + 1]
+                                                                       : NULL;
+        snprintf(name, sizeof name, "%.*s",
+                 (int)(eq ? eq - argv[i] - 2 : (ptrdiff_t)strlen(argv[i]) - 2), argv[i] + 2);
         /* What looks like an option is not a value, but a negative number is. */
         if (!eq && value && !strncmp(value, "--", 2)) value = NULL;
         int took = 0, code = cli_take(c, name, value, &took);
         if (code) return code;
         i += took && !eq;
     }
-    if (c->n_more && !c->v[O_train]) return cli_fail(c, "%s: unexpected argument \"%s\"", c->cmd->name, argv[0]), 2;
+    if (c->n_more && !c->v[O_train])
+        return cli_fail(c, "%s: unexpected argument \"%s\"", c->cmd->name, argv[0]), 2;
     return cli_take_file(c);
 }
 
@@ -8993,7 +9347,8 @@ static int cli_parse(cli *c, int argc, char **argv) {
     do {                                                                                           \
         if (!c->v[O_##option])                                                                     \
             return cli_fail(c, "%s: --%s %s is missing", c->cmd->name, #option,                    \
-                            cli_options[O_##option].arg), 2;                                       \
+                            cli_options[O_##option].arg),                                          \
+                   2;                                                                              \
     } while (0)
 
 static int cli_number(cli *c, int option, long long lo, long long hi, long long *out) {
@@ -9001,7 +9356,9 @@ static int cli_number(cli *c, int option, long long lo, long long hi, long long 
     if (!c->v[option]) return 0;
     *out = strtoll(c->v[option], &end, 10);
     if (*end || end == c->v[option] || *out < lo || *out > hi)
-        return cli_fail(c, "--%s: \"%s\", expected an integer from %lld to %lld", cli_options[option].name, c->v[option], lo, hi), 2;
+        return cli_fail(c, "--%s: \"%s\", expected an integer from %lld to %lld",
+                        cli_options[option].name, c->v[option], lo, hi),
+               2;
     return 0;
 }
 
@@ -9019,7 +9376,8 @@ static rlhf_data_config cli_data_config(cli *c, rlhf_data_kind kind, int64_t max
 
 static void cli_set_hash(json_t *j, rlhf_model *m) {
     char hash[17];
-    if (rlhf_model_hash(m, hash) == RLHF_OK) json_object_set_new(j, "weights_hash", json_string(hash));
+    if (rlhf_model_hash(m, hash) == RLHF_OK)
+        json_object_set_new(j, "weights_hash", json_string(hash));
 }
 
 /* ---- training commands ---- */
@@ -9062,8 +9420,10 @@ static void cli_print_object(cli *c, const json_t *j) {
         if (!json_is_object(v)) continue;
         printf("\n%-24s %8s %9s %9s\n", key, "pairs", "accuracy", "margin");
         json_object_foreach(v, name, slice)
-            printf("%-24s %8lld %9.3f %9.3f\n", name, (long long)json_integer_value(json_object_get(slice, "pairs")),
-                   json_real_value(json_object_get(slice, "accuracy")), json_real_value(json_object_get(slice, "margin")));
+            printf("%-24s %8lld %9.3f %9.3f\n", name,
+                   (long long)json_integer_value(json_object_get(slice, "pairs")),
+                   json_real_value(json_object_get(slice, "accuracy")),
+                   json_real_value(json_object_get(slice, "margin")));
     }
 }
 
@@ -9080,8 +9440,9 @@ static int cli_sft(cli *c) {
     cfg->output_dir = c->v[O_out];
     CLI_TRY(cli_open_tokenizer(c, &tok));
     if (c->v[O_init])
-        CLI_TRY(rlhf_model_init(c->ctx, c->v[O_init], rlhf_tokenizer_vocab_size(tok), rlhf_tokenizer_bos(tok),
-                                rlhf_tokenizer_eos(tok), (uint64_t)cfg->seed, &m));
+        CLI_TRY(rlhf_model_init(c->ctx, c->v[O_init], rlhf_tokenizer_vocab_size(tok),
+                                rlhf_tokenizer_bos(tok), rlhf_tokenizer_eos(tok),
+                                (uint64_t)cfg->seed, &m));
     else CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
     rlhf_data_config d = cli_data_config(c, RLHF_DATA_SFT, cfg->max_length);
     CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &d, &train));
@@ -9174,7 +9535,9 @@ static FILE *cli_out(cli *c) {
 static int cli_close(cli *c, FILE *f) {
     int bad = fflush(f) != 0 || ferror(f);
     if (f != stdout) bad |= fclose(f) != 0;
-    return bad ? cli_fail(c, "%s: cannot write: %s", c->v[O_out] ? c->v[O_out] : "standard output", strerror(errno)) : 0;
+    return bad ? cli_fail(c, "%s: cannot write: %s", c->v[O_out] ? c->v[O_out] : "standard output",
+                          strerror(errno))
+               : 0;
 }
 
 /* Lines of standard input, without their ends; *n becomes their number. */
@@ -9224,7 +9587,8 @@ static int cli_generate(cli *c) {
     CLI_TRY(cli_open_tokenizer(c, &tok));
     if (c->v[O_data]) {
         rlhf_dataset *d;
-        rlhf_data_config cfg = cli_data_config(c, RLHF_DATA_PROMPT, rlhf_model_get_shape(m).max_positions - 1);
+        rlhf_data_config cfg =
+            cli_data_config(c, RLHF_DATA_PROMPT, rlhf_model_get_shape(m).max_positions - 1);
         cfg.max_records = (int)most;
         CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &cfg, &d));
         CLI_TRY(rlhf_generate_dataset(m, tok, &c->config.gen, d, &s, &count));
@@ -9232,8 +9596,12 @@ static int cli_generate(cli *c) {
     } else {
         const char *one[1] = {c->v[O_prompt]};
         char **lines = c->v[O_prompt] ? NULL : cli_read_lines(&n, most);
-        if (!c->v[O_prompt] && !n) return cli_fail(c, "generate: no prompt: give --prompt TEXT, --data FILE or lines on standard input");
-        CLI_TRY(rlhf_generate(m, tok, &c->config.gen, lines ? (const char *const *)lines : one, lines ? n : 1, &s, &count));
+        if (!c->v[O_prompt] && !n)
+            return cli_fail(
+                c,
+                "generate: no prompt: give --prompt TEXT, --data FILE or lines on standard input");
+        CLI_TRY(rlhf_generate(m, tok, &c->config.gen, lines ? (const char *const *)lines : one,
+                              lines ? n : 1, &s, &count));
         cli_clear(c);
         for (int i = 0; i < count; i++) printf("%s\n", s[i].completion);
     }
@@ -9243,7 +9611,8 @@ static int cli_generate(cli *c) {
         tokens += s[i].n_completion;
         finished += s[i].finished;
     }
-    json_t *j = json_pack("{s:i,s:f,s:f}", "samples", count, "mean_length", tokens / count, "finished", finished / count);
+    json_t *j = json_pack("{s:i,s:f,s:f}", "samples", count, "mean_length", tokens / count,
+                          "finished", finished / count);
     if (count == 1) json_object_set_new(j, "completion", json_string(s[0].completion));
     return cli_results(c, j);
 }
@@ -9259,7 +9628,8 @@ static int cli_score(cli *c) {
     if (code) return code;
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
     CLI_TRY(cli_open_tokenizer(c, &tok));
-    rlhf_data_config cfg = cli_data_config(c, RLHF_DATA_SCORE, rlhf_model_get_shape(m).max_positions);
+    rlhf_data_config cfg =
+        cli_data_config(c, RLHF_DATA_SCORE, rlhf_model_get_shape(m).max_positions);
     cfg.max_records = (int)most;
     CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &cfg, &d));
     int n = rlhf_dataset_count(d), bad = 0;
@@ -9279,7 +9649,8 @@ static int cli_score(cli *c) {
     code = cli_close(c, f) || bad;
     free(score);
     if (code) return code;
-    return cli_results(c, json_pack("{s:i,s:i,s:f,s:f}", "records", n, "dropped", rlhf_dataset_dropped(d), "mean", mean, "std", sqrt(var)));
+    return cli_results(c, json_pack("{s:i,s:i,s:f,s:f}", "records", n, "dropped",
+                                    rlhf_dataset_dropped(d), "mean", mean, "std", sqrt(var)));
 }
 
 static int cli_eval(cli *c) {
@@ -9301,7 +9672,8 @@ static int cli_eval(cli *c) {
         if (!pairs && strcmp(c->v[O_type], "text"))
             return cli_fail(c, "--type: \"%s\", expected text or preference", c->v[O_type]), 2;
     }
-    rlhf_data_config cfg = cli_data_config(c, pairs ? RLHF_DATA_PREFERENCE : RLHF_DATA_SFT, rlhf_model_get_shape(m).max_positions);
+    rlhf_data_config cfg = cli_data_config(c, pairs ? RLHF_DATA_PREFERENCE : RLHF_DATA_SFT,
+                                           rlhf_model_get_shape(m).max_positions);
     cfg.max_records = (int)most;
     CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &cfg, &d));
     CLI_TRY(rlhf_eval(m, d, ref, &text));
@@ -9361,10 +9733,12 @@ static int cli_tokenizer(cli *c) {
     CLI_TRY(rlhf_tokenizer_train(c->ctx, (const char *const *)text, len, n, (int)size, &tok));
     CLI_TRY(rlhf_tokenizer_save(tok, c->v[O_out]));
     int vocab = rlhf_tokenizer_vocab_size(tok);
-    if (!c->v[O_json]) printf("%d entries learnt from %zu bytes, in %s\n", vocab, total, c->v[O_out]);
+    if (!c->v[O_json])
+        printf("%d entries learnt from %zu bytes, in %s\n", vocab, total, c->v[O_out]);
     free(text);
     free(len);
-    return cli_results(c, json_pack("{s:i,s:I,s:s}", "vocab_size", vocab, "bytes", (json_int_t)total, "out", c->v[O_out]));
+    return cli_results(c, json_pack("{s:i,s:I,s:s}", "vocab_size", vocab, "bytes",
+                                    (json_int_t)total, "out", c->v[O_out]));
 }
 
 static int cli_info(cli *c) {
@@ -9376,11 +9750,19 @@ static int cli_info(cli *c) {
         rlhf_model *m;
         CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
         rlhf_model_shape s = rlhf_model_get_shape(m);
-        const struct { const char *name; json_int_t value; } rows[] = {
-            {"vocab_size", s.vocab_size}, {"hidden_size", s.hidden_size}, {"num_hidden_layers", s.num_layers},
-            {"num_attention_heads", s.num_heads}, {"num_key_value_heads", s.num_kv_heads}, {"head_dim", s.head_dim},
-            {"intermediate_size", s.intermediate_size}, {"max_position_embeddings", s.max_positions},
-            {"parameters", s.n_params}, {"bytes", s.n_params * 4}};
+        const struct {
+            const char *name;
+            json_int_t value;
+        } rows[] = {{"vocab_size", s.vocab_size},
+                    {"hidden_size", s.hidden_size},
+                    {"num_hidden_layers", s.num_layers},
+                    {"num_attention_heads", s.num_heads},
+                    {"num_key_value_heads", s.num_kv_heads},
+                    {"head_dim", s.head_dim},
+                    {"intermediate_size", s.intermediate_size},
+                    {"max_position_embeddings", s.max_positions},
+                    {"parameters", s.n_params},
+                    {"bytes", s.n_params * 4}};
         json_object_set_new(j, "model", json_string(c->v[O_model]));
         json_object_set_new(j, "model_type", json_string(s.model_type));
         json_object_set_new(j, "head", json_string(s.head == RLHF_HEAD_SCORE ? "score" : "lm"));
@@ -9397,31 +9779,47 @@ static int cli_info(cli *c) {
 
 static const cli_command cli_commands[] = {
     {"sft", "supervised fine-tuning", "--model DIR --data train.jsonl --out DIR",
-     CLI_COMMON | CLI_BIT(model) | CLI_BIT(init) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(eval_data) | CLI_BIT(out) |
-         CLI_BIT(chat_template), RLHF_CONFIG_SFT, cli_sft},
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(init) | CLI_BIT(tokenizer) | CLI_BIT(data) |
+         CLI_BIT(eval_data) | CLI_BIT(out) | CLI_BIT(chat_template),
+     RLHF_CONFIG_SFT, cli_sft},
     {"rm", "train a reward model on preferences", "--model SFT_DIR --data prefs.jsonl --out DIR",
-     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(eval_data) | CLI_BIT(out) |
-         CLI_BIT(chat_template), RLHF_CONFIG_RM, cli_rm},
-    {"ppo", "proximal policy optimisation against a reward model", "--model SFT_DIR --reward RM_DIR --data prompts.jsonl --out DIR",
-     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) | CLI_BIT(out) |
-         CLI_BIT(chat_template), RLHF_CONFIG_PPO, cli_ppo},
-    {"generate", "continue prompts", "--model DIR [--prompt TEXT | --data prompts.jsonl --out answers.jsonl]",
-     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(prompt) | CLI_BIT(data) | CLI_BIT(out) |
-         CLI_BIT(chat_template), RLHF_CONFIG_GENERATE, cli_generate},
-    {"score", "the reward of each record", "--model RM_DIR --data answers.jsonl [--out scored.jsonl]",
-     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(out) | CLI_BIT(chat_template), -1, cli_score},
-    {"eval", "likelihood, KL or preference accuracy on a file", "--model DIR --data FILE [--ref DIR]",
-     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(ref) | CLI_BIT(type) | CLI_BIT(chat_template), -1, cli_eval},
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(eval_data) |
+         CLI_BIT(out) | CLI_BIT(chat_template),
+     RLHF_CONFIG_RM, cli_rm},
+    {"ppo", "proximal policy optimisation against a reward model",
+     "--model SFT_DIR --reward RM_DIR --data prompts.jsonl --out DIR",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) |
+         CLI_BIT(out) | CLI_BIT(chat_template),
+     RLHF_CONFIG_PPO, cli_ppo},
+    {"generate", "continue prompts",
+     "--model DIR [--prompt TEXT | --data prompts.jsonl --out answers.jsonl]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(prompt) | CLI_BIT(data) |
+         CLI_BIT(out) | CLI_BIT(chat_template),
+     RLHF_CONFIG_GENERATE, cli_generate},
+    {"score", "the reward of each record",
+     "--model RM_DIR --data answers.jsonl [--out scored.jsonl]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(out) |
+         CLI_BIT(chat_template),
+     -1, cli_score},
+    {"eval", "likelihood, KL or preference accuracy on a file",
+     "--model DIR --data FILE [--ref DIR]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(ref) |
+         CLI_BIT(type) | CLI_BIT(chat_template),
+     -1, cli_eval},
     {"tokenize", "lines of standard input to token ids", "--tokenizer DIR < text",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer), -1, cli_tokenize},
-    {"tokenizer", "learn a byte-level BPE vocabulary from text", "--train FILE... --vocab_size N --out DIR",
+    {"tokenizer", "learn a byte-level BPE vocabulary from text",
+     "--train FILE... --vocab_size N --out DIR",
      CLI_COMMON | CLI_BIT(train) | CLI_BIT(vocab_size) | CLI_BIT(out), -1, cli_tokenizer},
-    {"info", "this machine, and a model's shape", "[--model DIR]", CLI_COMMON | CLI_BIT(model), -1, cli_info}};
+    {"info", "this machine, and a model's shape", "[--model DIR]", CLI_COMMON | CLI_BIT(model), -1,
+     cli_info}};
 enum { CLI_COMMANDS = sizeof cli_commands / sizeof *cli_commands };
 
 static int cli_usage(FILE *f) {
-    fprintf(f, "rlhf " RLHF_VERSION " - supervised fine-tuning, reward models and PPO on a CPU\n\n");
-    for (int i = 0; i < CLI_COMMANDS; i++) fprintf(f, "  rlhf %-10s %s\n", cli_commands[i].name, cli_commands[i].what);
+    fprintf(f,
+            "rlhf " RLHF_VERSION " - supervised fine-tuning, reward models and PPO on a CPU\n\n");
+    for (int i = 0; i < CLI_COMMANDS; i++)
+        fprintf(f, "  rlhf %-10s %s\n", cli_commands[i].name, cli_commands[i].what);
     fprintf(f, "\n`rlhf COMMAND --help` lists a command's options.\n");
     return f == stderr ? 2 : 0;
 }
@@ -9436,14 +9834,16 @@ static int cli_open(cli *c) {
     o.isa = c->v[O_isa] ? c->v[O_isa] : "auto";
     o.hooks = (rlhf_hooks){.user = c, .log = cli_log, .progress = cli_progress};
     rlhf_status status = rlhf_open(&c->ctx, &o);
-    if (status == RLHF_ERR_ARG) return cli_fail(c, "--isa: \"%s\", this processor has: auto %s", o.isa, rlhf_isas()), 2;
+    if (status == RLHF_ERR_ARG)
+        return cli_fail(c, "--isa: \"%s\", this processor has: auto %s", o.isa, rlhf_isas()), 2;
     return status ? cli_fail(c, "%s", rlhf_status_text(status)) : 0;
 }
 
 int main(int argc, char **argv) {
     cli c = {0};
     if (argc < 2) return cli_usage(stderr);
-    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "help") || !strcmp(argv[1], "-h")) return cli_usage(stdout);
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "help") || !strcmp(argv[1], "-h"))
+        return cli_usage(stdout);
     if (!strcmp(argv[1], "--version")) return printf("rlhf " RLHF_VERSION "\n") < 0;
     const char *near = NULL;
     for (int i = 0, least = 4; i < CLI_COMMANDS && !c.cmd; i++) {

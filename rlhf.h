@@ -1,16 +1,20 @@
 /* rlhf.h - supervised fine-tuning, reward models and PPO on an ordinary CPU, in one C file.
  *
- * Five nouns: rlhf_ctx (threads, memory, log, last error), rlhf_tokenizer, rlhf_dataset, rlhf_model, rlhf_trainer. They are
- * opaque; every object belongs to the context it was made with and is closed before it.
+ * Five nouns: rlhf_ctx (threads, memory, log, last error), rlhf_tokenizer, rlhf_dataset,
+ * rlhf_model, rlhf_trainer. They are opaque; every object belongs to the context it was made with
+ * and is closed before it.
  *
- * Every function that can fail returns rlhf_status; the text is in rlhf_error(ctx). The library never exits, prints or reads
- * the environment. There are no process-wide variables: contexts on different threads are independent, one context is used
- * by one thread at a time (the library starts its own worker threads inside a call).
+ * Every function that can fail returns rlhf_status; the text is in rlhf_error(ctx). The library
+ * never exits, prints or reads the environment. There are no process-wide variables: contexts on
+ * different threads are independent, one context is used by one thread at a time (the library
+ * starts its own worker threads inside a call).
  *
- * Results are the same bits for any number of threads, any grouping into batches and, in fp32, any instruction set.
+ * Results are the same bits for any number of threads, any grouping into batches and, in fp32, any
+ * instruction set.
  *
- * Embedding: put rlhf.c and rlhf.h into a project, compile rlhf.c with -ffp-contract=off (and -fopenmp for threads), link
- * jansson, pcre2-8, zlib and libm. `test/embed.c` is a complete program.
+ * Embedding: put rlhf.c and rlhf.h into a project, compile rlhf.c with -ffp-contract=off (and
+ * -fopenmp for threads), link jansson, pcre2-8, zlib and libm. `test/embed.c` is a complete
+ * program.
  */
 #ifndef RLHF_H
 #define RLHF_H
@@ -24,20 +28,23 @@ extern "C" {
 
 #define RLHF_VERSION "0.1.0"
 
-/* ---- Status ---------------------------------------------------------------------------------------------------------- */
+/* ---- Status ---- */
 
-#define RLHF_STATUS_LIST(X)                                                                                                \
-    X(RLHF_OK, "ok")                                                                                                       \
-    X(RLHF_ERR_ARG, "bad argument")               /* a parameter out of its range, a null pointer */                       \
-    X(RLHF_ERR_MEMORY, "out of memory")           /* the allocation hook returned null, or a size overflows */             \
-    X(RLHF_ERR_IO, "input/output error")          /* a file cannot be opened, read or written */                           \
-    X(RLHF_ERR_FORMAT, "bad file")                /* a model, tokenizer or JSON file whose contents make no sense */       \
-    X(RLHF_ERR_DATA, "bad record")                /* a dataset record that cannot be used */                               \
-    X(RLHF_ERR_UNSUPPORTED, "not supported")      /* well-formed, but nothing here can compute it */                       \
-    X(RLHF_ERR_CONTEXT, "context overflow")       /* more tokens than the model has positions */                           \
-    X(RLHF_ERR_NUMERIC, "not a finite number")    /* a loss or gradient became NaN or infinite; weights are unchanged */   \
-    X(RLHF_ERR_CALLBACK, "callback failed")       /* a reward function returned an error of its own */                     \
-    X(RLHF_STOPPED, "stopped")                    /* the progress hook asked to stop; the state was kept */
+#define RLHF_STATUS_LIST(X)                                                                        \
+    X(RLHF_OK, "ok")                                                                               \
+    X(RLHF_ERR_ARG, "bad argument")      /* a parameter out of its range, a null pointer */        \
+    X(RLHF_ERR_MEMORY, "out of memory")  /* the allocation hook returned null, or a size overflows \
+                                          */                                                       \
+    X(RLHF_ERR_IO, "input/output error") /* a file cannot be opened, read or written */            \
+    X(RLHF_ERR_FORMAT, "bad file") /* a model, tokenizer or JSON file whose contents make no sense \
+                                    */                                                             \
+    X(RLHF_ERR_DATA, "bad record") /* a dataset record that cannot be used */                      \
+    X(RLHF_ERR_UNSUPPORTED, "not supported")   /* well-formed, but nothing here can compute it */  \
+    X(RLHF_ERR_CONTEXT, "context overflow")    /* more tokens than the model has positions */      \
+    X(RLHF_ERR_NUMERIC, "not a finite number") /* a loss or gradient became NaN or infinite;       \
+                                                  weights are unchanged */                         \
+    X(RLHF_ERR_CALLBACK, "callback failed") /* a reward function returned an error of its own */   \
+    X(RLHF_STOPPED, "stopped") /* the progress hook asked to stop; the state was kept */
 
 typedef enum rlhf_status {
 #define RLHF_STATUS_ENUM_(name, text) name,
@@ -48,7 +55,7 @@ typedef enum rlhf_status {
 /* The short text of a status; never null. */
 const char *rlhf_status_text(rlhf_status status);
 
-/* ---- Context --------------------------------------------------------------------------------------------------------- */
+/* ---- Context ---- */
 
 typedef struct rlhf_ctx rlhf_ctx;
 typedef struct rlhf_tokenizer rlhf_tokenizer;
@@ -58,7 +65,8 @@ typedef struct rlhf_trainer rlhf_trainer;
 
 typedef enum rlhf_level { RLHF_LOG_DEBUG, RLHF_LOG_INFO, RLHF_LOG_WARNING } rlhf_level;
 
-/* Where a long call stands. done and total count steps (trainers) or records; tokens counts tokens processed so far. */
+/* Where a long call stands. done and total count steps (trainers) or records; tokens counts tokens
+ * processed so far. */
 typedef struct rlhf_progress {
     const char *what; /* "sft", "rm", "ppo", "generate", "score", "eval", "normalize" */
     int64_t done, total, tokens;
@@ -66,8 +74,9 @@ typedef struct rlhf_progress {
     const char *metrics; /* one JSON object with the newest metrics, or null between log points */
 } rlhf_progress;
 
-/* Every hook may be null. alloc returns memory aligned for any type or null; free gets the size that was asked for. progress
- * returns non-zero to stop: the call ends with RLHF_STOPPED at the next safe point. */
+/* Every hook may be null. alloc returns memory aligned for any type or null; free gets the size
+ * that was asked for. progress returns non-zero to stop: the call ends with RLHF_STOPPED at the
+ * next safe point. */
 typedef struct rlhf_hooks {
     void *user;
     void *(*alloc)(void *user, size_t size);
@@ -78,73 +87,83 @@ typedef struct rlhf_hooks {
 
 typedef struct rlhf_options {
     int threads;     /* worker threads; 0 = one for each processor */
-    const char *isa; /* kernels: "auto", "ref", or one of rlhf_isas(); the results are the same bits */
+    const char *isa; /* kernels: "auto", "ref", or one of rlhf_isas(); the results are the same bits
+                      */
     rlhf_hooks hooks;
 } rlhf_options;
 
 rlhf_options rlhf_options_default(void);
 
-/* Opens a context. RLHF_ERR_ARG for an unknown or unavailable isa or a negative thread count, RLHF_ERR_MEMORY; *ctx is then
- * null. */
+/* Opens a context. RLHF_ERR_ARG for an unknown or unavailable isa or a negative thread count,
+ * RLHF_ERR_MEMORY; *ctx is then null. */
 rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options);
 void rlhf_close(rlhf_ctx *ctx);
 
-/* The text of the last error in this context ("prefs.jsonl:17: missing \"chosen\""); "" if there was none. Valid until the
- * next call with this context. */
+/* The text of the last error in this context ("prefs.jsonl:17: missing \"chosen\""); "" if there
+ * was none. Valid until the next call with this context. */
 const char *rlhf_error(const rlhf_ctx *ctx);
 
 /* The kernel sets this processor can run, space-separated, best first ("avx2 ref"). */
 const char *rlhf_isas(void);
 
-/* One JSON object about this machine and context: cpu, isa, threads, caches. The text is released with rlhf_free. */
+/* One JSON object about this machine and context: cpu, isa, threads, caches. The text is released
+ * with rlhf_free. */
 rlhf_status rlhf_info(rlhf_ctx *ctx, char **json);
 
 /* Releases a text or array that the library returned. Null is allowed. */
 void rlhf_free(rlhf_ctx *ctx, void *ptr);
 
-/* ---- Tokenizer ------------------------------------------------------------------------------------------------------- */
+/* ---- Tokenizer ---- */
 
-/* Reads DIR/tokenizer.json (and tokenizer_config.json, special tokens, chat template where present), or a tokenizer.json
- * given by its path. */
+/* Reads DIR/tokenizer.json (and tokenizer_config.json, special tokens, chat template where
+ * present), or a tokenizer.json given by its path. */
 rlhf_status rlhf_tokenizer_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer **tokenizer);
 void rlhf_tokenizer_close(rlhf_tokenizer *tokenizer);
 
-/* Trains a byte-level BPE with vocab_size entries (at least 257: 256 bytes and "<|endoftext|>") on n texts of lens[i] bytes.
- * The most frequent pair is merged first; among equals the one with the smaller pair of ids. */
-rlhf_status rlhf_tokenizer_train(rlhf_ctx *ctx, const char *const *texts, const size_t *lens, int n, int vocab_size,
-                                 rlhf_tokenizer **tokenizer);
+/* Trains a byte-level BPE with vocab_size entries (at least 257: 256 bytes and "<|endoftext|>") on
+ * n texts of lens[i] bytes. The most frequent pair is merged first; among equals the one with the
+ * smaller pair of ids. */
+rlhf_status rlhf_tokenizer_train(rlhf_ctx *ctx, const char *const *texts, const size_t *lens, int n,
+                                 int vocab_size, rlhf_tokenizer **tokenizer);
 
-/* Writes DIR/tokenizer.json and DIR/tokenizer_config.json, which Hugging Face's library reads to the same effect. */
+/* Writes DIR/tokenizer.json and DIR/tokenizer_config.json, which Hugging Face's library reads to
+ * the same effect. */
 rlhf_status rlhf_tokenizer_save(rlhf_tokenizer *tokenizer, const char *dir);
 
 int rlhf_tokenizer_vocab_size(const rlhf_tokenizer *tokenizer);
-int rlhf_tokenizer_eos(const rlhf_tokenizer *tokenizer); /* the end-of-text id, -1 if there is none */
-int rlhf_tokenizer_bos(const rlhf_tokenizer *tokenizer); /* the beginning-of-text id, -1 if there is none */
+int rlhf_tokenizer_eos(const rlhf_tokenizer *tokenizer); /* the end-of-text id, -1 if there is none
+                                                          */
+int rlhf_tokenizer_bos(const rlhf_tokenizer *tokenizer); /* the beginning-of-text id, -1 if there is
+                                                            none */
 
-/* Encodes len bytes of UTF-8 text. *n becomes the number of tokens; the first min(*n, cap) of them are written to ids, so that
- * a call with cap 0 measures. add_special: also what the tokenizer's post-processor adds (a beginning-of-text token). */
-rlhf_status rlhf_encode(rlhf_tokenizer *tokenizer, const char *text, size_t len, int add_special, int32_t *ids, int cap,
-                        int *n);
+/* Encodes len bytes of UTF-8 text. *n becomes the number of tokens; the first min(*n, cap) of them
+ * are written to ids, so that a call with cap 0 measures. add_special: also what the tokenizer's
+ * post-processor adds (a beginning-of-text token). */
+rlhf_status rlhf_encode(rlhf_tokenizer *tokenizer, const char *text, size_t len, int add_special,
+                        int32_t *ids, int cap, int *n);
 
-/* Decodes n ids to a NUL-terminated text (released with rlhf_free); *len, if not null, becomes its length in bytes.
- * skip_special leaves out special tokens. */
-rlhf_status rlhf_decode(rlhf_tokenizer *tokenizer, const int32_t *ids, int n, int skip_special, char **text, size_t *len);
+/* Decodes n ids to a NUL-terminated text (released with rlhf_free); *len, if not null, becomes its
+ * length in bytes. skip_special leaves out special tokens. */
+rlhf_status rlhf_decode(rlhf_tokenizer *tokenizer, const int32_t *ids, int n, int skip_special,
+                        char **text, size_t *len);
 
-/* ---- Dataset --------------------------------------------------------------------------------------------------------- */
+/* ---- Dataset ---- */
 
 typedef enum rlhf_data_kind {
     RLHF_DATA_SFT,        /* text | messages | prompt + completion */
     RLHF_DATA_PREFERENCE, /* chosen + rejected, with or without prompt; strings or conversations */
-    RLHF_DATA_PROMPT,     /* prompt (string or conversation), further columns go to the reward function */
-    RLHF_DATA_SCORE       /* prompt + completion | text | messages: whole answers to be scored or evaluated */
+    RLHF_DATA_PROMPT, /* prompt (string or conversation), further columns go to the reward function
+                       */
+    RLHF_DATA_SCORE   /* prompt + completion | text | messages: whole answers to be scored or
+                         evaluated */
 } rlhf_data_kind;
 
 typedef struct rlhf_data_config {
     rlhf_data_kind kind;
-    int max_length;            /* tokens in a record; longer ones are dropped and counted, never cut */
-    int max_records;           /* stop after so many usable records; -1 = all */
-    int completion_only_loss;  /* 1: the prompt bears no loss (prompt + completion records) */
-    int add_eos;               /* 1: an end-of-text token follows every text or answer that lacks one */
+    int max_length;  /* tokens in a record; longer ones are dropped and counted, never cut */
+    int max_records; /* stop after so many usable records; -1 = all */
+    int completion_only_loss; /* 1: the prompt bears no loss (prompt + completion records) */
+    int add_eos; /* 1: an end-of-text token follows every text or answer that lacks one */
     const char *chat_template; /* "auto" (from the tokenizer), or one of rlhf_chat_templates() */
 } rlhf_data_config;
 
@@ -153,23 +172,25 @@ rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind);
 /* The names of the chat templates, separated by '|'. */
 const char *rlhf_chat_templates(void);
 
-/* Reads a .jsonl file (plain or gzip), one record a line, or a JSON array. A record that cannot be used is RLHF_ERR_DATA with
- * file:line; one that is too long is dropped and counted. */
-rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tokenizer, const rlhf_data_config *config,
-                              rlhf_dataset **dataset);
+/* Reads a .jsonl file (plain or gzip), one record a line, or a JSON array. A record that cannot be
+ * used is RLHF_ERR_DATA with file:line; one that is too long is dropped and counted. */
+rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tokenizer,
+                              const rlhf_data_config *config, rlhf_dataset **dataset);
 
 /* The same from len bytes of JSON lines in memory; name stands for the file in messages. */
-rlhf_status rlhf_dataset_parse(rlhf_ctx *ctx, const char *jsonl, size_t len, const char *name, rlhf_tokenizer *tokenizer,
-                               const rlhf_data_config *config, rlhf_dataset **dataset);
+rlhf_status rlhf_dataset_parse(rlhf_ctx *ctx, const char *jsonl, size_t len, const char *name,
+                               rlhf_tokenizer *tokenizer, const rlhf_data_config *config,
+                               rlhf_dataset **dataset);
 void rlhf_dataset_close(rlhf_dataset *dataset);
-int rlhf_dataset_count(const rlhf_dataset *dataset);    /* usable records */
-int rlhf_dataset_dropped(const rlhf_dataset *dataset);  /* records longer than max_length */
+int rlhf_dataset_count(const rlhf_dataset *dataset);   /* usable records */
+int rlhf_dataset_dropped(const rlhf_dataset *dataset); /* records longer than max_length */
 int64_t rlhf_dataset_tokens(const rlhf_dataset *dataset);
 
-/* Record i as it was read: one line of JSON, valid until the dataset is closed; null if i is out of range. */
+/* Record i as it was read: one line of JSON, valid until the dataset is closed; null if i is out of
+ * range. */
 const char *rlhf_dataset_record(const rlhf_dataset *dataset, int i);
 
-/* ---- Model ----------------------------------------------------------------------------------------------------------- */
+/* ---- Model ---- */
 
 /* What the last layer feeds: the vocabulary, or one score. */
 typedef enum rlhf_head { RLHF_HEAD_LM, RLHF_HEAD_SCORE } rlhf_head;
@@ -177,30 +198,34 @@ typedef enum rlhf_head { RLHF_HEAD_LM, RLHF_HEAD_SCORE } rlhf_head;
 typedef struct rlhf_model_shape {
     const char *model_type; /* "gpt2", "llama" */
     rlhf_head head;
-    int vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size, max_positions;
+    int vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size,
+        max_positions;
     int tied;         /* the output matrix is the embedding */
     int64_t n_params; /* numbers that are trained */
 } rlhf_model_shape;
 
-/* Opens a Hugging Face directory: config.json, model.safetensors (f32, f16, bf16), generation_config.json if present. */
+/* Opens a Hugging Face directory: config.json, model.safetensors (f32, f16, bf16),
+ * generation_config.json if present. */
 rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model);
 
-/* A new model with random weights from a config.json. vocab_size > 0 replaces the one in the file; eos and bos ids likewise
- * if >= 0. The same seed gives the same bits. */
-rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_size, int bos, int eos, uint64_t seed,
-                            rlhf_model **model);
+/* A new model with random weights from a config.json. vocab_size > 0 replaces the one in the file;
+ * eos and bos ids likewise if >= 0. The same seed gives the same bits. */
+rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_size, int bos,
+                            int eos, uint64_t seed, rlhf_model **model);
 
-/* A copy that shares nothing. head RLHF_HEAD_SCORE turns a language model into a scorer whose head is not yet trained (or
- * keeps a scorer's head); scoring with an untrained head is refused. */
+/* A copy that shares nothing. head RLHF_HEAD_SCORE turns a language model into a scorer whose head
+ * is not yet trained (or keeps a scorer's head); scoring with an untrained head is refused. */
 rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **copy);
 
-/* Writes DIR/config.json, model.safetensors, generation_config.json and, if tokenizer is not null, its files. Each file is
- * written beside its place and renamed, so that a reader never sees half of one. */
+/* Writes DIR/config.json, model.safetensors, generation_config.json and, if tokenizer is not null,
+ * its files. Each file is written beside its place and renamed, so that a reader never sees half of
+ * one. */
 rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir);
 void rlhf_model_close(rlhf_model *model);
 rlhf_model_shape rlhf_model_get_shape(const rlhf_model *model);
 
-/* A 64-bit hash of all weights, as 16 hexadecimal digits and a NUL: equal work gives equal hashes. */
+/* A 64-bit hash of all weights, as 16 hexadecimal digits and a NUL: equal work gives equal hashes.
+ */
 rlhf_status rlhf_model_hash(rlhf_model *model, char hash[17]);
 
 /* Logits [n][vocab_size] of one token sequence, before the softmax. */
@@ -209,89 +234,111 @@ rlhf_status rlhf_model_logits(rlhf_model *model, const int32_t *ids, int n, floa
 /* logprobs[t] = log p(ids[t+1] | ids[0..t]), t < n-1, in nats. */
 rlhf_status rlhf_model_logprobs(rlhf_model *model, const int32_t *ids, int n, float *logprobs);
 
-/* The normalised reward at the last token of one sequence. Needs a model with a trained score head. */
+/* The normalised reward at the last token of one sequence. Needs a model with a trained score head.
+ */
 rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float *score);
 
-/* ---- Configurations -------------------------------------------------------------------------------------------------- */
+/* ---- Configurations ---- */
 
-/* One table per configuration. Each row F(kind, name, default, min, max, help) makes the struct member, its default, its
- * range, the command line option, the line in --help and the entry in the run's config file. Kinds: I integer, R real,
- * B boolean, S text (min = allowed values separated by '|', or null). Names are those of TRL where TRL has them. */
+/* One table per configuration. Each row F(kind, name, default, min, max, help) makes the struct
+ * member, its default, its range, the command line option, the line in --help and the entry in the
+ * run's config file. Kinds: I integer, R real, B boolean, S text (min = allowed values separated by
+ * '|', or null). Names are those of TRL where TRL has them. */
 
-#define RLHF_TRAIN_FIELDS(F, LR, EPOCHS, BATCH, LOGGING)                                                                   \
-    F(R, learning_rate, LR, 0, 1e3, "peak learning rate of AdamW")                                                         \
-    F(S, lr_scheduler_type, "linear", "linear|cosine|constant", 0, "how the learning rate falls after warm-up")            \
-    F(I, warmup_steps, 0, 0, 1e9, "steps of linear warm-up")                                                               \
-    F(R, weight_decay, 0, 0, 1e3, "AdamW weight decay, on matrices only")                                                  \
-    F(R, adam_beta1, 0.9, 0, 0.999999999, "decay of the first moment")                                                     \
-    F(R, adam_beta2, 0.999, 0, 0.999999999, "decay of the second moment")                                                  \
-    F(R, adam_epsilon, 1e-8, 0, 1, "added to the root of the second moment")                                               \
-    F(R, max_grad_norm, 1.0, 0, 1e30, "global gradient norm is clipped to this; 0 = not clipped")                          \
-    F(R, num_train_epochs, EPOCHS, 0, 1e9, "passes over the training data")                                                \
-    F(I, max_steps, -1, -1, 1e12, "stop after so many steps, instead of num_train_epochs; -1 = by epochs")                 \
-    F(I, per_device_train_batch_size, BATCH, 1, 1e6, "sequences (pairs) computed at once")                                 \
-    F(I, gradient_accumulation_steps, 1, 1, 1e6, "batches added up into one optimizer step")                               \
-    F(I, max_length, 1024, 1, 1e7, "longest record in tokens; longer ones are dropped and counted")                        \
-    F(B, shuffle_dataset, 1, 0, 1, "a new order each epoch, drawn from the seed")                                          \
-    F(I, seed, 42, 0, 9e15, "seed of every random choice")                                                                 \
-    F(I, logging_steps, LOGGING, 1, 1e9, "steps between lines of metrics")                                                 \
-    F(I, eval_steps, 0, 0, 1e9, "steps between evaluations; 0 = only at the end")                                          \
-    F(I, save_steps, 0, 0, 1e9, "steps between checkpoints; 0 = only at the end")                                          \
-    F(S, output_dir, "", 0, 0, "run directory: config, metrics.jsonl, checkpoint; empty = nothing is written")             \
-    F(B, resume, 0, 0, 1, "go on from the state in output_dir; the end is the same bits as without the stop")
+#define RLHF_TRAIN_FIELDS(F, LR, EPOCHS, BATCH, LOGGING)                                           \
+    F(R, learning_rate, LR, 0, 1e3, "peak learning rate of AdamW")                                 \
+    F(S, lr_scheduler_type, "linear", "linear|cosine|constant", 0,                                 \
+      "how the learning rate falls after warm-up")                                                 \
+    F(I, warmup_steps, 0, 0, 1e9, "steps of linear warm-up")                                       \
+    F(R, weight_decay, 0, 0, 1e3, "AdamW weight decay, on matrices only")                          \
+    F(R, adam_beta1, 0.9, 0, 0.999999999, "decay of the first moment")                             \
+    F(R, adam_beta2, 0.999, 0, 0.999999999, "decay of the second moment")                          \
+    F(R, adam_epsilon, 1e-8, 0, 1, "added to the root of the second moment")                       \
+    F(R, max_grad_norm, 1.0, 0, 1e30, "global gradient norm is clipped to this; 0 = not clipped")  \
+    F(R, num_train_epochs, EPOCHS, 0, 1e9, "passes over the training data")                        \
+    F(I, max_steps, -1, -1, 1e12,                                                                  \
+      "stop after so many steps, instead of num_train_epochs; -1 = by epochs")                     \
+    F(I, per_device_train_batch_size, BATCH, 1, 1e6, "sequences (pairs) computed at once")         \
+    F(I, gradient_accumulation_steps, 1, 1, 1e6, "batches added up into one optimizer step")       \
+    F(I, max_length, 1024, 1, 1e7,                                                                 \
+      "longest record in tokens; longer ones are dropped and counted")                             \
+    F(B, shuffle_dataset, 1, 0, 1, "a new order each epoch, drawn from the seed")                  \
+    F(I, seed, 42, 0, 9e15, "seed of every random choice")                                         \
+    F(I, logging_steps, LOGGING, 1, 1e9, "steps between lines of metrics")                         \
+    F(I, eval_steps, 0, 0, 1e9, "steps between evaluations; 0 = only at the end")                  \
+    F(I, save_steps, 0, 0, 1e9, "steps between checkpoints; 0 = only at the end")                  \
+    F(S, output_dir, "", 0, 0,                                                                     \
+      "run directory: config, metrics.jsonl, checkpoint; empty = nothing is written")              \
+    F(B, resume, 0, 0, 1,                                                                          \
+      "go on from the state in output_dir; the end is the same bits as without the stop")
 
 #define RLHF_SFT_FIELDS(F) RLHF_TRAIN_FIELDS(F, 2e-5, 3, 8, 10)
 
-#define RLHF_RM_FIELDS(F)                                                                                                  \
-    RLHF_TRAIN_FIELDS(F, 1e-4, 1, 8, 10)                                                                                   \
-    F(R, center_rewards_coefficient, 0, 0, 1e3, "weight of (r_chosen + r_rejected)^2, which keeps rewards near 0")         \
-    F(I, normalize_samples, 256, 0, 1e6, "answers sampled from the starting model; their scores get mean 0, std 1")        \
-    F(I, response_length, 64, 1, 1e6, "longest such answer in tokens")                                                     \
+#define RLHF_RM_FIELDS(F)                                                                          \
+    RLHF_TRAIN_FIELDS(F, 1e-4, 1, 8, 10)                                                           \
+    F(R, center_rewards_coefficient, 0, 0, 1e3,                                                    \
+      "weight of (r_chosen + r_rejected)^2, which keeps rewards near 0")                           \
+    F(I, normalize_samples, 256, 0, 1e6,                                                           \
+      "answers sampled from the starting model; their scores get mean 0, std 1")                   \
+    F(I, response_length, 64, 1, 1e6, "longest such answer in tokens")                             \
     F(R, temperature, 1.0, 1e-3, 1e3, "temperature of such answers")
 
-#define RLHF_PPO_FIELDS(F)                                                                                                 \
-    RLHF_TRAIN_FIELDS(F, 3e-6, 1, 16, 1)                                                                                   \
-    F(R, value_learning_rate, -1, -1, 1e3, "learning rate of the value model; -1 = learning_rate")                         \
-    F(I, batch_size, 64, 1, 1e6, "episodes per update")                                                                    \
-    F(I, num_ppo_epochs, 4, 1, 1e4, "passes over each batch of episodes")                                                  \
-    F(I, num_mini_batches, 1, 1, 1e6, "optimizer steps per pass")                                                          \
-    F(I, response_length, 53, 1, 1e6, "longest answer in tokens")                                                          \
-    F(R, temperature, 0.7, 1e-3, 1e3, "temperature of sampling and of every log-probability")                              \
-    F(I, stop_token_id, -1, -1, 1e9, "the token that ends an answer; -1 = the model's end-of-text tokens")                 \
-    F(R, missing_eos_penalty, 0, 0, 1e6, "subtracted from the score of an answer without an end")                          \
-    F(R, kl_coef, 0.05, 0, 1e6, "weight of the KL penalty in the reward of each token")                                    \
-    F(S, kl_estimator, "k1", "k1|k3", 0, "how KL is estimated from log-probabilities")                                     \
-    F(R, kl_target, 0, 0, 1e6, "adapt kl_coef until KL per answer (sum over tokens, nats) is this; 0 = fixed")             \
-    F(R, kl_horizon, 10000, 1, 1e12, "episodes over which kl_coef adapts")                                                 \
-    F(R, gamma, 1.0, 0, 1, "discount")                                                                                     \
-    F(R, lam, 0.95, 0, 1, "lambda of generalised advantage estimation")                                                    \
-    F(R, cliprange, 0.2, 0, 1e6, "policy ratio is clipped to 1 +- this")                                                   \
-    F(R, cliprange_value, 0.2, 0, 1e6, "value is clipped to the old value +- this")                                        \
-    F(R, vf_coef, 0.1, 0, 1e6, "weight of the value loss")                                                                 \
-    F(B, whiten_rewards, 0, 0, 1, "divide token rewards by their standard deviation, mean kept")                           \
-    F(B, whiten_advantages, 1, 0, 1, "advantages get mean 0 and variance 1 over the batch of episodes")                    \
-    F(S, reward_at, "eos", "eos|p1", 0, "token that bears the score: the last one, or the one after it")                   \
+#define RLHF_PPO_FIELDS(F)                                                                         \
+    RLHF_TRAIN_FIELDS(F, 3e-6, 1, 16, 1)                                                           \
+    F(R, value_learning_rate, -1, -1, 1e3, "learning rate of the value model; -1 = learning_rate") \
+    F(I, batch_size, 64, 1, 1e6, "episodes per update")                                            \
+    F(I, num_ppo_epochs, 4, 1, 1e4, "passes over each batch of episodes")                          \
+    F(I, num_mini_batches, 1, 1, 1e6, "optimizer steps per pass")                                  \
+    F(I, response_length, 53, 1, 1e6, "longest answer in tokens")                                  \
+    F(R, temperature, 0.7, 1e-3, 1e3, "temperature of sampling and of every log-probability")      \
+    F(I, stop_token_id, -1, -1, 1e9,                                                               \
+      "the token that ends an answer; -1 = the model's end-of-text tokens")                        \
+    F(R, missing_eos_penalty, 0, 0, 1e6, "subtracted from the score of an answer without an end")  \
+    F(R, kl_coef, 0.05, 0, 1e6, "weight of the KL penalty in the reward of each token")            \
+    F(S, kl_estimator, "k1", "k1|k3", 0, "how KL is estimated from log-probabilities")             \
+    F(R, kl_target, 0, 0, 1e6,                                                                     \
+      "adapt kl_coef until KL per answer (sum over tokens, nats) is this; 0 = fixed")              \
+    F(R, kl_horizon, 10000, 1, 1e12, "episodes over which kl_coef adapts")                         \
+    F(R, gamma, 1.0, 0, 1, "discount")                                                             \
+    F(R, lam, 0.95, 0, 1, "lambda of generalised advantage estimation")                            \
+    F(R, cliprange, 0.2, 0, 1e6, "policy ratio is clipped to 1 +- this")                           \
+    F(R, cliprange_value, 0.2, 0, 1e6, "value is clipped to the old value +- this")                \
+    F(R, vf_coef, 0.1, 0, 1e6, "weight of the value loss")                                         \
+    F(B, whiten_rewards, 0, 0, 1, "divide token rewards by their standard deviation, mean kept")   \
+    F(B, whiten_advantages, 1, 0, 1,                                                               \
+      "advantages get mean 0 and variance 1 over the batch of episodes")                           \
+    F(S, reward_at, "eos", "eos|p1", 0,                                                            \
+      "token that bears the score: the last one, or the one after it")                             \
     F(B, shuffle_minibatches, 1, 0, 1, "a new order of episodes for each pass")
 
-#define RLHF_GENERATE_FIELDS(F)                                                                                            \
-    F(I, max_new_tokens, 64, 1, 1e6, "longest continuation in tokens")                                                     \
-    F(R, temperature, 1.0, 0, 1e3, "0 = greedy")                                                                           \
-    F(I, top_k, 0, 0, 1e9, "sample among the k most likely tokens; 0 = all")                                               \
-    F(R, top_p, 1.0, 1e-6, 1, "sample among the most likely tokens that hold this share")                                  \
-    F(I, num_return_sequences, 1, 1, 1e6, "continuations for each prompt")                                                 \
-    F(I, batch_size, 32, 1, 1e6, "continuations computed at once; the result does not depend on it")                       \
+#define RLHF_GENERATE_FIELDS(F)                                                                    \
+    F(I, max_new_tokens, 64, 1, 1e6, "longest continuation in tokens")                             \
+    F(R, temperature, 1.0, 0, 1e3, "0 = greedy")                                                   \
+    F(I, top_k, 0, 0, 1e9, "sample among the k most likely tokens; 0 = all")                       \
+    F(R, top_p, 1.0, 1e-6, 1, "sample among the most likely tokens that hold this share")          \
+    F(I, num_return_sequences, 1, 1, 1e6, "continuations for each prompt")                         \
+    F(I, batch_size, 32, 1, 1e6,                                                                   \
+      "continuations computed at once; the result does not depend on it")                          \
     F(I, seed, 42, 0, 9e15, "seed of sampling")
 
-#define RLHF_C_I_ int64_t
-#define RLHF_C_R_ double
-#define RLHF_C_B_ int
-#define RLHF_C_S_ const char *
+#define RLHF_C_I_                                   int64_t
+#define RLHF_C_R_                                   double
+#define RLHF_C_B_                                   int
+#define RLHF_C_S_                                   const char *
 #define RLHF_MEMBER_(kind, name, def, lo, hi, help) RLHF_C_##kind##_ name;
 
-typedef struct rlhf_sft_config { RLHF_SFT_FIELDS(RLHF_MEMBER_) } rlhf_sft_config;
-typedef struct rlhf_rm_config { RLHF_RM_FIELDS(RLHF_MEMBER_) } rlhf_rm_config;
-typedef struct rlhf_ppo_config { RLHF_PPO_FIELDS(RLHF_MEMBER_) } rlhf_ppo_config;
-typedef struct rlhf_generate_config { RLHF_GENERATE_FIELDS(RLHF_MEMBER_) } rlhf_generate_config;
+typedef struct rlhf_sft_config {
+    RLHF_SFT_FIELDS(RLHF_MEMBER_)
+} rlhf_sft_config;
+typedef struct rlhf_rm_config {
+    RLHF_RM_FIELDS(RLHF_MEMBER_)
+} rlhf_rm_config;
+typedef struct rlhf_ppo_config {
+    RLHF_PPO_FIELDS(RLHF_MEMBER_)
+} rlhf_ppo_config;
+typedef struct rlhf_generate_config {
+    RLHF_GENERATE_FIELDS(RLHF_MEMBER_)
+} rlhf_generate_config;
 
 rlhf_sft_config rlhf_sft_config_default(void);
 rlhf_rm_config rlhf_rm_config_default(void);
@@ -309,77 +356,96 @@ typedef struct rlhf_field {
     const char *help;
 } rlhf_field;
 
-typedef enum rlhf_config_kind { RLHF_CONFIG_SFT, RLHF_CONFIG_RM, RLHF_CONFIG_PPO, RLHF_CONFIG_GENERATE } rlhf_config_kind;
+typedef enum rlhf_config_kind {
+    RLHF_CONFIG_SFT,
+    RLHF_CONFIG_RM,
+    RLHF_CONFIG_PPO,
+    RLHF_CONFIG_GENERATE
+} rlhf_config_kind;
 
 /* The rows of a table; *n becomes their number. */
 const rlhf_field *rlhf_config_fields(rlhf_config_kind kind, int *n);
 
-/* ---- Generation ------------------------------------------------------------------------------------------------------ */
+/* ---- Generation ---- */
 
-/* One answer. The pointers stay valid until the array is released or, in a reward function, until it returns. */
+/* One answer. The pointers stay valid until the array is released or, in a reward function, until
+ * it returns. */
 typedef struct rlhf_sample {
     const char *prompt, *completion; /* NUL-terminated; the completion without special tokens */
     const int32_t *prompt_ids, *completion_ids;
     int n_prompt, n_completion; /* tokens; the completion includes its end token */
-    int finished;               /* 1: it ended with an end token; 0: it was cut at the length limit */
-    double logprob;             /* sum of log-probabilities of the completion's tokens, at the sampling temperature */
-    const char *record;         /* the prompt's whole record as one line of JSON, or null */
+    int finished;       /* 1: it ended with an end token; 0: it was cut at the length limit */
+    double logprob;     /* sum of log-probabilities of the completion's tokens, at the sampling
+                           temperature */
+    const char *record; /* the prompt's whole record as one line of JSON, or null */
     int prompt_index, sample_index;
 } rlhf_sample;
 
-/* Continues n prompts, num_return_sequences times each: *count samples in order of prompts, released with
- * rlhf_samples_free. A sample is a function of the weights, the prompt, its index and the seed alone. */
-rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer, const rlhf_generate_config *config,
-                          const char *const *prompts, int n, rlhf_sample **samples, int *count);
+/* Continues n prompts, num_return_sequences times each: *count samples in order of prompts,
+ * released with rlhf_samples_free. A sample is a function of the weights, the prompt, its index and
+ * the seed alone. */
+rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
+                          const rlhf_generate_config *config, const char *const *prompts, int n,
+                          rlhf_sample **samples, int *count);
 
 /* The same for the prompts of a dataset of kind RLHF_DATA_PROMPT. */
-rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer, const rlhf_generate_config *config,
-                                  rlhf_dataset *prompts, rlhf_sample **samples, int *count);
+rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer,
+                                  const rlhf_generate_config *config, rlhf_dataset *prompts,
+                                  rlhf_sample **samples, int *count);
 void rlhf_samples_free(rlhf_ctx *ctx, rlhf_sample *samples, int count);
 
-/* ---- Evaluation ------------------------------------------------------------------------------------------------------ */
+/* ---- Evaluation ---- */
 
-/* Scores every record of a dataset of kind RLHF_DATA_SCORE with a reward model: scores[rlhf_dataset_count]. */
+/* Scores every record of a dataset of kind RLHF_DATA_SCORE with a reward model:
+ * scores[rlhf_dataset_count]. */
 rlhf_status rlhf_score_dataset(rlhf_model *reward, rlhf_dataset *dataset, float *scores);
 
-/* One JSON object about a model on a dataset. Kind SFT or SCORE: nll (nats per token), perplexity, mean_token_accuracy,
- * num_tokens; with reference (may be null) also kl, the mean over records of the exact KL(model || reference) summed over the
- * tokens that bear loss. Kind PREFERENCE, with a reward model: loss, accuracy, margin, and the same by domain,
- * annotator_type and annotator. */
+/* One JSON object about a model on a dataset. Kind SFT or SCORE: nll (nats per token), perplexity,
+ * mean_token_accuracy, num_tokens; with reference (may be null) also kl, the mean over records of
+ * the exact KL(model || reference) summed over the tokens that bear loss. Kind PREFERENCE, with a
+ * reward model: loss, accuracy, margin, and the same by domain, annotator_type and annotator. */
 rlhf_status rlhf_eval(rlhf_model *model, rlhf_dataset *dataset, rlhf_model *reference, char **json);
 
-/* ---- Training -------------------------------------------------------------------------------------------------------- */
+/* ---- Training ---- */
 
-/* Scores n finished answers into reward[n]; NaN means "does not apply" and counts as 0. Called from the training thread,
- * never concurrently. A return other than RLHF_OK ends the run with RLHF_ERR_CALLBACK. */
+/* Scores n finished answers into reward[n]; NaN means "does not apply" and counts as 0. Called from
+ * the training thread, never concurrently. A return other than RLHF_OK ends the run with
+ * RLHF_ERR_CALLBACK. */
 typedef rlhf_status (*rlhf_reward_fn)(void *user, const rlhf_sample *samples, int n, float *reward);
 
-/* Trainers change the model in place and keep pointers to all they are given until they are closed. eval may be null. The
- * texts in a config must live as long as the trainer. */
-rlhf_status rlhf_sft_open(rlhf_model *model, rlhf_tokenizer *tokenizer, rlhf_dataset *train, rlhf_dataset *eval,
-                          const rlhf_sft_config *config, rlhf_trainer **trainer);
+/* Trainers change the model in place and keep pointers to all they are given until they are closed.
+ * eval may be null. The texts in a config must live as long as the trainer. */
+rlhf_status rlhf_sft_open(rlhf_model *model, rlhf_tokenizer *tokenizer, rlhf_dataset *train,
+                          rlhf_dataset *eval, const rlhf_sft_config *config,
+                          rlhf_trainer **trainer);
 
-/* model: a scorer, from rlhf_model_clone(lm, RLHF_HEAD_SCORE) or an earlier run; start: the language model that samples the
- * answers by which scores are normalised, may be null (then the training answers are used). */
-rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tokenizer, rlhf_dataset *train,
-                         rlhf_dataset *eval, const rlhf_rm_config *config, rlhf_trainer **trainer);
+/* model: a scorer, from rlhf_model_clone(lm, RLHF_HEAD_SCORE) or an earlier run; start: the
+ * language model that samples the answers by which scores are normalised, may be null (then the
+ * training answers are used). */
+rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tokenizer,
+                         rlhf_dataset *train, rlhf_dataset *eval, const rlhf_rm_config *config,
+                         rlhf_trainer **trainer);
 
-/* Rewards come from a reward model, from a function, or from both (added). The value model starts as a copy of the reward
- * model, or of the policy's trunk with a zero head. prompts: kind RLHF_DATA_PROMPT. */
-rlhf_status rlhf_ppo_open(rlhf_model *policy, rlhf_tokenizer *tokenizer, rlhf_dataset *prompts, rlhf_model *reward,
-                          rlhf_reward_fn function, void *user, const rlhf_ppo_config *config, rlhf_trainer **trainer);
+/* Rewards come from a reward model, from a function, or from both (added). The value model starts
+ * as a copy of the reward model, or of the policy's trunk with a zero head. prompts: kind
+ * RLHF_DATA_PROMPT. */
+rlhf_status rlhf_ppo_open(rlhf_model *policy, rlhf_tokenizer *tokenizer, rlhf_dataset *prompts,
+                          rlhf_model *reward, rlhf_reward_fn function, void *user,
+                          const rlhf_ppo_config *config, rlhf_trainer **trainer);
 
-/* One step: an optimizer step (sft, rm) or an update, that is a rollout and its optimizer steps (ppo). */
+/* One step: an optimizer step (sft, rm) or an update, that is a rollout and its optimizer steps
+ * (ppo). */
 rlhf_status rlhf_trainer_step(rlhf_trainer *trainer);
 
-/* The remaining steps, the evaluation, and everything in output_dir. RLHF_STOPPED if the progress hook asked: the state is
- * then saved, and `resume` goes on from it. */
+/* The remaining steps, the evaluation, and everything in output_dir. RLHF_STOPPED if the progress
+ * hook asked: the state is then saved, and `resume` goes on from it. */
 rlhf_status rlhf_trainer_run(rlhf_trainer *trainer);
 
 int64_t rlhf_trainer_steps_done(const rlhf_trainer *trainer);
 int64_t rlhf_trainer_steps_total(const rlhf_trainer *trainer);
 
-/* The newest value of a metric by its name ("loss", "objective/kl", "eval_accuracy"), NaN if there is none. */
+/* The newest value of a metric by its name ("loss", "objective/kl", "eval_accuracy"), NaN if there
+ * is none. */
 double rlhf_trainer_metric(const rlhf_trainer *trainer, const char *name);
 
 /* All newest metrics as one JSON object, released with rlhf_free. */

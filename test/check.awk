@@ -364,7 +364,14 @@ function enter(text,    name) {
         complain(FNR, "omp_set_num_threads changes the host: use num_threads")
 
     if (!directive) read_code(code)
-    else if (code ~ (START "static" END_WORD)) means_static[macro] = 1
+    else if (directive_is_static(code)) means_static[macro] = 1
+}
+
+# A macro is static if its text says so, itself or by another such macro.
+function directive_is_static(code,    m) {
+    if (code ~ (START "static" END_WORD)) return 1
+    for (m in means_static) if (m != "" && code ~ (START m END_WORD)) return 1
+    return 0
 }
 
 # The word that made a rule match.

@@ -76,7 +76,7 @@ static void poly_block(const poly *f, int which, uint32_t at, uint32_t stride, d
         float a = fabsf(x[i]);
         if (isnan(x[i]) || a < f->low || a > f->high || (!f->negative && x[i] < 0)) continue;
         if (isinf(exact) || fabs(exact) > (double)FLT_MAX) {
-            CHECK(isinf(y[i]) && y[i] > 0 == exact > 0);
+            CHECK(y[i] == (exact > 0 ? INFINITY : -INFINITY));
             continue;
         }
         double off = ulps(y[i], exact);
@@ -89,7 +89,7 @@ static void poly_block(const poly *f, int which, uint32_t at, uint32_t stride, d
 
 /* Over all 2^32 patterns in equal steps; prime, so that low bits vary. */
 static void poly_check(int which) {
-    uint32_t stride = test_quick() ? 65537 : 4093;
+    uint32_t stride = test_quick() ? 65537 : 1021;
     double worst = 0;
     uint64_t count = (UINT64_C(1) << 32) / stride / 256;
     for (uint64_t b = 0; b < count; b++)
@@ -122,8 +122,7 @@ TEST(exact_values) {
     CHECK(v_exp1(0) == 1 && v_exp1(-0.0f) == 1 && v_log1(1) == 0 && v_tanh1(0) == 0);
     CHECK(v_exp1(INFINITY) == INFINITY && v_exp1(-INFINITY) == 0 && isnan(v_exp1(NAN)));
     CHECK(v_exp1(88.72f) < INFINITY && v_exp1(88.73f) == INFINITY && v_exp1(FLT_MAX) == INFINITY);
-    CHECK(v_exp1(-103.9f) > 0 == exp(-103.9) > 0x1p-150 && v_exp1(-104.1f) == 0);
-    CHECK(v_exp1(-103.2f) == 0x1p-149f && v_exp1(-FLT_MAX) == 0);
+    CHECK(v_exp1(-103.9f) == 0x1p-149f && v_exp1(-104) == 0 && v_exp1(-FLT_MAX) == 0);
     CHECK(v_log1(0) == -INFINITY && v_log1(-0.0f) == -INFINITY && v_log1(INFINITY) == INFINITY);
     CHECK(isnan(v_log1(-1)) && isnan(v_log1(-INFINITY)) && isnan(v_log1(NAN)));
     CHECK(v_tanh1(INFINITY) == 1 && v_tanh1(-INFINITY) == -1 && isnan(v_tanh1(NAN)));
@@ -132,6 +131,28 @@ TEST(exact_values) {
     CHECK(s == 0 && c == 1);
     CHECK(v_sigmoid1(0) == 0.5f && v_sigmoid1(200) == 1 && v_sigmoid1(-200) == 0);
     for (int i = -125; i < 128; i++) CHECK_NEAR(v_log1(ldexpf(1, i)), i * log(2), 1e-5);
+}
+
+/* Not only close but these bits, on every machine: a hash of all values that are numbers. */
+TEST(the_same_on_every_machine) {
+    static const uint64_t want[POLYS] = {0xd4f59ca9f0082083, 0x96df7f8fd7b8ac96,
+                                          0xddb27300751c8b39, 0xac15761199ecbc62,
+                                          0xf3cb9b1da8b76bbc};
+    for (int which = 0; which < POLYS; which++) {
+        uint64_t hash = 14695981039346656037u;
+        for (uint64_t b = 0; b < UINT64_C(1) << 32; b += 65537) {
+            uint32_t bits = (uint32_t)b;
+            float x, y;
+            memcpy(&x, &bits, sizeof x);
+            if (isnan(x) || (which > 2 && fabsf(x) > 1e9f)) continue;
+            y = poly_scalar(which, x);
+            if (isnan(y)) continue;
+            memcpy(&bits, &y, sizeof bits);
+            hash = (hash ^ bits) * 1099511628211u;
+        }
+        if (hash != want[which])
+            test_fail(__FILE__, __LINE__, "%s: %016" PRIx64, polys[which].name, hash);
+    }
 }
 
 /* ---- every kernel against its twin ----------------------------------------------------------- */
@@ -323,7 +344,8 @@ TEST(special_values) {
         k->log(N, x, z);
         k->tanh(N, x, d);
         for (int i = 0; i < N; i++)
-            CHECK(same(y[i], v_exp1(x[i])) && same(z[i], v_log1(x[i])) && same(d[i], v_tanh1(x[i])));
+            CHECK(same(y[i], v_exp1(x[i])) && same(z[i], v_log1(x[i])) &&
+                  same(d[i], v_tanh1(x[i])));
         k->gelu(N, x, y);
         k_r_gelu(N, x, z);
         for (int i = 0; i < N; i++) CHECK(same(y[i], z[i]));
@@ -358,7 +380,8 @@ TEST(bad_rows_show) {
 TEST(statistics_of_a_row) {
     for (int n = 1; n <= 3000; n = n * 3 / 2 + 1)
         for (int wide = 0; wide < 2; wide++) {
-            float *x = test_floats((size_t)n), *y = test_floats((size_t)n), scale = wide ? 3.0f : 0.7f;
+            float *x = test_floats((size_t)n), *y = test_floats((size_t)n);
+            float scale = wide ? 3.0f : 0.7f;
             test_fill(x, (size_t)n, -8, 8);
             test_fill(y, (size_t)n, -8, 8);
             double max = -INFINITY, sum = 0, sum2 = 0, entropy = 0, kl = 0;
@@ -466,8 +489,8 @@ TEST(adam_by_hand) {
         CHECK_NEAR(p[1], 1.1, 1e-5);
         CHECK(p[2] == 1 && m[2] == 0 && v[2] == 0);
         CHECK_NEAR(p[3], 0.9, 1e-5);
-        CHECK_NEAR(m[0], 0.05, 1e-8);
-        CHECK_NEAR(v[0], 2.5e-4, 1e-10);
+        CHECK_NEAR(m[0] / 0.05, 1, 1e-6);
+        CHECK_NEAR(v[0] / 2.5e-4, 1, 2e-5); /* 1 - beta2, in single precision */
         float q[2] = {0.1f, -7.25f}, zero[2] = {0}, m2[2] = {0.3f, 1}, v2[2] = {0.2f, 1};
         float before[2] = {0.1f, -7.25f};
         a.lr = 0;
@@ -553,7 +576,8 @@ TEST(draw_edges) {
 
 TEST_MAIN(CASE(exp_everywhere), CASE(log_everywhere), CASE(tanh_everywhere), CASE(sin_everywhere),
           CASE(cos_everywhere), CASE(dense_intervals), CASE(exact_values),
-          CASE(twins_of_every_length), CASE(twins_long), CASE(twins_extreme), CASE(special_values),
+          CASE(the_same_on_every_machine), CASE(twins_of_every_length), CASE(twins_long),
+          CASE(twins_extreme), CASE(special_values),
           CASE(bad_rows_show), CASE(statistics_of_a_row), CASE(online_softmax), CASE(rotation),
           CASE(adam_formula), CASE(adam_by_hand), CASE(sum_of_squares), CASE(draw_distribution),
           CASE(draw_edges))

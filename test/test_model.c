@@ -63,7 +63,7 @@ static void build_run(rlhf_ctx *ctx, void *arg) {
     model_randomize(b->m, 7);
 }
 
-/* A model whose every weight, norms and biases too, is random, with gradients. The same each time. */
+/* A model whose every weight, norms and biases too, is random, with gradients; always the same. */
 static rlhf_model *model_make(rlhf_ctx *ctx, const char *config) {
     build b = {config, NULL};
     CHECK_EQ_I(test_call(ctx, build_run, &b), RLHF_OK);
@@ -103,7 +103,10 @@ static void batch_fill(batch *b, const rlhf_model *m, const int *len, int seqs) 
         b->ids[s] = b->id[s];
         b->rows += len[s];
         b->tokens += len[s] - 1;
-        for (int t = 0; t < len[s]; t++) b->id[s][t] = (int32_t)(rng_u64(3, 77, (uint64_t)(s * 100 + t)) % (uint64_t)m->c.vocab);
+        for (int t = 0; t < len[s]; t++) {
+            uint64_t draw = rng_u64(3, 77, (uint64_t)(s * 100 + t));
+            b->id[s][t] = (int32_t)(draw % (uint64_t)m->c.vocab);
+        }
     }
 }
 
@@ -274,10 +277,8 @@ static void exact_mlp(const exact *e, int layer, const double *h, double *y) {
     double up[512], act[256];
     exact_linear(e, P_UP_W, P_UP_B, layer, h, up);
     for (int i = 0; i < ff; i++) {
-        double u = up[i];
-        act[i] = e->m->c.glu
-                     ? u / (1 + exp(-u)) * up[ff + i]
-                     : u / 2 * (1 + tanh(sqrt(2 / 3.14159265358979324) * (u + 0.044715 * u * u * u)));
+        double u = up[i], v = sqrt(2 / 3.14159265358979324) * (u + 0.044715 * u * u * u);
+        act[i] = e->m->c.glu ? u / (1 + exp(-u)) * up[ff + i] : u / 2 * (1 + tanh(v));
     }
     exact_linear(e, P_DOWN_W, P_DOWN_B, layer, act, y);
 }
@@ -463,6 +464,33 @@ TEST(kernels_and_threads) {
     check_everywhere(llama_tied);
 }
 
+/* Not only everywhere on this machine: a hash of the gradients, the same on every machine. */
+TEST(the_same_on_every_machine) {
+    static const struct { const char *config; uint64_t want; } cases[] = {
+        {gpt2_tied, 0x4eea542ae122c4bf},
+        {gpt2_untied, 0xb47a11332c3737ac},
+        {llama_grouped, 0xafbdd23f4c06d94f},
+        {llama_tied, 0x67dfb95441681f73},
+        {gpt2_score, 0xee290492fc0fe4b9},
+        {llama_score, 0xca243c70f28cd2c8}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        rlhf_ctx *ctx = test_context("auto", 2);
+        rlhf_model *m = model_make(ctx, cases[i].config);
+        batch b;
+        batch_fill(&b, m, long_len, 3);
+        result r = result_new(m, &b);
+        go(m, &b, -1.0 / b.tokens, 1, &r);
+        /* The gradients take the weights' place: that is what model_hash reads. */
+        memcpy(m->w, m->g, m->n * sizeof *m->w);
+        uint64_t hash = model_hash(m);
+        if (hash != cases[i].want)
+            test_fail(__FILE__, __LINE__, "hash %016" PRIx64 " of %s", hash, cases[i].config);
+        result_free(&r);
+        model_drop(m);
+        rlhf_close(ctx);
+    }
+}
+
 /* Without keeping anything for backward, and one sequence at a time. */
 static void check_alone(const char *config) {
     rlhf_ctx *ctx = test_context("auto", 2);
@@ -548,7 +576,8 @@ static void decode_step(decode *d, arena *ws, const op_kv *kv, int *done, const 
     size_t w = (size_t)m->c.d;
     op_seq seq[MAX_SEQS];
     op_kv *part = arena_alloc(ws, (size_t)(m->c.layers * MAX_SEQS) * sizeof *part);
-    for (int s = 0, first = 0, at = 0; s < d->b->seqs; first += d->b->len[s], at += d->b->len[s++] - 1) {
+    for (int s = 0, first = 0; s < d->b->seqs; first += d->b->len[s++]) {
+        int at = first - s; /* every sequence before has a row without a next token */
         if (!n[s]) continue;
         from[live] = first + done[s];
         seq[live++] = (op_seq){.row = rows, .n = n[s], .past = done[s]};
@@ -603,7 +632,8 @@ TEST(token_by_token) {
     for (int i = 0; i < 4; i++)
         for (int prompt = 1; prompt <= (test_quick() ? 1 : 31); prompt += 15) {
             rlhf_ctx *ctx = test_context("auto", 2);
-            rlhf_model *m = model_make(ctx, language_models[i]), *fresh = model_make(ctx, language_models[i]);
+            rlhf_model *m = model_make(ctx, language_models[i]);
+            rlhf_model *fresh = model_make(ctx, language_models[i]);
             batch b;
             batch_fill(&b, m, long_len, long_seqs());
             result r = result_new(m, &b);
@@ -622,7 +652,8 @@ TEST(token_by_token) {
 TEST(hash_of_weights) {
     for (int i = 0; i < 4; i++) {
         rlhf_ctx *ctx = test_context("auto", 1);
-        rlhf_model *m = model_make(ctx, language_models[i]), *twin = model_make(ctx, language_models[i]);
+        rlhf_model *m = model_make(ctx, language_models[i]);
+        rlhf_model *twin = model_make(ctx, language_models[i]);
         uint64_t hash = model_hash(m);
         CHECK(hash == model_hash(twin));
         for (int p = 0; p < P_COUNT; p++)
@@ -789,6 +820,7 @@ TEST(out_of_memory) {
 }
 
 TEST_MAIN(CASE(gradients_gpt2), CASE(gradients_llama), CASE(gradients_scorers),
-          CASE(kernels_and_threads), CASE(alone_and_in_a_batch), CASE(micro_batches),
-          CASE(token_by_token), CASE(hash_of_weights), CASE(weights_that_change),
+          CASE(kernels_and_threads), CASE(the_same_on_every_machine),
+          CASE(alone_and_in_a_batch), CASE(micro_batches), CASE(token_by_token),
+          CASE(hash_of_weights), CASE(weights_that_change),
           CASE(initial_weights), CASE(bad_batches), CASE(bad_configs), CASE(out_of_memory))

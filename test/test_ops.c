@@ -62,14 +62,15 @@ static void check_grad(const char *what, double *x, size_t n, const float *got, 
         x[j] = keep + h;
         double up = loss(arg);
         x[j] = keep - h;
-        double slope = (up - loss(arg)) / (2 * h), off = fabs(slope - ((double)got[j] - (double)base));
+        double slope = (up - loss(arg)) / (2 * h);
+        double off = fabs(slope - ((double)got[j] - (double)base));
         x[j] = keep;
         if (fabs(slope) > top) top = fabs(slope);
         if (!(off <= worst)) worst = off, at = j;
     }
     if (!(worst <= 2e-5 * top))
-        test_fail(__FILE__, __LINE__, "%s: gradient [%zu] is off by %.3g, the largest is %.3g", what,
-                  at, worst, top);
+        test_fail(__FILE__, __LINE__, "%s: gradient [%zu] is off by %.3g, the largest is %.3g",
+                  what, at, worst, top);
 }
 
 static void check_near(const char *what, const float *got, const double *want, size_t n) {
@@ -179,11 +180,13 @@ typedef struct linear_case {
 static void linear_run(rlhf_ctx *ctx, const void *data, float *out) {
     const linear_case *c = data;
     size_t m = (size_t)c->m, n = (size_t)c->n, k = (size_t)c->k;
-    float *y = fill(out, m * n, BASE), *dx = y + m * n, *packed = test_floats(gemm_packed_size(c->k, c->n));
+    float *y = fill(out, m * n, BASE), *dx = y + m * n;
+    float *packed = test_floats(gemm_packed_size(c->k, c->n));
     float *gw = fill(dx + m * k, n * k, BASE), *gb = fill(gw + n * k, n, BASE);
     arena ws = {.ctx = ctx};
     op_env e = {ctx, &ws};
-    op_weight w = {.n = c->n, .k = c->k, .w = c->w, .b = c->b, .packed = packed, .gw = gw, .gb = gb};
+    op_weight w = {.n = c->n, .k = c->k, .w = c->w, .b = c->b, .packed = packed,
+                   .gw = gw, .gb = gb};
     gemm_pack(ctx, c->w, 1, k, c->k, c->n, packed);
     op_linear(&e, &w, c->m, c->x, y, c->add ? GEMM_ADD : GEMM_STORE, NULL, NULL);
     op_linear_bwd_w(&e, &w, c->m, c->x, c->dy);
@@ -392,7 +395,8 @@ static op_attn attn_args(rlhf_ctx *ctx, const attn_case *c) {
 /* out: o, dqkv */
 static void attn_run(rlhf_ctx *ctx, const void *data, float *out) {
     const attn_case *c = data;
-    size_t rows = (size_t)c->rows, wide = (size_t)attn_width(c), o = rows * (size_t)(c->heads * c->hd);
+    size_t rows = (size_t)c->rows, wide = (size_t)attn_width(c);
+    size_t o = rows * (size_t)(c->heads * c->hd);
     float *qkv = test_floats(rows * wide), *lse = test_floats(rows * (size_t)c->heads);
     memcpy(qkv, c->qkv, rows * wide * sizeof *qkv);
     arena ws = {.ctx = ctx};
@@ -433,7 +437,8 @@ static double attn_element(const attn_case *c, int r, int h, int j) {
 /* Output of one head of rows [first, first + count), which are one sequence: o [count][hd]. */
 static void attn_define(const attn_case *c, int first, int count, int h, double *o) {
     int g = h / (c->heads / c->kv_heads), hd = c->hd;
-    double *x = malloc(3 * (size_t)(count * hd) * sizeof *x), *p = malloc((size_t)count * sizeof *p);
+    double *x = malloc(3 * (size_t)(count * hd) * sizeof *x);
+    double *p = malloc((size_t)count * sizeof *p);
     for (int r = 0; r < count; r++)
         for (int j = 0; j < hd; j++) {
             x[r * hd + j] = attn_element(c, first + r, h, j);
@@ -544,7 +549,8 @@ static void attn_check_steps(const attn_case *c, const float *out, int step) {
     rlhf_ctx *ctx = test_context("auto", 2);
     arena ws = {.ctx = ctx};
     op_env e = {ctx, &ws};
-    size_t wide = (size_t)attn_width(c), q = (size_t)(c->heads * c->hd), most = (size_t)(c->seqs * step);
+    size_t wide = (size_t)attn_width(c), q = (size_t)(c->heads * c->hd);
+    size_t most = (size_t)(c->seqs * step);
     float *qkv = test_floats(most * wide), *o = test_floats(most * q);
     int32_t *pos = malloc(most * sizeof *pos);
     int *at = malloc((size_t)c->seqs * sizeof *at), *from = malloc((size_t)c->seqs * sizeof *from);

@@ -234,8 +234,9 @@ TEST(training_matches_the_reference) {
     REQUIRE(t);
     CHECK_EQ_I(rlhf_tokenizer_vocab_size(t), 270);
     CHECK_EQ_I(rlhf_tokenizer_eos(t), 269);
-    CHECK_EQ_S(tt_ids(t, "The cat sat on the other mat.", 29, 0), "@IDS1@");
-    CHECK_EQ_S(tt_ids(t, "!~ \n<|endoftext|>\xC3\xA9", 19, 1), "@IDS2@");
+    CHECK_EQ_S(tt_ids(t, "The cat sat on the other mat.", 29, 0),
+               "51 257 262 263 256 259 77 260 266 220 76 256 13");
+    CHECK_EQ_S(tt_ids(t, "!~ \n<|endoftext|>\xC3\xA9", 19, 1), "0 93 220 198 269 127 102");
     rlhf_tokenizer_close(t);
     rlhf_close(ctx);
 }
@@ -361,7 +362,8 @@ static const char tt_sp[] =
     " {\"id\": 2, \"content\": \"</s>\", \"special\": true, \"normalized\": false}],\n"
     " \"normalizer\": {\"type\": \"Sequence\", \"normalizers\": [\n"
     "  {\"type\": \"Prepend\", \"prepend\": \"\xE2\x96\x81\"},\n"
-    "  {\"type\": \"Replace\", \"pattern\": {\"String\": \" \"}, \"content\": \"\xE2\x96\x81\"}]},\n"
+    "  {\"type\": \"Replace\", \"pattern\": {\"String\": \" \"},\n"
+    "   \"content\": \"\xE2\x96\x81\"}]},\n"
     " \"post_processor\": {\"type\": \"TemplateProcessing\",\n"
     "  \"single\": [{\"SpecialToken\": {\"id\": \"<s>\"}}, {\"Sequence\": {\"id\": \"A\"}}],\n"
     "  \"special_tokens\": {\"<s>\": {\"ids\": [1]}}},\n"
@@ -431,7 +433,8 @@ TEST(bad_files) {
     tt_refused("[]", RLHF_ERR_FORMAT, "model");
     tt_refused("{}", RLHF_ERR_FORMAT, "missing \"model\"");
     tt_refused("{\"model\": 3}", RLHF_ERR_FORMAT, "key \"model\": found 3, expected an object");
-    tt_refused("{\"model\": {\"vocab\": {\"a\": -1}, \"merges\": []}}", RLHF_ERR_FORMAT, "found -1");
+    tt_refused("{\"model\": {\"vocab\": {\"a\": -1}, \"merges\": []}}", RLHF_ERR_FORMAT,
+               "found -1");
     tt_refused("{\"model\": {\"vocab\": {\"a\": 0}, \"merges\": [\"a b\"]}}", RLHF_ERR_FORMAT,
                "model.merges");
     tt_refused("{\"model\": {\"vocab\": {\"a\": 0}, \"merges\": [7]}}", RLHF_ERR_FORMAT, "found 7");
@@ -446,7 +449,8 @@ TEST(bad_files) {
     tt_refused("{\"decoder\": {\"type\": \"CTC\"}, " TT_MODEL "}", RLHF_ERR_UNSUPPORTED,
                "decoder.type");
     tt_refused("{\"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": \"(\"},"
-               " \"behavior\": \"Isolated\"}, " TT_MODEL "}", RLHF_ERR_UNSUPPORTED, "pattern \"(\"");
+               " \"behavior\": \"Isolated\"}, " TT_MODEL "}", RLHF_ERR_UNSUPPORTED,
+               "pattern \"(\"");
 }
 
 TEST(missing_files_and_bad_ids) {
@@ -612,7 +616,7 @@ TEST(json_errors_name_file_line_and_key) {
         {"{\"chosen\": null}", "prefs.jsonl:17: missing \"chosen\""},
         {"{\"chosen\": \"\", \"n\": 6}", "key \"n\": found 6, expected an integer from 0 to 5"},
         {"{\"chosen\": \"\", \"n\": 1.5}", "key \"n\": found 1.5"},
-        {"{\"chosen\": \"\", \"n\": 1, \"flag\": \"yes\"}", "found \"yes\", expected true or false"},
+        {"{\"chosen\": \"\", \"n\": 1, \"flag\": \"yes\"}", "\"yes\", expected true or false"},
         {"{\"chosen\": \"a\\u0000b\", \"n\": 1}", "without NUL"},
         {"{\"chosen\": ", "prefs.jsonl:17: bad JSON"}};
     rlhf_ctx *ctx = tt_open();

@@ -13,7 +13,7 @@
  *   03 MEM (mem_ arena_)       blocks that a failed call gives back, arenas for steps
  *   04 RNG (rng_)              counter-based random numbers
  *   05 PAR (par_)              threads: fixed splits over outputs
- *   06 VEC (v_ v16_)           sixteen virtual lanes: AVX2, NEON, plain C; exp, log, tanh, sin, cos
+ *   06 VEC (v_ vi_ v16_)       sixteen virtual lanes: AVX2, NEON, plain C; exp, log, tanh, sin, cos
  *   07 KERN (k_)               row kernels on 06, each with a plain-C twin
  *   08 GEMM (gemm_)            the matrix product: packing, tiles, driver
  *   09 OPS (op_)               forward and backward of every operation
@@ -591,7 +591,7 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
 }
 
 /* ============================================================================================
- * MARK: - 06 VEC (v_ v16_)
+ * MARK: - 06 VEC (v_ vi_ v16_)
  * The vocabulary that kernels are written in: v16, sixteen virtual lanes, which are two AVX2
  * registers or four NEON registers. A reduction keeps sixteen partial results and joins them
  * by one tree (8, 4, 2, 1), in every instruction set and in the plain-C twins, hence the same

@@ -49,7 +49,7 @@ say "2. Supervised fine-tuning, here from random weights: the model imitates the
     "mistakes and tone included."
 run "$rlhf" sft --init "$config" --tokenizer "$out/tokenizer" \
     --data "$data/sft.jsonl" --eval_data "$data/sft_eval.jsonl" --out "$out/sft" \
-    --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 50 \
+    --learning_rate 1.5e-3 --lr_scheduler_type cosine --warmup_steps 50 \
     --num_train_epochs 2 --per_device_train_batch_size 32 --max_length 128 $common
 
 for who in expert lay; do

@@ -674,7 +674,8 @@ TEST(hash_of_weights) {
 TEST(weights_that_change) {
     for (int i = 0; i < 4; i++) {
         rlhf_ctx *ctx = test_context("auto", 1);
-        rlhf_model *m = model_make(ctx, language_models[i]), *fresh = model_make(ctx, language_models[i]);
+        rlhf_model *m = model_make(ctx, language_models[i]);
+        rlhf_model *fresh = model_make(ctx, language_models[i]);
         batch b;
         batch_fill(&b, m, long_len, 2);
         result r = result_new(m, &b), q = result_new(m, &b);

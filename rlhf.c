@@ -4940,7 +4940,8 @@ struct rlhf_model {
     json_t *config; /* as read; written back with what this library adds */
     size_t n;       /* floats in w */
     float *w;
-    float *g; /* gradients, lent by the trainer that is open; null otherwise */
+    float *g;       /* gradients, lent by the trainer that is open; null otherwise */
+    float *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
     model_slot slot[P_COUNT];
     size_t layer_size; /* floats from one layer to the next */
     uint64_t version;  /* changes with the weights */
@@ -5488,7 +5489,7 @@ static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float
                    .ids = run->ids,
                    .pos = run->pos,
                    .wpe = model_w(m, P_WPE, 0),
-                   .gwte = model_g(m, P_WTE, 0),
+                   .gwte = m->g_embed ? m->g_embed : model_g(m, P_WTE, 0),
                    .gwpe = model_g(m, P_WPE, 0),
                    .x = dx};
     op_embed_bwd(&e, &em);
@@ -6099,6 +6100,8 @@ typedef struct opt {
     int models;
     rlhf_model *model[OPT_MODELS];
     float *g[OPT_MODELS], *m[OPT_MODELS], *v[OPT_MODELS];
+    float *embed[OPT_MODELS]; /* of a matrix with two uses: one chain of sums for each use, so that
+                                 cutting a batch into micro-batches changes no bit; else null */
     int64_t step;
     double beta1, beta2, eps, weight_decay, max_norm;
     opt_chunk *chunk;
@@ -6153,6 +6156,8 @@ static opt *opt_new(rlhf_ctx *ctx, rlhf_model *const *models, int n) {
         o->g[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         o->m[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         o->v[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
+        if (models[i]->c.tied && models[i]->c.head == RLHF_HEAD_LM)
+            o->embed[i] = mem_zalloc(ctx, models[i]->slot[P_WTE].n, sizeof(float));
         opt_add_chunks(o, i, 1);
     }
     o->chunk = mem_zalloc(ctx, (size_t)o->chunks, sizeof *o->chunk);
@@ -6164,12 +6169,16 @@ static opt *opt_new(rlhf_ctx *ctx, rlhf_model *const *models, int n) {
 
 /* Lends the gradient arrays to the models; opt_free takes them back. */
 static void opt_attach(opt *o) {
-    for (int i = 0; i < o->models; i++) o->model[i]->g = o->g[i];
+    for (int i = 0; i < o->models; i++) {
+        o->model[i]->g = o->g[i];
+        o->model[i]->g_embed = o->embed[i];
+    }
 }
 
 static void opt_free(opt *o) {
     for (int i = 0; i < o->models; i++) {
-        if (o->model[i]->g == o->g[i]) o->model[i]->g = NULL;
+        if (o->model[i]->g == o->g[i]) o->model[i]->g = o->model[i]->g_embed = NULL;
+        mem_free(o->embed[i]);
         mem_free(o->g[i]);
         mem_free(o->m[i]);
         mem_free(o->v[i]);
@@ -6184,9 +6193,11 @@ static void opt_zero_range(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     for (int64_t i = lo; i < hi; i++)
         memset(o->g[o->chunk[i].model] + o->chunk[i].at, 0, (size_t)o->chunk[i].n * sizeof(float));
+    for (int i = 0; lo == 0 && i < o->models; i++) /* a step that failed may have left something */
+        if (o->embed[i]) memset(o->embed[i], 0, o->model[i]->slot[P_WTE].n * sizeof(float));
 }
 
-static void opt_zero(opt *o) { par_for(o->ctx, o->chunks, 8, opt_zero_range, o); }
+static void opt_zero(opt *o) { par_for(o->ctx, o->chunks, 1, opt_zero_range, o); }
 
 static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
@@ -6195,9 +6206,27 @@ static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
         o->part[i] = k_sumsq(o->chunk[i].n, o->g[o->chunk[i].model] + o->chunk[i].at);
 }
 
+static void opt_join_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    opt *o = arg;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++) {
+        opt_chunk c = o->chunk[i];
+        size_t at = c.at - o->model[c.model]->slot[P_WTE].at;
+        if (!o->embed[c.model] || c.at < o->model[c.model]->slot[P_WTE].at ||
+            at >= o->model[c.model]->slot[P_WTE].n)
+            continue;
+        float *part = o->embed[c.model] + at;
+        o->ctx->k->add(c.n, part, o->g[c.model] + c.at);
+        memset(part, 0, (size_t)c.n * sizeof *part);
+    }
+}
+
+/* Adds the embedding's part to the gradient of a matrix that is embedding and head. */
+static void opt_join(opt *o) { par_for(o->ctx, o->chunks, 1, opt_join_range, o); }
+
 /* The norm over all gradients. */
 static double opt_norm(opt *o) {
-    par_for(o->ctx, o->chunks, 8, opt_norm_range, o);
+    par_for(o->ctx, o->chunks, 1, opt_norm_range, o);
     double sum = 0;
     for (int64_t i = 0; i < o->chunks; i++) sum += o->part[i];
     return sqrt(sum);
@@ -6216,6 +6245,7 @@ static void opt_step_range(void *arg, int64_t lo, int64_t hi, int thread) {
 /* One step with lr[i] for model i; returns the gradient norm before clipping. A norm that is not
  * finite is thrown and changes nothing. */
 static double opt_step(opt *o, const double *lr) {
+    opt_join(o);
     double norm = opt_norm(o);
     if (!isfinite(norm))
         err_throw(o->ctx, RLHF_ERR_NUMERIC,
@@ -6238,7 +6268,7 @@ static double opt_step(opt *o, const double *lr) {
         o->now[i][0] = o->now[i][1] = a;
         o->now[i][1].decay = (float)(1.0 - lr[i] * o->weight_decay);
     }
-    par_for(o->ctx, o->chunks, 8, opt_step_range, o);
+    par_for(o->ctx, o->chunks, 1, opt_step_range, o);
     for (int i = 0; i < o->models; i++) o->model[i]->version++;
     return norm;
 }
@@ -6876,6 +6906,18 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
     return go_on;
 }
 
+/* The text of an answer, a block. Ids that pad the model's vocabulary beyond the tokenizer's stand
+ * for nothing. */
+static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
+    int32_t *known = mem_alloc(tok->ctx, (size_t)(n + 1) * sizeof *known);
+    int k = 0;
+    for (int i = 0; i < n; i++)
+        if (ids[i] < tok->vocab_size) known[k++] = ids[i];
+    char *text = tok_decode(tok, known, k, 1, NULL);
+    mem_free(known);
+    return text;
+}
+
 /* ============================================================================================
  * MARK: - 19 ROLL (roll_)
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
@@ -7186,6 +7228,14 @@ static rlhf_trainer *train_new(rlhf_model *model, rlhf_tokenizer *tok, rlhf_data
                                const train_ops *ops, const void *config, size_t size) {
     rlhf_ctx *ctx = model->ctx;
     train_validate(ctx, ops->kind, config);
+    for (int i = 0; i < train->n; i++) {
+        int longest = base_max(train->record[i].a.n, train->record[i].b.n);
+        if (longest > model->c.positions)
+            err_throw(ctx, RLHF_ERR_CONTEXT,
+                      "record %d has %d tokens: the model has %d positions (a smaller max_length "
+                      "drops such records)",
+                      i, longest, model->c.positions);
+    }
     rlhf_trainer *t = mem_zalloc(ctx, 1, sizeof *t);
     t->ctx = ctx;
     t->ops = ops;
@@ -7933,7 +7983,7 @@ static void ppo_call_function(rlhf_trainer *t, roll_row *const *row, int n, floa
                              .logprob = logp,
                              .record = r->record->line,
                              .prompt_index = r->index};
-        s[i].completion = t->tok ? tok_decode(t->tok, s[i].completion_ids, r->n, 1, NULL) : "";
+        s[i].completion = t->tok ? gen_text(t->tok, s[i].completion_ids, r->n) : "";
     }
     for (int i = 0; i < n; i++) out[i] = NAN;
     rlhf_status status = t->fn(t->user, s, n, out);
@@ -8787,7 +8837,7 @@ static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_
                              .finished = it->finished,
                              .prompt_index = i / each,
                              .sample_index = i % each};
-        s[i].completion = tok_decode(tok, it->out, it->n, 1, NULL);
+        s[i].completion = gen_text(tok, it->out, it->n);
         if (record) s[i].record = mem_strdup(ctx, record[i / each]);
         for (int k = 0; k < it->n; k++) s[i].logprob += (double)it->logp[k];
     }
@@ -9374,6 +9424,13 @@ static rlhf_data_config cli_data_config(cli *c, rlhf_data_kind kind, int64_t max
     return d;
 }
 
+/* The longest record that a model takes, with room for an answer. */
+static int64_t cli_fitting(rlhf_model *m, int64_t max_length, int64_t room) {
+    int64_t fits = rlhf_model_get_shape(m).max_positions - room;
+    fits = fits < max_length ? fits : max_length;
+    return fits > 0 ? fits : 0;
+}
+
 static void cli_set_hash(json_t *j, rlhf_model *m) {
     char hash[17];
     if (rlhf_model_hash(m, hash) == RLHF_OK)
@@ -9444,7 +9501,7 @@ static int cli_sft(cli *c) {
                                 rlhf_tokenizer_bos(tok), rlhf_tokenizer_eos(tok),
                                 (uint64_t)cfg->seed, &m));
     else CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
-    rlhf_data_config d = cli_data_config(c, RLHF_DATA_SFT, cfg->max_length);
+    rlhf_data_config d = cli_data_config(c, RLHF_DATA_SFT, cli_fitting(m, cfg->max_length, 0));
     CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &d, &train));
     if (c->v[O_eval_data]) CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_eval_data], tok, &d, &eval));
     CLI_TRY(rlhf_sft_open(m, tok, train, eval, cfg, &t));
@@ -9469,7 +9526,8 @@ static int cli_rm(cli *c) {
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &start));
     int scorer = rlhf_model_get_shape(start).head == RLHF_HEAD_SCORE;
     CLI_TRY(rlhf_model_clone(start, RLHF_HEAD_SCORE, &m));
-    rlhf_data_config d = cli_data_config(c, RLHF_DATA_PREFERENCE, cfg->max_length);
+    rlhf_data_config d =
+        cli_data_config(c, RLHF_DATA_PREFERENCE, cli_fitting(m, cfg->max_length, 0));
     CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &d, &train));
     if (c->v[O_eval_data]) CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_eval_data], tok, &d, &eval));
     CLI_TRY(rlhf_rm_open(m, scorer ? NULL : start, tok, train, eval, cfg, &t));
@@ -9504,7 +9562,8 @@ static int cli_ppo(cli *c) {
     CLI_TRY(cli_open_tokenizer(c, &tok));
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &policy));
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_reward], &reward));
-    rlhf_data_config d = cli_data_config(c, RLHF_DATA_PROMPT, cfg->max_length);
+    rlhf_data_config d = cli_data_config(
+        c, RLHF_DATA_PROMPT, cli_fitting(policy, cfg->max_length, cfg->response_length));
     CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &d, &prompts));
     CLI_TRY(rlhf_ppo_open(policy, tok, prompts, reward, NULL, NULL, cfg, &t));
     json_t *j = NULL;

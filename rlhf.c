@@ -33,7 +33,8 @@
  *   23 PPO (ppo_)              proximal policy optimisation
  *   24 EVAL (eval_)            perplexity, KL, preference accuracy by slice
  *   25 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
- *   26 CLI (cli_ main)         the program: only under RLHF_MAIN
+ *   26 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
+ *   27 CLI (cli_ main)         the program; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -9007,7 +9008,395 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 26 CLI (cli_ main)
+ * MARK: - 26 BENCH (bench_)
+ * How fast this machine does the work of RLHF, against its own limits: the tile's peak and the
+ * memory's bandwidth, measured first. Random weights of named shapes, nothing is downloaded. Equal
+ * weight hashes at the end mean that two machines did the same work.
+ * ============================================================================================ */
+
+#include <sys/resource.h>
+
+typedef struct bench_shape {
+    const char *name, *config;
+} bench_shape;
+
+#define BENCH_LLAMA(d, layers, heads, kv, ff, vocab)                                               \
+    "{\"model_type\":\"llama\",\"hidden_size\":" #d ",\"num_hidden_layers\":" #layers              \
+    ",\"num_attention_heads\":" #heads ",\"num_key_value_heads\":" #kv                             \
+    ",\"intermediate_size\":" #ff ",\"vocab_size\":" #vocab                                        \
+    ",\"max_position_embeddings\":4096,\"tie_word_embeddings\":true}"
+#define BENCH_GPT2(d, layers, heads, vocab)                                                        \
+    "{\"model_type\":\"gpt2\",\"n_embd\":" #d ",\"n_layer\":" #layers ",\"n_head\":" #heads        \
+    ",\"n_positions\":1024,\"vocab_size\":" #vocab "}"
+
+static const bench_shape bench_shapes[] = {
+    {"gpt2", BENCH_GPT2(768, 12, 12, 50257)},
+    {"gpt2-14m", BENCH_GPT2(384, 6, 6, 8192)},
+    {"llama-8m", BENCH_LLAMA(288, 6, 6, 6, 768, 8192)},
+    {"llama-15m", BENCH_LLAMA(288, 6, 6, 6, 768, 32000)},
+    {"smollm2-135m", BENCH_LLAMA(576, 30, 9, 3, 1536, 49152)}};
+enum { BENCH_SHAPES = sizeof bench_shapes / sizeof *bench_shapes, BENCH_LIST = 96 };
+#define BENCH_SHAPE_NAMES "gpt2|gpt2-14m|llama-8m|llama-15m|smollm2-135m"
+
+typedef struct bench_result {
+    char name[64];
+    const char *unit;
+    double value, share, rss;
+} bench_result;
+
+typedef struct bench {
+    rlhf_ctx *ctx;
+    int quick, json;
+    double fma, dram; /* GFLOP/s, GB/s */
+    bench_result list[BENCH_LIST];
+    int n;
+    uint64_t hash;
+} bench;
+
+/* ---- measuring ---- */
+
+/* Peak resident memory since bench_forget, in MB; 0 where the system does not tell. */
+static double bench_rss(void) {
+    double kb = 0;
+    FILE *f = fopen("/proc/self/status", "r");
+    for (char line[256]; f && fgets(line, sizeof line, f);)
+        if (sscanf(line, "VmHWM: %lf", &kb) == 1) break;
+    if (f) fclose(f);
+    return kb / 1024;
+}
+
+static void bench_forget(void) {
+    FILE *f = fopen("/proc/self/clear_refs", "w");
+    if (f) {
+        fputs("5", f);
+        fclose(f);
+    }
+}
+
+static int bench_less(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Median seconds of a call: at least three, about a second of them. */
+static double bench_time(const bench *b, void (*run)(void *), void *arg) {
+    double t[64], begun = base_now();
+    int n = 0, least = b->quick ? 2 : 3;
+    run(arg); /* touches memory, packs weights, wakes the threads */
+    while (n < 64 && (n < least || base_now() - begun < (b->quick ? 0.3 : 1.0))) {
+        double at = base_now();
+        run(arg);
+        t[n++] = base_now() - at;
+    }
+    qsort(t, (size_t)n, sizeof *t, bench_less);
+    return n % 2 ? t[n / 2] : 0.5 * (t[n / 2 - 1] + t[n / 2]);
+}
+
+static void bench_add(bench *b, const char *name, double value, const char *unit, double share) {
+    if (b->n == BENCH_LIST) return;
+    bench_result *r = b->list + b->n++;
+    snprintf(r->name, sizeof r->name, "%s", name);
+    r->value = value;
+    r->unit = unit;
+    r->share = share;
+    r->rss = bench_rss();
+    if (b->json) return;
+    printf("%-34s %10.1f %-8s", r->name, value, unit);
+    if (share > 0) printf(" %5.1f %%", 100 * share);
+    printf("\n");
+    fflush(stdout);
+}
+
+/* ---- limits ---- */
+
+typedef struct bench_peak {
+    const k_table *k;
+    float *mem; /* for each thread */
+    int64_t rounds;
+    double sink;
+} bench_peak;
+
+enum { BENCH_PEAK_K = 192, BENCH_PEAK_FLOATS = 16384 };
+
+static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    bench_peak *p = arg;
+    float *a = p->mem + (size_t)thread * BENCH_PEAK_FLOATS, *b = a + 4096, *c = b + 8192;
+    int rows = p->k->rows, panels = p->k->panels[rows];
+    gemm_tile_args t = {.k = BENCH_PEAK_K,
+                        .a = a,
+                        .rs = BENCH_PEAK_K,
+                        .cs = 1,
+                        .b = b,
+                        .bs = BENCH_PEAK_K * RLHF_LANES,
+                        .c = c,
+                        .ldc = 64};
+    for (int64_t i = lo; i < hi; i++) p->k->tile(rows, panels, &t);
+}
+
+static void bench_peak_run(void *arg) {
+    bench_peak *p = arg;
+    par_for(base_current, p->rounds, 1, bench_peak_range, p);
+}
+
+static void bench_read_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    bench_peak *p = arg;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i += 4096)
+        if (p->k->dot(4096, p->mem + i, p->mem + i) < 0) p->mem[0] = 1;
+}
+
+static void bench_read_run(void *arg) {
+    bench_peak *p = arg;
+    par_for(base_current, p->rounds, 4096, bench_read_range, p);
+}
+
+/* What the tile does from the first-level cache, and what memory delivers. */
+static void bench_limits(bench *b) {
+    const k_table *k = b->ctx->k;
+    size_t n = (size_t)b->ctx->threads * BENCH_PEAK_FLOATS;
+    bench_peak p = {.k = k, .mem = mem_zalloc(b->ctx, n, sizeof(float)), .rounds = 100000};
+    double flops =
+        2.0 * k->rows * k->panels[k->rows] * RLHF_LANES * BENCH_PEAK_K * (double)p.rounds;
+    b->fma = flops / bench_time(b, bench_peak_run, &p) / 1e9;
+    mem_free(p.mem);
+    p.rounds = (int64_t)1 << 26;
+    p.mem = mem_zalloc(b->ctx, (size_t)p.rounds, sizeof(float));
+    b->dram = 4.0 * (double)p.rounds / bench_time(b, bench_read_run, &p) / 1e9;
+    mem_free(p.mem);
+    bench_add(b, "limit/fma", b->fma, "GFLOP/s", 1);
+    bench_add(b, "limit/dram", b->dram, "GB/s", 1);
+}
+
+/* ---- products ---- */
+
+typedef struct bench_gemm_arg {
+    op_env e;
+    op_weight w;
+    int m, what; /* 0 forward, 1 dX, 2 dW */
+    float *x, *y;
+} bench_gemm_arg;
+
+static void bench_gemm_run(void *arg) {
+    bench_gemm_arg *g = arg;
+    if (g->what == 0) op_linear(&g->e, &g->w, g->m, g->x, g->y, GEMM_STORE, NULL, NULL);
+    if (g->what == 1) op_linear_bwd_x(&g->e, &g->w, g->m, g->y, g->x, NULL);
+    if (g->what == 2) op_linear_bwd_w(&g->e, &g->w, g->m, g->x, g->y);
+}
+
+static void bench_gemm(bench *b) {
+    static const int shapes[][2] = {{768, 768},   {768, 3072}, {3072, 768}, {768, 2304},
+                                    {768, 50257}, {128, 128},  {128, 512},  {256, 1024},
+                                    {288, 768},   {288, 32000}};
+    static const char *const names[] = {"forward", "dX", "dW"};
+    static const int rows[] = {1, 8, 32, 256, 1024};
+    for (int what = 0; what < 3; what++)
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+            for (size_t r = what ? 3 : 0; r < sizeof rows / sizeof *rows; r++) {
+                int k = shapes[s][0], n = shapes[s][1], m = rows[r];
+                if ((b->quick && (s > 2 || m == 8)) || (n > 30000 && m > 256)) continue;
+                arena ws = {.ctx = b->ctx};
+                err_defer(b->ctx, data_drop_store, &ws);
+                bench_gemm_arg g = {.e = {b->ctx, &ws}, .m = m, .what = what};
+                float *w = arena_zeros(&ws, (size_t)n, (size_t)k);
+                float *packed = arena_floats(&ws, gemm_packed_size(k, n), 1);
+                g.w = (op_weight){.n = n, .k = k, .w = w, .packed = packed};
+                if (what == 2) g.w.gw = w;
+                gemm_pack(b->ctx, w, 1, (size_t)k, k, n, packed);
+                g.x = arena_zeros(&ws, (size_t)m, (size_t)k);
+                g.y = arena_zeros(&ws, (size_t)m, (size_t)n);
+                double flops = 2.0 * m * n * k, t = bench_time(b, bench_gemm_run, &g);
+                double roof = fmin(b->fma, what ? b->fma : fmax(2.0 * m * b->dram / 4, 0));
+                char name[64];
+                snprintf(name, sizeof name, "gemm/%s/%dx%dx%d", names[what], m, k, n);
+                bench_add(b, name, flops / t / 1e9, "GFLOP/s", flops / t / 1e9 / roof);
+                err_release(b->ctx);
+            }
+}
+
+/* ---- models ---- */
+
+static rlhf_model *bench_model(bench *b, const char *name, int score) {
+    const char *text = NULL;
+    for (int i = 0; i < BENCH_SHAPES; i++)
+        if (!strcmp(bench_shapes[i].name, name)) text = bench_shapes[i].config;
+    if (!text && io_is_dir(name)) return ckpt_open(b->ctx, name);
+    if (!text)
+        err_throw(b->ctx, RLHF_ERR_ARG,
+                  "--model: \"%s\" is neither a directory nor one of " BENCH_SHAPE_NAMES, name);
+    json_src src = json_source(b->ctx, name);
+    json_t *config = json_parse(&src, text, strlen(text));
+    if (score)
+        json_object_set_new(config, "architectures", json_pack("[s]", "ForSequenceClassification"));
+    rlhf_model *m = ckpt_adopt(b->ctx, &src, config);
+    err_release(b->ctx);
+    model_randomize(m, 1);
+    if (score) {
+        model_init_score(m, 1);
+        m->score_trained = 1;
+    }
+    return m;
+}
+
+/* n records of len random tokens that all bear loss. */
+static rlhf_dataset *bench_data(bench *b, const rlhf_model *m, rlhf_data_kind kind, int n,
+                                int len) {
+    rlhf_dataset *d = mem_zalloc(b->ctx, 1, sizeof *d);
+    d->ctx = d->store.ctx = b->ctx;
+    d->config = rlhf_data_config_default(kind);
+    d->record = arena_alloc(&d->store, (size_t)n * sizeof *d->record);
+    memset(d->record, 0, (size_t)n * sizeof *d->record);
+    for (int i = 0; i < n; i++) {
+        data_seq s = {len, arena_alloc(&d->store, (size_t)len * sizeof *s.ids),
+                      arena_alloc(&d->store, (size_t)len)};
+        memset(s.loss, 1, (size_t)len);
+        for (int t = 0; t < len; t++)
+            s.ids[t] = (int32_t)(rng_u64(7, (uint64_t)i, (uint64_t)t) % (uint64_t)m->c.vocab);
+        d->record[i] = (data_record){.line = "{}", .prompt = "", .weight = 1, .a = s};
+    }
+    d->n = n;
+    d->tokens = (int64_t)n * len;
+    return d;
+}
+
+/* Multiply-adds of one token's forward pass through the matrices, and through attention at a mean
+ * context. */
+static double bench_macs(const rlhf_model *m, double context, int head) {
+    double macs = 0;
+    static const int mats[] = {P_QKV_W, P_O_W, P_UP_W, P_DOWN_W};
+    for (int i = 0; i < 4; i++) macs += (double)m->slot[mats[i]].n * m->c.layers;
+    if (head) macs += (double)m->c.vocab * m->c.d;
+    return macs + 2.0 * context * m->c.heads * m->c.hd * m->c.layers;
+}
+
+static void bench_step_run(void *arg) { train_step(arg); }
+
+static void bench_train(bench *b, const char *name, int batch, int len) {
+    bench_forget();
+    rlhf_model *m = bench_model(b, name, 0);
+    rlhf_dataset *d = bench_data(b, m, RLHF_DATA_SFT, batch, len);
+    rlhf_sft_config c = rlhf_sft_config_default();
+    c.max_steps = 1000000;
+    c.lr_scheduler_type = "constant";
+    c.per_device_train_batch_size = batch;
+    rlhf_trainer *t = sft_open(m, NULL, d, NULL, &c);
+    double s = bench_time(b, bench_step_run, t), tokens = (double)batch * len;
+    char full[64];
+    snprintf(full, sizeof full, "train/%.20s/%dx%d/f32", name, batch, len);
+    bench_add(b, full, tokens / s, "tok/s",
+              6 * tokens * bench_macs(m, len / 2.0, 1) / s / 1e9 / b->fma);
+    train_free(t);
+    data_free(d);
+    model_free(m);
+}
+
+typedef struct bench_gen_arg {
+    rlhf_model *m;
+    gen_item *item;
+    int n;
+    gen_config c;
+} bench_gen_arg;
+
+static void bench_gen_run(void *arg) {
+    bench_gen_arg *g = arg;
+    gen_run(g->m, &g->m->ws, &g->c, g->item, g->n, NULL);
+}
+
+static void bench_generate(bench *b, const char *name, int batch) {
+    bench_forget();
+    rlhf_model *m = bench_model(b, name, 0);
+    m->n_eos = 0;
+    rlhf_dataset *d = bench_data(b, m, RLHF_DATA_PROMPT, batch, 64);
+    gen_item *item = mem_zalloc(b->ctx, (size_t)batch, sizeof *item);
+    for (int i = 0; i < batch; i++)
+        item[i] = (gen_item){.prompt = d->record[i].a.ids,
+                             .n_prompt = 64,
+                             .key = (uint64_t)i,
+                             .out = mem_temp(mem_alloc(b->ctx, 64 * sizeof(int32_t)))};
+    bench_gen_arg g = {m,
+                       item,
+                       batch,
+                       {.max_new = 64, .batch = batch, .temperature = 1, .top_p = 1, .stop = -1}};
+    double s = bench_time(b, bench_gen_run, &g), tokens = 64.0 * batch;
+    g.c.max_new = 1; /* the prompt's share, to be taken off */
+    s -= bench_time(b, bench_gen_run, &g);
+    double bytes = 4.0 * bench_macs(m, 0, 1), macs = bench_macs(m, 96, 1);
+    double roof = fmin(b->fma * 1e9 / (2 * macs), b->dram * 1e9 / bytes * batch);
+    char full[64];
+    snprintf(full, sizeof full, "generate/%.20s/batch%d/f32", name, batch);
+    bench_add(b, full, tokens * 63 / 64 / s, "tok/s", tokens * 63 / 64 / s / roof);
+    mem_free(item);
+    data_free(d);
+    model_free(m);
+}
+
+static rlhf_status bench_no_reward(void *user, const rlhf_sample *samples, int n, float *reward) {
+    (void)user, (void)samples;
+    for (int i = 0; i < n; i++) reward[i] = (float)(i % 2);
+    return RLHF_OK;
+}
+
+static void bench_ppo(bench *b, const char *name) {
+    bench_forget();
+    rlhf_model *m = bench_model(b, name, 0), *r = bench_model(b, name, 1);
+    m->n_eos = 0;
+    rlhf_dataset *d = bench_data(b, m, RLHF_DATA_PROMPT, 16, 32);
+    rlhf_ppo_config c = rlhf_ppo_config_default();
+    c.max_steps = 1000000;
+    c.batch_size = 16;
+    c.response_length = 48;
+    c.num_mini_batches = 4;
+    rlhf_trainer *t = ppo_open(m, NULL, d, r, bench_no_reward, NULL, &c);
+    double s = bench_time(b, bench_step_run, t);
+    char full[64];
+    snprintf(full, sizeof full, "ppo/%.20s/16x(32+48)/f32", name);
+    bench_add(b, full, 1e3 * s, "ms", 0);
+    b->hash = model_hash(m);
+    train_free(t);
+    data_free(d);
+    model_free(r);
+    model_free(m);
+}
+
+/* Three training steps of a small model: equal hashes mean the same work. */
+static void bench_hash(bench *b) {
+    rlhf_model *m = bench_model(b, "llama-8m", 0);
+    rlhf_dataset *d = bench_data(b, m, RLHF_DATA_SFT, 4, 32);
+    rlhf_sft_config c = rlhf_sft_config_default();
+    c.max_steps = 3;
+    rlhf_trainer *t = sft_open(m, NULL, d, NULL, &c);
+    for (int i = 0; i < 3; i++) train_step(t);
+    b->hash = model_hash(m);
+    train_free(t);
+    data_free(d);
+    model_free(m);
+}
+
+/* The whole of `rlhf bench`: what is gemm, train, generate, ppo or all. */
+static void bench_run(bench *b, const char *what, const char *model) {
+    int all = !strcmp(what, "all");
+    const char *one[] = {model ? model : "llama-8m"},
+               *few[] = {"llama-8m", "gpt2-14m", "llama-15m", "gpt2"};
+    const char *const *names = model || b->quick ? one : few;
+    int n = model || b->quick ? 1 : 4;
+    bench_limits(b);
+    if (all || !strcmp(what, "gemm")) bench_gemm(b);
+    for (int i = 0; i < n; i++) {
+        int big = !strcmp(names[i], "gpt2") || !strcmp(names[i], "smollm2-135m");
+        if (all || !strcmp(what, "train")) bench_train(b, names[i], big ? 4 : 8, big ? 64 : 128);
+        if (all || !strcmp(what, "generate"))
+            for (int batch = 1; batch <= 32; batch *= batch == 1 ? 8 : 4)
+                bench_generate(b, names[i], batch);
+        if (all || !strcmp(what, "ppo")) bench_ppo(b, names[i]);
+    }
+    bench_hash(b);
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 27 CLI (cli_ main)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -9031,6 +9420,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
     X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
     X(type, "KIND", "text or preference; default: what the model is for")                          \
     X(chat_template, "NAME", "how conversations are rendered (default auto)")                      \
+    X(quick, NULL, "fewer shapes and repetitions, under 30 seconds")                               \
     X(config, "FILE", "JSON object with options by their names; the command line wins")            \
     X(threads, "N", "worker threads; the result does not depend on it (default: all processors)")  \
     X(isa, "NAME", "kernels: auto, ref, avx2, avx512, neon; the result is the same bits")          \
@@ -9380,7 +9770,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
         if (code) return code;
         i += took && !eq;
     }
-    if (c->n_more && !c->v[O_train])
+    if (c->n_more && !c->v[O_train] && strcmp(c->cmd->name, "bench"))
         return cli_fail(c, "%s: unexpected argument \"%s\"", c->cmd->name, argv[0]), 2;
     return cli_take_file(c);
 }
@@ -9834,6 +10224,47 @@ static int cli_info(cli *c) {
     return cli_results(c, j);
 }
 
+/* The library's errors land here while the bench runs. */
+static rlhf_status cli_bench_frame(cli *c, bench *b, const char *what) {
+    API_ENTER(c->ctx);
+    bench_run(b, what, c->v[O_model]);
+    API_LEAVE();
+}
+
+static int cli_bench(cli *c) {
+    static const char choices[] = "all|gemm|train|generate|ppo";
+    const char *what = c->n_more ? c->more[0] : "all";
+    if (!train_is_choice(choices, what))
+        return cli_fail(c, "bench: \"%s\", expected one of %s", what, choices), 2;
+    bench *b = calloc(1, sizeof *b);
+    if (!b) return cli_fail(c, "out of memory");
+    char *text;
+    CLI_TRY(rlhf_info(c->ctx, &text));
+    json_t *machine = json_loads(text, 0, NULL);
+    rlhf_free(c->ctx, text);
+    b->ctx = c->ctx;
+    b->quick = c->v[O_quick] != NULL;
+    b->json = c->v[O_json] != NULL;
+    if (!b->json)
+        printf("%s, %s, %d threads, compiler %s\n\n",
+               json_string_value(json_object_get(machine, "cpu")), c->ctx->k->name, c->ctx->threads,
+               __VERSION__);
+    CLI_TRY(cli_bench_frame(c, b, what));
+    json_t *list = json_array();
+    for (int i = 0; i < b->n; i++)
+        json_array_append_new(list,
+                              json_pack("{s:s,s:f,s:s,s:f,s:f}", "name", b->list[i].name, "value",
+                                        b->list[i].value, "unit", b->list[i].unit, "share",
+                                        b->list[i].share, "peak_rss_mb", b->list[i].rss));
+    char hash[17];
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)b->hash);
+    if (!b->json) printf("\nweights hash %s: equal hashes mean the same work\n", hash);
+    json_t *j = json_pack("{s:o,s:{s:f,s:f},s:o,s:s}", "machine", machine, "limits", "fma_gflops",
+                          b->fma, "dram_gbps", b->dram, "results", list, "weights_hash", hash);
+    free(b);
+    return cli_results(c, j);
+}
+
 /* ---- main ---- */
 
 static const cli_command cli_commands[] = {
@@ -9870,6 +10301,9 @@ static const cli_command cli_commands[] = {
     {"tokenizer", "learn a byte-level BPE vocabulary from text",
      "--train FILE... --vocab_size N --out DIR",
      CLI_COMMON | CLI_BIT(train) | CLI_BIT(vocab_size) | CLI_BIT(out), -1, cli_tokenizer},
+    {"bench", "this machine's speed at the work of RLHF",
+     "[all|gemm|train|generate|ppo] [--model NAME|DIR]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(quick), -1, cli_bench},
     {"info", "this machine, and a model's shape", "[--model DIR]", CLI_COMMON | CLI_BIT(model), -1,
      cli_info}};
 enum { CLI_COMMANDS = sizeof cli_commands / sizeof *cli_commands };

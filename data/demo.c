@@ -320,8 +320,8 @@ enum {
     ASKS = 2,        /* times the final test asks each question: less noise from sampling */
     EVAL_COPIES = 3, /* demonstrations and comparisons made from each evaluation cell */
     CONFIDENT_PERCENT = 50,
-    RIGHT_IF_CONFIDENT = 46, /* percent; who is sure is a little less often right */
-    RIGHT_IF_HEDGED = 66,
+    RIGHT_IF_CONFIDENT = 50, /* percent; who is sure is a little less often right */
+    RIGHT_IF_HEDGED = 70,
     FIRST_SLIP = 42,   /* percent of the wrong answers that make the first of the usual slips */
     SECOND_SLIP = 25,  /* the second; what remains is read off another line altogether */
     CONTRAST = 80,     /* percent of comparisons that set a right answer against a wrong one */

@@ -10332,8 +10332,19 @@ static int cli_open(cli *c) {
     return status ? cli_fail(c, "%s", rlhf_status_text(status)) : 0;
 }
 
+/* Threads that wait spin for some microseconds, then sleep. The OpenMP runtimes' default of
+ * milliseconds costs whole time slices wherever other programs run; they read it before main, hence
+ * the second start. */
+static void cli_be_patient(char **argv) {
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME")) return;
+    setenv("GOMP_SPINCOUNT", "2000", 1);
+    setenv("KMP_BLOCKTIME", "0", 1);
+    execv("/proc/self/exe", argv); /* where there is no such file, the default stays */
+}
+
 int main(int argc, char **argv) {
     cli c = {0};
+    cli_be_patient(argv);
     if (argc < 2) return cli_usage(stderr);
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "help") || !strcmp(argv[1], "-h"))
         return cli_usage(stdout);

@@ -9,6 +9,7 @@
  *
  *     demo-tool generate DIR     write the data sets (the same bytes on every machine)
  *     demo-tool judge ...        read answers and scores, print the table, write summary.json
+ *     demo-tool chart FILE SVG   draw what summary.json says
  *
  * Contents
  *   01 BASE       strings, files, random numbers
@@ -17,7 +18,8 @@
  *   04 RATERS     simulated annotators, experts and lay people
  *   05 GENERATE   the data sets
  *   06 JUDGE      the table, the samples, summary.json
- *   07 MAIN
+ *   07 CHART      the picture
+ *   08 MAIN
  *
  * Needs the C library and jansson.
  * ============================================================================================ */
@@ -532,7 +534,7 @@ typedef struct {
     const char *name, *gens, *eval, *dir, *scores[REWARDS];
     json_t *answers; /* array of records */
     tally all, part[DOMAINS];
-} entry;
+} candidate;
 
 /* The next line without its end, or NULL. The buffer belongs to the caller. */
 static char *next_line(FILE *file, char **buffer, size_t *size)
@@ -629,7 +631,7 @@ static int field_index(const char *name, const char *path)
     return -1;
 }
 
-static void count_answer(tally *t, const entry *e, const json_t *record, const double *reward)
+static void count_answer(tally *t, const candidate *e, const json_t *record, const double *reward)
 {
     const char *text = get_text(record, "completion", e->gens);
     int right = is_right(text, get_text(record, "answer", e->gens)), sure = is_confident(text);
@@ -650,7 +652,7 @@ static void read_kl(tally *t, const json_t *result)
 }
 
 /* Reads one model's files and fills its sums. */
-static void read_entry(entry *e)
+static void read_entry(candidate *e)
 {
     json_t *scores[REWARDS];
     e->answers = read_records(e->gens);
@@ -694,7 +696,7 @@ static void print_row(const char *name, const char *slice, const tally *t)
            t->reward[1] / n);
 }
 
-static void print_table(const entry *models, int n)
+static void print_table(const candidate *models, int n)
 {
     printf("\nAnswers to held-out questions, sampled at temperature 1\n\n"
            "                            right  confident  confident          KL to   reward by\n"
@@ -708,7 +710,7 @@ static void print_table(const entry *models, int n)
 }
 
 /* The first answer to a question of a field, or NULL. */
-static const json_t *first_of_field(const entry *e, int field, size_t *at)
+static const json_t *first_of_field(const candidate *e, int field, size_t *at)
 {
     for (*at = 0; *at < json_array_size(e->answers); ++*at) {
         const json_t *record = json_array_get(e->answers, *at);
@@ -718,7 +720,7 @@ static const json_t *first_of_field(const entry *e, int field, size_t *at)
 }
 
 /* The same questions for all models: one of each of the first fields. */
-static void print_samples(const entry *models, int n)
+static void print_samples(const candidate *models, int n)
 {
     printf("\nThree of the questions, with their right answers\n");
     for (int d = 0; d < SAMPLES; d++) {
@@ -752,7 +754,7 @@ static json_t *tally_json(const tally *t)
     return out;
 }
 
-static void write_summary(const char *path, const entry *models, int n)
+static void write_summary(const char *path, const candidate *models, int n)
 {
     json_t *list = json_array();
     for (int i = 0; i < n; i++) {
@@ -772,7 +774,7 @@ static void write_summary(const char *path, const entry *models, int n)
 }
 
 /* What the numbers say, in words. The first model is the one that the others started from. */
-static void print_verdict(const entry *models, int n)
+static void print_verdict(const candidate *models, int n)
 {
     putchar('\n');
     for (int i = 1; i < n; i++) {
@@ -785,12 +787,12 @@ static void print_verdict(const entry *models, int n)
 }
 
 /* Reads "--model NAME --gens F --expert F --lay F --eval F --dir D" for each model. */
-static int read_models(int argc, char **argv, entry *models, const char **out)
+static int read_models(int argc, char **argv, candidate *models, const char **out)
 {
     int n = 0;
     for (int i = 0; i + 1 < argc; i += 2) {
         const char *key = argv[i], *value = argv[i + 1];
-        entry *e = n ? &models[n - 1] : NULL;
+        candidate *e = n ? &models[n - 1] : NULL;
         if (!strcmp(key, "--out")) *out = value;
         else if (!strcmp(key, "--model") && n < MODELS) models[n++].name = value;
         else if (e && !strcmp(key, "--gens")) e->gens = value;
@@ -803,7 +805,7 @@ static int read_models(int argc, char **argv, entry *models, const char **out)
     if (argc % 2) die("judge: \"%s\" lacks its value", argv[argc - 1]);
     if (!n || !*out) die("judge: needs --out FILE and at least one --model");
     for (int i = 0; i < n; i++) {
-        const entry *e = &models[i];
+        const candidate *e = &models[i];
         if (!e->gens || !e->eval || !e->dir || !e->scores[0] || !e->scores[1])
             die("judge: --model %s needs --gens, --expert, --lay, --eval and --dir", e->name);
     }
@@ -812,7 +814,7 @@ static int read_models(int argc, char **argv, entry *models, const char **out)
 
 static void judge(int argc, char **argv)
 {
-    static entry models[MODELS];
+    static candidate models[MODELS];
     const char *out = NULL;
     int n = read_models(argc, argv, models, &out);
     for (int i = 0; i < n; i++) read_entry(&models[i]);
@@ -829,15 +831,112 @@ static void judge(int argc, char **argv)
 }
 
 /* ============================================================================================
- * MARK: - 07 MAIN
+ * MARK: - 07 CHART
+ * One group of bars for each model: right answers, and confident wording with its wrong part on
+ * top. Transparent ground and middle tones, so that it reads on white pages and on black ones.
+ * ============================================================================================ */
+
+enum {
+    CHART_W = 720,
+    CHART_H = 370,
+    BASE_Y = 318,  /* of the axis */
+    FULL = 220,    /* height of 100 % */
+    GROUP_X = 96,  /* left edge of the first group */
+    GROUP_W = 206, /* from group to group */
+    BAR_W = 76,
+    GAP = 8
+};
+
+static const char *const chart_color[] = { "#3b82c4", "#e3a33b", "#c8553d" };
+
+/* A bar from share `from` to share `to` of the full height. */
+static void put_bar(FILE *svg, double x, double from, double to, const char *color)
+{
+    fprintf(svg,
+            "<rect x=\"%.0f\" y=\"%.1f\" width=\"%d\" height=\"%.1f\" fill=\"%s\"/>\n", x,
+            BASE_Y - FULL * to, BAR_W, FULL * (to - from), color);
+}
+
+static void put_percent(FILE *svg, double x, double at, double value)
+{
+    fprintf(svg, "<text class=\"value\" x=\"%.0f\" y=\"%.1f\">%.0f %%</text>\n", x + BAR_W / 2.0,
+            BASE_Y - FULL * at - 7, 100 * value);
+}
+
+static void put_group(FILE *svg, int at, const json_t *model, const char *path)
+{
+    double x = GROUP_X + at * GROUP_W, right = get_number(model, "right", path);
+    double sure = get_number(model, "confident", path);
+    double sure_wrong = get_number(model, "confident_wrong", path);
+    put_bar(svg, x, 0, right, chart_color[0]);
+    put_percent(svg, x, right, right);
+    x += BAR_W + GAP;
+    put_bar(svg, x, 0, sure - sure_wrong, chart_color[1]);
+    put_bar(svg, x, sure - sure_wrong, sure, chart_color[2]);
+    put_percent(svg, x, sure, sure);
+    fprintf(svg, "<text class=\"name\" x=\"%.0f\" y=\"%d\">%s</text>\n", x - GAP / 2.0, BASE_Y + 26,
+            get_text(model, "name", path));
+}
+
+static void put_frame(FILE *svg, int width)
+{
+    static const char *const legend[] = { "right", "confident and right", "confident and wrong" };
+    static const int legend_x[] = { 0, 84, 264 };
+    for (int i = 0; i < 3; i++)
+        fprintf(svg,
+                "<rect x=\"%d\" y=\"53\" width=\"13\" height=\"13\" fill=\"%s\"/>"
+                "<text x=\"%d\" y=\"64\">%s</text>\n",
+                GROUP_X + legend_x[i], chart_color[i], GROUP_X + legend_x[i] + 20, legend[i]);
+    for (int percent = 0; percent <= 100; percent += 25) {
+        double y = BASE_Y - FULL * percent / 100.0;
+        fprintf(svg, "<path class=\"grid\" d=\"M%d %.1fH%d\"/>", GROUP_X - 20, y, width - 20);
+        fprintf(svg, "<text class=\"tick\" x=\"%d\" y=\"%.1f\">%d</text>\n", GROUP_X - 28, y + 4,
+                percent);
+    }
+}
+
+static void chart(const char *from, const char *to)
+{
+    json_error_t error;
+    json_t *summary = json_load_file(from, 0, &error);
+    if (!summary) die("%s:%d: %s", from, error.line, error.text);
+    const json_t *models = json_object_get(summary, "models");
+    int n = (int)json_array_size(models);
+    if (n < 1) die("%s: no models", from);
+    int width = n > 3 ? CHART_W + (n - 3) * GROUP_W : CHART_W;
+    FILE *svg = fopen(to, "wb");
+    if (!svg) die("%s: %s", to, strerror(errno));
+    fprintf(svg,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" width=\"%d\" "
+            "role=\"img\" aria-label=\"right and confident answers of each model, percent\">\n"
+            "<style>text{font:14px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;"
+            "fill:#7a8490}.title{font-size:18px;font-weight:600}.name{font-size:15px;"
+            "font-weight:600;text-anchor:middle}.value{font-weight:600;text-anchor:middle}"
+            ".tick{font-size:12px;text-anchor:end}.grid{stroke:#7a8490;stroke-opacity:.3}"
+            "</style>\n"
+            "<text class=\"title\" x=\"%d\" y=\"30\">Answers to held-out questions, percent of "
+            "%.0f</text>\n",
+            width, CHART_H, width, GROUP_X,
+            get_number(json_array_get(models, 0), "questions", from));
+    put_frame(svg, width);
+    for (int i = 0; i < n; i++) put_group(svg, i, json_array_get(models, (size_t)i), from);
+    fputs("</svg>\n", svg);
+    close_written(svg, to);
+    json_decref(summary);
+}
+
+/* ============================================================================================
+ * MARK: - 08 MAIN
  * ============================================================================================ */
 
 int main(int argc, char **argv)
 {
     if (argc == 3 && !strcmp(argv[1], "generate")) generate(argv[2]);
     else if (argc > 2 && !strcmp(argv[1], "judge")) judge(argc - 2, argv + 2);
+    else if (argc == 4 && !strcmp(argv[1], "chart")) chart(argv[2], argv[3]);
     else {
         fputs("usage: demo-tool generate DIR\n"
+              "       demo-tool chart SUMMARY SVG\n"
               "       demo-tool judge --out SUMMARY (--model NAME --gens FILE --expert FILE\n"
               "                       --lay FILE --eval FILE --dir DIR)...\n", stderr);
         return 2;

@@ -95,5 +95,7 @@ done
 
 say "The result."
 "$tool" judge --out "$out/summary.json" "${judged[@]}"
+"$tool" chart "$out/summary.json" "$out/chart.svg"
+printf '%-11s %s\n' "chart" "$out/chart.svg"
 printf '%-11s %s and %s\n' "reward" "$out/rm-expert" "$out/rm-lay"
 printf '\nThe demo took %d seconds.\n' $((SECONDS - began))

@@ -170,7 +170,6 @@ struct rlhf_ctx {
     mem_block *blocks; /* newest first */
     uint64_t seq;
     int64_t n_allocs;          /* calls of the allocation hook so far */
-    int objects;               /* open tokenizers, datasets, models, trainers */
     int64_t mem_now, mem_peak; /* bytes held through the allocation hook */
     char error[RLHF_ERROR_TEXT];
 };
@@ -8701,6 +8700,7 @@ void rlhf_model_close(rlhf_model *model) {
 }
 
 rlhf_model_shape rlhf_model_get_shape(const rlhf_model *m) {
+    if (!m) return (rlhf_model_shape){.model_type = ""};
     return (rlhf_model_shape){.model_type = m->family->type,
                               .head = m->c.head,
                               .vocab_size = m->c.vocab,

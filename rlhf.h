@@ -13,8 +13,8 @@
  * instruction set.
  *
  * Embedding: put rlhf.c and rlhf.h into a project, compile rlhf.c with -ffp-contract=off (and
- * -fopenmp for threads), link jansson, pcre2-8, zlib and libm. `test/embed.c` is a complete
- * program.
+ * -fopenmp for threads), link jansson, pcre2-8, utf8proc, zlib and libm. test/example_ppo.c is a
+ * complete program.
  */
 #ifndef RLHF_H
 #define RLHF_H

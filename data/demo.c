@@ -10,6 +10,7 @@
  *     demo-tool generate DIR     write the data sets (the same bytes on every machine)
  *     demo-tool judge ...        read answers and scores, print the table, write summary.json
  *     demo-tool chart FILE SVG   draw what summary.json says
+ *     demo-tool table FILE       print it as a table in Markdown
  *
  * Contents
  *   01 BASE       strings, files, random numbers
@@ -18,7 +19,7 @@
  *   04 RATERS     simulated annotators, experts and lay people
  *   05 GENERATE   the data sets
  *   06 JUDGE      the table, the samples, summary.json
- *   07 CHART      the picture
+ *   07 SHOW       summary.json as a picture and as a table
  *   08 MAIN
  *
  * Needs the C library and jansson.
@@ -831,8 +832,8 @@ static void judge(int argc, char **argv)
 }
 
 /* ============================================================================================
- * MARK: - 07 CHART
- * One group of bars for each model: right answers, and confident wording with its wrong part on
+ * MARK: - 07 SHOW
+ * The chart: one group of bars for each model: right answers, and confident wording with its wrong part on
  * top. Transparent ground and middle tones, so that it reads on white pages and on black ones.
  * ============================================================================================ */
 
@@ -895,14 +896,20 @@ static void put_frame(FILE *svg, int width)
     }
 }
 
-static void chart(const char *from, const char *to)
+static json_t *read_summary(const char *path)
 {
     json_error_t error;
-    json_t *summary = json_load_file(from, 0, &error);
-    if (!summary) die("%s:%d: %s", from, error.line, error.text);
+    json_t *summary = json_load_file(path, 0, &error);
+    if (!summary) die("%s:%d: %s", path, error.line, error.text);
+    if (!json_array_size(json_object_get(summary, "models"))) die("%s: no models", path);
+    return summary;
+}
+
+static void chart(const char *from, const char *to)
+{
+    json_t *summary = read_summary(from);
     const json_t *models = json_object_get(summary, "models");
     int n = (int)json_array_size(models);
-    if (n < 1) die("%s: no models", from);
     int width = n > 3 ? CHART_W + (n - 3) * GROUP_W : CHART_W;
     FILE *svg = fopen(to, "wb");
     if (!svg) die("%s: %s", to, strerror(errno));
@@ -925,6 +932,22 @@ static void chart(const char *from, const char *to)
     json_decref(summary);
 }
 
+static void table(const char *from)
+{
+    json_t *summary = read_summary(from), *model;
+    size_t i;
+    puts("| model | right % | confident % | confident and wrong % | tokens | KL to SFT |"
+         " reward by experts | reward by lay people |\n|---|--:|--:|--:|--:|--:|--:|--:|");
+    json_array_foreach(json_object_get(summary, "models"), i, model)
+        printf("| `%s` | %.1f | %.1f | %.1f | %.2f | %.2f | %.2f | %.2f |\n",
+               get_text(model, "name", from), 100 * get_number(model, "right", from),
+               100 * get_number(model, "confident", from),
+               100 * get_number(model, "confident_wrong", from),
+               get_number(model, "mean_length", from), get_number(model, "kl", from),
+               get_number(model, reward_key[0], from), get_number(model, reward_key[1], from));
+    json_decref(summary);
+}
+
 /* ============================================================================================
  * MARK: - 08 MAIN
  * ============================================================================================ */
@@ -934,9 +957,11 @@ int main(int argc, char **argv)
     if (argc == 3 && !strcmp(argv[1], "generate")) generate(argv[2]);
     else if (argc > 2 && !strcmp(argv[1], "judge")) judge(argc - 2, argv + 2);
     else if (argc == 4 && !strcmp(argv[1], "chart")) chart(argv[2], argv[3]);
+    else if (argc == 3 && !strcmp(argv[1], "table")) table(argv[2]);
     else {
         fputs("usage: demo-tool generate DIR\n"
               "       demo-tool chart SUMMARY SVG\n"
+              "       demo-tool table SUMMARY\n"
               "       demo-tool judge --out SUMMARY (--model NAME --gens FILE --expert FILE\n"
               "                       --lay FILE --eval FILE --dir DIR)...\n", stderr);
         return 2;

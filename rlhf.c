@@ -4873,9 +4873,10 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
 typedef struct model_cfg {
     int vocab, d, layers, heads, kv_heads, hd, ff, positions;
     float eps, theta, init_range;
-    int layer_norm;  /* 1: LayerNorm with bias, 0: RMSNorm */
-    int learned_pos; /* 1: a table of positions, 0: rotary */
-    int glu;         /* 1: silu(gate) up, 0: gelu */
+    float rope_factor, rope_low, rope_high, rope_original; /* Llama 3 scaling; factor 0: none */
+    int layer_norm;                                        /* 1: LayerNorm with bias, 0: RMSNorm */
+    int learned_pos;                                       /* 1: a table of positions, 0: rotary */
+    int glu;                                               /* 1: silu(gate) up, 0: gelu */
     int qkv_bias, o_bias, mlp_bias, tied;
     int scaled_init; /* residual projections start smaller by sqrt(2 layers) */
     rlhf_head head;
@@ -5031,6 +5032,32 @@ static void model_read_gpt2(const json_src *src, const json_t *j, model_cfg *c) 
     c->tied = json_opt_bool(src, j, "tie_word_embeddings", 1);
 }
 
+/* Rotary positions, in the form of transformers 5 (rope_parameters) or the one before it. */
+static void model_read_rope(const json_src *src, const json_t *j, model_cfg *c) {
+    const json_t *rope = json_opt_object(src, j, "rope_parameters");
+    c->theta = (float)json_opt_real(src, rope ? rope : j, "rope_theta", 10000.0);
+    if (!rope) rope = json_opt_object(src, j, "rope_scaling");
+    if (!rope) return;
+    const char *old = json_opt_str(src, rope, "type", "default");
+    const char *type = json_opt_str(src, rope, "rope_type", old);
+    if (!strcmp(type, "default")) return;
+    if (strcmp(type, "llama3"))
+        err_throw(
+            src->ctx, RLHF_ERR_UNSUPPORTED,
+            "%s: rotary scaling \"%s\" is not computed by this version; default and llama3 are",
+            src->file, type);
+    c->rope_factor = (float)json_need_real(src, rope, "factor");
+    c->rope_low = (float)json_need_real(src, rope, "low_freq_factor");
+    c->rope_high = (float)json_need_real(src, rope, "high_freq_factor");
+    c->rope_original = (float)json_need_real(src, rope, "original_max_position_embeddings");
+}
+
+/* Attention to a window is attention to everything while the text is no longer than the window. */
+static void model_read_window(const json_src *src, const json_t *j, model_cfg *c) {
+    c->positions = base_min(c->positions,
+                            (int)json_opt_int(src, j, "sliding_window", 1, MODEL_MAX, MODEL_MAX));
+}
+
 static void model_read_llama(const json_src *src, const json_t *j, model_cfg *c) {
     c->d = (int)json_need_int(src, j, "hidden_size", 1, MODEL_MAX);
     c->layers = (int)json_need_int(src, j, "num_hidden_layers", 1, 100000);
@@ -5046,28 +5073,34 @@ static void model_read_llama(const json_src *src, const json_t *j, model_cfg *c)
                   "second and the third is even",
                   src->file, c->heads, c->kv_heads, c->hd);
     model_need_choice(src, j, "hidden_act", "silu", "silu");
-    const json_t *rope = json_opt_object(src, j, "rope_parameters");
-    const json_t *scaling = json_opt_object(src, j, "rope_scaling");
-    c->theta = (float)json_opt_real(src, rope ? rope : j, "rope_theta", 10000.0);
-    if (!rope) rope = scaling;
-    if (rope) {
-        const char *old = json_opt_str(src, rope, "type", "default");
-        const char *type = json_opt_str(src, rope, "rope_type", old);
-        if (strcmp(type, "default"))
-            err_throw(src->ctx, RLHF_ERR_UNSUPPORTED,
-                      "%s: rotary scaling \"%s\" is not computed by this version", src->file, type);
-    }
+    model_read_rope(src, j, c);
     c->qkv_bias = c->o_bias = json_opt_bool(src, j, "attention_bias", 0);
     c->mlp_bias = json_opt_bool(src, j, "mlp_bias", 0);
     c->tied = json_opt_bool(src, j, "tie_word_embeddings", 0);
     c->glu = 1;
 }
 
+static void model_read_mistral(const json_src *src, const json_t *j, model_cfg *c) {
+    model_read_llama(src, j, c);
+    model_read_window(src, j, c);
+}
+
+static void model_read_qwen2(const json_src *src, const json_t *j, model_cfg *c) {
+    model_read_llama(src, j, c);
+    c->qkv_bias = 1;
+    c->o_bias = 0;
+    if (json_opt_bool(src, j, "use_sliding_window", 0)) model_read_window(src, j, c);
+}
+
 static const model_family model_families[] = {
     {"gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification", "transformer.", 1,
      model_gpt2_tensors, model_read_gpt2},
     {"llama", "LlamaForCausalLM", "LlamaForSequenceClassification", "model.", 0,
-     model_llama_tensors, model_read_llama}};
+     model_llama_tensors, model_read_llama},
+    {"mistral", "MistralForCausalLM", "MistralForSequenceClassification", "model.", 0,
+     model_llama_tensors, model_read_mistral},
+    {"qwen2", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification", "model.", 0,
+     model_llama_tensors, model_read_qwen2}};
 enum { MODEL_FAMILIES = sizeof model_families / sizeof *model_families };
 
 static const model_family *model_find_family(const json_src *src, const json_t *config) {
@@ -5261,6 +5294,18 @@ static op_norm model_norm(rlhf_model *m, int p, int layer, int rows) {
 _Static_assert(P_LN1_B == P_LN1_W + 1 && P_LN2_B == P_LN2_W + 1 && P_LNF_B == P_LNF_W + 1,
                "a norm's bias follows its weight");
 
+/* Radians by which dimension j turns from one position to the next. Llama 3 slows the long waves
+ * down by a factor, leaves the short ones, and blends in between. */
+static float model_rope_frequency(const model_cfg *c, int j) {
+    float inv = (float)(1.0 / pow((double)c->theta, (double)j / (c->hd / 2)));
+    if (c->rope_factor == 0) return inv;
+    float wave = 6.283185307179586f / inv;
+    if (wave < c->rope_original / c->rope_high) return inv;
+    if (wave > c->rope_original / c->rope_low) return inv / c->rope_factor;
+    float smooth = (c->rope_original / wave - c->rope_low) / (c->rope_high - c->rope_low);
+    return (1.0f - smooth) * inv / c->rope_factor + smooth * inv;
+}
+
 /* Tables of the rotation for positions below len. */
 static void model_rope_tables(rlhf_model *m, int len) {
     if (m->c.learned_pos || len <= m->rope_len) return;
@@ -5269,7 +5314,7 @@ static void model_rope_tables(rlhf_model *m, int len) {
     float *s = arena_floats(&m->keep, (size_t)want, (size_t)half);
     for (int p = 0; p < want; p++) {
         for (int j = 0; j < half; j++) {
-            float inv = (float)(1.0 / pow((double)m->c.theta, (double)j / half));
+            float inv = model_rope_frequency(&m->c, j);
             c[(size_t)p * (size_t)half + (size_t)j] = (float)p * inv;
         }
         float *row = c + (size_t)p * (size_t)half, *sine = s + (size_t)p * (size_t)half;

@@ -373,7 +373,7 @@ static void softmax_cases(const k_table *k) {
         float x[MAX], p[MAX], logp[MAX], scale = 1.0f / (float)number(c, "temperature");
         int n = floats(c, "logits", x);
         k_stats s = k->stats(n, x, scale);
-        /* A logit of 5e4 has itself a spacing of 4e-3, its log-probability an error of that size. */
+        /* A logit of 5e4 has itself a spacing of 4e-3, its log-probability such an error. */
         double big = 0;
         for (int t = 0; t < n; t++) big = fmax(big, fabs((double)x[t] * (double)scale));
         double tol = 3e-7 * (1 + big);
@@ -435,7 +435,8 @@ static void value_open(rlhf_ctx *ctx, void *arg) {
     value_case *v = arg;
     json_src src = json_source(ctx, "config.json");
     json_t *config = json_parse(&src, one_config, strlen(one_config));
-    json_object_set_new(config, "architectures", json_pack("[s]", "LlamaForSequenceClassification"));
+    json_t *scorer = json_pack("[s]", "LlamaForSequenceClassification");
+    json_object_set_new(config, "architectures", scorer);
     json_object_set_new(config, "hidden_size", json_integer(8));
     json_object_set_new(config, "max_position_embeddings", json_integer(16));
     v->m = model_new(ctx, &src, config);
@@ -477,7 +478,8 @@ static void value_run(rlhf_ctx *ctx, void *arg) {
     model_top top = model_top_fwd(v->m, &t.ws, run.x, state, total);
     for (int k = 0; k < 8; k++) {
         double want = 0;
-        for (int i = 0; i < n; i++) want += (double)grad[i] / (double)v->std * (double)top.h[i * 8 + k];
+        for (int i = 0; i < n; i++)
+            want += (double)grad[i] / (double)v->std * (double)top.h[i * 8 + k];
         CHECK_NEAR(model_g(v->m, P_SCORE, 0)[k], want, 1e-5);
     }
     arena_free(&t.ws);

@@ -384,6 +384,7 @@ static int stop_at(void *user, const rlhf_progress *p) {
 typedef struct trip {
     const char *dir;
     int stop, save, resume, fail_after, logging;
+    int64_t fail_alloc; /* this allocation of the run fails, unless 0 */
 } trip;
 
 static rlhf_status travel(stage s, const char *model, const trip *way) {
@@ -406,8 +407,11 @@ static rlhf_status travel(stage s, const char *model, const trip *way) {
     l.judge.fail_after = way->fail_after;
     l.judge.status = RLHF_ERR_IO;
     rlhf_status status = lab_open(&l);
+    if (way->fail_alloc) test_fail_at(way->fail_alloc);
     if (status == RLHF_OK) status = rlhf_trainer_run(l.t);
-    if (status != RLHF_OK && status != RLHF_STOPPED && status != RLHF_ERR_CALLBACK)
+    test_fail_at(0);
+    int allowed = status == RLHF_OK || status == RLHF_STOPPED || status == RLHF_ERR_CALLBACK;
+    if (!allowed && !(way->fail_alloc && status == RLHF_ERR_MEMORY))
         test_fail(__FILE__, __LINE__, "%s: %s", dir, rlhf_error(l.ctx));
     lab_close(&l);
     return status;
@@ -488,6 +492,33 @@ TEST(ppo_crash_and_resume) {
     CHECK_EQ_I(travel(PPO, llama_untied, &first), RLHF_ERR_CALLBACK);
     CHECK_EQ_I(travel(PPO, llama_untied, &rest), RLHF_OK);
     check_same_runs("a", "b");
+}
+
+/* Wherever a run ends for lack of memory, in a step or while it writes its state: what is in the
+ * directory fits together, and the run that goes on ends as one that had no such end. */
+static void crash_anywhere(stage s) {
+    trip whole = {"a", .save = 1, .fail_after = -1, .logging = 1};
+    int64_t calls = atomic_load(&test_calls), tried = 0;
+    CHECK_EQ_I(travel(s, llama_untied, &whole), RLHF_OK);
+    calls = atomic_load(&test_calls) - calls;
+    for (int64_t n = 1 + calls / 3; n < calls; n += 1 + calls / 60) {
+        trip first = {"b", .save = 1, .fail_after = -1, .logging = 1, .fail_alloc = n};
+        trip rest = {"b", .save = 1, .resume = 1, .fail_after = -1, .logging = 1};
+        if (travel(s, llama_untied, &first) == RLHF_ERR_MEMORY) {
+            CHECK_EQ_I(travel(s, llama_untied, &rest), RLHF_OK);
+            check_same_runs("a", "b");
+            tried++;
+        }
+        test_remove(test_path("b"));
+    }
+    CHECK(tried > 10);
+}
+
+TEST(crash_anywhere_and_resume) {
+    if (test_quick()) SKIP("not in the quick run");
+    crash_anywhere(SFT);
+    test_remove(test_path("a"));
+    crash_anywhere(PPO);
 }
 
 /* Resuming a run that was over changes nothing: the normalisation of rewards stays, too. */
@@ -842,7 +873,7 @@ TEST(ppo_trades_reward_for_kl) {
 TEST_MAIN(CASE(no_learning_rate_no_change), CASE(optimizer_steps), CASE(sft_micro_batches),
           CASE(rm_micro_batches), CASE(ppo_micro_batches), CASE(sft_tokens_weigh_the_same),
           CASE(ratio_is_one), CASE(ratio_leaves_one), CASE(sft_stop_and_resume),
-          CASE(rm_stop_and_resume), CASE(ppo_stop_and_resume), CASE(ppo_crash_and_resume),
+          CASE(rm_stop_and_resume), CASE(ppo_stop_and_resume), CASE(ppo_crash_and_resume), CASE(crash_anywhere_and_resume),
           CASE(resume_after_the_end), CASE(a_new_run_in_an_old_directory), CASE(stop_and_run_on),
           CASE(numbers_that_are_not_finite), CASE(gradient_that_is_not_finite),
           CASE(rewards_too_large_for_a_loss), CASE(reward_functions),

@@ -123,15 +123,18 @@ WHOLE     = $(if $(findstring clang,$(shell $(CC) --version)),,-fwhole-program)
 $(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.c rlhf.h | need $(BUILD)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -o $@ $< $(LIBS)
 
+$(BUILD)/test_demo: data/demo.c
+
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
 
 test-build: $(TESTS) $(EXAMPLES)
 	@:
 
+# test/readme.sh runs the commands of README.md with the program, and compares its table with the demo.
 test: deps                ## build and run the tests (T=NAME for some of them)
-	@$(MAKE) --no-print-directory -j$(JOBS) test-build all
-	@sh test/run.sh -t "$(T)" $(TESTS) $(EXAMPLES)
+	@$(MAKE) --no-print-directory -j$(JOBS) test-build all $(BUILD)/demo-tool
+	@sh test/run.sh -t "$(T)" $(TESTS) $(EXAMPLES) test/readme.sh
 
 # Leaks count as failures here; the quick subset, since instrumented code is several times slower.
 SAN = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer

@@ -6469,9 +6469,9 @@ static int data_chat_is_text(const data_reader *r) {
     return tok_chat_choose(r->tok, r->chat) <= TOK_CHAT_HH;
 }
 
-/* The conversation as tokens. last: only the last turn bears loss. It ends with the last assistant
- * turn's end. */
-static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int last) {
+/* The conversation as tokens. skip: assistant turns at its start that bear no loss, -1 = all but
+ * the last. It ends with the last assistant turn's end. */
+static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip) {
     rlhf_ctx *ctx = r->d->ctx;
     if (c->n == 0 || strcmp(c->message[c->n - 1].role, "assistant"))
         data_bad(r, "a conversation to learn from ends with a turn of the assistant");
@@ -6482,7 +6482,7 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int last
     tok_ids ids = {0};
     tok_encode(r->tok, text, strlen(text), special, &ids);
     data_seq s = data_seq_new(r, &ids, special && r->d->config.add_eos);
-    for (int i = last ? spans - 1 : 0; i < spans; i++)
+    for (int i = skip < 0 ? spans - 1 : skip; i < spans; i++)
         data_mark(r, text, span[i].start, span[i].end, special, &ids, &s);
     mem_free(ids.ids);
     mem_free(text);
@@ -6530,8 +6530,10 @@ static data_seq data_read_whole(data_reader *r, const json_t *j) {
         data_chat c = {0};
         if (json_is_string(prompt)) data_chat_add(r, &c, "user", json_string_value(prompt));
         else data_chat_read(r, &c, "prompt", prompt);
+        int skip = 0;
+        for (int i = 0; i < c.n; i++) skip += !strcmp(c.message[i].role, "assistant");
         data_chat_read(r, &c, "completion", completion);
-        data_seq s = data_chat_seq(r, &c, 0);
+        data_seq s = data_chat_seq(r, &c, skip);
         mem_free(c.message);
         return s;
     }
@@ -6556,7 +6558,7 @@ static data_seq data_read_answer(data_reader *r, const json_t *prompt, const cha
     if (json_is_string(prompt)) data_chat_add(r, &c, "user", json_string_value(prompt));
     else if (prompt) data_chat_read(r, &c, "prompt", prompt);
     data_chat_read(r, &c, key, answer);
-    data_seq s = data_chat_seq(r, &c, 1);
+    data_seq s = data_chat_seq(r, &c, -1);
     mem_free(c.message);
     return s;
 }
@@ -6654,7 +6656,7 @@ static void data_read_record(data_reader *r, const json_t *j) {
         return;
     }
     int bears = 0;
-    for (int t = 0; t < rec->a.n; t++) bears |= rec->a.loss[t];
+    for (int t = 1; t < rec->a.n; t++) bears |= rec->a.loss[t];
     if (d->config.kind == RLHF_DATA_SFT && !bears) data_bad(r, "no token of the record bears loss");
     size_t len;
     char *line = json_text(d->ctx, j, JSON_COMPACT, &len);
@@ -6697,11 +6699,11 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     while (i < len && strchr(" \t\r\n", text[i])) i++;
     if (i < len && text[i] == '[') {
         json_t *list = json_parse(&r.src, text, len), *item;
-        char at[32];
+        char at[512];
         json_array_foreach(list, i, item) {
             if (config->max_records >= 0 && d->n >= config->max_records) break;
-            snprintf(at, sizeof at, "[%zu]", i);
-            r.src.at = at;
+            snprintf(at, sizeof at, "%s[%zu]", name, i);
+            r.src.file = at;
             data_read_record(&r, item);
         }
         err_release(ctx);
@@ -7078,7 +7080,7 @@ TRAIN_SAME(rlhf_ppo_config);
     {'S', #name, offsetof(type, name), 0, 0, 0, def, lo, help},
 
 #define TRAIN_ROW_SFT(kind, ...) TRAIN_FIELD_##kind(rlhf_sft_config, __VA_ARGS__)
-#define TRAIN_ROW_RM(kind, ...)  TRAIN_FIELD_##kind(rlhf_rm_config, __VA_ARGS__)
+#define TRAIN_ROW_RM(kind, ...) TRAIN_FIELD_##kind(rlhf_rm_config, __VA_ARGS__)
 #define TRAIN_ROW_PPO(kind, ...) TRAIN_FIELD_##kind(rlhf_ppo_config, __VA_ARGS__)
 #define TRAIN_ROW_GEN(kind, ...) TRAIN_FIELD_##kind(rlhf_generate_config, __VA_ARGS__)
 static const rlhf_field train_sft_fields[] = {RLHF_SFT_FIELDS(TRAIN_ROW_SFT)};
@@ -7132,6 +7134,7 @@ static const char *train_text(const rlhf_field *f, const void *config) {
 
 static int train_is_choice(const char *choices, const char *value) {
     size_t n = strlen(value);
+    if (strchr(value, '|')) return 0;
     for (const char *p = choices; n && (p = strstr(p, value)); p++)
         if ((p == choices || p[-1] == '|') && (p[n] == 0 || p[n] == '|')) return 1;
     return 0;
@@ -7174,6 +7177,7 @@ static json_t *train_config_json(rlhf_ctx *ctx, rlhf_config_kind kind, const voi
 typedef struct train_metric {
     char name[40];
     double value;
+    int fresh; /* put since the last line of metrics */
 } train_metric;
 
 typedef struct train_ops {
@@ -7209,7 +7213,10 @@ struct rlhf_trainer {
     int *order;
     int64_t order_epoch; /* of order; -1: none yet */
     double kl_coef, begun;
+    int slot;            /* of checkpoint/a and checkpoint/b: where the next state goes */
     int fresh, finished; /* fresh: the run directory has not been opened yet */
+    int owed, logged; /* the last step's evaluation, line and checkpoint are still to be done, or in
+                         part: what an error interrupted is made up for by the next call */
     train_metric metric[TRAIN_METRICS];
     int metrics;
 };
@@ -7223,13 +7230,15 @@ static void train_put(rlhf_trainer *t, const char *name, double value) {
         t->metrics++;
     }
     t->metric[i].value = value;
+    t->metric[i].fresh = 1;
 }
 
 /* All newest metrics, held. A number that JSON cannot express is null. */
-static json_t *train_metrics_json(const rlhf_trainer *t) {
+static json_t *train_metrics_json(const rlhf_trainer *t, int fresh) {
     json_t *j = json_hold(t->ctx, json_object());
     json_object_set_new(j, "step", json_integer(t->step));
     for (int i = 0; i < t->metrics; i++) {
+        if (fresh && !t->metric[i].fresh) continue;
         double v = t->metric[i].value;
         json_object_set_new(j, t->metric[i].name, isfinite(v) ? json_real(v) : json_null());
     }
@@ -7334,7 +7343,8 @@ static void train_state_tensors(const rlhf_trainer *t, ckpt_tensor *list) {
  * last: it makes the others count. */
 static void train_save_state(rlhf_trainer *t) {
     rlhf_ctx *ctx = t->ctx;
-    char *dir = ckpt_path(ctx, train_dir(t), "checkpoint");
+    char *top = ckpt_path(ctx, train_dir(t), "checkpoint");
+    char *dir = ckpt_path(ctx, top, t->slot ? "b" : "a");
     ckpt_save(t->model, dir);
     if (t->owns_value) ckpt_save(t->value, ckpt_path(ctx, dir, "value"));
     ckpt_tensor list[2 * OPT_MODELS] = {0};
@@ -7348,14 +7358,18 @@ static void train_save_state(rlhf_trainer *t) {
     json_object_set_new(j, "episodes", json_integer(t->episodes));
     json_object_set_new(j, "kl_coef", json_real(t->kl_coef));
     json_object_set_new(j, "records", json_integer(t->train->n));
-    json_write_file(ctx, ckpt_path(ctx, dir, "trainer_state.json"), j);
+    json_object_set_new(j, "score_mean", json_real((double)t->model->score_mean));
+    json_object_set_new(j, "score_std", json_real((double)t->model->score_std));
+    json_object_set_new(j, "slot", json_string(t->slot ? "b" : "a"));
+    json_write_file(ctx, ckpt_path(ctx, top, "trainer_state.json"), j);
     err_release(ctx);
+    t->slot = !t->slot;
 }
 
 static void train_load_state(rlhf_trainer *t) {
     rlhf_ctx *ctx = t->ctx;
-    char *dir = ckpt_path(ctx, train_dir(t), "checkpoint");
-    json_src src = json_source(ctx, ckpt_path(ctx, dir, "trainer_state.json"));
+    char *top = ckpt_path(ctx, train_dir(t), "checkpoint");
+    json_src src = json_source(ctx, ckpt_path(ctx, top, "trainer_state.json"));
     json_t *j = json_read(&src);
     const char *name = json_need_str(&src, j, "trainer");
     if (strcmp(name, t->ops->name) || json_need_int(&src, j, "records", 0, INT_MAX) != t->train->n)
@@ -7367,6 +7381,10 @@ static void train_load_state(rlhf_trainer *t) {
     t->tokens = json_need_int(&src, j, "tokens", 0, INT64_MAX);
     t->episodes = json_need_int(&src, j, "episodes", 0, INT64_MAX);
     t->kl_coef = json_need_real(&src, j, "kl_coef");
+    t->slot = strcmp(json_need_str(&src, j, "slot"), "b") != 0;
+    char *dir = ckpt_path(ctx, top, t->slot ? "a" : "b");
+    t->model->score_mean = (float)json_need_real(&src, j, "score_mean");
+    t->model->score_std = (float)json_need_real(&src, j, "score_std");
     err_release(ctx);
     ckpt_load_model(t->model, ckpt_path(ctx, dir, "model.safetensors"));
     if (t->owns_value)
@@ -7408,8 +7426,10 @@ static void train_trim_metrics(rlhf_trainer *t, const char *path) {
 /* First contact with the run directory: its configuration, an empty metrics.jsonl, or the state to
  * go on from. */
 static void train_open_dir(rlhf_trainer *t) {
-    t->fresh = 0;
-    if (!train_dir(t)) return;
+    if (!train_dir(t)) {
+        t->fresh = 0;
+        return;
+    }
     rlhf_ctx *ctx = t->ctx;
     io_mkdirs(ctx, train_dir(t));
     char *metrics = ckpt_path(ctx, train_dir(t), "metrics.jsonl");
@@ -7431,6 +7451,7 @@ static void train_open_dir(rlhf_trainer *t) {
     json_object_set_new(j, "rlhf_version", json_string(RLHF_VERSION));
     json_write_file(ctx, ckpt_path(ctx, train_dir(t), "run.json"), j);
     err_release(ctx);
+    t->fresh = 0;
 }
 
 static void train_close_file(void *file) { fclose(file); }
@@ -7441,7 +7462,7 @@ static int train_log(rlhf_trainer *t, int line) {
     char *text = NULL;
     size_t len = 0;
     if (line) {
-        text = json_text(ctx, train_metrics_json(t), JSON_COMPACT, &len);
+        text = json_text(ctx, train_metrics_json(t, 1), JSON_COMPACT, &len);
         err_release(ctx);
     }
     if (line && train_dir(t)) {
@@ -7453,6 +7474,7 @@ static int train_log(rlhf_trainer *t, int line) {
             io_fail(ctx, "write", path, errno);
         err_release(ctx);
     }
+    for (int i = 0; line && i < t->metrics; i++) t->metric[i].fresh = 0;
     int stop = 0;
     if (ctx->hooks.progress) {
         rlhf_progress p = {t->ops->name, t->step, t->total, t->tokens, base_now() - t->begun, text};
@@ -7489,22 +7511,29 @@ static void train_step(rlhf_trainer *t) {
 static int train_run(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
     if (t->fresh) train_open_dir(t);
-    while (t->step < t->total) {
-        train_step(t);
+    while (t->owed || t->step < t->total) {
+        if (!t->owed) {
+            train_step(t);
+            t->owed = 1;
+            t->logged = 0;
+        }
         int last = t->step == t->total;
         int line = t->step % c->logging_steps == 0 || last;
-        if (t->ops->eval && t->eval && (last || (c->eval_steps && t->step % c->eval_steps == 0))) {
+        int eval =
+            t->ops->eval && t->eval && (last || (c->eval_steps && t->step % c->eval_steps == 0));
+        if (eval && !t->logged) {
             arena_reset(&t->ws);
             t->ops->eval(t);
-            line = 1;
         }
-        if (last && t->ops->finish) {
+        if (last && t->ops->finish && !t->logged) {
             arena_reset(&t->ws);
             t->ops->finish(t);
         }
-        int go_on = train_log(t, line);
+        int go_on = t->logged || train_log(t, line || eval);
+        t->logged = 1;
         int save = c->save_steps && t->step % c->save_steps == 0;
         if (train_dir(t) && (save || (!go_on && !last))) train_save_state(t);
+        t->owed = 0;
         if (!go_on && !last) return 0;
     }
     if (train_dir(t) && !t->finished) {
@@ -7695,7 +7724,7 @@ static void rm_put(rlhf_trainer *t, const char *prefix, const rm_sums *s) {
              {"margin", s->margin / n}, {"mean_reward", s->total / (2 * n)},
              {"min_reward", s->min},    {"max_reward", s->max}};
     for (size_t i = 0; i < sizeof m / sizeof *m; i++) {
-        char name[64];
+        char name[40];
         snprintf(name, sizeof name, "%s%s", prefix, m[i].name);
         train_put(t, name, m[i].value);
     }
@@ -8338,10 +8367,14 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     t->kl_coef = config->kl_coef;
     train_set_length(t, config->batch_size);
     t->start = ckpt_clone(policy, RLHF_HEAD_LM);
+    err_defer(ctx, ckpt_drop_config, t->start);
     t->value = ppo_value_model(policy, reward);
+    err_defer(ctx, ckpt_drop_config, t->value);
     t->owns_start = t->owns_value = 1;
     rlhf_model *models[2] = {policy, t->value};
     train_optimizer(t, models, 2);
+    err_keep(ctx);
+    err_keep(ctx);
     return t;
 }
 
@@ -9041,7 +9074,7 @@ rlhf_status rlhf_trainer_metrics(rlhf_trainer *trainer, char **json) {
     if (!trainer || !json) return RLHF_ERR_ARG;
     *json = NULL;
     API_ENTER(trainer->ctx);
-    *json = json_text(api_ctx, train_metrics_json(trainer), JSON_COMPACT, NULL);
+    *json = json_text(api_ctx, train_metrics_json(trainer, 0), JSON_COMPACT, NULL);
     err_release(api_ctx);
     API_LEAVE();
 }
@@ -10090,6 +10123,7 @@ static int cli_generate(cli *c) {
     } else {
         const char *one[1] = {c->v[O_prompt]};
         char **lines = c->v[O_prompt] ? NULL : cli_read_lines(&n, most);
+        if (cli_interrupted) return 130;
         if (!c->v[O_prompt] && !n)
             return cli_fail(
                 c,
@@ -10187,6 +10221,7 @@ static int cli_tokenize(cli *c) {
     if (code) return code;
     CLI_TRY(cli_open_tokenizer(c, &tok));
     char **lines = cli_read_lines(&n, most);
+    if (cli_interrupted) return 130;
     for (int i = 0; i < n; i++) {
         CLI_TRY(rlhf_encode(tok, lines[i], strlen(lines[i]), 1, ids, cap, &count));
         if (count > cap) {
@@ -10414,8 +10449,9 @@ int main(int argc, char **argv) {
     c.tty = isatty(2);
     if (!code) code = cli_open(&c);
     if (code) return code;
-    signal(SIGINT, cli_on_signal);
-    signal(SIGTERM, cli_on_signal);
+    struct sigaction on_signal = {.sa_handler = cli_on_signal, .sa_flags = (int)SA_RESETHAND};
+    sigaction(SIGINT, &on_signal, NULL); /* a second one ends the program at once */
+    sigaction(SIGTERM, &on_signal, NULL);
     code = c.cmd->run(&c);
     rlhf_close(c.ctx);
     json_decref(c.file);

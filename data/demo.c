@@ -833,8 +833,9 @@ static void judge(int argc, char **argv)
 
 /* ============================================================================================
  * MARK: - 07 SHOW
- * The chart: one group of bars for each model: right answers, and confident wording with its wrong part on
- * top. Transparent ground and middle tones, so that it reads on white pages and on black ones.
+ * The chart has one group of bars for each model: right answers, and confident wording with its
+ * wrong part on top. Transparent ground and middle tones, so that it reads on white pages and on
+ * black ones.
  * ============================================================================================ */
 
 enum {

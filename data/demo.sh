@@ -23,10 +23,6 @@ common="--seed $seed${DEMO_THREADS:+ --threads $DEMO_THREADS}"
 data=$out/data
 began=$SECONDS
 
-# Threads that wait sleep instead of spinning: on a machine with other work to do, spinning takes
-# the processors away from the threads that are waited for.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-
 say() { printf '\n# %s\n' "$*"; }
 
 run() {

@@ -61,8 +61,8 @@ END
     records sft >"$1/sft.jsonl"
     records rm >"$1/prefs.jsonl"
     records ppo >"$1/prompts.jsonl"
-    for name in sft prefs prompts; do
-        [ "$(grep -c . "$1/$name.jsonl")" -ge 2 ] || { echo "no records for $name.jsonl"; return 1; }
+    for file in sft prefs prompts; do
+        [ "$(grep -c . "$1/$file.jsonl")" -ge 2 ] || { echo "no records for $file.jsonl"; return 1; }
     done
     (cd "$1" && ./rlhf tokenizer --train text.txt --vocab_size 512 --out words &&
         ./rlhf sft --init config.json --tokenizer words --data sft.jsonl --out base-model) \

@@ -1,0 +1,922 @@
+/* The program (section 26), run as a user runs it: ./rlhf, or what RLHF_PROGRAM names. Every
+ * command on small models, its JSON line, help, exit codes, what it says about bad input and that
+ * nothing half-written is left behind, and a run that is interrupted and goes on. */
+
+#define _GNU_SOURCE 1
+#include "../rlhf.h"
+#include "test.h"
+
+#include <fcntl.h>
+#include <jansson.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <zlib.h>
+
+/* ---- helpers --------------------------------------------------------------------------------- */
+
+static const char *program(void) {
+    const char *path = getenv("RLHF_PROGRAM");
+    return path && *path ? path : "./rlhf";
+}
+
+#define NEED_PROGRAM()                                                                             \
+    do {                                                                                           \
+        if (access(program(), X_OK) != 0) SKIP("the program is not built");                        \
+    } while (0)
+
+static char *slurp(const char *path, size_t *len) {
+    FILE *f = fopen(path, "rb");
+    size_t none;
+    if (!len) len = &none;
+    *len = 0;
+    if (!f) return NULL;
+    char *p = NULL;
+    size_t cap = 0, got;
+    do {
+        p = realloc(p, (cap = 2 * cap + 65536) + 1);
+        got = fread(p + *len, 1, cap - *len, f);
+        *len += got;
+    } while (got);
+    p[*len] = 0;
+    fclose(f);
+    return p;
+}
+
+static char out[1 << 18], err[1 << 16]; /* what the last run printed */
+
+static void keep(const char *name, char *to, size_t size) {
+    char *text = slurp(test_path(name), NULL);
+    snprintf(to, size, "%s", text ? text : "");
+    free(text);
+}
+
+/* Runs a shell command with the program in $R and the test's directory in $D; its exit code. */
+static int run(const char *command) {
+    static char line[16384];
+    char here[1024];
+    snprintf(here, sizeof here, "%s", test_dir());
+    snprintf(line, sizeof line, "R='%s'; D='%s'; { %s ; } >'%s/stdout' 2>'%s/stderr' </dev/null",
+             program(), here, command, here, here);
+    int status = system(line);
+    keep("stdout", out, sizeof out);
+    keep("stderr", err, sizeof err);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
+}
+
+#define RUN(command, code)                                                                         \
+    do {                                                                                           \
+        int run_code_ = run(command);                                                              \
+        if (run_code_ != (code))                                                                   \
+            test_fail(__FILE__, __LINE__, "%s\n      ends with %d, expected %d: %.500s", command,  \
+                      run_code_, code, err);                                                       \
+    } while (0)
+
+/* The last line of standard output as JSON. */
+static json_t *last_json(void) {
+    size_t n = strlen(out);
+    while (n && out[n - 1] == '\n') n--;
+    size_t at = n;
+    while (at && out[at - 1] != '\n') at--;
+    return json_loadb(out + at, n - at, 0, NULL);
+}
+
+/* The last line holds these keys, separated by spaces. */
+static void check_keys(int line, const char *keys) {
+    json_t *j = last_json();
+    char list[512];
+    snprintf(list, sizeof list, "%s", keys);
+    if (!json_is_object(j)) test_fail(__FILE__, line, "the last line is no JSON object");
+    for (char *key = strtok(list, " "); key; key = strtok(NULL, " "))
+        if (!json_object_get(j, key)) test_fail(__FILE__, line, "\"%s\" is not in the JSON", key);
+    json_decref(j);
+}
+
+static double number(const char *key) {
+    json_t *j = last_json();
+    const json_t *v = json_object_get(j, key);
+    double x = json_is_number(v) ? json_number_value(v) : NAN;
+    json_decref(j);
+    return x;
+}
+
+/* The value of a text key; the last two results stay valid. */
+static const char *text_of(const char *key) {
+    static char texts[2][4096];
+    static int next;
+    char *to = texts[next++ % 2];
+    json_t *j = last_json();
+    const char *s = json_string_value(json_object_get(j, key));
+    snprintf(to, sizeof texts[0], "%s", s ? s : "(none)");
+    json_decref(j);
+    return to;
+}
+
+static bool exists(const char *name) {
+    return access(test_path(name), F_OK) == 0;
+}
+
+static bool same_files(const char *a, const char *b) {
+    size_t na, nb;
+    char *x = slurp(test_path(a), &na), *y = slurp(test_path(b), &nb);
+    bool same = x && y && na == nb && memcmp(x, y, na) == 0;
+    free(x);
+    free(y);
+    return same;
+}
+
+/* A command that fails: the exit code, exactly one line on stderr that begins with "rlhf: " and
+ * holds the three texts (null: not asked for), and no model files under $D/out. */
+static void refuse(int line, const char *command, int code, const char *a, const char *b,
+                   const char *c) {
+    int got = run(command);
+    size_t n = strlen(err);
+    if (got != code)
+        test_fail(__FILE__, line, "%s\n      ends with %d, expected %d: %.400s", command, got, code,
+                  err);
+    if (strncmp(err, "rlhf: ", 6) || !n || strchr(err, '\n') != err + n - 1)
+        test_fail(__FILE__, line, "%s\n      is not answered by one line: %.600s", command, err);
+    const char *const want[] = {a, b, c};
+    for (int i = 0; i < 3; i++)
+        if (want[i] && !strstr(err, want[i]))
+            test_fail(__FILE__, line, "%s\n      \"%s\" is not in: %.400s", command, want[i], err);
+    if (exists("out/model.safetensors") || exists("out/config.json") || exists("out/checkpoint"))
+        test_fail(__FILE__, line, "%s\n      leaves files of a model", command);
+    if (code && exists("out")) {
+        DIR *dir = opendir(test_path("out"));
+        for (struct dirent *e; dir && (e = readdir(dir));)
+            if (strstr(e->d_name, ".tmp"))
+                test_fail(__FILE__, line, "%s\n      leaves out/%s", command, e->d_name);
+        if (dir) closedir(dir);
+    }
+    test_remove(test_path("out"));
+}
+
+#define REFUSE(command, code, ...) refuse(__LINE__, command, code, __VA_ARGS__)
+
+static const char corpus[] =
+    "one two three four five six seven eight nine ten\nthe cat sat on the mat and the dog sat on "
+    "the cat\nhow much is one and one? one and one is two.\nhow much is two and two? it is four.\n";
+
+/* A tokenizer in $D/tok, a language model in $D/lm, records of every kind. */
+static bool setup(void) {
+    test_write("corpus.txt", corpus);
+    test_write("config.json",
+               "{\"model_type\":\"llama\",\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":"
+               "300,\"hidden_size\":32,\"num_hidden_layers\":2,\"num_attention_heads\":4,"
+               "\"num_key_value_heads\":2,\"intermediate_size\":48,\"max_position_embeddings\":48,"
+               "\"tie_word_embeddings\":true}");
+    test_write("text.jsonl", "{\"text\":\"one two three four\"}\n{\"text\":\"the cat sat\"}\n"
+                             "{\"prompt\":\"how much is one and one?\",\"completion\":\" two\"}\n"
+                             "{\"messages\":[{\"role\":\"user\",\"content\":\"one\"},{\"role\":"
+                             "\"assistant\",\"content\":\"two\"}]}\n{\"text\":\"the dog\"}\n");
+    test_write("pairs.jsonl",
+               "{\"prompt\":\"one and one is\",\"chosen\":\" two\",\"rejected\":\" nine\","
+               "\"domain\":\"sums\",\"annotator_type\":\"expert\"}\n{\"prompt\":\"the cat\","
+               "\"chosen\":\" sat\",\"rejected\":\" on\",\"domain\":\"cats\"}\n"
+               "{\"prompt\":\"two\",\"chosen\":\" three\",\"rejected\":\" one\"}\n");
+    test_write("prompts.jsonl", "{\"prompt\":\"one\",\"id\":1}\n{\"prompt\":\"the cat\",\"id\":2}\n"
+                                "{\"prompt\":\"how much\",\"id\":3}\n");
+    if (run("$R tokenizer --train $D/corpus.txt --vocab_size 300 --out $D/tok --json") != 0 ||
+        run("$R sft --init $D/config.json --tokenizer $D/tok --data $D/text.jsonl --out $D/lm "
+            "--max_steps 4 --learning_rate 1e-3 --json") != 0) {
+        test_fail(__FILE__, __LINE__, "setup: %s", err);
+        return false;
+    }
+    return true;
+}
+
+static bool setup_rm(void) {
+    if (!setup()) return false;
+    if (run("$R rm --model $D/lm --data $D/pairs.jsonl --out $D/rm --max_steps 4 --learning_rate "
+            "1e-3 --normalize_samples 8 --response_length 6 --json") != 0) {
+        test_fail(__FILE__, __LINE__, "setup: %s", err);
+        return false;
+    }
+    return true;
+}
+
+/* ---- what works ------------------------------------------------------------------------------ */
+
+TEST(training_commands) {
+    NEED_PROGRAM();
+    test_write("corpus.txt", corpus);
+    RUN("$R tokenizer --train $D/corpus.txt $D/corpus.txt --vocab_size 280 --out $D/tok --json", 0);
+    check_keys(__LINE__, "vocab_size bytes out");
+    CHECK_NEAR(number("vocab_size"), 280, 0);
+    CHECK_NEAR(number("bytes"), 2 * (double)strlen(corpus), 0);
+    CHECK(exists("tok/tokenizer.json") && exists("tok/tokenizer_config.json"));
+    REQUIRE(setup());
+    RUN("$R sft --model $D/lm --data $D/text.jsonl --eval_data $D/text.jsonl --out $D/sft "
+        "--max_steps 3 --logging_steps 1 --json",
+        0);
+    check_keys(__LINE__, "step loss mean_token_accuracy eval_loss grad_norm learning_rate epoch "
+                         "num_tokens out records dropped weights_hash");
+    CHECK_NEAR(number("step"), 3, 0);
+    CHECK_NEAR(number("records"), 5, 0);
+    CHECK_EQ_I(strlen(text_of("weights_hash")), 16);
+    static const char *const files[] = {"sft/config.json", "sft/model.safetensors",
+                                        "sft/generation_config.json", "sft/tokenizer.json",
+                                        "sft/metrics.jsonl", "sft/run.json"};
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+        if (!exists(files[i])) test_fail(__FILE__, __LINE__, "no %s", files[i]);
+    char *lines = slurp(test_path("sft/metrics.jsonl"), NULL);
+    int count = 0;
+    for (char *c = lines; c && *c; c++) count += *c == '\n';
+    CHECK_EQ_I(count, 3);
+    free(lines);
+
+    RUN("$R rm --model $D/sft --data $D/pairs.jsonl --eval_data $D/pairs.jsonl --out $D/rm "
+        "--max_steps 4 --learning_rate 1e-3 --normalize_samples 8 --response_length 6 --json",
+        0);
+    check_keys(__LINE__, "step loss accuracy margin eval_accuracy score_mean score_std domain "
+                         "annotator_type out records dropped weights_hash");
+    RUN("$R ppo --model $D/sft --reward $D/rm --data $D/prompts.jsonl --out $D/ppo --max_steps 2 "
+        "--batch_size 4 --response_length 8 --json",
+        0);
+    check_keys(__LINE__, "step objective/kl objective/kl_exact objective/scores "
+                         "objective/rlhf_reward objective/entropy objective/non_score_reward "
+                         "policy/approxkl_avg policy/clipfrac_avg loss/policy_avg loss/value_avg "
+                         "val/ratio val/num_eos_tokens lr episode weights_hash out");
+    CHECK_NEAR(number("episode"), 8, 0);
+    CHECK(exists("ppo/model.safetensors"));
+    /* Without --json the results are lines. */
+    RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/x --max_steps 1 --quiet", 0);
+    CHECK(strstr(out, "loss") && !strchr(out, '{'));
+    CHECK_EQ_S(err, "");
+}
+
+TEST(other_commands) {
+    NEED_PROGRAM();
+    REQUIRE(setup_rm());
+    RUN("$R generate --model $D/lm --prompt 'the cat' --max_new_tokens 6 --json", 0);
+    check_keys(__LINE__, "samples mean_length finished completion");
+    RUN("$R generate --model $D/lm --prompt 'the cat' --max_new_tokens 6 --temperature 0", 0);
+    char greedy[sizeof out];
+    memcpy(greedy, out, sizeof out);
+    RUN("printf 'the cat\\none\\n' | $R generate --model $D/lm --max_new_tokens 6 --temperature 0",
+        0);
+    CHECK(strncmp(out, greedy, strlen(greedy)) == 0 && strlen(out) > strlen(greedy));
+    RUN("$R generate --model $D/lm --data $D/prompts.jsonl --max_new_tokens 6 --out $D/a.jsonl "
+        "--num_return_sequences 2 --json",
+        0);
+    CHECK_NEAR(number("samples"), 6, 0);
+    char *answers = slurp(test_path("a.jsonl"), NULL);
+    int count = 0;
+    for (char *line = answers ? strtok(answers, "\n") : NULL; line; line = strtok(NULL, "\n")) {
+        json_t *j = json_loads(line, 0, NULL);
+        CHECK_NEAR(json_integer_value(json_object_get(j, "id")), count / 2 + 1, 0);
+        CHECK(json_is_string(json_object_get(j, "completion")));
+        CHECK(json_is_number(json_object_get(j, "logprob")));
+        CHECK(json_is_boolean(json_object_get(j, "finished")));
+        json_decref(j);
+        count++;
+    }
+    CHECK_EQ_I(count, 6);
+    free(answers);
+    RUN("$R score --model $D/rm --data $D/a.jsonl --json", 0);
+    check_keys(__LINE__, "records dropped mean std");
+    CHECK(strncmp(out, "{", 1) == 0 && strstr(out, "\"score\":") != NULL);
+    RUN("$R score --model $D/rm --data $D/a.jsonl --out $D/scored.jsonl --json", 0);
+    CHECK_NEAR(number("records"), 6, 0);
+    CHECK(exists("scored.jsonl"));
+    RUN("$R score --model $D/rm --data $D/a.jsonl --max_steps 2 --json", 0);
+    CHECK_NEAR(number("records"), 2, 0);
+    RUN("$R eval --model $D/lm --data $D/text.jsonl --ref $D/lm --json", 0);
+    check_keys(__LINE__, "records dropped num_tokens nll perplexity mean_token_accuracy kl");
+    CHECK_NEAR(number("perplexity"), exp(number("nll")), 1e-6 * exp(number("nll")));
+    CHECK_NEAR(number("kl"), 0, 1e-6);
+    RUN("$R eval --model $D/rm --data $D/pairs.jsonl --json", 0);
+    check_keys(__LINE__, "pairs accuracy margin loss domain annotator_type");
+    RUN("printf 'the cat\\n\\none' | $R tokenize --tokenizer $D/tok --json", 0);
+    check_keys(__LINE__, "lines tokens");
+    CHECK_NEAR(number("lines"), 3, 0);
+    RUN("printf 'the cat\\n' | $R tokenize --model $D/lm", 0);
+    CHECK(out[0] >= '0' && out[0] <= '9');
+    RUN("$R info --json", 0);
+    check_keys(__LINE__, "cpu isa available threads version");
+    RUN("$R info --model $D/lm --json", 0);
+    check_keys(__LINE__, "model_type head vocab_size hidden_size num_hidden_layers parameters "
+                         "weights_hash bytes");
+    CHECK_EQ_S(text_of("head"), "lm");
+    RUN("$R info --model $D/rm --json", 0);
+    CHECK_EQ_S(text_of("head"), "score");
+    RUN("$R info --model test/golden/gpt2", 0);
+    CHECK(strstr(out, "gpt2") != NULL);
+}
+
+/* ---- help and options ------------------------------------------------------------------------ */
+
+/* --help lists "--name default" and the help of every field of the command's configuration. */
+TEST(help_lists_every_option) {
+    NEED_PROGRAM();
+    RUN("$R --help", 0);
+    static const char *const commands[] = {"sft",      "rm",        "ppo",  "generate", "score",
+                                           "tokenize", "tokenizer", "eval", "info"};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        if (!strstr(out, commands[i])) test_fail(__FILE__, __LINE__, "no %s", commands[i]);
+#define ROW(kind, name, def, lo, hi, help) ROW_##kind(name, def, help)
+#define ROW_I(name, def, help)             {#name, NULL, (double)(def), 0, help},
+#define ROW_R(name, def, help)             {#name, NULL, (double)(def), 0, help},
+#define ROW_B(name, def, help)             {#name, NULL, (double)(def), 1, help},
+#define ROW_S(name, def, help)             {#name, def, 0, 0, help},
+    typedef struct row {
+        const char *name, *text;
+        double def;
+        int boolean;
+        const char *help;
+    } row;
+    static const row sft[] = {RLHF_SFT_FIELDS(ROW)}, rm[] = {RLHF_RM_FIELDS(ROW)};
+    static const row ppo[] = {RLHF_PPO_FIELDS(ROW)}, gen[] = {RLHF_GENERATE_FIELDS(ROW)};
+    static const row *const tables[] = {sft, rm, ppo, gen};
+    static const size_t sizes[] = {sizeof sft / sizeof *sft, sizeof rm / sizeof *rm,
+                                   sizeof ppo / sizeof *ppo, sizeof gen / sizeof *gen};
+    for (int k = 0; k < 4; k++) {
+        char command[64];
+        snprintf(command, sizeof command, "$R %s --help", commands[k]);
+        RUN(command, 0);
+        CHECK_EQ_S(err, "");
+        for (size_t i = 0; i < sizes[k]; i++) {
+            const row *f = tables[k] + i;
+            char want[128], def[64];
+            if (f->text) snprintf(def, sizeof def, "%s", *f->text ? f->text : "\"\"");
+            else if (f->boolean) snprintf(def, sizeof def, "%s", f->def != 0 ? "true" : "false");
+            else snprintf(def, sizeof def, "%g", f->def);
+            snprintf(want, sizeof want, "--%s %s ", f->name, def);
+            const char *at = strstr(out, want), *end = at ? strchr(at, '\n') : NULL;
+            const char *help = at ? strstr(at, f->help) : NULL;
+            if (!help || help > end)
+                test_fail(__FILE__, __LINE__, "rlhf %s --help lacks %s", commands[k], want);
+        }
+    }
+    for (size_t k = 0; k < sizeof commands / sizeof *commands; k++) {
+        static const char *const common[] = {"--threads", "--seed",  "--max_steps", "--isa",
+                                             "--quiet",   "--help",  "--json",      "--config"};
+        char command[64];
+        snprintf(command, sizeof command, "$R %s --help", commands[k]);
+        RUN(command, 0);
+        for (size_t i = 0; i < sizeof common / sizeof *common; i++)
+            if (!strstr(out, common[i]))
+                test_fail(__FILE__, __LINE__, "rlhf %s --help lacks %s", commands[k], common[i]);
+    }
+    RUN("$R --version", 0);
+    CHECK(strstr(out, RLHF_VERSION) != NULL);
+}
+
+TEST(usage_errors) {
+    NEED_PROGRAM();
+    RUN("$R", 2);
+    REFUSE("$R sfd", 2, "sfd", "sft", NULL);
+    REFUSE("$R generat --prompt x", 2, "generat", "\"generate\"", NULL);
+    REFUSE("$R frobnicate", 2, "frobnicate", "--help", NULL);
+    REFUSE("$R sft --learning_rat 1", 2, "--learning_rat", "--learning_rate", NULL);
+    REFUSE("$R sft --learning-rat=1", 2, "--learning_rate", NULL, NULL);
+    REFUSE("$R generate --temprature 1", 2, "--temperature", NULL, NULL);
+    REFUSE("$R score --zzzzzzzz 1", 2, "--zzzzzzzz", "--help", NULL);
+    REFUSE("$R score --learning_rate 1", 2, "--learning_rate", NULL, NULL);
+    REFUSE("$R sft", 2, "--model", "missing", NULL);
+    REFUSE("$R sft --model x", 2, "--data", NULL, NULL);
+    REFUSE("$R sft --model x --data y", 2, "--out", NULL, NULL);
+    REFUSE("$R sft --init x --data y --out $D/out", 2, "--tokenizer", NULL, NULL);
+    REFUSE("$R ppo --model x --data y --out $D/out", 2, "--reward", NULL, NULL);
+    REFUSE("$R tokenizer --out $D/out", 2, "--train", NULL, NULL);
+    REFUSE("$R sft --model", 2, "--model needs a value", NULL, NULL);
+    REFUSE("$R sft --learning_rate", 2, "--learning_rate needs a value", NULL, NULL);
+    REFUSE("$R sft --model --data y", 2, "--model needs a value", NULL, NULL);
+    REFUSE("$R sft --learning_rate fast", 2, "--learning_rate", "fast", "a number from 0");
+    REFUSE("$R sft --learning_rate -1", 2, "--learning_rate", "-1", NULL);
+    REFUSE("$R sft --learning_rate nan", 2, "--learning_rate", NULL, NULL);
+    REFUSE("$R sft --warmup_steps 1.5", 2, "--warmup_steps", "an integer", NULL);
+    REFUSE("$R sft --max_steps=", 2, "--max_steps", NULL, NULL);
+    REFUSE("$R sft --lr_scheduler_type stairs", 2, "stairs", "linear|cosine|constant", NULL);
+    REFUSE("$R ppo --kl_estimator 'k1|k3'", 2, "expected one of k1|k3", NULL, NULL);
+    REFUSE("$R sft --shuffle_dataset=maybe --model x", 2, "--shuffle_dataset", "maybe", NULL);
+    REFUSE("$R sft extra", 2, "extra", NULL, NULL);
+    REFUSE("$R info --threads 0", 2, "--threads", NULL, NULL);
+    REFUSE("$R info --threads two", 2, "--threads", "two", NULL);
+    REFUSE("$R info --isa mmx", 2, "--isa", "mmx", "ref");
+    REFUSE("$R tokenizer --train x --vocab_size 5 --out $D/out", 2, "--vocab_size", "257", NULL);
+    REFUSE("$R eval --model test/golden/gpt2 --data x --type both", 2, "--type", "both", NULL);
+}
+
+TEST(options_in_every_form) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+#define BASE "$R sft --model $D/lm --data $D/text.jsonl --json --quiet "
+    RUN(BASE "--out $D/a --max_steps 2 --learning_rate 1e-3", 0);
+    char want[32];
+    snprintf(want, sizeof want, "%s", text_of("weights_hash"));
+    static const char *const same[] = {
+        "--out=$D/b --max-steps=2 --learning-rate=1e-3",
+        "--out $D/b --max-steps 2 --learning_rate 0.001 --threads 1 --isa ref",
+        "--learning_rate 1e-3 --out $D/b --max_steps 2 --seed 42 --shuffle_dataset true",
+        "--out $D/b --max_steps 2 --learning_rate 1e-3 --per_device_train_batch_size 2 "
+        "--gradient_accumulation_steps 4"};
+    for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
+        char command[1024];
+        snprintf(command, sizeof command, BASE "%s", same[i]);
+        RUN(command, 0);
+        CHECK_EQ_S(text_of("weights_hash"), want);
+    }
+    RUN(BASE "--out $D/b --max_steps 2 --learning_rate 1e-3 --seed 7 "
+             "--per_device_train_batch_size 2",
+        0);
+    CHECK(strcmp(text_of("weights_hash"), want) != 0);
+    RUN(BASE "--out $D/b --max_steps 0", 0);
+    CHECK_NEAR(number("step"), 0, 0);
+    CHECK(exists("b/model.safetensors"));
+    /* The seed of sampling. */
+    RUN("$R generate --model $D/lm --prompt one --max_new_tokens 20 --seed 1", 0);
+    char one[sizeof out];
+    memcpy(one, out, sizeof out);
+    RUN("$R generate --model $D/lm --prompt one --max_new_tokens 20 --seed 1 --batch-size 3", 0);
+    CHECK_EQ_S(out, one);
+    RUN("$R generate --model $D/lm --prompt one --max_new_tokens 20 --seed 2", 0);
+    CHECK(strcmp(out, one) != 0);
+}
+
+TEST(config_file) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    test_write("c.json", "{\"learning_rate\": 0.001, \"max_steps\": 2, \"shuffle_dataset\": false,"
+                         "\"lr_scheduler_type\": \"cosine\"}");
+    RUN(BASE "--out $D/a --max_steps 2 --learning_rate 1e-3 --shuffle_dataset false "
+             "--lr_scheduler_type cosine",
+        0);
+    char want[32];
+    snprintf(want, sizeof want, "%s", text_of("weights_hash"));
+    RUN(BASE "--out $D/b --config $D/c.json", 0);
+    CHECK_EQ_S(text_of("weights_hash"), want);
+    RUN(BASE "--config $D/c.json --out $D/b --max_steps 1", 0); /* the command line wins */
+    CHECK_NEAR(number("step"), 1, 0);
+    RUN(BASE "--max_steps 1 --config $D/c.json --out $D/b", 0);
+    CHECK_NEAR(number("step"), 1, 0);
+    test_write("d.json", "{\"learning-rte\": 1}");
+    REFUSE(BASE "--out $D/out --config $D/d.json", 2, "learning-rte", "learning_rate", NULL);
+    test_write("d.json", "{\"learning_rate\": \"high\"}");
+    REFUSE(BASE "--out $D/out --config $D/d.json", 2, "learning_rate", "high", NULL);
+    test_write("d.json", "{\"learning_rate\": [1]}");
+    REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json", "learning_rate", NULL);
+    test_write("d.json", "{\n\"learning_rate\": 1,\n}");
+    REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json:3", NULL, NULL);
+    test_write("d.json", "[1]");
+    REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json", "object", NULL);
+    REFUSE(BASE "--out $D/out --config $D/none.json", 1, "none.json", NULL, NULL);
+    /* All of a command line can stand in it. */
+    char text[2048], here[512];
+    snprintf(here, sizeof here, "%s", test_dir());
+    snprintf(text, sizeof text,
+             "{\"model\":\"%s/lm\",\"data\":\"%s/text.jsonl\",\"out\":\"%s/c\",\"max_steps\":2,"
+             "\"learning_rate\":0.001,\"shuffle_dataset\":false,\"lr_scheduler_type\":\"cosine\","
+             "\"json\":true}",
+             here, here, here);
+    test_write("e.json", text);
+    RUN("$R sft --config $D/e.json", 0);
+    CHECK_EQ_S(text_of("weights_hash"), want);
+}
+
+/* ---- data ------------------------------------------------------------------------------------ */
+
+TEST(containers_of_records) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    RUN(BASE "--out $D/a --max_steps 2", 0);
+    char want[32];
+    snprintf(want, sizeof want, "%s", text_of("weights_hash"));
+    RUN("gzip -c <$D/text.jsonl >$D/text.jsonl.gz; $R sft --model $D/lm --data $D/text.jsonl.gz "
+        "--json --quiet --out $D/b --max_steps 2",
+        0);
+    CHECK_EQ_S(text_of("weights_hash"), want);
+    RUN("{ echo '['; sed '$!s/$/,/' $D/text.jsonl; echo ']'; } >$D/text.json; "
+        "$R sft --model $D/lm --data $D/text.json --json --quiet --out $D/b --max_steps 2",
+        0);
+    CHECK_EQ_S(text_of("weights_hash"), want);
+}
+
+TEST(long_records_are_counted) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    test_write("long.jsonl",
+               "{\"text\":\"one\"}\n{\"text\":\"xyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyz"
+               "xyzxyzxyzxyzxyzxyzxyzxyz\"}\n{\"text\":\"two\"}\n");
+    RUN("$R sft --model $D/lm --data $D/long.jsonl --out $D/a --max_steps 1 --json", 0);
+    CHECK_NEAR(number("dropped"), 1, 0);
+    CHECK_NEAR(number("records"), 2, 0);
+    CHECK(strstr(err, "warning: ") && strstr(err, "long.jsonl: 1 of 3"));
+    REFUSE("$R sft --model $D/lm --data $D/long.jsonl --out $D/out --max_length 1", 1,
+           "long.jsonl", "longer", NULL);
+}
+
+TEST(bad_records) {
+    NEED_PROGRAM();
+    REQUIRE(setup_rm());
+    static const struct {
+        const char *line, *say, *more;
+    } sft[] = {{"{\"txt\":\"a\"}", "bad.jsonl:2", "\"text\""},
+               {"{\"text\":\"a\"", "bad.jsonl:2: bad JSON", NULL},
+               {"{\"text\":3}", "bad.jsonl:2", "\"text\": found 3"},
+               {"{\"prompt\":\"a\"}", "bad.jsonl:2", "completion"},
+               {"{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}", "bad.jsonl:2",
+                "assistant"}};
+    for (size_t i = 0; i < sizeof sft / sizeof *sft; i++) {
+        char text[512];
+        snprintf(text, sizeof text, "{\"text\":\"fine\"}\n%s\n", sft[i].line);
+        test_write("bad.jsonl", text);
+        REFUSE("$R sft --model $D/lm --data $D/bad.jsonl --out $D/out", 1, sft[i].say, sft[i].more,
+               NULL);
+        REFUSE("$R sft --model $D/lm --data $D/text.jsonl --eval_data $D/bad.jsonl --out $D/out", 1,
+               sft[i].say, sft[i].more, NULL);
+        REFUSE("$R eval --model $D/lm --data $D/bad.jsonl", 1, sft[i].say, sft[i].more, NULL);
+        REFUSE("$R score --model $D/rm --data $D/bad.jsonl", 1, sft[i].say, sft[i].more, NULL);
+    }
+    test_write("bad.jsonl", "\n\n{\"prompt\":\"a\",\"chosen\":\"b\"}\n");
+    REFUSE("$R rm --model $D/lm --data $D/bad.jsonl --out $D/out", 1, "bad.jsonl:3",
+           "missing \"rejected\"", NULL);
+    test_write("bad.jsonl", "{\"text\":\"a\"}\n");
+    REFUSE("$R ppo --model $D/lm --reward $D/rm --data $D/bad.jsonl --out $D/out "
+           "--response_length 4",
+           1, "bad.jsonl:1", "missing \"prompt\"", NULL);
+    REFUSE("$R generate --model $D/lm --data $D/bad.jsonl --out $D/out", 1, "bad.jsonl:1",
+           "missing \"prompt\"", NULL);
+    test_write("bad.jsonl", "");
+    REFUSE("$R sft --model $D/lm --data $D/bad.jsonl --out $D/out", 1, "bad.jsonl: no records",
+           NULL, NULL);
+    REFUSE("$R sft --model $D/lm --data $D/none.jsonl --out $D/out", 1, "none.jsonl",
+           "No such file", NULL);
+    RUN("gzip -c <$D/text.jsonl | head -c 60 >$D/cut.jsonl.gz", 0);
+    REFUSE("$R sft --model $D/lm --data $D/cut.jsonl.gz --out $D/out", 1, "cut.jsonl.gz",
+           "damaged or cut short", NULL);
+    REFUSE("$R sft --model $D/lm --data $D/text.jsonl --out $D/out --chat_template klingon", 1,
+           "klingon", "chatml", NULL);
+}
+
+/* ---- models ---------------------------------------------------------------------------------- */
+
+/* $D/bad becomes the golden GPT-2 model with a changed header (edit: from one text to another, of
+ * any length) and, if cut is not 0, without its last bytes. */
+static void break_model(const char *from, const char *to, int cut) {
+    size_t len;
+    char *file = slurp("test/golden/gpt2/model.safetensors", &len);
+    REQUIRE(file != NULL);
+    uint64_t head = 0;
+    memcpy(&head, file, 8);
+    char *header = malloc((size_t)head + 1);
+    memcpy(header, file + 8, (size_t)head);
+    header[head] = 0;
+    RUN("rm -rf $D/bad; mkdir $D/bad; cp test/golden/gpt2/*.json $D/tok/*.json $D/bad", 0);
+    FILE *f = fopen(test_path("bad/model.safetensors"), "wb");
+    REQUIRE(f != NULL);
+    char *at = from ? strstr(header, from) : header;
+    if (!at) test_fail(__FILE__, __LINE__, "the header has no %s", from);
+    size_t skip = from ? strlen(from) : 0, put = from ? strlen(to) : 0;
+    uint64_t size = head - skip + put;
+    fwrite(&size, 1, 8, f);
+    if (at) {
+        fwrite(header, 1, (size_t)(at - header), f);
+        if (put) fwrite(to, 1, put, f);
+        fwrite(at + skip, 1, (size_t)head - skip - (size_t)(at - header), f);
+    }
+    fwrite(file + 8 + head, 1, len - 8 - (size_t)head - (size_t)cut, f);
+    fclose(f);
+    free(header);
+    free(file);
+}
+
+#define BAD_SFT "$R sft --model $D/bad --tokenizer $D/tok --data $D/text.jsonl --out $D/out"
+
+TEST(bad_weights) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    break_model(NULL, NULL, 0);
+    RUN("$R info --model $D/bad", 0);
+    break_model(NULL, NULL, 100);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "truncated", NULL);
+    REFUSE("$R info --model $D/bad", 1, "bad/model.safetensors", "truncated", NULL);
+    RUN("head -c 500 test/golden/gpt2/model.safetensors >$D/bad/model.safetensors", 0);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "truncated", NULL);
+    RUN(": >$D/bad/model.safetensors", 0);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "not a safetensors file", NULL);
+    RUN("printf '\\377\\377\\377\\377\\377\\377\\377\\377{}' >$D/bad/model.safetensors", 0);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "not a safetensors file", NULL);
+    RUN("printf '\\4\\0\\0\\0\\0\\0\\0\\0abcd' >$D/bad/model.safetensors", 0);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "JSON", NULL);
+    RUN("printf '\\2\\0\\0\\0\\0\\0\\0\\0[]' >$D/bad/model.safetensors", 0);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "object", NULL);
+
+    size_t len;
+    char *file = slurp("test/golden/gpt2/model.safetensors", &len);
+    char *name = strstr(file + 8, "ln_f.weight\""), from[256] = "", to[300], *end;
+    REQUIRE(name && (end = strchr(name, '}')));
+    snprintf(from, sizeof from, "%.*s", (int)(end - name), name);
+    long long a = 0, b = 0;
+    REQUIRE(strstr(from, "offsets\":[") &&
+            sscanf(strstr(from, "offsets\":[") + 10, "%lld,%lld", &a, &b) == 2);
+    free(file);
+#define ENTRY(dtype, shape, lo, hi)                                                                \
+    snprintf(to, sizeof to,                                                                        \
+             "ln_f.weight\":{\"dtype\":\"" dtype "\",\"shape\":" shape                             \
+             ",\"data_offsets\":[%lld,%lld]",                                                      \
+             lo, hi);                                                                              \
+    break_model(from, to, 0)
+    ENTRY("I32", "[32]", a, b);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "ln_f.weight", "I32");
+    ENTRY("Q7", "[32]", a, b);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "ln_f.weight", "Q7");
+    ENTRY("F32", "[31]", a, b);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "ln_f.weight", NULL);
+    ENTRY("F16", "[64]", a, b);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "ln_f.weight", "[64]");
+    ENTRY("F32", "[8,4]", a, b);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "ln_f.weight", "expected [32]");
+    ENTRY("F32", "[32]", a - 128, b - 128);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "overlap", NULL);
+    ENTRY("F32", "[32]", 100000000LL, 100000128LL);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "ln_f.weight", "data_offsets");
+    ENTRY("F32", "[32]", -128LL, 0LL);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "ln_f.weight", "data_offsets");
+    ENTRY("F32", "[9223372036854775807,9223372036854775807]", a, b);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "ln_f.weight", NULL);
+    break_model("ln_f.weight\"", "ln_g.weight\"", 0);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "ln_f.weight", "missing");
+    break_model("{", "{\"transformer.extra\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":"
+                     "[0,0]},",
+                0);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors", "unexpected", "transformer.extra");
+}
+
+TEST(bad_model_directories) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    REFUSE("$R info --model $D/none", 1, "none", "directory", NULL);
+    RUN("mkdir $D/bad; cp $D/tok/*.json $D/bad", 0);
+    REFUSE(BAD_SFT, 1, "bad/config.json", "No such file", NULL);
+    RUN("cp test/golden/gpt2/config.json $D/bad", 0);
+    REFUSE(BAD_SFT, 1, "bad: ", "no model.safetensors", NULL);
+    RUN(": >$D/bad/pytorch_model.bin", 0);
+    REFUSE(BAD_SFT, 1, "bad: ", "pytorch_model.bin", "safe_serialization=True");
+    RUN("rm $D/bad/pytorch_model.bin; : >$D/bad/model.safetensors.index.json", 0);
+    REFUSE(BAD_SFT, 1, "bad: ", "several files", NULL);
+    RUN("rm $D/bad/model.safetensors.index.json; cp test/golden/gpt2/model.safetensors $D/bad", 0);
+    RUN("$R info --model $D/bad", 0);
+    static const struct {
+        const char *config, *say, *more;
+    } cases[] = {
+        {"{\"model_type\":\"mamba\",\"vocab_size\":97}", "mamba", "gpt2"},
+        {"{\"vocab_size\":97}", "missing \"model_type\"", NULL},
+        {"{\"model_type\":\"gpt2\",\n\"vocab_size\":97,\n}", "config.json:3: bad JSON", NULL},
+        {"{\"model_type\":\"gpt2\",\"vocab_size\":\"many\"}", "\"vocab_size\": found \"many\"",
+         NULL},
+        {"{\"model_type\":\"gpt2\",\"vocab_size\":-1}", "\"vocab_size\": found -1", NULL},
+        {"{\"model_type\":\"gpt2\",\"vocab_size\":97,\"n_embd\":32,\"n_layer\":2,\"n_head\":5,"
+         "\"n_positions\":64}",
+         "n_head", NULL},
+        {"{\"model_type\":\"gpt2\",\"vocab_size\":97,\"n_embd\":32,\"n_layer\":2,\"n_head\":4,"
+         "\"n_positions\":64,\"n_inner\":52,\"activation_function\":\"relu\"}",
+         "relu", "gelu_new"},
+        {"{\"model_type\":\"gpt2\",\"vocab_size\":98,\"n_embd\":32,\"n_layer\":2,\"n_head\":4,"
+         "\"n_positions\":64,\"n_inner\":52}",
+         "shape", "[98,32]"},
+        {"{\"model_type\":\"gpt2\",\"vocab_size\":97,\"n_embd\":32,\"n_layer\":3,\"n_head\":4,"
+         "\"n_positions\":64,\"n_inner\":52}",
+         "h.2.", "missing"},
+        {"{\"model_type\":\"gpt2\",\"vocab_size\":97,\"n_embd\":32,\"n_layer\":1,\"n_head\":4,"
+         "\"n_positions\":64,\"n_inner\":52}",
+         "h.1.", "unexpected"},
+        {"[]", "config.json", NULL},
+        {"{\"model_type\":\"llama\",\"vocab_size\":97,\"hidden_size\":32,\"num_hidden_layers\":2,"
+         "\"num_attention_heads\":4,\"num_key_value_heads\":2,\"intermediate_size\":52,"
+         "\"max_position_embeddings\":64,\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":4}}",
+         "yarn", NULL}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        test_write("bad/config.json", cases[i].config);
+        REFUSE(BAD_SFT, 1, "bad/", cases[i].say, cases[i].more);
+    }
+}
+
+TEST(bad_tokenizers) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    REFUSE("$R sft --model test/golden/gpt2 --data $D/text.jsonl --out $D/out", 1,
+           "test/golden/gpt2", "tokenizer", NULL);
+    RUN("mkdir $D/bad; echo '{\"model\":{\"type\":\"WordPiece\"}}' >$D/bad/tokenizer.json", 0);
+    REFUSE("$R tokenize --tokenizer $D/bad", 1, "bad/tokenizer.json", "WordPiece", NULL);
+    RUN("echo '{\"model\":' >$D/bad/tokenizer.json", 0);
+    REFUSE("$R tokenize --tokenizer $D/bad", 1, "bad/tokenizer.json", "bad JSON", NULL);
+    /* A tokenizer with more entries than the model has rows: its ids are out of range. */
+    REFUSE("$R sft --model test/golden/gpt2 --tokenizer $D/tok --data $D/text.jsonl --out $D/out",
+           1, "token id", "97", NULL);
+    REFUSE("$R generate --model test/golden/gpt2 --tokenizer $D/tok --prompt 'the cat'", 1,
+           "token id", "97", NULL);
+}
+
+TEST(wrong_kinds_of_models) {
+    NEED_PROGRAM();
+    REQUIRE(setup_rm());
+    REFUSE("$R sft --model $D/rm --data $D/text.jsonl --out $D/out", 1, "reward model",
+           "language model", NULL);
+    REFUSE("$R score --model $D/lm --data $D/text.jsonl", 1, "language model", "reward model",
+           NULL);
+    REFUSE("$R generate --model $D/rm --prompt one", 1, "reward model", NULL, NULL);
+    REFUSE("$R eval --model $D/rm --data $D/text.jsonl --type text", 1, "reward model", NULL, NULL);
+    REFUSE("$R ppo --model $D/lm --reward $D/lm --data $D/prompts.jsonl --out $D/out "
+           "--response_length 4",
+           1, "reward model", NULL, NULL);
+    REFUSE("$R ppo --model $D/rm --reward $D/rm --data $D/prompts.jsonl --out $D/out "
+           "--response_length 4",
+           1, "language model", NULL, NULL);
+    /* A scorer without a trained head. */
+    RUN("mkdir $D/raw; cp $D/lm/model.safetensors $D/lm/tok*.json $D/raw; sed "
+        "s/LlamaForCausalLM/LlamaForSequenceClassification/ $D/lm/config.json "
+        ">$D/raw/config.json",
+        0);
+    REFUSE("$R score --model $D/raw --data $D/text.jsonl", 1, "never trained", NULL, NULL);
+    REFUSE("$R eval --model $D/raw --data $D/pairs.jsonl", 1, "never trained", NULL, NULL);
+    REFUSE("$R ppo --model $D/lm --reward $D/raw --data $D/prompts.jsonl --out $D/out "
+           "--response_length 4",
+           1, "never trained", NULL, NULL);
+}
+
+TEST(context_overflow) {
+    NEED_PROGRAM();
+    REQUIRE(setup_rm());
+#define LONG_PROMPT "$(printf '%060d' 7)"
+    REFUSE("$R generate --model $D/lm --prompt " LONG_PROMPT, 1, "48 positions", NULL, NULL);
+    RUN("echo '{\"prompt\":\"'" LONG_PROMPT "'\"}' >$D/long.jsonl", 0);
+    REFUSE("$R ppo --model $D/lm --reward $D/rm --data $D/long.jsonl --out $D/out "
+           "--response_length 4",
+           1, "long.jsonl", "longer", NULL);
+    REFUSE("$R ppo --model $D/lm --reward $D/rm --data $D/prompts.jsonl --out $D/out "
+           "--response_length 100",
+           1, NULL, NULL, NULL);
+    RUN("echo '{\"text\":\"'" LONG_PROMPT "'\"}' >$D/long.jsonl", 0);
+    REFUSE("$R eval --model $D/lm --data $D/long.jsonl", 1, "long.jsonl", "48 tokens", NULL);
+    RUN("$R generate --model $D/lm --prompt one --max_new_tokens 500 --json", 0);
+    CHECK(number("mean_length") < 48);
+}
+
+TEST(unwritable_places) {
+    NEED_PROGRAM();
+    REQUIRE(setup_rm());
+    test_write("file", "in the way");
+    static const char *const commands[] = {
+        "$R sft --model $D/lm --data $D/text.jsonl --max_steps 1 --quiet --out $D/file",
+        "$R sft --model $D/lm --data $D/text.jsonl --max_steps 1 --quiet --out $D/file/sub",
+        "$R rm --model $D/lm --data $D/pairs.jsonl --max_steps 1 --quiet --out $D/file",
+        "$R ppo --model $D/lm --reward $D/rm --data $D/prompts.jsonl --max_steps 1 --quiet "
+        "--response_length 4 --batch_size 2 --out $D/file",
+        "$R tokenizer --train $D/corpus.txt --vocab_size 260 --out $D/file/sub",
+        "$R generate --model $D/lm --data $D/prompts.jsonl --out $D/file/sub",
+        "$R score --model $D/rm --data $D/text.jsonl --out $D/file/sub"};
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        REFUSE(commands[i], 1, "/file", NULL, NULL);
+    char *text = slurp(test_path("file"), NULL);
+    CHECK_EQ_S(text, "in the way");
+    free(text);
+    REFUSE("$R info >/dev/full", 1, "standard output", NULL, NULL);
+}
+
+/* ---- interrupted runs ------------------------------------------------------------------------ */
+
+static int count_lines(const char *name) {
+    char *text = slurp(test_path(name), NULL);
+    int n = 0;
+    for (char *c = text; c && *c; c++) n += *c == '\n';
+    free(text);
+    return n;
+}
+
+/* Starts the program; its output goes to $D/stdout and $D/stderr. */
+static pid_t start(char *const argv[], int in) {
+    char paths[2][1024];
+    snprintf(paths[0], sizeof paths[0], "%s/stdout", test_dir());
+    snprintf(paths[1], sizeof paths[1], "%s/stderr", test_dir());
+    pid_t pid = fork();
+    if (pid) return pid;
+    for (int i = 0; i < 2; i++) {
+        int fd = open(paths[i], O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        if (fd < 0 || dup2(fd, i + 1) < 0) _exit(99);
+    }
+    if (dup2(in, 0) < 0) _exit(99);
+    execv(program(), argv);
+    _exit(99);
+}
+
+/* Waits up to ten seconds; the exit code, 1000 + the signal, or -1 after killing it. */
+static int wait_for(pid_t pid) {
+    for (int i = 0; i < 1000; i++) {
+        int status;
+        if (waitpid(pid, &status, WNOHANG) == pid)
+            return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
+        usleep(10000);
+    }
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    return -1;
+}
+
+/* Interrupts a run when its metrics have some lines, twice, resumes it each time, and compares with
+ * a run that was left alone. */
+static void interrupt(const char *command, const char *extra) {
+    REQUIRE(setup_rm());
+    char here[600], line[2048];
+    snprintf(here, sizeof here, "%s", test_dir());
+    snprintf(line, sizeof line, "$R %s %s --out $D/whole --quiet", command, extra);
+    RUN(line, 0);
+    char args[2048], *argv[64];
+    int null = open("/dev/null", O_RDONLY);
+    for (int round = 0; round < 2; round++) {
+        int argc = 0, code = -1, lines = 0;
+        snprintf(args, sizeof args, "rlhf %s %s --out $D/cut%s", command, extra,
+                 round ? " --resume" : "");
+        static char words[64][700];
+        for (char *word = strtok(args, " "); word; word = strtok(NULL, " ")) {
+            char *name = strstr(word, "$D");
+            if (name) snprintf(words[argc], sizeof words[0], "%s%s", here, name + 2);
+            else snprintf(words[argc], sizeof words[0], "%s", word);
+            argv[argc] = words[argc];
+            argc++;
+        }
+        argv[argc] = NULL;
+        pid_t pid = start(argv, null);
+        for (int i = 0; i < 3000 && lines < 5 + 10 * round; i++) {
+            usleep(1000);
+            lines = count_lines("cut/metrics.jsonl");
+        }
+        kill(pid, SIGINT);
+        code = wait_for(pid);
+        keep("stderr", err, sizeof err);
+        if (code != 130) test_fail(__FILE__, __LINE__, "exit code %d: %.300s", code, err);
+        CHECK(strstr(err, "interrupted") && strstr(err, "--resume"));
+        CHECK(exists("cut/checkpoint/trainer_state.json"));
+        CHECK(!exists("cut/model.safetensors"));
+    }
+    close(null);
+    snprintf(line, sizeof line, "$R %s %s --out $D/cut --resume", command, extra);
+    RUN(line, 0);
+    CHECK(strstr(err, "going on from step") != NULL);
+    static const char *const files[] = {"model.safetensors", "metrics.jsonl", "config.json"};
+    for (int i = 0; i < 3; i++) {
+        char a[64], b[64];
+        snprintf(a, sizeof a, "whole/%s", files[i]);
+        snprintf(b, sizeof b, "cut/%s", files[i]);
+        if (!same_files(a, b)) test_fail(__FILE__, __LINE__, "%s and %s differ", a, b);
+    }
+    CHECK(count_lines("cut/metrics.jsonl") > 20);
+}
+
+TEST(interrupted_sft) {
+    NEED_PROGRAM();
+    interrupt("sft --model $D/lm --data $D/text.jsonl --eval_data $D/text.jsonl",
+              "--max_steps 150 --logging_steps 1 --eval_steps 7 --learning_rate 1e-3 --threads 1");
+}
+
+TEST(interrupted_rm) {
+    NEED_PROGRAM();
+    interrupt("rm --model $D/lm --data $D/pairs.jsonl --normalize_samples 8 --response_length 6",
+              "--max_steps 150 --logging_steps 1 --learning_rate 1e-3 --threads 1 --save_steps 9");
+}
+
+TEST(interrupted_ppo) {
+    NEED_PROGRAM();
+    interrupt("ppo --model $D/lm --reward $D/rm --data $D/prompts.jsonl --response_length 8",
+              "--max_steps 100 --batch_size 4 --kl_target 1 --kl_horizon 50 --learning_rate 1e-3 "
+              "--threads 1");
+}
+
+/* A resumed run must be the same run. */
+TEST(resume_of_another_run) {
+    NEED_PROGRAM();
+    REQUIRE(setup_rm());
+    RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/run --max_steps 2 --save_steps 1", 0);
+    RUN("rm $D/run/model.safetensors", 0);
+    REFUSE("$R rm --model $D/lm --data $D/pairs.jsonl --out $D/run --max_steps 4 --resume --quiet",
+           1, "trainer_state.json", "another run", NULL);
+    RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/fresh --max_steps 2 --resume", 0);
+    CHECK(strstr(err, "no state to go on from") != NULL);
+}
+
+/* Waiting for prompts on standard input can be interrupted too. */
+TEST(interrupted_while_it_reads) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    char tok[600];
+    snprintf(tok, sizeof tok, "%s/tok", test_dir());
+    char *argv[] = {"rlhf", "tokenize", "--tokenizer", tok, NULL};
+    int ends[2];
+    REQUIRE(pipe(ends) == 0);
+    pid_t pid = start(argv, ends[0]);
+    usleep(500000);
+    kill(pid, SIGINT);
+    int code = wait_for(pid);
+    if (code != 130 && code != 1000 + SIGINT)
+        test_fail(__FILE__, __LINE__, "exit code %d (-1: it goes on reading)", code);
+    close(ends[0]);
+    close(ends[1]);
+}
+
+TEST_MAIN(CASE(training_commands), CASE(other_commands), CASE(help_lists_every_option),
+          CASE(usage_errors), CASE(options_in_every_form), CASE(config_file),
+          CASE(containers_of_records), CASE(long_records_are_counted), CASE(bad_records),
+          CASE(bad_weights), CASE(bad_model_directories), CASE(bad_tokenizers),
+          CASE(wrong_kinds_of_models), CASE(context_overflow), CASE(unwritable_places),
+          CASE(interrupted_sft), CASE(interrupted_rm), CASE(interrupted_ppo),
+          CASE(resume_of_another_run), CASE(interrupted_while_it_reads))

@@ -50,8 +50,11 @@
  * MARK: - 01 CONFIG (RLHF_)
  * Compiler and platform: the only place with feature tests. Everything below is plain C11 with
  * the attributes defined here.
+ * Order matters: feature macros come before the first system header, the renaming of stb_ds before
+ * its header (03). Nothing here depends on -march or on optimisation flags.
  * ============================================================================================ */
 
+/* fsync, fileno, strdup and clock_gettime under a strict -std: each macro wakes one libc. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
 #endif
@@ -86,6 +89,8 @@
 #include <omp.h>
 #endif
 
+/* The baseline of either architecture is all that the compiler may assume; functions that use more
+ * carry RLHF_TARGET. On aarch64 NEON is the baseline, so that there it is empty. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define RLHF_X86 1
@@ -107,14 +112,16 @@
  */
 #define RLHF_THREAD _Thread_local
 
+/* Changing RLHF_LANES changes the bits of every result: it is the shape of every reduction. */
 enum {
     RLHF_LANES = 16, /* virtual lanes of every row reduction; also the width of a packed panel */
     RLHF_ALIGN = 64, /* of arena blocks: one cache line */
-    RLHF_MAX_THREADS = 1024,
-    RLHF_ERROR_TEXT = 1024, /* bytes of the last error's text */
-    RLHF_MAX_DEFER = 64     /* resources held at once by one public call */
+    RLHF_MAX_THREADS = 1024, /* bound on options, not on any table */
+    RLHF_ERROR_TEXT = 1024,  /* bytes of the last error's text */
+    RLHF_MAX_DEFER = 64      /* resources held at once by one public call */
 };
 
+/* File formats and bit patterns are written with these sizes in mind. */
 _Static_assert(sizeof(float) == 4 && sizeof(double) == 8, "IEEE single and double precision");
 _Static_assert(sizeof(size_t) == 8, "64-bit address space");
 
@@ -138,12 +145,17 @@ _Static_assert(sizeof(size_t) == 8, "64-bit address space");
  * MARK: - 02 BASE (err_ log_ base_)
  * The context and the one way to fail: err_throw writes the text into the context and unwinds to
  * the public call, which gives back every block allocated since it began (03) and runs what was
- * deferred (open files, parsed JSON). So code below checks nothing on the way up, and running out
- * of memory is handled everywhere. Never thrown inside a parallel region.
+ * deferred (open files, parsed JSON), newest first. So code below checks nothing on the way up, and
+ * running out of memory is handled everywhere.
+ * Entry: err_throw, err_defer, log_at.
+ * Invariant: err_throw is never reached inside a parallel region (05): no jump may leave one.
  * ============================================================================================ */
 
+/* Defined in 03; the context holds the list of them. */
 typedef struct mem_block mem_block;
 
+/* One public call, or a call back from a library that cannot be jumped across. Frames nest: a
+ * reward function may call the library again with the same context. */
 typedef struct err_frame {
     jmp_buf jump;
     struct err_frame *up;
@@ -152,30 +164,37 @@ typedef struct err_frame {
     rlhf_ctx *outer; /* the context that was current on this thread */
 } err_frame;
 
+/* A resource and what gives it back, as in "close this file". run must not throw. */
 typedef struct err_deferred {
     void (*run)(void *);
     void *ptr;
 } err_deferred;
 
+/* Kernels of one instruction set (07). */
 struct k_table;
 
+/* Used by one thread at a time. Everything that the library remembers between calls hangs here or
+ * on an object that points here; there is no other state but base_current. */
 struct rlhf_ctx {
     rlhf_hooks hooks;
-    int threads;
+    int threads;             /* at most so many pieces of work at once */
     const struct k_table *k; /* the kernels chosen for this context */
-    err_frame *frame;
+    err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
-    int n_defer;
-    rlhf_status status;
-    mem_block *blocks; /* newest first */
-    uint64_t seq;
-    int64_t n_allocs;          /* calls of the allocation hook so far */
-    int64_t mem_now, mem_peak; /* bytes held through the allocation hook */
-    char error[RLHF_ERROR_TEXT];
+    int n_defer;                 /* entries of defer in use */
+    rlhf_status status;          /* of the last failure */
+    mem_block *blocks;           /* newest first */
+    uint64_t seq;                /* number of the next block */
+    int64_t n_allocs;            /* calls of the allocation hook so far */
+    int64_t mem_now, mem_peak;   /* bytes held through the allocation hook */
+    char error[RLHF_ERROR_TEXT]; /* text of the last failure, or "" */
 };
 
+/* The context whose call runs on this thread, for callbacks without a user pointer. */
 static RLHF_THREAD rlhf_ctx *base_current;
 
+/* Seconds on a clock that never goes back; only differences mean anything. Never an input of a
+ * result: times appear in logs and benches alone. */
 static double base_now(void) {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
@@ -188,7 +207,9 @@ static void err_note(rlhf_ctx *ctx, rlhf_status status, const char *text) {
     snprintf(ctx->error, sizeof ctx->error, "%s", text);
 }
 
-/* Fails the current public call: status and text go into the context, control to its frame. */
+/* Fails the current public call: status and text go into the context, control to its frame. The
+ * text is complete before anything else happens, since its arguments may point into what is given
+ * back. */
 __attribute__((noreturn)) RLHF_PRINTF(3, 4) static void err_throw(rlhf_ctx *ctx, rlhf_status status,
                                                                   const char *format, ...) {
     char text[RLHF_ERROR_TEXT];
@@ -200,7 +221,8 @@ __attribute__((noreturn)) RLHF_PRINTF(3, 4) static void err_throw(rlhf_ctx *ctx,
     longjmp(ctx->frame->jump, 1);
 }
 
-/* Has run(ptr) called if the current call fails before err_release. */
+/* Has run(ptr) called if the current call fails before err_release. Strictly a stack: resources are
+ * released or kept in the reverse of the order in which they were deferred. */
 static void err_defer(rlhf_ctx *ctx, void (*run)(void *), void *ptr) {
     if (ctx->n_defer == RLHF_MAX_DEFER) {
         run(ptr);
@@ -218,6 +240,7 @@ static void err_release(rlhf_ctx *ctx) {
 /* Forgets the newest deferred resource: somebody else owns it from here on. */
 static void err_keep(rlhf_ctx *ctx) { ctx->n_defer--; }
 
+/* Sends one message, without a newline, to the host's log hook; longer ones are cut. */
 RLHF_PRINTF(3, 4)
 static void log_at(rlhf_ctx *ctx, rlhf_level level, const char *format, ...) {
     if (!ctx->hooks.log) return;
@@ -237,6 +260,7 @@ static size_t base_mul(rlhf_ctx *ctx, size_t a, size_t b) {
     return r;
 }
 
+/* The next multiple of unit; the caller knows that n + unit does not overflow. */
 static size_t base_round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
@@ -244,23 +268,27 @@ RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
 
 /* ============================================================================================
  * MARK: - 03 MEM (mem_ arena_)
- * All memory of the library comes through the context's hooks in blocks that know their context
- * and their age. A public call that fails gives back the blocks younger than itself; therefore an
+ * All memory of the library comes through the context's hooks in blocks that know their context and
+ * their age. A public call that fails gives back the blocks younger than itself; therefore an
  * object that existed before a call may grow during it only through an arena. Arenas serve the
  * steps of training: after the first step they are one block and nothing is allocated any more.
+ * Entry: mem_alloc, mem_free, mem_temp; arena_alloc, arena_save, arena_restore, arena_reset.
+ * Invariant: the list of blocks is ordered by age, newest first; arena blocks (seq 0) close it.
  * Tests: test/test_api.c (every n-th allocation fails)
  * ============================================================================================ */
 
+/* Stands in front of every block; what callers hold is the address behind it. */
 struct mem_block {
-    mem_block *older, *younger;
+    mem_block *older, *younger; /* list of the context's blocks */
     rlhf_ctx *ctx;
-    uint64_t seq;
+    uint64_t seq; /* age; 0: of an arena, outlives failed calls */
     size_t size;      /* as asked for, without this header */
     size_t temporary; /* 1: given back when the public call that made it ends */
 };
 
 _Static_assert(sizeof(mem_block) % 16 == 0, "blocks stay aligned for any type");
 
+/* Makes b the newest block of the context. */
 static void mem_link(rlhf_ctx *ctx, mem_block *b, uint64_t seq) {
     b->ctx = ctx;
     b->seq = seq;
@@ -270,6 +298,7 @@ static void mem_link(rlhf_ctx *ctx, mem_block *b, uint64_t seq) {
     ctx->blocks = b;
 }
 
+/* Takes b out of its context's list, wherever it stands. */
 static void mem_unlink(mem_block *b) {
     if (b->younger) b->younger->older = b->older;
     else b->ctx->blocks = b->older;
@@ -290,11 +319,13 @@ static void *mem_alloc(rlhf_ctx *ctx, size_t size) {
     return b + 1;
 }
 
+/* count zeroed elements of size bytes each; throws when there are none or the product overflows. */
 static void *mem_zalloc(rlhf_ctx *ctx, size_t count, size_t size) {
     size_t n = base_mul(ctx, count, size);
     return memset(mem_alloc(ctx, n), 0, n);
 }
 
+/* Gives a block back to the hook it came from. null is allowed; the context is the block's own. */
 static void mem_free(void *ptr) {
     if (!ptr) return;
     mem_block *b = (mem_block *)ptr - 1;
@@ -310,7 +341,8 @@ static void *mem_temp(void *ptr) {
     return ptr;
 }
 
-/* Keeps the contents. ptr may be null. */
+/* A block of size bytes with the contents of ptr (null: none), which is given back. The result is
+ * as young as the running call: only for objects that the call itself made. */
 static void *mem_realloc(rlhf_ctx *ctx, void *ptr, size_t size) {
     void *p = mem_alloc(ctx, size);
     if (ptr) {
@@ -321,6 +353,7 @@ static void *mem_realloc(rlhf_ctx *ctx, void *ptr, size_t size) {
     return p;
 }
 
+/* The first n bytes of s and a NUL, as a block. */
 static char *mem_strndup(rlhf_ctx *ctx, const char *s, size_t n) {
     char *p = mem_alloc(ctx, n + 1);
     memcpy(p, s, n);
@@ -330,6 +363,7 @@ static char *mem_strndup(rlhf_ctx *ctx, const char *s, size_t n) {
 
 static char *mem_strdup(rlhf_ctx *ctx, const char *s) { return mem_strndup(ctx, s, strlen(s)); }
 
+/* The formatted text as a block of its exact length. */
 RLHF_PRINTF(2, 3)
 static char *mem_printf(rlhf_ctx *ctx, const char *format, ...) {
     va_list args;
@@ -343,10 +377,14 @@ static char *mem_printf(rlhf_ctx *ctx, const char *format, ...) {
     return p;
 }
 
+/* What stb_ds calls. It never sees null: running out of memory unwinds instead, and the tables it
+ * was growing are younger than the call and go with it. */
 static void *mem_stb_realloc(void *ptr, size_t size) {
     return mem_realloc(base_current, ptr, size);
 }
 
+/* The implementation of stb_ds is compiled here, once, with warnings that are not ours to fix
+ * off. */
 #define STBDS_NO_SHORT_NAMES
 #define STBDS_REALLOC(context, ptr, size) mem_stb_realloc(ptr, size)
 #define STBDS_FREE(context, ptr)          mem_free(ptr)
@@ -367,7 +405,8 @@ static void *mem_stb_realloc(void *ptr, size_t size) {
 
 /* ---- frames of public calls ---- */
 
-/* Enters a public call; every path out goes through mem_leave. */
+/* Enters a public call; every path out goes through mem_leave. The outermost call clears the last
+ * error, so that rlhf_error speaks of the newest call. */
 static void mem_enter(rlhf_ctx *ctx, err_frame *frame) {
     frame->up = ctx->frame;
     frame->seq = ctx->seq;
@@ -381,7 +420,9 @@ static void mem_enter(rlhf_ctx *ctx, err_frame *frame) {
     }
 }
 
-/* Leaves it: after a failure, everything the call had taken is given back. */
+/* Leaves it; returns its status. After a failure everything the call had taken is given back:
+ * resources first, newest first, since they may live in blocks; then blocks. Either way temporary
+ * blocks go. */
 static rlhf_status mem_leave(rlhf_ctx *ctx, int failed) {
     err_frame *frame = ctx->frame;
     if (failed) {
@@ -399,6 +440,7 @@ static rlhf_status mem_leave(rlhf_ctx *ctx, int failed) {
 
 /* ---- arenas ---- */
 
+/* One piece of an arena: this header, then size bytes from a cache line on. */
 typedef struct arena_block {
     struct arena_block *next;
     size_t size, used;
@@ -409,14 +451,16 @@ typedef struct arena_block {
 typedef struct arena {
     rlhf_ctx *ctx;
     arena_block *top; /* newest first */
-    size_t peak, total;
+    size_t peak, total; /* bytes handed out: most since the last arena_free, and now */
 } arena;
 
+/* A height of the stack, to go back to. */
 typedef struct arena_mark {
     arena_block *block;
     size_t used;
 } arena_mark;
 
+/* A block of size usable bytes that no failed call takes back. */
 static arena_block *arena_block_new(arena *a, size_t size) {
     arena_block *b = mem_alloc(a->ctx, sizeof *b + RLHF_ALIGN + size);
     mem_block *m = (mem_block *)b - 1;
@@ -434,11 +478,13 @@ static arena_block *arena_block_new(arena *a, size_t size) {
     return b;
 }
 
+/* First usable byte of a block; RLHF_ALIGN spare bytes make room for the rounding. */
 static char *arena_base(arena_block *b) {
     return (char *)base_round_up((size_t)(b + 1), RLHF_ALIGN);
 }
 
-/* size bytes aligned to a cache line; contents undefined. Throws when there are none. */
+/* size bytes aligned to a cache line; contents undefined. Throws when there are none. Memory stays
+ * where it is until it is restored: a full block gets a successor, it is never moved. */
 static void *arena_alloc(arena *a, size_t size) {
     size = base_round_up(size ? size : 1, RLHF_ALIGN);
     if (!a->top || a->top->used + size > a->top->size) {
@@ -454,14 +500,17 @@ static void *arena_alloc(arena *a, size_t size) {
     return p;
 }
 
+/* An uninitialised matrix [rows][cols]; 0 x 0 is a valid pointer. */
 static float *arena_floats(arena *a, size_t rows, size_t cols) {
     return arena_alloc(a, base_mul(a->ctx, base_mul(a->ctx, rows, cols), sizeof(float)));
 }
 
+/* The same, filled with zeros. */
 static float *arena_zeros(arena *a, size_t rows, size_t cols) {
     return memset(arena_floats(a, rows, cols), 0, rows * cols * sizeof(float));
 }
 
+/* The current height; everything taken from here on goes with arena_restore(a, mark). */
 static arena_mark arena_save(arena *a) { return (arena_mark){a->top, a->top ? a->top->used : 0}; }
 
 /* Gives back what was taken since the mark. */
@@ -492,6 +541,7 @@ static void arena_reset(arena *a) {
     if (a->top) a->top->next = NULL;
 }
 
+/* Gives all memory back. The arena is empty and may be used again. */
 static void arena_free(arena *a) {
     arena_restore(a, (arena_mark){NULL, 0});
     a->peak = 0;
@@ -499,8 +549,11 @@ static void arena_free(arena *a) {
 
 /* ============================================================================================
  * MARK: - 04 RNG (rng_)
- * Counter-based: a number is a function of (seed, stream, index) and nothing else, so that a
- * sample does not depend on threads, on the batch around it, or on where a run was resumed.
+ * Counter-based: a number is a function of (seed, stream, index) and nothing else, so that a sample
+ * does not depend on threads, on the batch around it, or on where a run was resumed. The design is
+ * that of Salmon et al. (2011), "Parallel random numbers: as easy as 1, 2, 3", with a cheaper
+ * mixing function: nothing here needs the strength of a block cipher. There is no state to save in
+ * a checkpoint and none to hand to threads.
  * ============================================================================================ */
 
 /* Streams: one for each use, so that no two uses ever share a number. */
@@ -513,27 +566,32 @@ enum {
     RNG_SAMPLE = 64 /* sampling: RNG_SAMPLE + a key of the sample; index = position in the answer */
 };
 
+/* For the high half of a 64 x 64 bit product. */
 __extension__ typedef unsigned __int128 rng_u128;
 
+/* SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection in which each bit of the input
+ * flips about half of the output's. */
 static uint64_t rng_mix(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     return x ^ (x >> 31);
 }
 
-/* 64 random bits. Three rounds of the SplitMix64 finaliser, one for each part of the key. */
+/* 64 random bits. Three rounds of the finaliser, one for each part of the key; odd constants keep
+ * small seeds, streams and indices, the usual ones, from looking alike to it. */
 static uint64_t rng_u64(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t x = rng_mix(seed + 0x9e3779b97f4a7c15u);
     x = rng_mix(x ^ (stream * 0xd1342543de82ef95u + 0x632be59bd9b4e019u));
     return rng_mix(x ^ (index * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du));
 }
 
-/* Uniform in [0, 1), 53 bits. */
+/* Uniform in [0, 1), a multiple of 2^-53: the 53 high bits, exact in a double. */
 static double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     return (double)(rng_u64(seed, stream, index) >> 11) * 0x1p-53;
 }
 
-/* A random order of 0..n-1 (Fisher-Yates); round distinguishes epochs. */
+/* A random order of 0..n-1 (Fisher-Yates) into order[n]; round distinguishes epochs. The index of a
+ * swap is the high half of r (i + 1): its bias is below n / 2^64 and it costs no division. */
 static void rng_permutation(uint64_t seed, uint64_t stream, uint64_t round, int n, int *order) {
     for (int i = 0; i < n; i++) order[i] = i;
     for (int i = n - 1; i > 0; i--) {
@@ -548,14 +606,17 @@ static void rng_permutation(uint64_t seed, uint64_t stream, uint64_t round, int 
 /* ============================================================================================
  * MARK: - 05 PAR (par_)
  * The only place that knows about threads. Work is a range of outputs, cut into one contiguous
- * piece for each thread; no sum is ever cut, so the result does not depend on the cut. Kernels
- * with target attributes are called through the table: clang does not compile OpenMP pragmas
- * inside such functions.
+ * piece for each thread; no sum is ever cut, so the result does not depend on the cut. Kernels with
+ * target attributes are called through the table: clang does not compile OpenMP pragmas inside such
+ * functions.
+ * Entry: par_for.
+ * Invariant: fn writes outputs [lo, hi) and its thread's scratch, nothing else, and never throws.
  * ============================================================================================ */
 
 /* Computes outputs [lo, hi). thread < the context's thread count selects scratch. */
 typedef void (*par_fn)(void *arg, int64_t lo, int64_t hi, int thread);
 
+/* Processors that this process may use, 1 without OpenMP. */
 static int par_default_threads(void) {
 #ifdef _OPENMP
     return omp_get_num_procs();
@@ -565,10 +626,13 @@ static int par_default_threads(void) {
 }
 
 /* Units of work that make a piece worth a thread, when one unit costs about `cost` simple
- * operations: starting threads costs as much as some ten thousand of them. */
+ * operations: starting threads costs as much as some ten thousand of them. The value steers time
+ * only, never results. */
 static int64_t par_grain(int64_t cost) { return 1 + 16384 / (cost > 0 ? cost : 1); }
 
-/* Calls fn on pieces of [0, n), each of them a multiple of grain long but the last. */
+/* Calls fn on pieces of [0, n), each of them a multiple of grain long but the last. Returns when
+ * all are done. The cut is even in units of grain; work whose units differ in cost asks for a grain
+ * of one unit and many units. */
 static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *arg) {
     int64_t units = (n + grain - 1) / grain;
     int threads = ctx->threads < units ? ctx->threads : (int)units;
@@ -604,16 +668,22 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
  * reduces exactly) ---- */
 
 #define V_LOG2E 1.44269504088896341f
-#define V_LN2_HI 0.693359375f
+#define V_LN2_HI 0.693359375f /* 10 bits: n V_LN2_HI is exact */
 #define V_LN2_LO (-2.12194440e-4f)
-#define V_EXP_HI 89.0f
-#define V_EXP_LO (-104.0f)
+#define V_EXP_HI 89.0f     /* e^89 is infinite in single precision */
+#define V_EXP_LO (-104.0f) /* e^-104 is below half the smallest denormal */
 #define V_2_PI 0.636619772367581343f
-#define V_PIO2_1 1.57079637050628662109375f
+#define V_PIO2_1 1.57079637050628662109375f /* pi / 2 in three parts of 24 bits */
 #define V_PIO2_2 (-4.37113882867379109e-8f)
 #define V_PIO2_3 (-1.71512451225206e-15f)
-#define V_TANH_SMALL 0.625f
+#define V_TANH_SMALL 0.625f /* below, 1 - 2 / (e^2x + 1) would lose digits */
 
+/* Highest power first, for Horner's scheme with one fma a step. The polynomials stand for
+ *     e^r = 1 + r + r^2 exp_c(r)                      |r| <= ln 2 / 2
+ *     ln(1 + f) = f - f^2 / 2 + f^3 log_c(f)          sqrt(1/2) - 1 <= f < sqrt 2 - 1
+ *     tanh x = x + x^3 tanh_c(x^2)                    |x| < 0.625
+ *     sin r = r + r^3 sin_c(r^2)                      |r| <= pi / 4
+ *     cos r = 1 - r^2 / 2 + r^4 cos_c(r^2) */
 static const float v_exp_c[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                  4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 static const float v_log_c[9] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
@@ -627,6 +697,7 @@ static const float v_cos_c[3] = {2.443315711809948e-5f, -1.388731625493765e-3f,
 
 /* ---- plain C ---- */
 
+/* The float with these bits, and the bits of a float. */
 RLHF_INLINE float v_bits1(int32_t i) {
     float f;
     memcpy(&f, &i, sizeof f);
@@ -640,12 +711,14 @@ RLHF_INLINE int32_t v_int1(float f) {
 }
 
 /* e^x: x = n ln 2 + r, |r| <= ln 2 / 2; 2^n in two factors, so that results go down to the smallest
- * denormal. */
+ * denormal and up to infinity without a branch. NaN stays NaN: both bounds are written so that the
+ * comparison fails on it. */
 static float v_exp1(float x) {
     x = V_EXP_HI < x ? V_EXP_HI : x;
     x = V_EXP_LO > x ? V_EXP_LO : x;
     if (x != x) return x;
     float n = rintf(x * V_LOG2E);
+    /* Cody and Waite: n ln 2 in two parts; the first product is exact, so r has all its digits. */
     float r = fmaf(n, -V_LN2_HI, x);
     r = fmaf(n, -V_LN2_LO, r);
     float p = v_exp_c[0];
@@ -656,16 +729,20 @@ static float v_exp1(float x) {
            v_bits1((int32_t)((uint32_t)(k - h + 127) << 23));
 }
 
-/* ln x: x = 2^e m, sqrt(1/2) <= m < sqrt 2. 0 gives -inf, negative numbers NaN. */
+/* ln x: x = 2^e m, sqrt(1/2) <= m < sqrt 2. 0 gives -inf, negative numbers NaN; denormals are
+ * scaled into the normal range first. */
 static float v_log1(float x) {
     float in = x, e = 0;
     if (x < FLT_MIN) {
         x *= 8388608.0f;
         e = -23.0f;
     }
+    /* Subtracting the bits of sqrt(1/2) puts the carry into the exponent exactly where m reaches
+     * it. */
     int32_t i = v_int1(x), k = (int32_t)((uint32_t)i - 0x3f3504f3u) >> 23;
     float f = v_bits1((int32_t)((uint32_t)i - ((uint32_t)k << 23))) - 1.0f;
     e += (float)k;
+    /* Small terms first: the sum is rounded once where it is large. */
     float z = f * f, p = v_log_c[0];
     for (int j = 1; j < 9; j++) p = fmaf(p, f, v_log_c[j]);
     p = (p * f) * z;
@@ -677,7 +754,8 @@ static float v_log1(float x) {
     return in == INFINITY ? in : y;
 }
 
-/* tanh x: an odd polynomial near 0, else 1 - 2 / (e^2|x| + 1). */
+/* tanh x: an odd polynomial near 0, else 1 - 2 / (e^2|x| + 1) with the sign of x. For large |x| the
+ * exponential is infinite and the quotient 0, hence exactly 1. */
 static float v_tanh1(float x) {
     float a = fabsf(x), z = x * x, p = v_tanh_c[0];
     for (int i = 1; i < 5; i++) p = fmaf(p, z, v_tanh_c[i]);
@@ -697,12 +775,14 @@ static void v_sincos1(float x, float *sine, float *cosine) {
     float c = fmaf(fmaf(v_cos_c[0], z, v_cos_c[1]), z, v_cos_c[2]);
     s = fmaf(s * z, r, r);
     c = fmaf(c * z, z, fmaf(z, -0.5f, 1.0f));
+    /* The quadrant swaps the two and sets the signs. */
     int q = (int)k;
     float a = q & 1 ? c : s, b = q & 1 ? s : c;
     *sine = q & 2 ? -a : a;
     *cosine = (q + 1) & 2 ? -b : b;
 }
 
+/* 1 / (1 + e^-x). For very negative x the exponential is infinite and the result 0. */
 static float v_sigmoid1(float x) { return 1.0f / (1.0f + v_exp1(-x)); }
 
 /* Joins sixteen lanes as v16_sum does. acc is destroyed. */
@@ -720,6 +800,7 @@ static float v_tree1(float acc[RLHF_LANES]) {
 enum { V_WIDTH = 8, V_COUNT = 2 };
 typedef __m256 vf;
 typedef __m256i vi;
+/* statement for each register; i is a constant, so that arrays of registers need no memory. */
 #define V_EACH(statement)                                                                          \
     do {                                                                                           \
         {                                                                                          \
@@ -738,18 +819,18 @@ V_OP vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 V_OP vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 V_OP vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 V_OP vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
-V_OP vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+V_OP vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); } /* a b + c */
 V_OP vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
 V_OP vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); } /* a > b ? a : b */
 V_OP vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); } /* a < b ? a : b */
 V_OP vf v_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 V_OP vf v_less(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 V_OP vf v_equal(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
-V_OP vf v_pick(vf mask, vf a, vf b) { return _mm256_blendv_ps(b, a, mask); }
+V_OP vf v_pick(vf mask, vf a, vf b) { return _mm256_blendv_ps(b, a, mask); } /* mask ? a : b */
 V_OP vf v_and(vf a, vf b) { return _mm256_and_ps(a, b); }
 V_OP vf v_or(vf a, vf b) { return _mm256_or_ps(a, b); }
 V_OP vf v_xor(vf a, vf b) { return _mm256_xor_ps(a, b); }
-V_OP vf v_of(vi a) { return _mm256_castsi256_ps(a); }
+V_OP vf v_of(vi a) { return _mm256_castsi256_ps(a); } /* the same bits */
 V_OP vi vi_of(vf a) { return _mm256_castps_si256(a); }
 V_OP vi vi_set(int32_t a) { return _mm256_set1_epi32(a); }
 V_OP vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
@@ -757,8 +838,8 @@ V_OP vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
 V_OP vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 V_OP vi vi_shr(vi a, int n) { return _mm256_srai_epi32(a, n); }
 V_OP vi vi_shl(vi a, int n) { return _mm256_slli_epi32(a, n); }
-V_OP vi vi_round(vf a) { return _mm256_cvtps_epi32(a); }
-V_OP vf v_from(vi a) { return _mm256_cvtepi32_ps(a); }
+V_OP vi vi_round(vf a) { return _mm256_cvtps_epi32(a); } /* to nearest, ties to even */
+V_OP vf v_from(vi a) { return _mm256_cvtepi32_ps(a); }   /* the same number */
 V_OP vi vi_equal(vi a, vi b) { return _mm256_cmpeq_epi32(a, b); }
 /* Joins the lanes of one register: 4, 2, 1. */
 V_OP float v_sum(vf a) {
@@ -766,6 +847,7 @@ V_OP float v_sum(vf a) {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+/* The largest lane; the order of comparisons does not matter, since no lane is NaN. */
 V_OP float v_top(vf a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -835,6 +917,7 @@ V_OP float v_top(vf a) { return vmaxnmvq_f32(a); }
 
 #if V_SIMD
 
+/* The twins of v_exp1, v_log1, v_tanh1 and v_sincos1, line by line: branches become v_pick. */
 V_OP vf v_exp(vf x) {
     x = v_min(v_set(V_EXP_HI), x);
     x = v_max(v_set(V_EXP_LO), x);
@@ -911,10 +994,12 @@ V_OP void v_sincos(vf x, vf *sine, vf *cosine) {
 
 /* ---- sixteen lanes ---- */
 
+/* Sixteen floats: lane l is lane l % V_WIDTH of register l / V_WIDTH. */
 typedef struct v16 {
     vf r[V_COUNT];
 } v16;
 
+/* Lane-wise functions of one and of two arguments. */
 #define V16_1(name, op)                                                                            \
     V_OP v16 name(v16 a) {                                                                         \
         v16 o;                                                                                     \
@@ -938,18 +1023,21 @@ V16_1(v16_exp, v_exp)
 V16_1(v16_log, v_log)
 V16_1(v16_tanh, v_tanh)
 
+/* a b + c, rounded once. */
 V_OP v16 v16_fma(v16 a, v16 b, v16 c) {
     v16 o;
     V_EACH(o.r[i] = v_fma(a.r[i], b.r[i], c.r[i]));
     return o;
 }
 
+/* a in every lane. */
 V_OP v16 v16_set(float a) {
     v16 o;
     V_EACH(o.r[i] = v_set(a));
     return o;
 }
 
+/* The sign flipped, also of zeros and NaN, as C's unary minus does. */
 V_OP v16 v16_neg(v16 a) {
     v16 o;
     V_EACH(o.r[i] = v_xor(a.r[i], v_set(-0.0f)));
@@ -958,6 +1046,7 @@ V_OP v16 v16_neg(v16 a) {
 
 V_OP void v16_sincos(v16 a, v16 *s, v16 *c) { V_EACH(v_sincos(a.r[i], &s->r[i], &c->r[i])); }
 
+/* p[0..15], of any alignment. */
 V_OP v16 v16_load(const float *p) {
     v16 o;
     V_EACH(o.r[i] = v_load(p + i * V_WIDTH));
@@ -966,7 +1055,8 @@ V_OP v16 v16_load(const float *p) {
 
 V_OP void v16_store(float *p, v16 a) { V_EACH(v_store(p + i * V_WIDTH, a.r[i])); }
 
-/* The first n lanes from p, the others fill. Reads nothing beyond p[n-1]. */
+/* The first n lanes from p, the others fill. Reads nothing beyond p[n-1]: the last columns of a row
+ * may end at the end of a block. n >= 16 is the plain load, so that loops need no tail. */
 V_OP v16 v16_get(const float *p, int n, float fill) {
     if (n >= RLHF_LANES) return v16_load(p);
     float t[RLHF_LANES];
@@ -986,7 +1076,8 @@ V_OP void v16_put(float *p, int n, v16 a) {
     memcpy(p, t, (size_t)n * sizeof *p);
 }
 
-/* Lanes from n on become 0. */
+/* Lanes from n on become 0, whatever they held: fill values have gone through arithmetic by
+ * then. */
 V_OP v16 v16_keep(v16 a, int n) {
     if (n >= RLHF_LANES) return a;
     float t[RLHF_LANES];
@@ -994,6 +1085,8 @@ V_OP v16 v16_keep(v16 a, int n) {
     return v16_get(t, n, 0);
 }
 
+/* The sum by the tree 8, 4, 2, 1: lane l + lane l + 8, and so on. On NEON registers 0 and 2, 1 and
+ * 3 are eight lanes apart. v_tree1 is the twin. */
 V_OP float v16_sum(v16 a) {
 #if RLHF_X86
     return v_sum(v_add(a.r[0], a.r[1]));
@@ -1002,6 +1095,7 @@ V_OP float v16_sum(v16 a) {
 #endif
 }
 
+/* The largest lane. */
 V_OP float v16_top(v16 a) {
 #if RLHF_X86
     return v_top(v_max(a.r[0], a.r[1]));
@@ -1014,10 +1108,13 @@ V_OP float v16_top(v16 a) {
 
 /* ============================================================================================
  * MARK: - 07 KERN (k_)
- * Row kernels. Each is written once over the vocabulary (k_v_*) and once in plain C (k_r_*),
- * which is the oracle in tests and what old processors run; both give the same bits. A context
- * holds one table of them. n is a number of columns; no alignment is asked for; where an output
- * may be an input the comment says so.
+ * Row kernels. Each is written once over the vocabulary (k_v_*) and once in plain C (k_r_*), which
+ * is the oracle in tests and what old processors run; both give the same bits. A context holds one
+ * table of them. n is a number of columns; no alignment is asked for; where an output may be an
+ * input the comment says so. Formulas and contracts stand above the plain-C twins; the vector ones
+ * follow in the same order.
+ * Invariant: element i of a row reduction goes into lane i % 16; missing lanes of the last group
+ *        add exact zeros.
  * Tests: test/test_kern.c
  * ============================================================================================ */
 
@@ -1026,6 +1123,7 @@ typedef struct k_stats {
     float max, lse, entropy; /* max z; log sum e^z; entropy of the softmax, nats */
 } k_stats;
 
+/* Constants of one optimizer step, rounded to single precision once. */
 typedef struct k_adam {
     float lr, beta1, beta2, eps, decay; /* decay = 1 - lr * weight_decay, or 1 */
     float rest1, rest2;                 /* 1 - beta, rounded once */
@@ -1061,10 +1159,12 @@ typedef void k_ds_fn(int n, const float *p, float *dp, float d, float scale);
 typedef void k_scale_fn(int n, float *x, float a);
 typedef void k_adam_fn(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a);
 
+/* Product tiles (08): rows of A against panels of B. */
 struct gemm_tile_args;
 typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
 
-/* Every kernel: its name and type. */
+/* Every kernel: its name and type. The list makes the members of k_table and fills each table, so
+ * that a kernel without one of its twins does not compile. */
 #define K_KERNELS(X)                                                                               \
     X(exp, k_map_fn)                                                                               \
     X(log, k_map_fn)                                                                               \
@@ -1093,8 +1193,8 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
 
 /* The kernels of one instruction set. */
 typedef struct k_table {
-    const char *name;
-    int (*available)(void);
+    const char *name;       /* as in --isa and rlhf_isas() */
+    int (*available)(void); /* whether this processor can run them */
 #define K_MEMBER(name, type) type *name;
     K_KERNELS(K_MEMBER)
 #undef K_MEMBER
@@ -1108,6 +1208,7 @@ typedef struct k_table {
 
 /* ---- plain C ---- */
 
+/* y = exp x, log x, tanh x, element by element; y may be x. */
 static void k_r_exp(int n, const float *x, float *y) {
     for (int i = 0; i < n; i++) y[i] = v_exp1(x[i]);
 }
@@ -1120,6 +1221,7 @@ static void k_r_tanh(int n, const float *x, float *y) {
     for (int i = 0; i < n; i++) y[i] = v_tanh1(x[i]);
 }
 
+/* s = sin x, c = cos x; c may be x. */
 static void k_r_sincos(int n, const float *x, float *s, float *c) {
     for (int i = 0; i < n; i++) v_sincos1(x[i], s + i, c + i);
 }
@@ -1129,20 +1231,25 @@ static void k_r_add(int n, const float *x, float *y) {
     for (int i = 0; i < n; i++) y[i] += x[i];
 }
 
+/* sum a b, in lanes: one chain of fma for each, then the tree. Every reduction below has this
+ * shape. */
 static float k_r_dot(int n, const float *a, const float *b) {
     float acc[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) acc[i % RLHF_LANES] = fmaf(a[i], b[i], acc[i % RLHF_LANES]);
     return v_tree1(acc);
 }
 
-/* RMSNorm: y = x rstd w, rstd = 1 / sqrt(mean x^2 + eps). */
+/* RMSNorm (Zhang and Sennrich 2019): y = x rstd w, rstd = 1 / sqrt(mean x^2 + eps). y may be x.
+ * rstd is kept for the backward pass. */
 static void k_r_rms(int n, const float *x, const float *w, float eps, float *y, float *rstd) {
     float r = 1.0f / sqrtf(k_r_dot(n, x, x) / (float)n + eps);
     for (int i = 0; i < n; i++) y[i] = (x[i] * r) * w[i];
     *rstd = r;
 }
 
-/* dx += rstd (dy w) - x rstd^3 / n sum(dy w x) */
+/* Its gradient, added to dx, with g = dy w:
+ *     dx += rstd g - x rstd^3 / n sum(g x)
+ * the first term by the scale, the second because rstd depends on every x. */
 static void k_r_rms_bwd(int n, const float *dy, const float *x, const float *w, float rstd,
                         float *dx) {
     float acc[RLHF_LANES] = {0};
@@ -1154,7 +1261,9 @@ static void k_r_rms_bwd(int n, const float *dy, const float *x, const float *w, 
     for (int i = 0; i < n; i++) dx[i] += fmaf(x[i], c, (dy[i] * w[i]) * rstd);
 }
 
-/* LayerNorm: y = (x - mean) rstd w + b, rstd = 1 / sqrt(var + eps), biased variance. */
+/* LayerNorm (Ba, Kiros and Hinton 2016): y = (x - mean) rstd w + b, rstd = 1 / sqrt(var + eps),
+ * with the biased variance. Two passes: the variance of deviations does not cancel as mean x^2 -
+ * mean^2 would. */
 static void k_r_ln(int n, const float *x, const float *w, const float *b, float eps, float *y,
                    float *mean, float *rstd) {
     float acc[RLHF_LANES] = {0}, sq[RLHF_LANES] = {0};
@@ -1170,7 +1279,9 @@ static void k_r_ln(int n, const float *x, const float *w, const float *b, float 
     *rstd = r;
 }
 
-/* With xh = (x - mean) rstd and g = dy w: dx += rstd (g - mean(g) - xh mean(g xh)). */
+/* Its gradient, added to dx. With xh = (x - mean) rstd and g = dy w:
+ *     dx += rstd (g - mean(g) - xh mean(g xh))
+ * the means being what x contributes through the mean and through the variance. */
 static void k_r_ln_bwd(int n, const float *dy, const float *x, const float *w, float mean,
                        float rstd, float *dx) {
     float a[RLHF_LANES] = {0}, b[RLHF_LANES] = {0};
@@ -1187,12 +1298,13 @@ static void k_r_ln_bwd(int n, const float *dy, const float *x, const float *w, f
 }
 
 /* One row's part of the norm weight's gradient, both norms (RMS: mean 0): dw += dy (x - mean) rstd.
- */
+ * Rows are added in their order by the caller. */
 static void k_r_norm_dw(int n, const float *dy, const float *x, float mean, float rstd, float *dw) {
     for (int i = 0; i < n; i++) dw[i] = fmaf(dy[i], (x[i] - mean) * rstd, dw[i]);
 }
 
-/* GELU, tanh form: x/2 (1 + tanh(a (x + b x^3))). y may be x. */
+/* GELU, tanh form (Hendrycks and Gimpel 2016), GPT-2's "gelu_new": y = x/2 (1 + tanh(a (x + b
+ * x^3))), a = sqrt(2 / pi), b = 0.044715. y may be x. */
 static void k_r_gelu(int n, const float *x, float *y) {
     for (int i = 0; i < n; i++) {
         float u = x[i], t = v_tanh1((u * K_GELU_A) * fmaf(u * u, K_GELU_B, 1.0f));
@@ -1200,7 +1312,8 @@ static void k_r_gelu(int n, const float *x, float *y) {
     }
 }
 
-/* dx = dy gelu'(x). dx may be dy. */
+/* dx = dy gelu'(x), with t the tanh above. dx may be dy.
+ *     gelu'(x) = (1 + t) / 2 + x/2 (1 - t^2) a (1 + 3 b x^2) */
 static void k_r_gelu_bwd(int n, const float *x, const float *dy, float *dx) {
     for (int i = 0; i < n; i++) {
         float u = x[i], q = u * u, t = v_tanh1((u * K_GELU_A) * fmaf(q, K_GELU_B, 1.0f));
@@ -1210,11 +1323,14 @@ static void k_r_gelu_bwd(int n, const float *x, const float *dy, float *dx) {
     }
 }
 
-/* SwiGLU: y = silu(gate) up. */
+/* SwiGLU (Shazeer 2020): y = silu(gate) up, silu(g) = g sigmoid(g). y may be either input. */
 static void k_r_glu(int n, const float *gate, const float *up, float *y) {
     for (int i = 0; i < n; i++) y[i] = (gate[i] * v_sigmoid1(gate[i])) * up[i];
 }
 
+/* Its gradients, overwriting; with s = sigmoid(g):
+ *     dup = dy silu(g)        dgate = dy up (s + silu(g) (1 - s))
+ * dgate may be gate, dup may be up, where dy is neither. */
 static void k_r_glu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
                         float *dup) {
     for (int i = 0; i < n; i++) {
@@ -1224,8 +1340,9 @@ static void k_r_glu_bwd(int n, const float *gate, const float *up, const float *
     }
 }
 
-/* Rotates the pairs (x[i], x[half + i]) by the angle whose cosine and sine are given; sign -1
- * rotates back. */
+/* Rotary position (Su et al. 2021) in the layout of Llama's files: rotates the pairs (x[i], x[half
+ * + i]) by the angle whose cosine and sine are given [half]; sign -1 rotates back, which is also
+ * the gradient, a rotation being orthogonal. */
 static void k_r_rope(int half, float *x, const float *c, const float *s, float sign) {
     for (int i = 0; i < half; i++) {
         float a = x[i], b = x[half + i], t = s[i] * sign;
@@ -1234,6 +1351,10 @@ static void k_r_rope(int half, float *x, const float *c, const float *s, float s
     }
 }
 
+/* What one row of n logits z = x scale says about softmax(z), in two passes. With d = z - max:
+ *     lse = max + log sum e^d        entropy = log sum e^d - sum(d e^d) / sum e^d
+ * Taking the maximum off keeps every e^d in [0, 1]. -inf is allowed (a token that is ruled out) as
+ * long as one logit is finite, and only where the entropy is not read. */
 static k_stats k_r_stats(int n, const float *x, float scale) {
     float m = -INFINITY, e[RLHF_LANES] = {0}, t[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) m = x[i] * scale > m ? x[i] * scale : m;
@@ -1246,12 +1367,14 @@ static k_stats k_r_stats(int n, const float *x, float scale) {
     return (k_stats){m, m + log_sum, log_sum - v_tree1(t) / sum};
 }
 
-/* x = coef e^(x scale - lse) */
+/* x = coef e^(x scale - lse), in place: coef p. With coef = -d loss / d logp this is what every
+ * logit's gradient of log softmax has in common (op_vocab_grad). */
 static void k_r_ce(int n, float *x, float scale, float lse, float coef) {
     for (int i = 0; i < n; i++) x[i] = v_exp1(x[i] * scale - lse) * coef;
 }
 
-/* KL(P || Q) of two rows of logits with the same scale. */
+/* KL(P || Q) = sum p (log p - log q) of two rows of logits with the same scale, exact but for
+ * rounding: over the whole vocabulary, not estimated from a sample. */
 static double k_r_kl(int n, const float *p, const float *q, float scale, float lse_p, float lse_q) {
     float t[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) {
@@ -1261,9 +1384,11 @@ static double k_r_kl(int n, const float *p, const float *q, float scale, float l
     return (double)v_tree1(t);
 }
 
-/* One tile of an online softmax: with m' = max(m, max s scale), s = e^(s scale - m'), sum = sum
- * e^(m - m') + sum s. Returns e^(m - m'), by which what was accumulated so far is to be multiplied.
- */
+/* One tile of an online softmax (Milakov and Gimelshein 2018). s [n] scores become e^(s scale -
+ * m'); max and sum run over the tiles of a row and start at -inf and 0:
+ *     m' = max(m, max s scale)        sum' = sum e^(m - m') + sum e^(s scale - m')
+ * Returns e^(m - m'), by which what was accumulated so far is to be multiplied. In the end lse =
+ * max + log sum. */
 static float k_r_softmax(int n, float *s, float scale, float *max, float *sum) {
     float m = *max, e[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) m = s[i] * scale > m ? s[i] * scale : m;
@@ -1277,21 +1402,27 @@ static float k_r_softmax(int n, float *s, float scale, float *max, float *sum) {
     return fix;
 }
 
-/* s = e^(s scale - lse) */
+/* s = e^(s scale - lse): the probabilities again, from scores and the lse of the forward pass. */
 static void k_r_prob(int n, float *s, float scale, float lse) {
     for (int i = 0; i < n; i++) s[i] = v_exp1(s[i] * scale - lse);
 }
 
-/* dp = p (dp - d) scale, the gradient of the scores behind a softmax. */
+/* dp = p (dp - d) scale, in place: the gradient of the scores behind a softmax, where d = sum p dp
+ * over the whole row. */
 static void k_r_ds(int n, const float *p, float *dp, float d, float scale) {
     for (int i = 0; i < n; i++) dp[i] = (p[i] * (dp[i] - d)) * scale;
 }
 
+/* x = a x */
 static void k_r_scale(int n, float *x, float a) {
     for (int i = 0; i < n; i++) x[i] *= a;
 }
 
-/* AdamW (Loshchilov and Hutter): decoupled decay, both moments corrected, eps outside the root. */
+/* AdamW (Loshchilov and Hutter 2019): decoupled decay, both moments corrected, eps outside the
+ * root.
+ *     u = clip g        m = b1 m + (1 - b1) u        v = b2 v + (1 - b2) u^2
+ *     p = decay p - lr (m fix1) / (sqrt(v fix2) + eps)
+ * p, m and v are updated in place; g is read only. */
 static void k_r_adam(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a) {
     for (int64_t i = 0; i < n; i++) {
         float u = g[i] * a->clip;
@@ -1305,6 +1436,8 @@ static void k_r_adam(int64_t n, float *p, const float *g, float *m, float *v, co
 /* ---- vectors ---- */
 
 #if V_SIMD
+/* The same operations in the same order as their twins; differences are in how the tail of a row is
+ * filled, chosen so that it takes no part: 0 in sums, -inf in maxima, 1 under a logarithm. */
 #define K_FN RLHF_TARGET static
 
 K_FN void k_v_exp(int n, const float *x, float *y) {
@@ -1413,7 +1546,7 @@ K_FN void k_v_norm_dw(int n, const float *dy, const float *x, float mean, float 
     }
 }
 
-/* tanh(a u (1 + b u^2)) */
+/* tanh(a u (1 + b q)), q = u^2. */
 V_OP v16 k_v_gelu_tanh(v16 u, v16 q) {
     v16 poly = v16_fma(q, v16_set(K_GELU_B), v16_set(1.0f));
     return v16_tanh(v16_mul(v16_mul(u, v16_set(K_GELU_A)), poly));
@@ -1563,7 +1696,8 @@ K_FN void k_v_adam(int64_t n, float *p, const float *g, float *m, float *v, cons
 
 /* ---- neither: plain C that memory bounds ---- */
 
-/* Sum of squares in double; sixteen lanes, each square exact. */
+/* Sum of squares in double; sixteen lanes, each square exact (24 + 24 bits fit into 53). Single
+ * precision would overflow where a gradient's norm is about to be clipped. */
 static double k_sumsq(int64_t n, const float *x) {
     double acc[RLHF_LANES] = {0};
     int64_t i = 0;
@@ -1576,7 +1710,8 @@ static double k_sumsq(int64_t n, const float *x) {
 }
 
 /* Index of a draw from softmax(x scale) whose log normaliser is lse: the first i with sum_{j<=i}
- * p_j > u. */
+ * p_j > u, u uniform in [0, 1). The sum is in double and in order of ids, so that the draw is a
+ * function of the logits' bits and u alone. Tokens of probability 0 are never drawn. */
 static int k_draw(const k_table *k, int n, const float *x, float scale, float lse, double u) {
     double sum = 0;
     int last = 0;
@@ -7631,11 +7766,11 @@ static void sft_step(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
     int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
     const data_seq **seq = arena_alloc(&t->ws, (size_t)n * sizeof *seq);
-    int64_t labels = 0;
+    int64_t labels = 0, tokens = 0;
     for (int i = 0; i < n; i++) {
         seq[i] = &t->train->record[t->order[from + i]].a;
         labels += sft_count(seq[i]);
-        t->tokens += seq[i]->n;
+        tokens += seq[i]->n;
     }
     sft_sums sums = {0};
     double lr = train_lr(t);
@@ -7645,6 +7780,7 @@ static void sft_step(rlhf_trainer *t) {
     double loss = sums.nll / (double)labels;
     train_check_loss(t, loss);
     double norm = opt_step(t->opt, &lr);
+    t->tokens += tokens;
     train_put(t, "loss", loss);
     train_put(t, "grad_norm", norm);
     train_put(t, "learning_rate", lr);
@@ -7767,9 +7903,10 @@ static void rm_step(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
     int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
     const data_record **rec = arena_alloc(&t->ws, (size_t)n * sizeof *rec);
+    int64_t tokens = 0;
     for (int i = 0; i < n; i++) {
         rec[i] = t->train->record + t->order[from + i];
-        t->tokens += rec[i]->a.n + rec[i]->b.n;
+        tokens += rec[i]->a.n + rec[i]->b.n;
     }
     rm_sums sums = {0};
     double lr = train_lr(t);
@@ -7777,6 +7914,7 @@ static void rm_step(rlhf_trainer *t) {
     for (int i = 0; i < n; i += batch) rm_pass(t, rec + i, base_min(batch, n - i), n, &sums);
     train_check_loss(t, sums.loss);
     double norm = opt_step(t->opt, &lr);
+    t->tokens += tokens;
     rm_put(t, "", &sums);
     train_put(t, "grad_norm", norm);
     train_put(t, "learning_rate", lr);
@@ -8124,7 +8262,7 @@ static void ppo_advantages(rlhf_trainer *t, roll_row *const *row, int n) {
 
 /* What was sampled, in TRL's names: sums over an answer's tokens, means over answers. */
 static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
-    double k1 = 0, k3 = 0, exact = 0, entropy = 0, score = 0, eos = 0, length = 0, tokens = 0;
+    double k1 = 0, k3 = 0, exact = 0, entropy = 0, score = 0, eos = 0, length = 0;
     for (int i = 0; i < n; i++) {
         const roll_row *r = row[i];
         for (int s = 0; s < r->n; s++) {
@@ -8137,7 +8275,6 @@ static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
         score += (double)r->score;
         eos += r->finished;
         length += r->n;
-        tokens += r->n_prompt + r->n;
     }
     int use_k3 = !strcmp(t->u.ppo.kl_estimator, "k3");
     double penalty = 0;
@@ -8153,7 +8290,6 @@ static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
     train_put(t, "objective/kl_coef", t->kl_coef);
     train_put(t, "val/num_eos_tokens", eos);
     train_put(t, "completions/mean_length", length / n);
-    t->tokens += (int64_t)tokens;
 }
 
 /* ---- optimisation ---- */
@@ -8320,6 +8456,7 @@ static void ppo_step(rlhf_trainer *t) {
     double lr[2] = {c->learning_rate * factor, c->learning_rate * factor};
     if (c->value_learning_rate >= 0) lr[1] = c->value_learning_rate * factor;
     ppo_optimize(t, row, n, lr);
+    for (int i = 0; i < n; i++) t->tokens += row[i]->n_prompt + row[i]->n;
     t->episodes += n;
     train_put(t, "lr", lr[0]);
     train_put(t, "episode", (double)t->episodes);

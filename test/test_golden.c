@@ -231,6 +231,7 @@ static void sft_gradients(const golden *g, rlhf_trainer *t) {
     CHECK_EQ_I(sums.tokens, labels);
     CHECK_EQ_I(sums.hits, number(g->j, "hits"));
     CHECK_NEAR(sums.nll / labels, number(g->j, "loss"), value_tol);
+    opt_join(t->opt);
     check_relative("gradient norm", opt_norm(t->opt), number(g->j, "grad_norm"), norm_tol);
     check_tensors(g->m, g->m->g, member(g->j, "grads"), GRADIENT);
 }
@@ -473,6 +474,7 @@ static void ppo_gradients(const golden *g, rlhf_trainer *t, roll_row *const *row
         ppo_policy_pass(t, row + i, k, &p);
         ppo_value_pass(t, row + i, k, t->u.ppo.vf_coef / tokens, &loss, &clipped);
     }
+    opt_join(t->opt);
     check_relative("policy's gradient norm", sqrt(gradient_square(t->model)),
                    number(want, "grad_norm_policy"), norm_tol);
     check_relative("value's gradient norm", sqrt(gradient_square(t->value)),

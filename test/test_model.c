@@ -763,8 +763,11 @@ TEST(bad_configs) {
         {"{'model_type':'llama','vocab_size':5,'hidden_size':12,'num_hidden_layers':1,"
          "'num_attention_heads':4,'intermediate_size':8}", RLHF_ERR_FORMAT, "head_dim 3"},
         {"{'model_type':'llama','vocab_size':5,'hidden_size':8,'num_hidden_layers':1,"
+         "'num_attention_heads':4,'intermediate_size':8,'rope_scaling':{'rope_type':'yarn'}}",
+         RLHF_ERR_UNSUPPORTED, "yarn"},
+        {"{'model_type':'llama','vocab_size':5,'hidden_size':8,'num_hidden_layers':1,"
          "'num_attention_heads':4,'intermediate_size':8,'rope_scaling':{'rope_type':'llama3'}}",
-         RLHF_ERR_UNSUPPORTED, "llama3"},
+         RLHF_ERR_FORMAT, "factor"},
         {"{'model_type':'llama','vocab_size':5,'hidden_size':8,'num_hidden_layers':1,"
          "'num_attention_heads':4,'intermediate_size':8,'hidden_act':'gelu'}", RLHF_ERR_UNSUPPORTED,
          "gelu"}};

@@ -10,9 +10,9 @@ static const char model_config[] =
     "\"num_attention_heads\":2,\"intermediate_size\":32,\"max_position_embeddings\":8,"
     "\"initializer_range\":0.3%s}";
 
-/* A game: answers of at most `length` tokens to one prompt; an answer ends with `eos`. The prompt is
- * the last token, which eos is too: after any other token, and after it again, attention would see
- * one and the same value, and one layer could not tell the two states apart. */
+/* A game: answers of at most `length` tokens to one prompt; an answer ends with `eos`. The prompt
+ * is the last token, which eos is too: were it one that an answer goes on from, attention would see
+ * the same value twice, and one layer could not tell the second token's state from the first's. */
 typedef struct game {
     int vocab, length, eos; /* eos -1: every answer has the whole length */
     double temperature, beta, lr;

@@ -281,7 +281,7 @@ RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
 struct mem_block {
     mem_block *older, *younger; /* list of the context's blocks */
     rlhf_ctx *ctx;
-    uint64_t seq; /* age; 0: of an arena, outlives failed calls */
+    uint64_t seq;     /* age; 0: of an arena, outlives failed calls */
     size_t size;      /* as asked for, without this header */
     size_t temporary; /* 1: given back when the public call that made it ends */
 };
@@ -361,6 +361,7 @@ static char *mem_strndup(rlhf_ctx *ctx, const char *s, size_t n) {
     return p;
 }
 
+/* The same for a whole string. */
 static char *mem_strdup(rlhf_ctx *ctx, const char *s) { return mem_strndup(ctx, s, strlen(s)); }
 
 /* The formatted text as a block of its exact length. */
@@ -450,7 +451,7 @@ typedef struct arena_block {
  * into one. */
 typedef struct arena {
     rlhf_ctx *ctx;
-    arena_block *top; /* newest first */
+    arena_block *top;   /* newest first */
     size_t peak, total; /* bytes handed out: most since the last arena_free, and now */
 } arena;
 
@@ -657,10 +658,14 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
 /* ============================================================================================
  * MARK: - 06 VEC (v_ vi_ v16_)
  * The vocabulary that kernels are written in: v16, sixteen virtual lanes, which are two AVX2
- * registers or four NEON registers. A reduction keeps sixteen partial results and joins them
- * by one tree (8, 4, 2, 1), in every instruction set and in the plain-C twins, hence the same
- * bits everywhere. exp, log, tanh, sin and cos are polynomials over the vocabulary; v_exp1 ...
- * v_cos1 are the same sequences of operations in plain C.
+ * registers or four NEON registers. A reduction keeps sixteen partial results and joins them by one
+ * tree (8, 4, 2, 1), in every instruction set and in the plain-C twins, hence the same bits
+ * everywhere. exp, log, tanh, sin and cos are polynomials over the vocabulary; v_exp1 ... v_cos1
+ * are the same sequences of operations in plain C.
+ * Names: v_x1 is plain C on one number, v_x one register of floats (vf), vi_x one of integers (vi),
+ *        v16_x sixteen lanes. A comparison yields a mask: all bits of a lane set or none.
+ * Invariant: a vector function and its twin do the same roundings in the same order; nothing is
+ *        used that only one instruction set has (reciprocal estimates, flush to zero).
  * Tests: test/test_kern.c (against double precision, and lane against scalar bit for bit)
  * ============================================================================================ */
 
@@ -764,7 +769,8 @@ static float v_tanh1(float x) {
     return a < V_TANH_SMALL ? small : copysignf(big, x);
 }
 
-/* sin and cos of |x| <= 1e5: x = k pi/2 + r. */
+/* sin and cos of |x| <= 1e5, which rotary angles and Box-Muller's respect: x = k pi/2 + r. The
+ * three parts of pi / 2 leave r all its digits there. */
 static void v_sincos1(float x, float *sine, float *cosine) {
     float k = rintf(x * V_2_PI);
     float r = fmaf(k, -V_PIO2_1, x);
@@ -794,6 +800,9 @@ static float v_tree1(float acc[RLHF_LANES]) {
 
 /* ---- one register ---- */
 
+/* vf and vi are one register of V_WIDTH lanes, V_COUNT of them make a v16. Each name below has the
+ * same meaning in both blocks, to the bit. v_max and v_min return b where a comparison with NaN
+ * fails, which x86 does by itself and NEON's own instructions do not. */
 #if RLHF_X86
 #define V_SIMD 1
 #define V_OP RLHF_INLINE RLHF_TARGET
@@ -1330,7 +1339,7 @@ static void k_r_glu(int n, const float *gate, const float *up, float *y) {
 
 /* Its gradients, overwriting; with s = sigmoid(g):
  *     dup = dy silu(g)        dgate = dy up (s + silu(g) (1 - s))
- * dgate may be gate, dup may be up, where dy is neither. */
+ * No output is an input. */
 static void k_r_glu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
                         float *dup) {
     for (int i = 0; i < n; i++) {
@@ -1367,8 +1376,8 @@ static k_stats k_r_stats(int n, const float *x, float scale) {
     return (k_stats){m, m + log_sum, log_sum - v_tree1(t) / sum};
 }
 
-/* x = coef e^(x scale - lse), in place: coef p. With coef = -d loss / d logp this is what every
- * logit's gradient of log softmax has in common (op_vocab_grad). */
+/* x = coef e^(x scale - lse), in place: coef p. With coef = -scale d loss / d logp it is the
+ * gradient of every logit; the target's gets its one-hot term besides (op_vocab_grad). */
 static void k_r_ce(int n, float *x, float scale, float lse, float coef) {
     for (int i = 0; i < n; i++) x[i] = v_exp1(x[i] * scale - lse) * coef;
 }
@@ -1696,8 +1705,8 @@ K_FN void k_v_adam(int64_t n, float *p, const float *g, float *m, float *v, cons
 
 /* ---- neither: plain C that memory bounds ---- */
 
-/* Sum of squares in double; sixteen lanes, each square exact (24 + 24 bits fit into 53). Single
- * precision would overflow where a gradient's norm is about to be clipped. */
+/* Sum of squares in double; sixteen lanes, each square exact (24 + 24 bits fit into 53). In single
+ * precision a sum over millions of parameters would lose digits. */
 static double k_sumsq(int64_t n, const float *x) {
     double acc[RLHF_LANES] = {0};
     int64_t i = 0;
@@ -1737,6 +1746,12 @@ static int k_draw(const k_table *k, int n, const float *x, float scale, float ls
  * strides, so every transpose is one driver. A tile keeps its outputs in registers over all of k,
  * in order, with fused multiply-adds: every output is the same chain for any tile, thread or
  * instruction set. An edge in n goes through a stack tile, an edge in m has a tile of its height.
+ *
+ * Panels and register tiles are those of Goto and van de Geijn (2008), "Anatomy of high-performance
+ * matrix multiplication", with two differences. k is never blocked: a cut chain would pass through
+ * memory, and at the widths trained here a panel of all k stays in the second-level cache. A is not
+ * packed: a tile broadcasts its elements one at a time, for which any stride does.
+ *
  * Entry: gemm_run (threads), gemm_block (one thread).   Tests: test/test_gemm.c
  * ============================================================================================ */
 
@@ -1748,28 +1763,34 @@ enum {
     GEMM_MAX_PANELS = 6
 };
 
+/* One tile's operands; all strides count floats. The driver sets a, b, c and bias to the tile's
+ * corner, the caller of the driver to the product's. */
 typedef struct gemm_tile_args {
-    int k;
+    int k; /* length of every sum */
     const float *a;
-    size_t rs, cs; /* A element (m, k) is a[m * rs + k * cs] */
-    const float *b;
-    size_t bs; /* floats from one panel to the next */
-    float *c;
+    size_t rs, cs;  /* A element (m, k) is a[m * rs + k * cs] */
+    const float *b; /* panels of B, each [k][16] */
+    size_t bs;      /* floats from one panel to the next */
+    float *c;       /* [rows][ldc], overwritten or added to as mode says */
     size_t ldc;
-    int mode;
+    int mode;          /* GEMM_STORE, GEMM_ACC or GEMM_ADD */
     const float *bias; /* added after the sum; null = none */
 } gemm_tile_args;
 
+/* A whole product, its epilogue and its size. */
 typedef struct gemm_args {
-    int m, n;
+    int m, n; /* rows and columns of C */
     gemm_tile_args t;
     k_map_fn *act; /* y = act(c), row by row while the block is in cache; null = none */
-    float *y;
+    float *y;      /* [m][ldy] */
     size_t ldy;
 } gemm_args;
 
 /* ---- tiles ---- */
 
+/* The plain-C tile, and what defines a tile of `rows` rows and `panels` panels: one fmaf chain for
+ * each output, from 0 or C, then the bias, then C if mode is GEMM_ADD. Writes sixteen columns a
+ * panel. */
 static void gemm_r_tile(int rows, int panels, const gemm_tile_args *t) {
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < panels; p++)
@@ -1784,6 +1805,8 @@ static void gemm_r_tile(int rows, int panels, const gemm_tile_args *t) {
             }
 }
 
+/* The loops over R and P are unrolled at any optimisation level: only then are the sums
+ * registers. */
 #if defined(__clang__)
 #define GEMM_UNROLL _Pragma("unroll")
 #else
@@ -1791,7 +1814,9 @@ static void gemm_r_tile(int rows, int panels, const gemm_tile_args *t) {
 #endif
 
 #if V_SIMD
-/* R rows by P panels; both are constants at every call, so that sum stays in registers. */
+/* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
+ * v16 are twelve of AVX2's sixteen registers. What does not fit beside them is read by the fused
+ * multiply-add itself. */
 V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
     v16 sum[6][4];
     GEMM_UNROLL
@@ -1801,6 +1826,7 @@ V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
             sum[r][p] = t->mode == GEMM_ACC ? v16_load(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
                                             : v16_set(0);
     }
+    /* One step of k: P loads, R broadcasts, R P fused multiply-adds. */
     const float *a = t->a, *b = t->b;
     for (int k = t->k; k > 0; k--) {
         v16 col[4];
@@ -1828,6 +1854,7 @@ V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
     }
 }
 
+/* Shapes that a k_table's panels list names, and one panel for what is left. */
 K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
     switch (rows * 8 + panels) {
     case 6 * 8 + 1: gemm_v_body(6, 1, t); return;
@@ -1844,6 +1871,7 @@ K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
 #endif
 
 #if RLHF_X86
+/* The attribute allows 512-bit registers in these functions only; row kernels stay at 256 bits. */
 #define GEMM_512 __attribute__((target("avx512f,avx2,fma")))
 
 /* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. */
@@ -1884,6 +1912,7 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const gemm_til
     }
 }
 
+/* Tall tiles are two panels wide, low ones up to six: 24 sums where the height divides 24. */
 GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t) {
     if (panels == 1) {
         switch (rows) {
@@ -1920,6 +1949,8 @@ GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t
 
 /* ---- tables ---- */
 
+/* Kernel sets by processor, best first. `panels` lists the widest tile for each height, so that
+ * gemm_block knows the shapes without asking which set it runs. */
 static int gemm_yes(void) { return 1; }
 
 #define GEMM_PLAIN_KERNEL(name, type)  .name = k_r_##name,
@@ -1933,6 +1964,7 @@ static const k_table k_ref = {.name = "ref",
                               K_KERNELS(GEMM_PLAIN_KERNEL)};
 
 #if RLHF_X86
+/* The compiler's run-time test also asks whether the system saves the wide registers. */
 static int gemm_has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
@@ -1967,11 +1999,13 @@ enum { K_TABLES = sizeof k_tables / sizeof *k_tables };
 
 /* ---- packing ---- */
 
+/* Panels that n columns take; the last may be partly empty. */
 static size_t gemm_panels(int n) { return ((size_t)n + RLHF_LANES - 1) / RLHF_LANES; }
 
 /* Floats that B[k][n] takes when packed. */
 static size_t gemm_packed_size(int k, int n) { return gemm_panels(n) * RLHF_LANES * (size_t)k; }
 
+/* What is packed from where. */
 typedef struct gemm_pack_args {
     const float *b;
     size_t ks, ns; /* B element (k, n) is b[k * ks + n * ns]; one of them is 1 */
@@ -1979,6 +2013,8 @@ typedef struct gemm_pack_args {
     float *out;
 } gemm_pack_args;
 
+/* Packs panels [lo, hi). A source whose rows are contiguous (ns 1) is copied by rows of sixteen,
+ * one whose columns are (ks 1) is transposed. */
 static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
     const gemm_pack_args *g = arg;
     (void)thread;
@@ -2006,7 +2042,8 @@ static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Packs B[k][n] into panels at out[gemm_packed_size(k, n)]. */
+/* Packs B[k][n] into panels at out[gemm_packed_size(k, n)], over the context's threads. For W
+ * [n][k] as y = x W^T wants it: ks = 1, ns = k. */
 static void gemm_pack(rlhf_ctx *ctx, const float *b, size_t ks, size_t ns, int k, int n,
                       float *out) {
     gemm_pack_args g = {b, ks, ns, k, n, out};
@@ -2016,7 +2053,8 @@ static void gemm_pack(rlhf_ctx *ctx, const float *b, size_t ks, size_t ns, int k
 
 /* ---- driver ---- */
 
-/* One tile whose last panel is n < 16 columns wide: computed in a full stack tile. */
+/* One tile whose last panel is n < 16 columns wide: computed in a full stack tile, from which the
+ * valid columns are copied. The sums are the same chains, since the panel is padded with zeros. */
 static void gemm_edge(const k_table *kt, int rows, int n, const gemm_tile_args *t) {
     float c[GEMM_MAX_ROWS * RLHF_LANES] = {0}, bias[RLHF_LANES] = {0};
     gemm_tile_args e = *t;
@@ -2031,7 +2069,8 @@ static void gemm_edge(const k_table *kt, int rows, int n, const gemm_tile_args *
         memcpy(t->c + (size_t)r * t->ldc, c + r * RLHF_LANES, (size_t)n * sizeof *c);
 }
 
-/* Rows [m0, m1) and panels [p0, p1) of the product, on the calling thread. */
+/* Rows [m0, m1) and panels [p0, p1) of the product, on the calling thread; then act on what it
+ * wrote. The order of tiles decides what stays in the cache, never a bit of the result. */
 static void gemm_block(const k_table *kt, const gemm_args *g, int m0, int m1, int p0, int p1) {
     int whole = g->n / RLHF_LANES, n0 = p0 * RLHF_LANES;
     /* Tiles of a full height share their panels while these are in the first-level cache. */
@@ -2049,6 +2088,7 @@ static void gemm_block(const k_table *kt, const gemm_args *g, int m0, int m1, in
                 gemm_edge(kt, rows, g->n - p * RLHF_LANES, &t);
                 continue;
             }
+            /* The last rows have a lower tile, whose width may differ from the others'. */
             for (int done = 0; done < w;) {
                 int wide = kt->panels[rows] <= w - done ? kt->panels[rows] : 1;
                 kt->tile(rows, wide, &t);
@@ -2066,12 +2106,14 @@ static void gemm_block(const k_table *kt, const gemm_args *g, int m0, int m1, in
             g->act(n1 - n0, g->t.c + (size_t)m * g->t.ldc + n0, g->y + (size_t)m * g->ldy + n0);
 }
 
+/* The product cut into a grid of blocks for par_for. */
 typedef struct gemm_job {
     const k_table *kt;
     const gemm_args *g;
     int rows, panels, across; /* size of a block; blocks in one row of blocks */
 } gemm_job;
 
+/* Blocks [lo, hi) of the grid, counted along its rows. */
 static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
     const gemm_job *j = arg;
     (void)thread;
@@ -2082,7 +2124,8 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* The whole product, over the context's threads. */
+/* The whole product, over the context's threads: four blocks for each, so that a late thread delays
+ * the others little, but none smaller than one tile. */
 static void gemm_run(rlhf_ctx *ctx, const gemm_args *g) {
     if (g->m <= 0 || g->n <= 0) return;
     const k_table *kt = ctx->k;
@@ -2104,12 +2147,17 @@ static void gemm_run(rlhf_ctx *ctx, const gemm_args *g) {
  * MARK: - 09 OPS (op_)
  * Forward and backward of every operation, side by side. A batch is a ragged concatenation of
  * sequences: matrices have one row for each token, attention loops over sequences; there is no
- * padding and no mask. Gradients of weights are added to; so are gradients of the residual
- * stream; other outputs are overwritten. Every sum over rows is one chain in the order of rows,
- * so that micro-batches continue each other's chains.
+ * padding and no mask. Gradients of weights and of the residual stream are added to, other outputs
+ * are overwritten. Every sum over rows is one chain in the order of rows, so that micro-batches
+ * continue each other's chains.
+ *
+ * Each operation is a struct of its operands and par_for functions over it: *_rows computes rows
+ * [lo, hi), *_cols the columns [lo, hi) of a gradient that sums over rows. In names d is a gradient
+ * of the loss by an activation, g one by a weight; rows, heads and hd (head_dim) are counts.
  * Tests: test/test_ops.c (finite differences)
  * ============================================================================================ */
 
+/* What every operation needs: the context for its threads and kernels, memory for its scratch. */
 typedef struct op_env {
     rlhf_ctx *ctx;
     arena *ws; /* scratch, given back before an operation returns */
@@ -2122,7 +2170,8 @@ static int64_t op_col_grain(int rows) {
 
 /* ---- norms ---- */
 
-/* weight and bias [n]; bias null means RMSNorm. */
+/* Either norm; weight and bias [n], bias null means RMSNorm. The forward pass reads x and writes y,
+ * mean and rstd; the backward pass reads dy, x, mean and rstd and adds to dx, gw and gb. */
 typedef struct op_norm {
     const k_table *k;
     int n;
@@ -2132,7 +2181,7 @@ typedef struct op_norm {
     const float *x;     /* input [rows][n] */
     float *y;           /* output [rows][n] */
     float *mean, *rstd; /* [rows] */
-    const float *dy;
+    const float *dy;    /* [rows][n] */
     float *dx;
     int rows;
 } op_norm;
@@ -2149,6 +2198,8 @@ static void op_norm_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
+/* y = norm(x) by rows (formulas: k_r_ln, k_r_rms). y may be x only where no backward pass
+ * follows. */
 static void op_norm_fwd(op_env *e, op_norm *o) {
     par_for(e->ctx, o->rows, par_grain(o->n), op_norm_rows, o);
 }
@@ -2164,6 +2215,7 @@ static void op_norm_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
+/* Columns [lo, hi) of gw and gb, over all rows in order. */
 static void op_norm_bwd_cols(void *arg, int64_t lo, int64_t hi, int thread) {
     op_norm *o = arg;
     int n = (int)(hi - lo);
@@ -2184,7 +2236,8 @@ static void op_norm_bwd(op_env *e, op_norm *o) {
 
 /* ---- linear ---- */
 
-/* y = x W^T + b with W [n][k]. packed is W^T in panels; gw and gb are null where nothing is
+/* y = x W^T + b with W [n][k], as PyTorch's Linear holds it. packed is W^T in panels
+ * [gemm_packed_size(k, n)], kept by the model; gw [n][k] and gb [n] are null where nothing is
  * trained. */
 typedef struct op_weight {
     int n, k;
@@ -2192,8 +2245,8 @@ typedef struct op_weight {
     float *gw, *gb;
 } op_weight;
 
-/* y [m][n] = x [m][k] W^T + b; mode GEMM_ADD adds it to y. act, if not null, also writes z =
- * act(y). */
+/* y [m][n] = x [m][k] W^T + b; mode GEMM_ADD adds that to y, a residual connection. act, if not
+ * null, also writes z [m][n] = act(y). */
 static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y, int mode,
                       k_map_fn *act, float *z) {
     gemm_args g = {.m = m, .n = w->n, .act = act, .y = z, .ldy = (size_t)w->n};
@@ -2210,6 +2263,7 @@ static void op_linear(op_env *e, const op_weight *w, int m, const float *x, floa
     gemm_run(e->ctx, &g);
 }
 
+/* Column sums: y [n] += sum over rows of x [rows][n]. */
 typedef struct op_cols {
     const k_table *k;
     const float *x;
@@ -2224,7 +2278,8 @@ static void op_cols_range(void *arg, int64_t lo, int64_t hi, int thread) {
         o->k->add((int)(hi - lo), o->x + (size_t)r * (size_t)o->n + lo, o->y + lo);
 }
 
-/* gw [n][k] += dy^T x and gb += column sums of dy. */
+/* gw [n][k] += dy^T x and gb [n] += column sums of dy, over m rows. x becomes B, packed with rows
+ * as k; the sum over rows is then a GEMM_ACC chain that continues what gw holds. */
 static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x, const float *dy) {
     if (!w->gw) return;
     arena_mark mark = arena_save(e->ws);
@@ -2247,7 +2302,8 @@ static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x
     par_for(e->ctx, w->n, op_col_grain(m), op_cols_range, &o);
 }
 
-/* dx [m][k] = dy [m][n] W. packed_w is W in panels (op_pack_bwd), or null: packed here. */
+/* dx [m][k] = dy [m][n] W, overwritten. packed_w is W in panels [gemm_packed_size(n, k)], or null:
+ * packed here. A caller with several chunks of rows packs once. */
 static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *dy, float *dx,
                             const float *packed_w) {
     arena_mark mark = arena_save(e->ws);
@@ -2271,13 +2327,14 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
 
 /* ---- embedding ---- */
 
+/* x = wte[id] + wpe[pos] for each token. */
 typedef struct op_embed {
     const k_table *k;
     int rows, d;
-    const int32_t *ids, *pos;
-    const float *wte, *wpe; /* wpe null: no learned positions */
-    float *gwte, *gwpe;
-    float *x; /* forward: output; backward: its gradient */
+    const int32_t *ids, *pos; /* [rows] */
+    const float *wte, *wpe;   /* wpe null: no learned positions */
+    float *gwte, *gwpe;       /* as wte and wpe */
+    float *x;                 /* forward: output; backward: its gradient */
 } op_embed;
 
 static void op_embed_rows(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -2290,10 +2347,13 @@ static void op_embed_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
+/* Overwrites x [rows][d]. ids and pos are within the tables: model_check_run. */
 static void op_embed_fwd(op_env *e, op_embed *o) {
     par_for(e->ctx, o->rows, par_grain(o->d), op_embed_rows, o);
 }
 
+/* Columns [lo, hi) of both tables' gradients. Rows are scattered in order: a token that occurs
+ * twice is the same chain for any number of threads. */
 static void op_embed_cols(void *arg, int64_t lo, int64_t hi, int thread) {
     op_embed *o = arg;
     (void)thread;
@@ -2305,19 +2365,21 @@ static void op_embed_cols(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
+/* gwte[id] += dx, gwpe[pos] += dx for each token, where x holds dx. */
 static void op_embed_bwd(op_env *e, op_embed *o) {
     if (o->gwte) par_for(e->ctx, o->d, op_col_grain(o->rows), op_embed_cols, o);
 }
 
 /* ---- activations ---- */
 
+/* y = silu(gate) up (Shazeer 2020). Gate and up are one product's output, halves of each row. */
 typedef struct op_glu {
     const k_table *k;
     int ff;
     const float *up; /* [rows][2 ff]: gate, then up */
     float *y;        /* [rows][ff] */
     const float *dy;
-    float *dup;
+    float *dup; /* as up, overwritten */
 } op_glu;
 
 static void op_glu_rows(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -2339,11 +2401,12 @@ static void op_glu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
+/* The gradient of gelu in place; the forward pass is gemm's act. */
 typedef struct op_gelu {
     const k_table *k;
     int n;
-    const float *x;
-    float *d; /* gradient of the output, becomes that of the input */
+    const float *x; /* [rows][n], before the activation */
+    float *d;       /* gradient of the output, becomes that of the input */
 } op_gelu;
 
 static void op_gelu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -2361,19 +2424,24 @@ enum {
     OP_QUERIES = 48 /* queries in one tile */
 };
 
-/* Keys and values of one layer and sequence, in the panels that the two products want.
- * K: [kv_heads][cap/16][head_dim][16] (columns are positions); V: [kv_heads][hd16/16][cap][16]. */
+/* Keys and values of one layer and sequence, in the panels that the two products want: keys are
+ * columns of S = Q K^T, values rows of O = P V.
+ *     K: [kv_heads][cap/16][head_dim][16], columns are positions
+ *     V: [kv_heads][hd16/16][cap][16], columns are dimensions, hd16 = head_dim rounded up to 16
+ * Positions are appended in place, so decoding packs nothing again. */
 typedef struct op_kv {
     float *k, *v;
     int cap; /* positions, a multiple of 16 */
 } op_kv;
 
-/* n rows of a batch that continue a sequence of `past` positions. */
+/* Rows [row, row + n) of a batch, which continue a sequence of `past` positions. */
 typedef struct op_seq {
     int row, n, past;
     op_kv kv;
 } op_seq;
 
+/* Causal attention with grouped queries (Ainslie et al. 2023): query head h uses key/value head h /
+ * (heads / kv_heads). qkv, o and their gradients have one row for each token. */
 typedef struct op_attn {
     const k_table *kt;
     int heads, kv_heads, hd, seqs;
@@ -2391,6 +2459,7 @@ typedef struct op_attn {
     size_t scratch_size; /* floats for each thread */
 } op_attn;
 
+/* Floats of an op_kv's k and v. */
 static size_t op_kv_k_size(int kv_heads, int hd, int cap) {
     return (size_t)kv_heads * (size_t)hd * (size_t)cap;
 }
@@ -2399,6 +2468,7 @@ static size_t op_kv_v_size(int kv_heads, int hd, int cap) {
     return (size_t)kv_heads * gemm_panels(hd) * RLHF_LANES * (size_t)cap;
 }
 
+/* Floats in a row of qkv: queries of all heads, then keys, then values. */
 static int op_attn_width(const op_attn *a) { return (a->heads + 2 * a->kv_heads) * a->hd; }
 
 static void op_rope_rows(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -2414,13 +2484,13 @@ static void op_rope_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Rotates queries and keys in place (sign 1), or their gradients back (sign -1, with qkv = dqkv).
- */
+/* Rotary positions (Su et al. 2021): rotates queries and keys in place (sign 1), or their gradients
+ * back (sign -1, with qkv = dqkv). Values are not rotated. */
 static void op_rope(op_env *e, op_attn *a) {
     if (a->cosine) par_for(e->ctx, a->rows, par_grain(op_attn_width(a)), op_rope_rows, a);
 }
 
-/* Copies one sequence's new keys and values into its panels. */
+/* Copies one sequence's new keys and values of group g into its panels, behind its past. */
 static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
     size_t hd = (size_t)a->hd, hp = gemm_panels(a->hd), cap = (size_t)s->kv.cap;
     float *kp = s->kv.k + (size_t)g * hd * cap, *vp = s->kv.v + (size_t)g * hp * RLHF_LANES * cap;
@@ -2436,9 +2506,13 @@ static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
     }
 }
 
-/* Queries [q0, q1) of one sequence and head. Scores of a tile of keys, online softmax, and o += P
- * V, whose chain over keys is the same whether the keys come from this batch or from earlier ones.
- */
+/* Queries [q0, q1) of one sequence and head, into their rows of o; n = q1 - q0 <= OP_QUERIES. With
+ * scale = 1 / sqrt(hd), for one tile of keys after another:
+ *     S = Q K^T                          by GEMM, into scratch [OP_QUERIES][OP_KEYS]
+ *     P = e^(scale S - max), running max and sum (k_r_softmax)
+ *     O = O e^(old max - max) + P V      by GEMM
+ * and in the end O / sum. Tiles of keys begin at multiples of OP_KEYS of the sequence, so the chain
+ * over keys is the same whether they come from this batch or from earlier ones. */
 static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q1, float *scratch) {
     int g = h / (a->heads / a->kv_heads), hd = a->hd, n = q1 - q0;
     size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd), cap = (size_t)s->kv.cap;
@@ -2452,6 +2526,7 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
         sum[r] = 0;
         memset(o + (size_t)r * ldo, 0, (size_t)hd * sizeof *o);
     }
+    /* Scores of one tile of keys, for all n queries. */
     int last = s->past + q1; /* keys that the last query sees */
     for (int k0 = 0; k0 < last; k0 += OP_KEYS) {
         int keys = base_min(OP_KEYS, last - k0);
@@ -2465,6 +2540,7 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
                                 .c = sc,
                                 .ldc = OP_KEYS};
         gemm_block(a->kt, &ga, 0, n, 0, (int)gemm_panels(keys));
+        /* Query r sees keys up to its own position; the rest of its row becomes 0. */
         for (int r = 0; r < n; r++) {
             int see = base_max(0, base_min(keys, s->past + q0 + r + 1 - k0));
             float *row = sc + (size_t)r * OP_KEYS;
@@ -2474,6 +2550,7 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
             }
             memset(row + see, 0, (size_t)(keys - see) * sizeof *row);
         }
+        /* Every query's P V at once; keys it does not see weigh 0. */
         gemm_args gv = {.m = n, .n = hd};
         gv.t = (gemm_tile_args){.k = keys,
                                 .a = sc,
@@ -2494,6 +2571,8 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
     }
 }
 
+/* Pairs (sequence, key/value head) [lo, hi): appends the group's keys and values, then runs every
+ * query head that shares them, while they are in the cache. */
 static void op_attn_groups(void *arg, int64_t lo, int64_t hi, int thread) {
     op_attn *a = arg;
     float *scratch = a->scratch + (size_t)thread * a->scratch_size;
@@ -2516,8 +2595,8 @@ static int64_t op_attn_grain(const op_attn *a) {
     return par_grain(pairs / (a->seqs ? a->seqs : 1) * (a->heads / a->kv_heads) * a->hd / 8);
 }
 
-/* Causal attention of a ragged batch, after op_rope. Appends to every sequence's keys and values.
- */
+/* Causal attention of a ragged batch, after op_rope: o and, if not null, lse. Appends to every
+ * sequence's keys and values. Scratch is one tile of scores for each thread. */
 static void op_attn_fwd(op_env *e, op_attn *a) {
     arena_mark mark = arena_save(e->ws);
     a->scratch_size = OP_QUERIES * OP_KEYS;
@@ -2532,6 +2611,7 @@ typedef struct op_attn_bwd_scratch {
     size_t size;
 } op_attn_bwd_scratch;
 
+/* The layout at base; with base null only its size, in floats. */
 static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
     size_t at = 0, rows = base_round_up((size_t)n, RLHF_LANES);
     size_t wide = gemm_panels(hd) * RLHF_LANES * rows, tile = OP_QUERIES * OP_KEYS;
@@ -2555,8 +2635,11 @@ static void op_pack_here(const float *b, size_t ks, size_t ns, int k, int n, flo
     gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
 }
 
-/* One tile of queries and keys: P from the saved lse, dP = dO V^T, dS = P (dP - D) scale, then dQ
- * += dS K, dK += dS^T Q and dV += P^T dO (Dao et al., FlashAttention-2, without a T x T matrix). */
+/* One tile of queries from q0 and of keys from k0 (Dao 2023, FlashAttention-2, without a T x T
+ * matrix). P comes back from the scores and the saved lse; D is the row sum of dO O:
+ *     P = e^(scale Q K^T - lse)        dP = dO V^T        dS = P (dP - D) scale
+ *     dQ += dS K        dK += dS^T Q        dV += P^T dO
+ * Tiles are visited in one order, hence each gradient is one chain. */
 static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, int k0,
                              const op_attn_bwd_scratch *b) {
     int g = h / (a->heads / a->kv_heads), hd = a->hd, nq = base_min(OP_QUERIES, s->n - q0);
@@ -2565,6 +2648,7 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
     size_t qcol = (size_t)(h * hd), kcol = (size_t)((a->heads + g) * hd);
     size_t vcol = kcol + (size_t)(a->kv_heads * hd), rows = base_round_up((size_t)s->n, RLHF_LANES);
     float scale = 1.0f / sqrtf((float)hd);
+    /* S = Q K^T, with the forward pass's panels of K. */
     gemm_args ga = {.m = nq, .n = np * RLHF_LANES};
     ga.t = (gemm_tile_args){.k = hd,
                             .a = a->qkv + (size_t)(s->row + q0) * ldq + qcol,
@@ -2576,11 +2660,13 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
                             .c = b->p,
                             .ldc = OP_KEYS};
     gemm_block(a->kt, &ga, 0, nq, 0, np);
+    /* dP = dO V^T */
     ga.t.a = a->dout + (size_t)(s->row + q0) * ldo + qcol;
     ga.t.rs = ldo;
     ga.t.b = b->vk + (size_t)k0 * (size_t)hd;
     ga.t.c = b->dp;
     gemm_block(a->kt, &ga, 0, nq, 0, np);
+    /* P and dS, 0 where the query does not see the key. */
     for (int r = 0; r < nq; r++) {
         int see = base_max(0, base_min(nk, q0 + r + 1 - k0));
         float *p = b->p + (size_t)r * OP_KEYS, *dp = b->dp + (size_t)r * OP_KEYS;
@@ -2601,8 +2687,8 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
                             .c = a->dqkv + (size_t)(s->row + q0) * ldq + qcol,
                             .ldc = ldq,
                             .mode = GEMM_ACC};
-    gemm_block(a->kt, &gq, 0, nq, 0, hp);
-    gemm_args gk = {.m = nk, .n = hd}; /* dK, then dV */
+    gemm_block(a->kt, &gq, 0, nq, 0, hp); /* dQ += dS K */
+    gemm_args gk = {.m = nk, .n = hd};    /* dK, then dV */
     gk.t = (gemm_tile_args){.k = nq,
                             .a = b->dp,
                             .rs = 1,
@@ -2612,7 +2698,7 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
                             .c = a->dqkv + (size_t)(s->row + k0) * ldq + kcol,
                             .ldc = ldq,
                             .mode = GEMM_ACC};
-    gemm_block(a->kt, &gk, 0, nk, 0, hp);
+    gemm_block(a->kt, &gk, 0, nk, 0, hp); /* dK += dS^T Q */
     gk.t.a = b->p;
     gk.t.b = b->dout + (size_t)q0 * RLHF_LANES;
     gk.t.c = a->dqkv + (size_t)(s->row + k0) * ldq + vcol;
@@ -2626,6 +2712,8 @@ static void op_pack_rows(const float *b, size_t ks, int k, int n, size_t rows, f
                      out + (size_t)p * rows * RLHF_LANES);
 }
 
+/* Pairs (sequence, key/value head) [lo, hi). A group's dK and dV sum over its query heads, in
+ * order, so a group is the smallest unit of work. */
 static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
     op_attn *a = arg;
     int of = a->heads / a->kv_heads, hd = a->hd;
@@ -2637,6 +2725,7 @@ static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
         op_attn_bwd_scratch b =
             op_attn_bwd_layout(s->n, hd, a->scratch + (size_t)thread * a->scratch_size);
         const float *x = a->qkv + (size_t)s->row * ldq, *k = x + (a->heads + g) * hd;
+        /* V^T and K, once for the group; then Q, dO and D for each of its heads. */
         op_pack_here(k + a->kv_heads * hd, 1, ldq, hd, s->n, b.vk);
         op_pack_rows(k, ldq, s->n, hd, rows, b.kv);
         for (int h = g * of; h < (g + 1) * of; h++) {
@@ -2653,7 +2742,8 @@ static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* dqkv from dout, for whole sequences (past 0), before op_rope with sign -1. */
+/* dqkv += from dout, for whole sequences (past 0) whose forward pass kept qkv, o, lse and keys in
+ * kv; before op_rope with sign -1. Scratch grows with the longest sequence, not with its square. */
 static void op_attn_bwd(op_env *e, op_attn *a) {
     arena_mark mark = arena_save(e->ws);
     int longest = 1;
@@ -2666,16 +2756,19 @@ static void op_attn_bwd(op_env *e, op_attn *a) {
 
 /* ---- vocabulary: log-probabilities, cross-entropy, KL, without ever holding all logits ---- */
 
-/* What is known of each row's distribution softmax(logits * scale). Arrays may be null. */
+/* What is known of each row's distribution softmax(logits * scale). Arrays [rows] may be null. */
 typedef struct op_rows {
-    float *logp; /* of the row's target */
-    float *entropy;
-    uint8_t *hit; /* 1: the target is a most likely token */
+    float *logp;    /* of the row's target */
+    float *entropy; /* nats */
+    uint8_t *hit;   /* 1: the target is a most likely token */
 } op_rows;
 
-/* d loss / d logp of rows [row, row + n), from what the forward pass found. */
+/* coef[i] = d loss / d logp of row `row + i`, i < n, from what the forward pass found for these
+ * rows (found's arrays start at `row`). How a trainer's loss enters: it sees log-probabilities
+ * only. */
 typedef void op_coef_fn(void *user, int row, int n, const op_rows *found, float *coef);
 
+/* The rows of one chunk. */
 typedef struct op_vocab {
     const k_table *k;
     int n; /* vocabulary */
@@ -2683,15 +2776,17 @@ typedef struct op_vocab {
     float *logits, *other; /* [rows of the chunk][n] */
     const int32_t *target; /* of the chunk, as are the following */
     op_rows out;
-    float *lse, *coef, *kl, *other_logp;
+    float *lse, *coef, *kl, *other_logp; /* [rows of the chunk] */
 } op_vocab;
 
-/* Rows of logits held at once: about 4 MiB, so that they stay near the cores. */
+/* Rows of logits held at once: about 4 MiB, so that they stay near the cores; a multiple of the
+ * tallest tile. Part of no result: a row's numbers do not depend on its neighbours. */
 static int op_vocab_chunk(int vocab) {
     int rows = (1 << 20) / vocab / 12 * 12;
     return base_max(24, base_min(rows, 480));
 }
 
+/* Log-probability, entropy and hit of rows [lo, hi), and what compares them with `other`. */
 static void op_vocab_stats(void *arg, int64_t lo, int64_t hi, int thread) {
     op_vocab *v = arg;
     (void)thread;
@@ -2711,7 +2806,8 @@ static void op_vocab_stats(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* logits become their gradient: coef scale (onehot - p). */
+/* logits become their gradient, from logp = z_target - lse with z = scale logits:
+ *     d loss / d logits = coef scale (onehot(target) - p) */
 static void op_vocab_grad(void *arg, int64_t lo, int64_t hi, int thread) {
     op_vocab *v = arg;
     (void)thread;
@@ -2728,8 +2824,9 @@ static op_rows op_rows_at(const op_rows *o, int row) {
                      o->hit ? o->hit + row : NULL};
 }
 
-/* rows hidden states x [rows][d] against the vocabulary, in chunks: fills out; with coef also dx
- * [rows][d] (overwritten) and the weight's gradient. */
+/* rows hidden states x [rows][d] against the vocabulary W [n][d], in chunks: fills out for target
+ * [rows]; with coef also dx [rows][d] (overwritten) and the weight's gradient. coef is called once
+ * a chunk, in order of rows. */
 static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x,
                          const int32_t *target, float scale, const op_rows *out, op_coef_fn *coef,
                          void *user, float *dx) {
@@ -2739,6 +2836,7 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
     v.logits = arena_floats(e->ws, (size_t)chunk, (size_t)w->n);
     v.lse = arena_floats(e->ws, (size_t)chunk, 2);
     v.coef = v.lse + chunk;
+    /* Every chunk's dx needs W in panels of the other kind. */
     float *packed = NULL;
     if (coef) {
         packed = arena_floats(e->ws, gemm_packed_size(w->n, w->k), 1);
@@ -2760,8 +2858,9 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
     arena_restore(e->ws, mark);
 }
 
-/* Two models on the same rows: kl[r] = KL(first || second), other_logp[r] = the second's
- * log-probability of the target; out is about the first. */
+/* Two models on the same rows: kl[r] = KL(first || second) over the whole vocabulary, in nats,
+ * other_logp[r] = the second's log-probability of the target; out is about the first. kl and
+ * other_logp may be null. */
 static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, const op_weight *w2,
                              const float *x2, int rows, const int32_t *target, float scale,
                              const op_rows *out, float *kl, float *other_logp) {
@@ -7789,24 +7888,22 @@ static void sft_step(rlhf_trainer *t) {
     train_put(t, "num_tokens", (double)t->tokens);
 }
 
-/* Sums over a whole dataset. */
-static sft_sums sft_measure(rlhf_model *m, arena *ws, const rlhf_dataset *d) {
+/* Sums over n sequences. */
+static sft_sums sft_measure(rlhf_model *m, arena *ws, const data_seq *const *seq, int n) {
     sft_sums sums = {0};
-    const data_seq **seq = arena_alloc(ws, (size_t)d->n * sizeof *seq);
-    int *len = arena_alloc(ws, (size_t)d->n * sizeof *len);
-    for (int i = 0; i < d->n; i++) {
-        seq[i] = &d->record[i].a;
-        len[i] = seq[i]->n;
-    }
-    for (int i = 0, k; i < d->n; i += k) {
-        k = model_batch_count(len, i, d->n);
+    int *len = arena_alloc(ws, (size_t)n * sizeof *len);
+    for (int i = 0; i < n; i++) len[i] = seq[i]->n;
+    for (int i = 0, k; i < n; i += k) {
+        k = model_batch_count(len, i, n);
         sft_pass(m, ws, seq + i, k, 0, 0, &sums);
     }
     return sums;
 }
 
 static void sft_eval(rlhf_trainer *t) {
-    sft_sums s = sft_measure(t->model, &t->ws, t->eval);
+    const data_seq **seq = arena_alloc(&t->ws, (size_t)t->eval->n * sizeof *seq);
+    for (int i = 0; i < t->eval->n; i++) seq[i] = &t->eval->record[i].a;
+    sft_sums s = sft_measure(t->model, &t->ws, seq, t->eval->n);
     double n = (double)(s.tokens ? s.tokens : 1);
     train_put(t, "eval_loss", s.nll / n);
     train_put(t, "eval_mean_token_accuracy", (double)s.hits / n);
@@ -8546,40 +8643,87 @@ static double eval_kl_pass(rlhf_model *m, rlhf_model *ref, arena *ws, const data
     return sum;
 }
 
-static double eval_kl(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_dataset *d) {
-    if (m->c.vocab != ref->c.vocab)
-        err_throw(m->ctx, RLHF_ERR_ARG, "the model has %d tokens, the reference %d", m->c.vocab,
-                  ref->c.vocab);
-    const data_seq **seq = arena_alloc(ws, (size_t)d->n * sizeof *seq);
-    int *len = arena_alloc(ws, (size_t)d->n * sizeof *len);
+/* The same over n sequences. */
+static double eval_kl(rlhf_model *m, rlhf_model *ref, arena *ws, const data_seq *const *seq,
+                      int n) {
+    int *len = arena_alloc(ws, (size_t)n * sizeof *len);
     double sum = 0;
-    for (int i = 0; i < d->n; i++) {
-        seq[i] = &d->record[i].a;
-        len[i] = seq[i]->n;
-    }
-    for (int i = 0, k; i < d->n; i += k) {
-        k = model_batch_count(len, i, d->n);
+    for (int i = 0; i < n; i++) len[i] = seq[i]->n;
+    for (int i = 0, k; i < n; i += k) {
+        k = model_batch_count(len, i, n);
         sum += eval_kl_pass(m, ref, ws, seq + i, k);
     }
-    return sum / d->n;
+    return sum;
 }
 
-/* Likelihood of a dataset of texts; ref may be null. Held. */
-static json_t *eval_text(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_dataset *d) {
-    model_need_lm(m);
-    sft_sums s = sft_measure(m, ws, d);
-    if (!s.tokens) err_throw(m->ctx, RLHF_ERR_DATA, "no token of the dataset bears loss");
-    json_t *j = json_hold(m->ctx, json_object());
-    double n = (double)s.tokens, nll = s.nll / n;
-    json_object_set_new(j, "records", json_integer(d->n));
-    json_object_set_new(j, "dropped", json_integer(d->dropped));
-    json_object_set_new(j, "num_tokens", json_integer(s.tokens));
+/* Sums over the records of one domain, or over all. */
+typedef struct eval_part {
+    sft_sums sums;
+    double kl;
+    int records;
+} eval_part;
+
+/* The part as a JSON object; kl only where there is a reference. */
+static json_t *eval_part_json(const eval_part *p, const rlhf_model *ref) {
+    json_t *j = json_object();
+    double n = p->sums.tokens ? (double)p->sums.tokens : 1, nll = p->sums.nll / n;
+    json_object_set_new(j, "records", json_integer(p->records));
+    json_object_set_new(j, "num_tokens", json_integer(p->sums.tokens));
     json_object_set_new(j, "nll", json_real(nll));
     json_object_set_new(j, "perplexity", json_real(fmin(exp(nll), 1e300)));
-    json_object_set_new(j, "mean_token_accuracy", json_real((double)s.hits / n));
-    json_object_set_new(j, "entropy", json_real(s.entropy / n));
-    if (ref) json_object_set_new(j, "kl", json_real(eval_kl(m, ref, ws, d)));
+    json_object_set_new(j, "mean_token_accuracy", json_real((double)p->sums.hits / n));
+    json_object_set_new(j, "entropy", json_real(p->sums.entropy / n));
+    if (ref) json_object_set_new(j, "kl", json_real(p->kl / p->records));
     return j;
+}
+
+static int eval_same(const char *a, const char *b) { return a == b || (a && b && !strcmp(a, b)); }
+
+/* All records of the domain of record `first`, whose earlier records are of others; 0 records if
+ * not. */
+static eval_part eval_measure(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_dataset *d,
+                              int first) {
+    const char *name = d->record[first].domain;
+    const data_seq **seq = arena_alloc(ws, (size_t)d->n * sizeof *seq);
+    eval_part p = {0};
+    for (int i = 0; i < d->n; i++) {
+        if (!eval_same(d->record[i].domain, name)) continue;
+        if (i < first) return (eval_part){0};
+        seq[p.records++] = &d->record[i].a;
+    }
+    p.sums = sft_measure(m, ws, seq, p.records);
+    if (ref) p.kl = eval_kl(m, ref, ws, seq, p.records);
+    return p;
+}
+
+/* Likelihood of a dataset of texts, overall and by domain; ref may be null. Held. */
+static json_t *eval_text(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_dataset *d) {
+    model_need_lm(m);
+    if (ref && m->c.vocab != ref->c.vocab)
+        err_throw(m->ctx, RLHF_ERR_ARG, "the model has %d tokens, the reference %d", m->c.vocab,
+                  ref->c.vocab);
+    json_t *slices = json_hold(m->ctx, json_object());
+    eval_part all = {0};
+    for (int i = 0; i < d->n; i++) {
+        arena_mark mark = arena_save(ws);
+        eval_part p = eval_measure(m, ref, ws, d, i);
+        arena_restore(ws, mark);
+        if (!p.records) continue;
+        all.records += p.records;
+        all.kl += p.kl;
+        all.sums.nll += p.sums.nll;
+        all.sums.entropy += p.sums.entropy;
+        all.sums.hits += p.sums.hits;
+        all.sums.tokens += p.sums.tokens;
+        if (d->record[i].domain)
+            json_object_set_new(slices, d->record[i].domain, eval_part_json(&p, ref));
+    }
+    if (!all.sums.tokens) err_throw(m->ctx, RLHF_ERR_DATA, "no token of the dataset bears loss");
+    json_t *j = eval_part_json(&all, ref);
+    json_object_set_new(j, "dropped", json_integer(d->dropped));
+    if (json_object_size(slices)) json_object_set(j, "domain", slices);
+    err_release(m->ctx);
+    return json_hold(m->ctx, j);
 }
 
 static json_t *eval_pairs_json(const rm_sums *s, double pos_std) {
@@ -10080,12 +10224,16 @@ static void cli_print_object(cli *c, const json_t *j) {
     }
     json_object_foreach((json_t *)(uintptr_t)j, key, v) {
         if (!json_is_object(v)) continue;
-        printf("\n%-24s %8s %9s %9s\n", key, "pairs", "accuracy", "margin");
-        json_object_foreach(v, name, slice)
-            printf("%-24s %8lld %9.3f %9.3f\n", name,
-                   (long long)json_integer_value(json_object_get(slice, "pairs")),
-                   json_real_value(json_object_get(slice, "accuracy")),
-                   json_real_value(json_object_get(slice, "margin")));
+        const char *column;
+        json_t *number, *first = json_object_iter_value(json_object_iter(v));
+        printf("\n%-24s", key);
+        json_object_foreach(first, column, number) printf(" %12.12s", column);
+        printf("\n");
+        json_object_foreach(v, name, slice) {
+            printf("%-24s", name);
+            json_object_foreach(slice, column, number) printf(" %12.5g", json_number_value(number));
+            printf("\n");
+        }
     }
 }
 

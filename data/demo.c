@@ -677,7 +677,7 @@ static void read_entry(candidate *e)
     read_kl(&e->all, last);
     if (!e->all.has_kl) die("%s: the result lacks the number \"kl\"", e->eval);
     for (int d = 0; d < DOMAINS; d++)
-        read_kl(&e->part[d], json_object_get(json_object_get(last, "domains"), fields[d].name));
+        read_kl(&e->part[d], json_object_get(json_object_get(last, "domain"), fields[d].name));
     json_decref(results);
 }
 

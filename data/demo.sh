@@ -10,10 +10,6 @@
 # (data/demo_config.json), DEMO_SEED (1), DEMO_THREADS (as many as the machine has).
 set -eu
 
-# Threads that sleep while they wait cost little here; threads that spin (the default of gcc's
-# runtime) make this model's short loops many times slower as soon as anything else wants a core.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-
 rlhf=${RLHF:-./rlhf}
 tool=${DEMO_TOOL:-build/demo-tool}
 out=${DEMO_OUT:-build/demo}

@@ -67,7 +67,7 @@ static bool demo_cell(const json_t *record, cell *c) {
            c->form >= 0 && c->form < FORMS && c->a > 0 && c->a <= 500 && c->b > 0 && c->b < 16;
 }
 
-TEST(generator_writes_the_same_bytes_twice) {
+TEST(demo_generator_writes_the_same_bytes_twice) {
     char one[1024], two[1024];
     snprintf(one, sizeof one, "%s", test_path("one"));
     snprintf(two, sizeof two, "%s", test_path("two"));
@@ -86,7 +86,7 @@ TEST(generator_writes_the_same_bytes_twice) {
 /* What is held out: no (wording, operands) of the examination occurs in anything that a model is
  * trained or evaluated on, neither as a cell nor as text; each fact is known from other wordings
  * and each wording from other facts. */
-TEST(held_out_questions_are_nowhere_in_training) {
+TEST(demo_held_out_questions_are_nowhere_in_training) {
     static bool trained[DOMAINS][501][16][FORMS], fact[DOMAINS][501][16], form[DOMAINS][FORMS];
     char dir[1024];
     snprintf(dir, sizeof dir, "%s", test_path("data"));
@@ -131,7 +131,7 @@ TEST(held_out_questions_are_nowhere_in_training) {
 }
 
 /* The right answers, computed a second time and in other words than the generator's. */
-TEST(right_answers_are_right) {
+TEST(demo_right_answers_are_right) {
     char dir[1024];
     snprintf(dir, sizeof dir, "%s", test_path("data"));
     REQUIRE(demo_generate(dir));
@@ -162,7 +162,7 @@ TEST(right_answers_are_right) {
 }
 
 /* The judge reads every answer that the generator words: the value and the tone. */
-TEST(judge_reads_what_the_generator_writes) {
+TEST(demo_judge_reads_what_the_generator_writes) {
     for (int d = 0; d < DOMAINS; d++)
         for (int tone = 0; tone < 2; tone++)
             for (int w = 0; w < WORDINGS; w++) {
@@ -181,7 +181,7 @@ TEST(judge_reads_what_the_generator_writes) {
 }
 
 /* Both kinds of rater see the same pairs; experts go by what is right, lay people by the tone. */
-TEST(raters_differ_only_in_their_verdicts) {
+TEST(demo_raters_differ_only_in_their_verdicts) {
     char dir[1024];
     snprintf(dir, sizeof dir, "%s", test_path("data"));
     REQUIRE(demo_generate(dir));
@@ -247,7 +247,7 @@ static double demo_share(const json_t *model, const char *key) {
     return get_number(model, key, "summary.json");
 }
 
-TEST(experts_make_it_right_lay_people_make_it_sure) {
+TEST(demo_experts_make_it_right_lay_people_make_it_sure) {
     const char *dir = getenv("DEMO_OUT");
     char path[2048];
     snprintf(path, sizeof path, "%s/summary.json", dir && *dir ? dir : "build/demo");
@@ -272,7 +272,8 @@ TEST(experts_make_it_right_lay_people_make_it_sure) {
     json_decref(summary);
 }
 
-TEST_MAIN(CASE(generator_writes_the_same_bytes_twice),
-          CASE(held_out_questions_are_nowhere_in_training), CASE(right_answers_are_right),
-          CASE(judge_reads_what_the_generator_writes), CASE(raters_differ_only_in_their_verdicts),
-          CASE(experts_make_it_right_lay_people_make_it_sure))
+TEST_MAIN(CASE(demo_generator_writes_the_same_bytes_twice),
+          CASE(demo_held_out_questions_are_nowhere_in_training),
+          CASE(demo_right_answers_are_right), CASE(demo_judge_reads_what_the_generator_writes),
+          CASE(demo_raters_differ_only_in_their_verdicts),
+          CASE(demo_experts_make_it_right_lay_people_make_it_sure))

@@ -306,21 +306,28 @@ TEST(sft_lowers_perplexity) {
     put_pieces(&b, text, &at, 8 * steps);
     rlhf_dataset *train = parse(ctx, tok, RLHF_DATA_SFT, 256, 1, &b);
     put_pieces(&b, text, &later, 40);
-    rlhf_dataset *held = parse(ctx, tok, RLHF_DATA_SFT, 256, 0, &b); /* the text alone */
+    text_buf copy = {malloc(b.n), b.n, b.n};
+    memcpy(copy.p, b.p, b.n);
+    rlhf_dataset *held = parse(ctx, tok, RLHF_DATA_SFT, 256, 1, &b);
+    rlhf_dataset *plain = parse(ctx, tok, RLHF_DATA_SFT, 256, 0, &copy); /* without the end */
     CHECK_EQ_I(rlhf_dataset_count(train), 8 * steps);
     CHECK_EQ_I(rlhf_dataset_dropped(train), 0);
     double before = eval_number(ctx, m, held, "perplexity");
+    double plain_before = eval_number(ctx, m, plain, "perplexity");
     rlhf_sft_config c = rlhf_sft_config_default();
     rlhf_trainer *t = NULL;
-    c.learning_rate = 3e-4;
+    c.learning_rate = 3e-5;
     c.warmup_steps = 4;
     c.num_train_epochs = 1;
     OK(ctx, rlhf_sft_open(m, tok, train, NULL, &c, &t));
     CHECK_EQ_I(rlhf_trainer_steps_total(t), steps);
     OK(ctx, rlhf_trainer_run(t));
     double after = eval_number(ctx, m, held, "perplexity");
-    printf(" held-out perplexity %.4f -> %.4f ", before, after);
-    CHECK(test_quick() || after < 0.99 * before);
+    double plain_after = eval_number(ctx, m, plain, "perplexity");
+    printf(" held-out perplexity %.4f -> %.4f, without the end token %.4f -> %.4f ", before, after,
+           plain_before, plain_after);
+    CHECK(test_quick() || (after < 0.95 * before && plain_after < 0.97 * plain_before));
+    rlhf_dataset_close(plain);
     rlhf_trainer_close(t);
     rlhf_dataset_close(train);
     rlhf_dataset_close(held);
@@ -332,7 +339,7 @@ TEST(sft_lowers_perplexity) {
 
 /* ---- a planted preference -------------------------------------------------------------------- */
 
-/* Sentences of 24 to 64 characters with one of the planted words in their first 30, and as many
+/* Sentences of 20 to 80 characters with one of the planted words in their first 40, and as many
  * without. */
 typedef struct planted {
     const char *with[900], *without[900];
@@ -344,14 +351,14 @@ static void find_sentences(const char *text, planted *p) {
     const char *s;
     p->n_with = p->n_without = 0;
     while ((n = next_sentence(text, &at, &s)) > 0) {
-        if (n < 24 || n > 64 || !is_plain(s, n)) continue;
+        if (n < 20 || n > 80 || !is_plain(s, n)) continue;
         int found = animal_at(s, n);
-        if (found >= 0 && found < 30 && p->n_with < 900) {
+        if (found >= 0 && found < 40 && p->n_with < 900) {
             p->with[p->n_with] = s;
             p->len_with[p->n_with++] = (int)n;
         }
         /* Sentences without are many: take those near the ones with. */
-        if (found < 0 && !strstr(s, "animal") && p->n_without < p->n_with && p->n_without < 900) {
+        if (found < 0 && p->n_without < p->n_with) {
             p->without[p->n_without] = s;
             p->len_without[p->n_without++] = (int)n;
         }
@@ -415,6 +422,7 @@ TEST(reward_model_and_ppo) {
     static planted p;
     REQUIRE(lm && tok && text);
     find_sentences(text, &p);
+    printf(" %d %d ", p.n_with, p.n_without);
     REQUIRE(p.n_with >= 600 && p.n_without >= 600);
     int train_to = 480;
     rlhf_dataset *held = planted_pairs(ctx, tok, &p, train_to, 600, 0);

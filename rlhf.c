@@ -1781,6 +1781,7 @@ typedef struct gemm_tile_args {
 typedef struct gemm_args {
     int m, n; /* rows and columns of C */
     gemm_tile_args t;
+    size_t ms; /* floats of A for each row from one tile to the next; 0: t.rs, A is not packed */
     k_map_fn *act; /* y = act(c), row by row while the block is in cache; null = none */
     float *y;      /* [m][ldy] */
     size_t ldy;
@@ -1953,7 +1954,7 @@ GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t
  * gemm_block knows the shapes without asking which set it runs. */
 static int gemm_yes(void) { return 1; }
 
-#define GEMM_PLAIN_KERNEL(name, type)  .name = k_r_##name,
+#define GEMM_PLAIN_KERNEL(name, type) .name = k_r_##name,
 #define GEMM_VECTOR_KERNEL(name, type) .name = k_v_##name,
 
 static const k_table k_ref = {.name = "ref",
@@ -2051,6 +2052,42 @@ static void gemm_pack(rlhf_ctx *ctx, const float *b, size_t ks, size_t ns, int k
     par_for(ctx, panels, par_grain((int64_t)RLHF_LANES * k), gemm_pack_range, &g);
 }
 
+typedef struct gemm_pack_a_args {
+    const float *a;
+    size_t ks; /* A element (m, k) is a[k * ks + m] */
+    int m, k, rows;
+    float *out;
+} gemm_pack_a_args;
+
+enum { GEMM_A_GROUP = 8 }; /* tiles packed side by side: each k reads a few whole cache lines */
+
+static void gemm_pack_a_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    const gemm_pack_a_args *g = arg;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++) {
+        int m0 = (int)i * GEMM_A_GROUP * g->rows;
+        int m1 = base_min(g->m, m0 + GEMM_A_GROUP * g->rows);
+        for (int k = 0; k < g->k; k++)
+            for (int m = m0; m < m1; m += g->rows)
+                memcpy(g->out + (size_t)m * (size_t)g->k + (size_t)k * (size_t)g->rows,
+                       g->a + (size_t)k * g->ks + m,
+                       (size_t)base_min(g->rows, g->m - m) * sizeof *g->out);
+    }
+}
+
+/* Floats that A[m][k] takes when packed into tiles. */
+static size_t gemm_packed_a_size(const k_table *kt, int m, int k) {
+    return base_round_up((size_t)m, (size_t)kt->rows) * (size_t)k;
+}
+
+/* Packs A, stored with m running fastest, into tiles out[m / rows][k][rows]. Read in place, each
+ * step of k would touch another page, and steps of a power of two another line of the same set. */
+static void gemm_pack_a(rlhf_ctx *ctx, const float *a, size_t ks, int m, int k, float *out) {
+    gemm_pack_a_args g = {a, ks, m, k, ctx->k->rows, out};
+    int group = GEMM_A_GROUP * g.rows;
+    par_for(ctx, (m + group - 1) / group, par_grain((int64_t)group * k), gemm_pack_a_range, &g);
+}
+
 /* ---- driver ---- */
 
 /* One tile whose last panel is n < 16 columns wide: computed in a full stack tile, from which the
@@ -2080,7 +2117,7 @@ static void gemm_block(const k_table *kt, const gemm_args *g, int m0, int m1, in
         for (int m = m0; m < m1; m += kt->rows) {
             int rows = base_min(kt->rows, m1 - m);
             gemm_tile_args t = g->t;
-            t.a += (size_t)m * t.rs;
+            t.a += (size_t)m * (g->ms ? g->ms : t.rs);
             t.b += (size_t)p * t.bs;
             t.c += (size_t)m * t.ldc + (size_t)p * RLHF_LANES;
             if (t.bias) t.bias += (size_t)p * RLHF_LANES;
@@ -2286,10 +2323,19 @@ static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x
     float *packed = arena_floats(e->ws, gemm_packed_size(m, w->k), 1);
     gemm_pack(e->ctx, x, (size_t)w->k, 1, m, w->k, packed);
     gemm_args g = {.m = w->n, .n = w->k};
+    const float *a = dy;
+    size_t cs = (size_t)w->n;
+    if (w->n > 4 * e->ctx->k->rows) {
+        float *tiles = arena_floats(e->ws, gemm_packed_a_size(e->ctx->k, w->n, m), 1);
+        gemm_pack_a(e->ctx, dy, cs, w->n, m, tiles);
+        a = tiles;
+        cs = (size_t)e->ctx->k->rows;
+        g.ms = (size_t)m;
+    }
     g.t = (gemm_tile_args){.k = m,
-                           .a = dy,
+                           .a = a,
                            .rs = 1,
-                           .cs = (size_t)w->n,
+                           .cs = cs,
                            .b = packed,
                            .bs = (size_t)m * RLHF_LANES,
                            .c = w->gw,
@@ -5098,12 +5144,22 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
 /* ============================================================================================
  * MARK: - 14 MODEL (model_)
  * A decoder. A family is data: a reader for its config.json and a list that maps its tensors onto
- * one table of parameters; forward, backward and decoding are written once for all. All weights
- * lie in one array, gradients and moments in arrays of the same layout. Sampling with a cache of
- * keys and values and training run through model_forward alike.
+ * one table of parameters; forward, backward and decoding are written once for all. All weights lie
+ * in one array, gradients and moments in arrays of the same layout. Sampling with a cache of keys
+ * and values and training run through model_forward alike.
+ *
+ * A pass is made of layers (x is the residual stream [rows][d]) and a head:
+ *     x += attention(norm(x))        x += mlp(norm(x))        logits or score = norm(x) W^T
+ * The head sees chosen rows only. A model owns its weights, tables and packed matrices; gradients
+ * are lent by an optimizer. What a pass computes lies in the caller's arena.
+ *
+ * Entry: model_batch, model_forward, model_top_fwd, model_backward; model_score_list.
+ * Invariant: version changes whenever weights do; packed matrices of another version are stale.
  * Tests: test/test_model.c, test/test_golden.c
  * ============================================================================================ */
 
+/* What config.json says, in the terms of this section. Names follow the papers: ff is the width of
+ * the MLP, hd that of a head; heads hd need not be d. */
 typedef struct model_cfg {
     int vocab, d, layers, heads, kv_heads, hd, ff, positions;
     float eps, theta, init_range;
@@ -5111,14 +5167,16 @@ typedef struct model_cfg {
     int layer_norm;                                        /* 1: LayerNorm with bias, 0: RMSNorm */
     int learned_pos;                                       /* 1: a table of positions, 0: rotary */
     int glu;                                               /* 1: silu(gate) up, 0: gelu */
-    int qkv_bias, o_bias, mlp_bias, tied;
+    int qkv_bias, o_bias, mlp_bias, tied;                  /* tied: logits come from WTE */
     int scaled_init; /* residual projections start smaller by sqrt(2 layers) */
-    rlhf_head head;
+    rlhf_head head;  /* by "architectures": a ...ForSequenceClassification is a scorer */
 } model_cfg;
 
-/* name, in every layer, rows, columns, exists, initial value ('n' normal, 'r' normal of a residual
- * projection, '1', '0'). Weight decay applies to those with more than one column and to the score
- * head. */
+/* Every parameter: name, in every layer, rows, columns, exists, initial value ('n' normal, 'r'
+ * normal of a residual projection, '1', '0'). The list makes the enum, the layout, initialisation,
+ * weight decay (to those with more than one column and to the score head) and the order of
+ * model_hash. A matrix is [rows][cols] with y = x W^T; QKV holds queries, keys and values below
+ * each other, UP gate and up. */
 #define MODEL_PARAMS(X)                                                                            \
     X(WTE, 0, c->vocab, c->d, 1, 'n')                                                              \
     X(WPE, 0, c->positions, c->d, c->learned_pos, 'n')                                             \
@@ -5139,6 +5197,7 @@ typedef struct model_cfg {
     X(HEAD, 0, c->vocab, c->d, c->head == RLHF_HEAD_LM && !c->tied, 'n')                           \
     X(SCORE, 0, 1, c->d, c->head == RLHF_HEAD_SCORE, '0')
 
+/* P_WTE ... P_SCORE; P_COUNT also stands for "no bias". */
 typedef enum model_param {
 #define MODEL_ENUM(name, per_layer, rows, cols, exists, init) P_##name,
     MODEL_PARAMS(MODEL_ENUM)
@@ -5149,20 +5208,24 @@ typedef enum model_param {
 /* Which part of a parameter's rows a tensor of a file holds. */
 typedef enum model_part { PART_ALL, PART_Q, PART_K, PART_V, PART_GATE, PART_UP } model_part;
 
+/* One tensor of a file and where it goes. transposed: the file has [cols][rows], as GPT-2's
+ * Conv1D. */
 typedef struct model_tensor {
     const char *name; /* %d stands for the layer */
     uint8_t param, part, transposed;
 } model_tensor;
 
+/* What one "model_type" is. Two families may share a list of tensors. */
 typedef struct model_family {
-    const char *type, *lm_class, *score_class;
-    const char *prefix; /* of every name below; files may lack it */
+    const char *type, *lm_class, *score_class; /* values of "model_type", "architectures" */
+    const char *prefix;                        /* of every name below; files may lack it */
     int prefix_optional;
     const model_tensor *tensors;
     void (*read)(const json_src *src, const json_t *config, model_cfg *c);
 } model_family;
 
-/* Place of one parameter in the flat array, one layer. */
+/* Place of one parameter in the flat array: n floats from at, in the first layer that has it. n 0:
+ * this model has none. */
 typedef struct model_slot {
     size_t at, n;
     int rows, cols;
@@ -5171,10 +5234,10 @@ typedef struct model_slot {
 struct rlhf_model {
     rlhf_ctx *ctx;
     const model_family *family;
-    model_cfg c;
+    model_cfg c;    /* fixed once the model is made */
     json_t *config; /* as read; written back with what this library adds */
     size_t n;       /* floats in w */
-    float *w;
+    float *w;       /* [n], laid out by slot */
     float *g;       /* gradients, lent by the trainer that is open; null otherwise */
     float *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
     model_slot slot[P_COUNT];
@@ -5188,12 +5251,13 @@ struct rlhf_model {
     arena keep; /* packed weights and tables: as long as the model */
     int32_t eos[16];
     int n_eos, bos;
-    int score_trained;
+    int score_trained; /* 0: the head holds what a clone starts with; scoring is refused */
     float score_mean, score_std; /* reward = (score - mean) / std */
 };
 
 /* ---- families ---- */
 
+/* As transformers names them. */
 static const model_tensor model_gpt2_tensors[] = {
     {"wte.weight", P_WTE, PART_ALL, 0},
     {"wpe.weight", P_WPE, PART_ALL, 0},
@@ -5215,6 +5279,7 @@ static const model_tensor model_gpt2_tensors[] = {
     {"!score.weight", P_SCORE, PART_ALL, 0},
     {NULL, 0, 0, 0}};
 
+/* Of llama and of what differs from it by biases and windows alone (mistral, qwen2). */
 static const model_tensor model_llama_tensors[] = {
     {"embed_tokens.weight", P_WTE, PART_ALL, 0},
     {"layers.%d.input_layernorm.weight", P_LN1_W, PART_ALL, 0},
@@ -5240,6 +5305,8 @@ static const model_tensor model_llama_tensors[] = {
 
 enum { MODEL_MAX = 1 << 24 }; /* larger sizes in a config are taken for damage */
 
+/* Throws unless the text under key is one of `allowed` (separated by '|'): where a family's files
+ * may ask for what nothing here computes. */
 static void model_need_choice(const json_src *src, const json_t *config, const char *key,
                               const char *def, const char *allowed) {
     const char *value = json_opt_str(src, config, key, def);
@@ -5250,6 +5317,7 @@ static void model_need_choice(const json_src *src, const json_t *config, const c
               src->file, key, value, allowed);
 }
 
+/* Readers fill what is not zero in c; the file's defaults are those of transformers. */
 static void model_read_gpt2(const json_src *src, const json_t *j, model_cfg *c) {
     c->d = (int)json_need_int(src, j, "n_embd", 1, MODEL_MAX);
     c->layers = (int)json_need_int(src, j, "n_layer", 1, 100000);
@@ -5266,7 +5334,8 @@ static void model_read_gpt2(const json_src *src, const json_t *j, model_cfg *c) 
     c->tied = json_opt_bool(src, j, "tie_word_embeddings", 1);
 }
 
-/* Rotary positions, in the form of transformers 5 (rope_parameters) or the one before it. */
+/* Rotary positions, in the form of transformers 5 (rope_parameters) or the one before it
+ * (rope_theta, rope_scaling). */
 static void model_read_rope(const json_src *src, const json_t *j, model_cfg *c) {
     const json_t *rope = json_opt_object(src, j, "rope_parameters");
     c->theta = (float)json_opt_real(src, rope ? rope : j, "rope_theta", 10000.0);
@@ -5286,7 +5355,8 @@ static void model_read_rope(const json_src *src, const json_t *j, model_cfg *c) 
     c->rope_original = (float)json_need_real(src, rope, "original_max_position_embeddings");
 }
 
-/* Attention to a window is attention to everything while the text is no longer than the window. */
+/* Attention to a window is attention to everything while the text is no longer than the window:
+ * positions are limited to it, and longer texts refused. */
 static void model_read_window(const json_src *src, const json_t *j, model_cfg *c) {
     c->positions = base_min(c->positions,
                             (int)json_opt_int(src, j, "sliding_window", 1, MODEL_MAX, MODEL_MAX));
@@ -5337,6 +5407,7 @@ static const model_family model_families[] = {
      model_llama_tensors, model_read_qwen2}};
 enum { MODEL_FAMILIES = sizeof model_families / sizeof *model_families };
 
+/* The family that config.json names, or an error that lists the known ones. */
 static const model_family *model_find_family(const json_src *src, const json_t *config) {
     const char *type = json_need_str(src, config, "model_type");
     char known[256] = "";
@@ -5349,13 +5420,15 @@ static const model_family *model_find_family(const json_src *src, const json_t *
               src->file, type, known);
 }
 
+/* Adds an end-of-text id unless it is there; more than the array holds are left out. */
 static void model_add_eos(rlhf_model *m, int64_t id) {
     for (int i = 0; i < m->n_eos; i++)
         if (m->eos[i] == id) return;
     if (m->n_eos < (int)(sizeof m->eos / sizeof *m->eos)) m->eos[m->n_eos++] = (int32_t)id;
 }
 
-/* eos_token_id (a number or a list) and bos_token_id of config.json or generation_config.json. */
+/* eos_token_id (a number or a list) and bos_token_id of config.json or generation_config.json. Both
+ * files' ids end a text, since either may be the complete one. */
 static void model_read_special(rlhf_model *m, const json_src *src, const json_t *j) {
     json_t *e = json_get(j, "eos_token_id"), *x;
     size_t i;
@@ -5372,6 +5445,8 @@ static void model_read_special(rlhf_model *m, const json_src *src, const json_t 
 
 /* ---- layout ---- */
 
+/* Fills slot, layer_size and n: first what exists once, then the layers one after the other. Every
+ * parameter begins at a multiple of RLHF_LANES floats; the gaps are zeros and stay so. */
 static void model_layout(rlhf_model *m) {
     const model_cfg *c = &m->c;
     size_t at = 0, layer = 0;
@@ -5391,6 +5466,7 @@ static void model_layout(rlhf_model *m) {
     m->n = at + base_mul(m->ctx, layer, (size_t)c->layers);
 }
 
+/* What the layout does not keep of the table. */
 static const struct {
     uint8_t per_layer, init;
 } model_param_info[P_COUNT] = {
@@ -5399,10 +5475,12 @@ static const struct {
 #undef MODEL_INFO
 };
 
+/* Layers that have the parameter: 0, 1 or all. Loops over (p, layer) visit every weight once. */
 static int model_param_layers(const rlhf_model *m, int p) {
     return m->slot[p].n ? (model_param_info[p].per_layer ? m->c.layers : 1) : 0;
 }
 
+/* Place of a parameter of one layer in w, and of its gradient and moments in theirs. */
 static size_t model_at(const rlhf_model *m, int p, int layer) {
     return m->slot[p].at + (model_param_info[p].per_layer ? (size_t)layer * m->layer_size : 0);
 }
@@ -5412,17 +5490,20 @@ static float *model_w(const rlhf_model *m, int p, int layer) {
     return m->slot[p].n ? m->w + model_at(m, p, layer) : NULL;
 }
 
+/* Its gradient, null also while no optimizer is attached. */
 static float *model_g(const rlhf_model *m, int p, int layer) {
     return m->slot[p].n && m->g ? m->g + model_at(m, p, layer) : NULL;
 }
 
+/* Weights, without gaps. */
 static int64_t model_count(const rlhf_model *m) {
     int64_t n = 0;
     for (int p = 0; p < P_COUNT; p++) n += (int64_t)m->slot[p].n * model_param_layers(m, p);
     return n;
 }
 
-/* A model without weights: everything from a parsed config.json, which the model keeps. */
+/* A model with zero weights: everything from a parsed config.json. Setting m->config, and keeping
+ * its reference, is the caller's part. */
 static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config) {
     rlhf_model *m = mem_zalloc(ctx, 1, sizeof *m);
     m->ctx = ctx;
@@ -5446,6 +5527,7 @@ static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config)
     return m;
 }
 
+/* Gives everything back, at any time after model_new; null is not allowed. */
 static void model_free(rlhf_model *m) {
     arena_free(&m->ws);
     arena_free(&m->keep);
@@ -5456,13 +5538,17 @@ static void model_free(rlhf_model *m) {
     mem_free(m);
 }
 
-/* A standard normal number (Box-Muller); the functions of 06 make it the same bits everywhere. */
+/* A standard normal number (Box and Muller 1958): sqrt(-2 ln u) cos(2 pi v) with u in (0, 1]. The
+ * functions of 06 make it the same bits everywhere. */
 static float model_normal(uint64_t seed, uint64_t stream, uint64_t index) {
     float u = (float)(1.0 - rng_uniform(seed, stream, 2 * index)), s, c;
     v_sincos1((float)(6.283185307179586 * rng_uniform(seed, stream, 2 * index + 1)), &s, &c);
     return sqrtf(-2.0f * v_log1(u < FLT_MIN ? FLT_MIN : u)) * c;
 }
 
+/* Initial weights by the table: N(0, init_range), residual projections 'r' by sqrt(2 layers)
+ * smaller where the family does so (Radford et al. 2019). A weight's number is its place in w, so
+ * the result is a function of config and seed. */
 static void model_randomize(rlhf_model *m, uint64_t seed) {
     for (int p = 0; p < P_COUNT; p++)
         for (int layer = 0; layer < model_param_layers(m, p); layer++) {
@@ -5479,7 +5565,8 @@ static void model_randomize(rlhf_model *m, uint64_t seed) {
     m->version++;
 }
 
-/* The score head: N(0, 1 / (d + 1)), as OpenAI's reward models. */
+/* The score head: N(0, 1 / (d + 1)), as in Stiennon et al. (2020), so that scores of normed states
+ * begin near deviation 1. */
 static void model_init_score(rlhf_model *m, uint64_t seed) {
     float *w = model_w(m, P_SCORE, 0), std = 1.0f / sqrtf((float)m->c.d + 1.0f);
     for (int i = 0; i < m->c.d; i++) w[i] = std * model_normal(seed, RNG_HEAD, (uint64_t)i);
@@ -5488,7 +5575,8 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
 
 /* ---- pieces of a pass ---- */
 
-/* A matrix ready for op_linear: its forward panels are packed when they are stale. */
+/* A matrix ready for op_linear: its forward panels are packed when they are stale, which is once
+ * for each optimizer step that changed it. bias P_COUNT: none. */
 static op_weight model_weight(rlhf_model *m, int p, int bias, int layer) {
     size_t i = (size_t)layer * P_COUNT + (size_t)p;
     const model_slot *s = m->slot + p;
@@ -5510,12 +5598,13 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer) {
     return o;
 }
 
-/* The matrix from hidden states to logits, or to the score. */
+/* The matrix from normed states to logits [vocab][d], or to the score [1][d]. */
 static op_weight model_head_weight(rlhf_model *m) {
     if (m->c.head == RLHF_HEAD_SCORE) return model_weight(m, P_SCORE, P_COUNT, 0);
     return model_weight(m, m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0);
 }
 
+/* The norm whose weight is p, for rows; the caller sets x, y and the like. */
 static op_norm model_norm(rlhf_model *m, int p, int layer, int rows) {
     op_norm o = {.k = m->ctx->k, .n = m->c.d, .eps = m->c.eps, .rows = rows};
     o.w = model_w(m, p, layer);
@@ -5528,8 +5617,9 @@ static op_norm model_norm(rlhf_model *m, int p, int layer, int rows) {
 _Static_assert(P_LN1_B == P_LN1_W + 1 && P_LN2_B == P_LN2_W + 1 && P_LNF_B == P_LNF_W + 1,
                "a norm's bias follows its weight");
 
-/* Radians by which dimension j turns from one position to the next. Llama 3 slows the long waves
- * down by a factor, leaves the short ones, and blends in between. */
+/* Radians by which dimension j turns from one position to the next: theta^(-2j / hd) (Su et al.
+ * 2021). Llama 3 slows the long waves down by a factor, leaves the short ones, and blends in
+ * between. */
 static float model_rope_frequency(const model_cfg *c, int j) {
     float inv = (float)(1.0 / pow((double)c->theta, (double)j / (c->hd / 2)));
     if (c->rope_factor == 0) return inv;
@@ -5540,12 +5630,14 @@ static float model_rope_frequency(const model_cfg *c, int j) {
     return (1.0f - smooth) * inv / c->rope_factor + smooth * inv;
 }
 
-/* Tables of the rotation for positions below len. */
+/* Tables of the rotation for positions below len, in `keep`. They grow by doubling; outgrown ones,
+ * together no larger than the newest, stay until the model goes. */
 static void model_rope_tables(rlhf_model *m, int len) {
     if (m->c.learned_pos || len <= m->rope_len) return;
     int half = m->c.hd / 2, want = base_min(m->c.positions, base_max(len, 2 * m->rope_len));
     float *c = arena_floats(&m->keep, (size_t)want, (size_t)half);
     float *s = arena_floats(&m->keep, (size_t)want, (size_t)half);
+    /* c holds the angles first, then their cosines. */
     for (int p = 0; p < want; p++) {
         for (int j = 0; j < half; j++) {
             float inv = model_rope_frequency(&m->c, j);
@@ -5561,13 +5653,13 @@ static void model_rope_tables(rlhf_model *m, int len) {
 
 /* ---- forward ---- */
 
-/* What backward needs of a layer. */
+/* What backward needs of a layer; [rows][...] as the operations of 09 have them. */
 typedef struct model_acts {
     float *x1, *h1, *mean1, *rstd1; /* input of the layer; its norm */
-    float *qkv, *o, *lse;
+    float *qkv, *o, *lse;           /* as in op_attn; qkv is rotated */
     float *x2, *h2, *mean2, *rstd2; /* after attention; its norm */
-    float *up, *act;
-    op_seq *seq;
+    float *up, *act;                /* MLP before and after its activation */
+    op_seq *seq;                    /* the run's, with this layer's kv */
 } model_acts;
 
 /* One pass over a ragged batch. */
@@ -5581,6 +5673,8 @@ typedef struct model_run {
     float *x;                 /* out: residual stream behind the last layer, [rows][d] */
 } model_run;
 
+/* Empty keys and values for cap positions, in ws. Zeros, so that what a product of whole panels
+ * reads behind the last position is defined; it takes no part in any result. */
 static op_kv model_kv_new(rlhf_model *m, arena *ws, int cap) {
     op_kv kv = {.cap = (int)base_round_up((size_t)cap, RLHF_LANES)};
     kv.k = arena_zeros(ws, op_kv_k_size(m->c.kv_heads, m->c.hd, kv.cap), 1);
@@ -5588,6 +5682,8 @@ static op_kv model_kv_new(rlhf_model *m, arena *ws, int cap) {
     return kv;
 }
 
+/* Throws unless every id is in the vocabulary and every sequence fits the positions: all that the
+ * passes below rely on. */
 static void model_check_run(rlhf_model *m, const model_run *run) {
     for (int i = 0; i < run->rows; i++)
         if (run->ids[i] < 0 || run->ids[i] >= m->c.vocab)
@@ -5648,6 +5744,7 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
         if (run->kv) a->seq[s].kv = run->kv[(size_t)layer * (size_t)run->seqs + (size_t)s];
         else if (run->save || layer == 0) a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
     }
+    /* Attention: norm, queries keys values, rotation, attention, output added to x. */
     op_norm n1 = model_norm(m, P_LN1_W, layer, n);
     n1.x = a->x1, n1.y = a->h1, n1.mean = a->mean1, n1.rstd = a->rstd1;
     op_norm_fwd(e, &n1);
@@ -5659,6 +5756,7 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     op_attn_fwd(e, &at);
     if (run->save) memcpy(a->x2, a->x1, bytes);
     op_linear(e, &o, n, a->o, a->x2, GEMM_ADD, NULL, NULL);
+    /* MLP: norm, up with its activation, down added to x. */
     op_norm n2 = model_norm(m, P_LN2_W, layer, n);
     n2.x = a->x2, n2.y = a->h2, n2.mean = a->mean2, n2.rstd = a->rstd2;
     op_norm_fwd(e, &n2);
@@ -5673,7 +5771,9 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     op_linear(e, &down, n, a->act, run->x, GEMM_ADD, NULL, NULL);
 }
 
-/* Runs the batch through all layers. Everything it allocates lies in ws, above what is there. */
+/* Runs the batch through all layers: run->x becomes the residual stream behind the last one,
+ * [rows][d], run->acts what backward needs. Everything it allocates lies in ws, above what is
+ * there, and is the caller's to restore. With run->kv the rows continue their sequences' caches. */
 static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
     const model_cfg *c = &m->c;
     model_check_run(m, run);
@@ -5695,6 +5795,7 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
                    .x = x};
     op_embed_fwd(&e, &em);
     run->x = x;
+    /* With save every layer has its own buffers and every state of x its own copy. */
     for (int l = 0; l < c->layers; l++) {
         if (run->save || l == 0) run->acts[l] = model_acts_new(m, ws, run);
         else run->acts[l] = run->acts[0];
@@ -5709,7 +5810,9 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
 /* ---- backward ---- */
 
 /* dx [rows][d], the gradient of run->x, becomes that of the layer's input; weight gradients are
- * added to m->g. */
+ * added to m->g. The residual connections are why dx is added to: a branch's gradient joins what
+ * flows past it. Runs the forward steps backward: down, activation, up, norm; o, attention,
+ * rotation, qkv, norm. */
 static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int layer, float *dx) {
     const model_cfg *c = &m->c;
     model_acts *a = run->acts + layer;
@@ -5721,6 +5824,7 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     op_weight up = model_weight(m, P_UP_W, P_UP_B, layer);
     op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer);
 
+    /* MLP branch. */
     op_linear_bwd_w(e, &down, n, a->act, dx);
     float *dact = arena_floats(e->ws, rows, (size_t)c->ff), *dup = dact;
     op_linear_bwd_x(e, &down, n, dx, dact, NULL);
@@ -5739,6 +5843,7 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     n2.x = a->x2, n2.mean = a->mean2, n2.rstd = a->rstd2, n2.dy = dh, n2.dx = dx;
     op_norm_bwd(e, &n2);
 
+    /* Attention branch. */
     op_linear_bwd_w(e, &o, n, a->o, dx);
     float *dout = arena_floats(e->ws, rows, (size_t)(c->heads * c->hd));
     op_linear_bwd_x(e, &o, n, dx, dout, NULL);
@@ -5746,6 +5851,7 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     at.dout = dout;
     at.dqkv = arena_zeros(e->ws, rows, (size_t)op_attn_width(&at));
     op_attn_bwd(e, &at);
+    /* The rotation undone on the gradients of queries and keys. */
     op_attn back = at;
     back.qkv = at.dqkv;
     back.sign = -1;
@@ -5758,7 +5864,9 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     arena_restore(e->ws, mark);
 }
 
-/* Adds the gradients of all weights below run->x, given its gradient dx (destroyed). */
+/* Adds the gradients of all weights below run->x, given its gradient dx (destroyed). run went
+ * through model_forward with save. Where WTE is the head too, the embedding's part goes to g_embed
+ * (opt_join says why). */
 static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float *dx) {
     op_env e = {m->ctx, ws};
     for (int l = m->c.layers - 1; l >= 0; l--) model_layer_bwd(m, &e, run, l, dx);
@@ -5776,13 +5884,15 @@ static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float
 
 /* ---- heads ---- */
 
-/* The final norm of chosen rows, which is all that a head sees. */
+/* The final norm of chosen rows, which is all that a head sees: rows that bear no loss never meet
+ * the vocabulary. */
 typedef struct model_top {
     int n;
     const int *row;
     float *x, *h, *mean, *rstd; /* gathered residual rows, their norm [n][d] */
 } model_top;
 
+/* Gathers n rows of x and norms them. row must outlive the result; a row may be chosen once. */
 static model_top model_top_fwd(rlhf_model *m, arena *ws, const float *x, const int *row, int n) {
     op_env e = {m->ctx, ws};
     size_t d = (size_t)m->c.d;
@@ -5813,14 +5923,14 @@ static float *model_top_bwd(rlhf_model *m, arena *ws, const model_top *t, const 
     return dx;
 }
 
-/* Raw scores of the chosen rows. */
+/* Raw scores [n] of the chosen rows. */
 static void model_scores(rlhf_model *m, arena *ws, const model_top *t, float *score) {
     op_env e = {m->ctx, ws};
     op_weight w = model_head_weight(m);
     op_linear(&e, &w, t->n, t->h, score, GEMM_STORE, NULL, NULL);
 }
 
-/* Backward of model_scores and everything below it, given d loss / d score. */
+/* Backward of model_scores and everything below it, given dscore = d loss / d score [n]. */
 static void model_scores_bwd(rlhf_model *m, arena *ws, const model_run *run, const model_top *t,
                              const float *dscore) {
     op_env e = {m->ctx, ws};
@@ -5833,7 +5943,8 @@ static void model_scores_bwd(rlhf_model *m, arena *ws, const model_run *run, con
 
 /* ---- batches ---- */
 
-/* Token sequences as one ragged batch that starts at position 0. Arrays lie in ws. */
+/* Token sequences ids[i][len[i]] as one ragged batch that starts at position 0. Arrays lie in
+ * ws. */
 static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, const int *len) {
     model_run run = {.seqs = seqs};
     for (int i = 0; i < seqs; i++) run.rows += len[i];
@@ -5857,13 +5968,14 @@ static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, con
 /* How many of the sequences from `from` on fit into one batch of about MODEL_BATCH_TOKENS. */
 enum { MODEL_BATCH_TOKENS = 4096 };
 
+/* At least one. The cut changes memory and time, not results. */
 static int model_batch_count(const int *len, int from, int n) {
     int tokens = 0, i = from;
     while (i < n && (i == from || tokens + len[i] <= MODEL_BATCH_TOKENS)) tokens += len[i++];
     return i - from;
 }
 
-/* Raw scores at the last token of n sequences. */
+/* Raw scores at the last token of n sequences, in batches; len[i] >= 1. */
 static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *const *ids,
                              const int *len, float *score) {
     for (int at = 0, k; at < n; at += k) {
@@ -5879,11 +5991,12 @@ static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *con
     }
 }
 
-/* The reward of a raw score. */
+/* The reward of a raw score: the normalisation that rm_normalize measured. */
 static float model_reward(const rlhf_model *m, float score) {
     return (score - m->score_mean) / (m->score_std > 1e-8f ? m->score_std : 1e-8f);
 }
 
+/* Throws unless the model can score. */
 static void model_need_score(const rlhf_model *m) {
     if (m->c.head != RLHF_HEAD_SCORE)
         err_throw(m->ctx, RLHF_ERR_ARG,
@@ -5894,11 +6007,13 @@ static void model_need_score(const rlhf_model *m) {
                   "with rlhf rm");
 }
 
+/* Throws unless the model is a language model. */
 static void model_need_lm(const rlhf_model *m) {
     if (m->c.head != RLHF_HEAD_LM)
         err_throw(m->ctx, RLHF_ERR_ARG, "the model is a reward model; this needs a language model");
 }
 
+/* Whether a token ends a text. */
 static int model_is_eos(const rlhf_model *m, int32_t id) {
     for (int i = 0; i < m->n_eos; i++)
         if (m->eos[i] == id) return 1;
@@ -5906,7 +6021,7 @@ static int model_is_eos(const rlhf_model *m, int32_t id) {
 }
 
 /* A hash of the weights: FNV-1a over their 32-bit patterns, parameter by parameter in table order.
- */
+ * Gaps and the layout's order are not part of it. */
 static uint64_t model_hash(const rlhf_model *m) {
     uint64_t h = 14695981039346656037u;
     for (int p = 0; p < P_COUNT; p++)
@@ -5936,22 +6051,26 @@ static char *ckpt_path(rlhf_ctx *ctx, const char *dir, const char *name) {
 
 /* ---- safetensors ---- */
 
+/* A mapped file whose header has been checked. */
 typedef struct ckpt_file {
-    json_src src;
+    json_src src; /* of its messages */
     const json_t *header;
     const unsigned char *data; /* behind the header */
     size_t size;
 } ckpt_file;
 
+/* Bytes [from, to) of the data. */
 typedef struct ckpt_span {
     size_t from, to;
 } ckpt_span;
 
+/* By where they begin. */
 static int ckpt_compare_spans(const void *a, const void *b) {
     const ckpt_span *x = a, *y = b;
     return x->from < y->from ? -1 : x->from > y->from;
 }
 
+/* Bytes of one element, 0 for a name that the format does not have. */
 static size_t ckpt_dtype_size(const char *dtype) {
     static const struct {
         const char *name;
@@ -5963,7 +6082,8 @@ static size_t ckpt_dtype_size(const char *dtype) {
     return 0;
 }
 
-/* One entry's place, checked against its shape and the file. */
+/* One entry's place, checked against its shape and the file: the product of the shape times the
+ * size of an element is what the range holds, and the range lies in the data. */
 static ckpt_span ckpt_entry_span(const ckpt_file *f, const char *name, const json_t *entry) {
     rlhf_ctx *ctx = f->src.ctx;
     json_src src = f->src;
@@ -5996,6 +6116,8 @@ static ckpt_span ckpt_entry_span(const ckpt_file *f, const char *name, const jso
     return (ckpt_span){(size_t)from, (size_t)to};
 }
 
+/* Throws unless every entry is well-formed and no two overlap, which would let one tensor's bytes
+ * be read as another's. */
 static void ckpt_check(const ckpt_file *f) {
     json_t *header = (json_t *)(uintptr_t)f->header, *entry;
     const char *name;
@@ -6022,6 +6144,7 @@ static void ckpt_check(const ckpt_file *f) {
 static ckpt_file ckpt_map(rlhf_ctx *ctx, const char *path) {
     ckpt_file f = {.src = json_source(ctx, path)};
     const io_view *view = io_map(ctx, path);
+    /* The header's length, byte by byte: no alignment, no trust. */
     uint64_t n = 0;
     if (view->size >= 8)
         for (int i = 7; i >= 0; i--) n = n << 8 | view->data[i];
@@ -6039,6 +6162,7 @@ static ckpt_file ckpt_map(rlhf_ctx *ctx, const char *path) {
     return f;
 }
 
+/* A half-precision number, exactly; denormals by value, NaN with its payload. */
 static float ckpt_half(uint16_t h) {
     uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, m = h & 1023;
     if (e == 31) return v_bits1((int32_t)(sign | 0x7f800000u | m << 13));
@@ -6047,7 +6171,8 @@ static float ckpt_half(uint16_t h) {
     return sign ? -f : f;
 }
 
-/* Element i of a tensor's bytes as a float; dtype F32, F16 or BF16. */
+/* Element i of a tensor's bytes as a float; kind '4': F32, 'h': F16, 'b': BF16, the upper half of
+ * an F32. Files align nothing, hence memcpy. */
 static float ckpt_value(const unsigned char *p, char kind, size_t i) {
     if (kind == '4') {
         float f;
@@ -6059,8 +6184,9 @@ static float ckpt_value(const unsigned char *p, char kind, size_t i) {
     return kind == 'h' ? ckpt_half(h) : v_bits1((int32_t)((uint32_t)h << 16));
 }
 
-/* Copies a tensor to out [rows][cols]; transposed: the file holds [cols][rows]. cols 1: the file
- * holds [rows]. */
+/* Copies the checked tensor `name` to out [rows][cols] as floats; transposed: the file holds
+ * [cols][rows]. one_dim: the file holds [rows] (cols is 1). Any other shape or dtype is an
+ * error. */
 static void ckpt_load(const ckpt_file *f, const char *name, const json_t *entry, size_t rows,
                       size_t cols, int one_dim, int transposed, float *out) {
     rlhf_ctx *ctx = f->src.ctx;
@@ -6092,7 +6218,8 @@ static void ckpt_load(const ckpt_file *f, const char *name, const json_t *entry,
             out[r * cols + c] = ckpt_value(p, kind, transposed ? c * rows + r : r * cols + c);
 }
 
-/* One tensor to be written: [rows][cols] floats at data, or their transpose; cols 0: [rows]. */
+/* One tensor to be written: [rows][cols] floats at data, or their transpose; cols 0: [rows]. The
+ * data stay the caller's. */
 typedef struct ckpt_tensor {
     char name[160];
     size_t rows, cols;
@@ -6100,7 +6227,8 @@ typedef struct ckpt_tensor {
     const float *data;
 } ckpt_tensor;
 
-/* Writes n tensors as F32. The file is in place when the call returns. */
+/* Writes n tensors as F32, in the order of the list, without gaps. The file is in place when the
+ * call returns; the same tensors give the same bytes. */
 static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, int n) {
     json_t *header = json_hold(ctx, json_object());
     json_object_set_new(header, "__metadata__", json_pack("{s:s}", "format", "pt"));
@@ -6115,6 +6243,7 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
                                       "data_offsets", (json_int_t)at, (json_int_t)(at + bytes)));
         at += bytes;
     }
+    /* The header is padded with spaces to 8 bytes, so that the data are aligned in a mapping. */
     size_t len;
     char *text = json_text(ctx, header, JSON_COMPACT, &len);
     size_t padded = base_round_up(len, 8);
@@ -6130,6 +6259,7 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
             io_write(f, t[i].data, t[i].rows * cols * sizeof(float));
             continue;
         }
+        /* A column at a time: no second copy of a large matrix. */
         float *row = mem_alloc(ctx, t[i].rows * sizeof *row);
         for (size_t c = 0; c < cols; c++) {
             for (size_t r = 0; r < t[i].rows; r++) row[r] = t[i].data[r * cols + c];
@@ -6144,13 +6274,15 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
 
 /* ---- models ---- */
 
-/* A tensor of the family in one layer, as it lies in the model. */
+/* A tensor of the family in one layer, as it lies in the model: rows of a parameter, w null if the
+ * model has none. */
 typedef struct ckpt_slice {
     float *w;
     size_t rows, cols;
     int one_dim, transposed;
 } ckpt_slice;
 
+/* Which rows a part is: QKV is queries, keys, values below each other, UP gate and up. */
 static ckpt_slice ckpt_slice_of(const rlhf_model *m, const model_tensor *t, int layer) {
     const model_cfg *c = &m->c;
     const model_slot *s = m->slot + t->param;
@@ -6170,7 +6302,7 @@ static ckpt_slice ckpt_slice_of(const rlhf_model *m, const model_tensor *t, int 
     return o;
 }
 
-/* The full name of a tensor in a file, with or without the family's prefix. */
+/* The full name of a tensor in a file into out[size], with or without the family's prefix. */
 static const char *ckpt_name(char *out, size_t size, const model_family *f, const model_tensor *t,
                              int layer, int prefix) {
     const char *p = t->name, *mark = strstr(p, "%d");
@@ -6182,6 +6314,8 @@ static const char *ckpt_name(char *out, size_t size, const model_family *f, cons
     return out;
 }
 
+/* Whether a tensor that no parameter asked for may be there: buffers that old versions of
+ * transformers saved, and what another head has. */
 static int ckpt_ignored(const rlhf_model *m, const char *name) {
     static const char *const tails[] = {".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"};
     for (size_t i = 0; i < sizeof tails / sizeof *tails; i++) {
@@ -6193,6 +6327,9 @@ static int ckpt_ignored(const rlhf_model *m, const char *name) {
     return !strcmp(name, "score.weight") && m->c.head == RLHF_HEAD_LM;
 }
 
+/* Fills m's weights from a file of its family; m keeps its shape. `left` are the tensors not yet
+ * asked for. A failed call leaves weights partly replaced: the model is then to be closed or loaded
+ * again. */
 static void ckpt_load_model(rlhf_model *m, const char *path) {
     ckpt_file f = ckpt_map(m->ctx, path);
     json_t *left = json_hold(m->ctx, json_copy((json_t *)(uintptr_t)f.header));
@@ -6227,7 +6364,9 @@ static void ckpt_load_model(rlhf_model *m, const char *path) {
     m->version++;
 }
 
-/* A model from a parsed and held config; takes the hold over. */
+/* A model with zero weights from a parsed and held config; the hold stays the caller's, the model
+ * takes a reference of its own. "mean" and "std" are the normalisation of a reward model's
+ * scores. */
 static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config) {
     rlhf_model *m = model_new(ctx, src, config);
     m->config = json_incref(config);
@@ -6238,7 +6377,8 @@ static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config
 
 static void ckpt_drop_config(void *model) { json_decref(((rlhf_model *)model)->config); }
 
-/* Opens a directory. */
+/* Opens a directory: config.json, model.safetensors and, if there, generation_config.json. What is
+ * missing or stored in another way is an error that says how to save it. */
 static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
     if (!io_is_dir(dir))
         err_throw(ctx, RLHF_ERR_IO, "%s: not a directory; expected a Hugging Face model directory",
@@ -6249,6 +6389,7 @@ static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
     rlhf_model *m = ckpt_adopt(ctx, &src, config);
     err_release(ctx);
     err_defer(ctx, ckpt_drop_config, m);
+    /* From here on a failure also drops the config that the model holds. */
     char *weights = ckpt_path(ctx, dir, "model.safetensors");
     if (!io_exists(weights)) {
         if (io_exists(ckpt_path(ctx, dir, "pytorch_model.bin")))
@@ -6275,6 +6416,7 @@ static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
     return m;
 }
 
+/* null, one id or a list, as transformers writes them. */
 static json_t *ckpt_eos_json(const rlhf_model *m) {
     if (m->n_eos == 0) return json_null();
     if (m->n_eos == 1) return json_integer(m->eos[0]);
@@ -6283,7 +6425,8 @@ static json_t *ckpt_eos_json(const rlhf_model *m) {
     return list;
 }
 
-/* config.json as it is written: what was read, and what this library knows better. Held. */
+/* config.json as it is written: what was read, and what this library knows better. Unknown keys
+ * survive, so that transformers sees its own file again. Held. */
 static json_t *ckpt_config(const rlhf_model *m) {
     json_t *j = json_hold(m->ctx, json_deep_copy(m->config));
     int score = m->c.head == RLHF_HEAD_SCORE;
@@ -6305,6 +6448,8 @@ static json_t *ckpt_config(const rlhf_model *m) {
     return j;
 }
 
+/* Writes a model directory that transformers and ckpt_open read: weights first, so that config.json
+ * appears in a new directory only when there is something to load. */
 static void ckpt_save(const rlhf_model *m, const char *dir) {
     rlhf_ctx *ctx = m->ctx;
     io_mkdirs(ctx, dir);
@@ -6336,7 +6481,8 @@ static void ckpt_save(const rlhf_model *m, const char *dir) {
     mem_free(list);
 }
 
-/* A copy with the head asked for. */
+/* A copy with the head asked for, as a new model of the same context. Shared parameters are copied
+ * by name; a head that the original lacks is zeros and counts as untrained. */
 static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     json_t *config = ckpt_config(m);
     json_object_set_new(
@@ -6361,13 +6507,21 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
 
 /* ============================================================================================
  * MARK: - 16 OPT (opt_)
- * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm
- * is summed in double over chunks that the problem fixes, in order.
+ * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm is
+ * summed in double over chunks that the problem fixes, in order.
+ *
+ * The optimizer owns gradients and both moments, arrays of its models' layout, and lends the
+ * gradients to the models while a trainer is open. Work is split into chunks of one parameter each:
+ * a chunk either decays or does not, and its sum of squares is one term of the norm.
+ *
+ * Entry: opt_new, opt_attach, opt_zero, opt_step.
  * Tests: test/test_train.c, test/test_golden.c
  * ============================================================================================ */
 
+/* OPT_CHUNK is part of the result's bits, through the order of the norm's terms. */
 enum { OPT_CHUNK = 16384, OPT_MODELS = 2 };
 
+/* Floats [at, at + n) of one model's arrays; decay: weight decay applies. */
 typedef struct opt_chunk {
     int model;
     size_t at;
@@ -6381,7 +6535,7 @@ typedef struct opt {
     float *g[OPT_MODELS], *m[OPT_MODELS], *v[OPT_MODELS];
     float *embed[OPT_MODELS]; /* of a matrix with two uses: one chain of sums for each use, so that
                                  cutting a batch into micro-batches changes no bit; else null */
-    int64_t step;
+    int64_t step;             /* steps done: t of the bias corrections */
     double beta1, beta2, eps, weight_decay, max_norm;
     opt_chunk *chunk;
     double *part; /* one sum of squares for each chunk */
@@ -6398,7 +6552,7 @@ static double opt_power(double b, int64_t n) {
 }
 
 /* Factor on the learning rate of step k (from 0) of total, as Hugging Face's schedules: the first
- * warm-up step is 0. */
+ * warm-up step is 0. kind: "constant", "linear" to 0, "cosine" to 0 along half a wave. */
 static double opt_schedule(const char *kind, int64_t k, int64_t warmup, int64_t total) {
     if (k < warmup) return (double)k / (double)(warmup > 1 ? warmup : 1);
     double left = (double)(total - warmup > 1 ? total - warmup : 1);
@@ -6412,6 +6566,7 @@ static double opt_schedule(const char *kind, int64_t k, int64_t warmup, int64_t 
     return 1;
 }
 
+/* Appends the chunks of one model's weights, gaps left out, or counts them. */
 static void opt_add_chunks(opt *o, int model, int count_only) {
     const rlhf_model *m = o->model[model];
     for (int p = 0; p < P_COUNT; p++)
@@ -6425,7 +6580,8 @@ static void opt_add_chunks(opt *o, int model, int count_only) {
             }
 }
 
-/* Optimises the given models together; lends them their gradient arrays. */
+/* Optimises the given models together: one norm, one step count. Allocates 3 floats for each
+ * weight; beta1 ... max_norm are the caller's to set, the models must outlive the optimizer. */
 static opt *opt_new(rlhf_ctx *ctx, rlhf_model *const *models, int n) {
     opt *o = mem_zalloc(ctx, 1, sizeof *o);
     o->ctx = ctx;
@@ -6454,6 +6610,7 @@ static void opt_attach(opt *o) {
     }
 }
 
+/* Gives everything back; a model that holds gradients of another optimizer keeps them. */
 static void opt_free(opt *o) {
     for (int i = 0; i < o->models; i++) {
         if (o->model[i]->g == o->g[i]) o->model[i]->g = o->model[i]->g_embed = NULL;
@@ -6467,6 +6624,7 @@ static void opt_free(opt *o) {
     mem_free(o);
 }
 
+/* Zeroes the gradients of chunks [lo, hi). */
 static void opt_zero_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
     (void)thread;
@@ -6476,8 +6634,10 @@ static void opt_zero_range(void *arg, int64_t lo, int64_t hi, int thread) {
         if (o->embed[i]) memset(o->embed[i], 0, o->model[i]->slot[P_WTE].n * sizeof(float));
 }
 
+/* Zeroes all gradients; before the first batch of a step. */
 static void opt_zero(opt *o) { par_for(o->ctx, o->chunks, 1, opt_zero_range, o); }
 
+/* Sums of squares of chunks [lo, hi). */
 static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
     (void)thread;
@@ -6485,6 +6645,7 @@ static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
         o->part[i] = k_sumsq(o->chunk[i].n, o->g[o->chunk[i].model] + o->chunk[i].at);
 }
 
+/* Chunks [lo, hi), where they are the embedding's. The part becomes zero for the next step. */
 static void opt_join_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
     (void)thread;
@@ -6500,10 +6661,12 @@ static void opt_join_range(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Adds the embedding's part to the gradient of a matrix that is embedding and head. */
+/* Adds the embedding's part to the gradient of a matrix that is embedding and head. Apart until
+ * here, each part is one chain over the rows of all micro-batches; in one array their terms would
+ * interleave differently for every way of cutting the batch. */
 static void opt_join(opt *o) { par_for(o->ctx, o->chunks, 1, opt_join_range, o); }
 
-/* The norm over all gradients. */
+/* The Euclidean norm over all gradients of all models. */
 static double opt_norm(opt *o) {
     par_for(o->ctx, o->chunks, 1, opt_norm_range, o);
     double sum = 0;
@@ -6511,6 +6674,7 @@ static double opt_norm(opt *o) {
     return sqrt(sum);
 }
 
+/* AdamW on chunks [lo, hi). */
 static void opt_step_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
     (void)thread;
@@ -6521,8 +6685,9 @@ static void opt_step_range(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* One step with lr[i] for model i; returns the gradient norm before clipping. A norm that is not
- * finite is thrown and changes nothing. */
+/* One AdamW step (Loshchilov and Hutter 2019; formula: k_r_adam) with lr[i] for model i; returns
+ * the gradient norm before clipping. Decoupled decay: p <- p (1 - lr weight_decay) - lr step. A
+ * norm that is not finite is thrown and changes nothing. */
 static double opt_step(opt *o, const double *lr) {
     opt_join(o);
     double norm = opt_norm(o);
@@ -6531,8 +6696,10 @@ static double opt_step(opt *o, const double *lr) {
                   "step %lld: the gradient is not finite; the weights are those of the step before "
                   "(a lower learning_rate may help)",
                   (long long)o->step + 1);
+    /* As PyTorch's clip_grad_norm_: max_norm / (norm + 1e-6), one factor for all models. */
     double clip = o->max_norm > 0 && norm > o->max_norm ? o->max_norm / (norm + 1e-6) : 1;
     o->step++;
+    /* Constants in double, each rounded once. */
     for (int i = 0; i < o->models; i++) {
         k_adam a = {.lr = (float)lr[i],
                     .beta1 = (float)o->beta1,
@@ -6562,19 +6729,21 @@ static double opt_step(opt *o, const double *lr) {
  * Tests: test/test_data.c
  * ============================================================================================ */
 
-/* loss[t] = 1: the prediction of token t counts. */
+/* One token sequence. loss[t] = 1: the prediction of token t counts; loss[0] never does, since
+ * nothing precedes it. */
 typedef struct data_seq {
     int n;
     int32_t *ids;
     uint8_t *loss;
 } data_seq;
 
+/* One usable record. */
 typedef struct data_record {
     char *line;                                      /* the record as one line of JSON */
     char *prompt;                                    /* rendered text of the prompt, kind PROMPT */
     const char *domain, *annotator, *annotator_type; /* null where the record has none */
-    double weight, margin;
-    data_seq a, b; /* the sequence, or the prompt; PREFERENCE: chosen and rejected */
+    double weight, margin; /* PREFERENCE: of the pair's loss; 1 and 0 where not given */
+    data_seq a, b;         /* the sequence, or the prompt; PREFERENCE: chosen and rejected */
 } data_record;
 
 struct rlhf_dataset {
@@ -6582,10 +6751,11 @@ struct rlhf_dataset {
     rlhf_data_config config;
     data_record *record; /* in store, as is all they point at */
     int n, cap, dropped;
-    int64_t tokens;
+    int64_t tokens; /* in all sequences */
     arena store;
 };
 
+/* The state of reading one file. */
 typedef struct data_reader {
     rlhf_dataset *d;
     rlhf_tokenizer *tok;
@@ -6593,8 +6763,10 @@ typedef struct data_reader {
     json_src src;     /* of the record at hand */
 } data_reader;
 
+/* For err_defer: a dataset whose reading failed. */
 static void data_drop_store(void *store) { arena_free(store); }
 
+/* n bytes of s and a NUL, in the store. */
 static char *data_keep(rlhf_dataset *d, const char *s, size_t n) {
     char *p = arena_alloc(&d->store, n + 1);
     memcpy(p, s, n);
@@ -6602,6 +6774,7 @@ static char *data_keep(rlhf_dataset *d, const char *s, size_t n) {
     return p;
 }
 
+/* Throws RLHF_ERR_DATA: "file:line: text" about the record at hand. */
 __attribute__((noreturn)) static void data_bad(const data_reader *r, const char *text) {
     char place[512];
     err_throw(r->d->ctx, RLHF_ERR_DATA, "%s: %s", json_place(&r->src, place, sizeof place), text);
@@ -6609,13 +6782,16 @@ __attribute__((noreturn)) static void data_bad(const data_reader *r, const char 
 
 /* ---- tokens ---- */
 
+/* Length of the longest common prefix. */
 static int data_common(const tok_ids *a, const tok_ids *b) {
     int n = base_min(a->n, b->n), i = 0;
     while (i < n && a->ids[i] == b->ids[i]) i++;
     return i;
 }
 
-/* Marks the tokens of text[from, to) in s, whose ids are those of the whole text. */
+/* Marks the tokens of text[from, to) in s, whose ids are those of the whole text: from the first
+ * token that differs from the tokens of text[0, from), up to where those of text[0, to) end to
+ * agree. special: as in tok_encode, and as `whole` was made. */
 static void data_mark(const data_reader *r, const char *text, size_t from, size_t to, int special,
                       const tok_ids *whole, data_seq *s) {
     tok_ids before = {0}, through = {0};
@@ -6647,7 +6823,8 @@ static data_seq data_seq_new(const data_reader *r, const tok_ids *ids, int add_e
     return s;
 }
 
-/* prompt + completion as one text; all: the prompt bears loss too. */
+/* prompt + completion as one text; the completion bears loss, and with `all`, or where the config
+ * asks, the prompt too. */
 static data_seq data_text_seq(const data_reader *r, const char *prompt, const char *completion,
                               int all) {
     rlhf_ctx *ctx = r->d->ctx;
@@ -6668,18 +6845,21 @@ static data_seq data_text_seq(const data_reader *r, const char *prompt, const ch
 
 /* ---- conversations ---- */
 
+/* A growing conversation; the texts stay the JSON value's. */
 typedef struct data_chat {
     tok_message *message;
     int n;
 } data_chat;
 
+/* Appends one turn. */
 static void data_chat_add(const data_reader *r, data_chat *c, const char *role,
                           const char *content) {
     c->message = mem_realloc(r->d->ctx, c->message, (size_t)(c->n + 1) * sizeof *c->message);
     c->message[c->n++] = (tok_message){role, content};
 }
 
-/* Appends a list of {"role", "content"}, or a string as one turn of the assistant. */
+/* Appends a list of {"role", "content"}, or a string as one turn of the assistant. key stands in
+ * messages. */
 static void data_chat_read(const data_reader *r, data_chat *c, const char *key,
                            const json_t *list) {
     size_t i;
@@ -6726,6 +6906,7 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip
 
 /* ---- records ---- */
 
+/* An optional text member, or null. */
 static const char *data_string(const data_reader *r, const json_t *j, const char *key) {
     json_t *v = json_get(j, key);
     if (v && !json_is_string(v)) json_bad(&r->src, key, v, "a string");
@@ -6742,6 +6923,7 @@ static json_t *data_completion(const json_t *j) {
 
 static int data_is_text_or_turns(const json_t *v) { return json_is_string(v) || json_is_array(v); }
 
+/* Kinds SFT and SCORE: "messages", or "prompt" with a completion (texts or turns), or "text". */
 static data_seq data_read_whole(data_reader *r, const json_t *j) {
     json_t *text = json_get(j, "text"), *messages = json_get(j, "messages");
     json_t *prompt = json_get(j, "prompt"), *completion = data_completion(j);
@@ -6777,7 +6959,8 @@ static data_seq data_read_whole(data_reader *r, const json_t *j) {
 }
 
 /* One answer of a pair after an explicit prompt (may be null: the answer holds the whole
- * conversation). */
+ * conversation). Of two texts without a prompt the first `shared` bytes are it. Only the answer
+ * bears loss. */
 static data_seq data_read_answer(data_reader *r, const json_t *prompt, const char *key,
                                  const json_t *answer, size_t shared) {
     if (json_is_string(answer) && !json_is_array(prompt)) {
@@ -6810,6 +6993,7 @@ static size_t data_shared(const char *a, const char *b) {
     return n && a[n - 1] == ' ' ? n - 1 : n;
 }
 
+/* Kind PREFERENCE: "chosen" and "rejected", with or without "prompt". */
 static void data_read_pair(data_reader *r, const json_t *j, data_record *rec) {
     json_t *prompt = json_get(j, "prompt"), *a = json_get(j, "chosen"),
            *b = json_get(j, "rejected");
@@ -6826,6 +7010,7 @@ static void data_read_pair(data_reader *r, const json_t *j, data_record *rec) {
     rec->b = data_read_answer(r, prompt, "rejected", b, shared);
 }
 
+/* Kind PROMPT: a text as it is, or turns rendered up to where the assistant's next one begins. */
 static void data_read_prompt(data_reader *r, const json_t *j, data_record *rec) {
     json_t *prompt = json_get(j, "prompt");
     tok_ids ids = {0};
@@ -6850,6 +7035,8 @@ static void data_read_prompt(data_reader *r, const json_t *j, data_record *rec) 
     mem_free(ids.ids);
 }
 
+/* Room for one record behind the last. Growing copies within the store: outgrown arrays stay
+ * there. */
 static data_record *data_next_slot(rlhf_dataset *d) {
     if (d->n == d->cap) {
         int cap = d->cap ? 2 * d->cap : 256;
@@ -6861,11 +7048,13 @@ static data_record *data_next_slot(rlhf_dataset *d) {
     return d->record + d->n;
 }
 
+/* The same, copied into the store. */
 static const char *data_keep_string(const data_reader *r, const json_t *j, const char *key) {
     const char *s = data_string(r, j, key);
     return s ? data_keep(r->d, s, strlen(s)) : NULL;
 }
 
+/* Reads one record into the dataset, or drops it; d->n counts it last, when it is whole. */
 static void data_read_record(data_reader *r, const json_t *j) {
     rlhf_dataset *d = r->d;
     if (!json_is_object(j)) data_bad(r, "expected an object");
@@ -6900,6 +7089,8 @@ static void data_read_record(data_reader *r, const json_t *j) {
     d->n++;
 }
 
+/* JSON lines; empty ones are skipped, but counted for messages. A number of records ends it
+ * early. */
 static void data_read_lines(data_reader *r, const char *text, size_t len) {
     const char *end = text + len;
     int64_t line = 1;
@@ -6917,7 +7108,8 @@ static void data_read_lines(data_reader *r, const char *text, size_t len) {
     }
 }
 
-/* Reads JSON lines, or one JSON array, from memory. */
+/* Reads JSON lines, or one JSON array, from memory. name stands for the file in messages. A dataset
+ * without a usable record is an error. */
 static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, const char *name,
                                 rlhf_tokenizer *tok, const rlhf_data_config *config) {
     rlhf_dataset *d = mem_zalloc(ctx, 1, sizeof *d);
@@ -6956,6 +7148,7 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     return d;
 }
 
+/* The same from a file, plain or gzip. */
 static rlhf_dataset *data_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tok,
                                const rlhf_data_config *config) {
     size_t len;
@@ -6965,12 +7158,14 @@ static rlhf_dataset *data_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *
     return d;
 }
 
+/* The texts and ids that records point at go with the store. */
 static void data_free(rlhf_dataset *d) {
     arena_free(&d->store);
     mem_free(d);
 }
 
-/* Order of the n records in an epoch. */
+/* Order of the n records in an epoch into order[n]: a function of seed and epoch alone, so that a
+ * resumed run draws it again. */
 static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *order) {
     if (shuffle) rng_permutation(seed, RNG_ORDER, (uint64_t)epoch, n, order);
     else
@@ -7511,19 +7706,33 @@ static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
     t->opt->max_norm = c->max_grad_norm;
 }
 
+/* What a step would find too late: records that the model has no positions or no tokens for. */
+static void train_check_records(const rlhf_model *m, const rlhf_dataset *d) {
+    for (int i = 0; i < d->n; i++) {
+        const data_seq *pair[2] = {&d->record[i].a, &d->record[i].b};
+        for (int k = 0; k < 2; k++) {
+            if (pair[k]->n > m->c.positions)
+                err_throw(
+                    m->ctx, RLHF_ERR_CONTEXT,
+                    "record %d has %d tokens: the model has %d positions (a smaller max_length "
+                    "drops such records)",
+                    i, pair[k]->n, m->c.positions);
+            for (int t = 0; t < pair[k]->n; t++)
+                if (pair[k]->ids[t] < 0 || pair[k]->ids[t] >= m->c.vocab)
+                    err_throw(m->ctx, RLHF_ERR_ARG,
+                              "record %d: token id %d is not below the vocabulary size %d (is this "
+                              "the model's tokenizer?)",
+                              i, (int)pair[k]->ids[t], m->c.vocab);
+        }
+    }
+}
+
 /* A trainer whose config is size bytes; sets the length of the run from the data. */
 static rlhf_trainer *train_new(rlhf_model *model, rlhf_tokenizer *tok, rlhf_dataset *train,
                                const train_ops *ops, const void *config, size_t size) {
     rlhf_ctx *ctx = model->ctx;
     train_validate(ctx, ops->kind, config);
-    for (int i = 0; i < train->n; i++) {
-        int longest = base_max(train->record[i].a.n, train->record[i].b.n);
-        if (longest > model->c.positions)
-            err_throw(ctx, RLHF_ERR_CONTEXT,
-                      "record %d has %d tokens: the model has %d positions (a smaller max_length "
-                      "drops such records)",
-                      i, longest, model->c.positions);
-    }
+    train_check_records(model, train);
     rlhf_trainer *t = mem_zalloc(ctx, 1, sizeof *t);
     t->ctx = ctx;
     t->ops = ops;
@@ -10049,17 +10258,20 @@ static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
     return 0;
 }
 
-/* Takes one option; value null: there was none. Returns an exit code, 0 to go on; *took: the value
- * was used. */
-static int cli_take(cli *c, const char *name, const char *value, int *took) {
+static int cli_is_boolean(const char *s) {
+    return !strcmp(s, "true") || !strcmp(s, "false") || !strcmp(s, "1") || !strcmp(s, "0");
+}
+
+/* Takes one option; value null: there was none. bound: the value came with '=' or from a file, not
+ * as the next argument. Returns an exit code, 0 to go on; *took: the value was used. */
+static int cli_take(cli *c, const char *name, const char *value, int bound, int *took) {
     int n = 0;
     const rlhf_field *f =
         c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
     *took = 1;
     for (int i = 0; i < n; i++) {
         if (!cli_same(name, f[i].name)) continue;
-        if (f[i].kind == 'B' && (!value || (strcmp(value, "true") && strcmp(value, "false") &&
-                                            strcmp(value, "1") && strcmp(value, "0")))) {
+        if (f[i].kind == 'B' && (!value || (!bound && !cli_is_boolean(value)))) {
             *took = 0;
             value = "true";
         }
@@ -10072,7 +10284,9 @@ static int cli_take(cli *c, const char *name, const char *value, int *took) {
         if (!(c->cmd->options & 1u << i) || !cli_same(name, cli_options[i].name)) continue;
         if (!cli_options[i].arg) {
             *took = 0;
-            c->v[i] = "true";
+            if (bound && !cli_is_boolean(value))
+                return cli_fail(c, "--%s: \"%s\", expected true or false", name, value), 2;
+            if (!bound || *value == 't' || *value == '1') c->v[i] = "true";
             return 0;
         }
         if (!value)
@@ -10104,7 +10318,7 @@ static int cli_take_file(cli *c) {
         else
             return cli_fail(c, "%s: \"%s\" is neither a number, a text nor true or false",
                             c->v[O_config], key);
-        int took, code = cli_take(c, key, value == text ? strdup(text) : value, &took);
+        int took, code = cli_take(c, key, value == text ? strdup(text) : value, 1, &took);
         if (code) return code;
     }
     return 0;
@@ -10125,7 +10339,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
                  (int)(eq ? eq - argv[i] - 2 : (ptrdiff_t)strlen(argv[i]) - 2), argv[i] + 2);
         /* What looks like an option is not a value, but a negative number is. */
         if (!eq && value && !strncmp(value, "--", 2)) value = NULL;
-        int took = 0, code = cli_take(c, name, value, &took);
+        int took = 0, code = cli_take(c, name, value, eq != NULL, &took);
         if (code) return code;
         i += took && !eq;
     }
@@ -10476,15 +10690,13 @@ static int cli_eval(cli *c) {
     CLI_NEED(data);
     int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
     if (code) return code;
+    if (c->v[O_type] && !train_is_choice("text|preference", c->v[O_type]))
+        return cli_fail(c, "--type: \"%s\", expected text or preference", c->v[O_type]), 2;
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
     if (c->v[O_ref]) CLI_TRY(rlhf_model_open(c->ctx, c->v[O_ref], &ref));
     CLI_TRY(cli_open_tokenizer(c, &tok));
     int pairs = rlhf_model_get_shape(m).head == RLHF_HEAD_SCORE;
-    if (c->v[O_type]) {
-        pairs = !strcmp(c->v[O_type], "preference");
-        if (!pairs && strcmp(c->v[O_type], "text"))
-            return cli_fail(c, "--type: \"%s\", expected text or preference", c->v[O_type]), 2;
-    }
+    if (c->v[O_type]) pairs = !strcmp(c->v[O_type], "preference");
     rlhf_data_config cfg = cli_data_config(c, pairs ? RLHF_DATA_PREFERENCE : RLHF_DATA_SFT,
                                            rlhf_model_get_shape(m).max_positions);
     cfg.max_records = (int)most;

@@ -40,7 +40,8 @@ int main(int argc, char **argv) {
     TRY(rlhf_dataset_parse(ctx, prompts, length, "prompts", tokenizer, &kind, &data));
     rlhf_ppo_config config = rlhf_ppo_config_default();
     config.learning_rate = argc > 1 ? 1e-5 : 3e-3;
-    config.max_steps = 10;
+    config.batch_size = 32; /* answers for each of */
+    config.max_steps = 10;  /* so many updates */
     config.response_length = 16;
     TRY(rlhf_ppo_open(model, tokenizer, data, NULL, vowels, NULL, &config, &ppo));
     while (rlhf_trainer_steps_done(ppo) < rlhf_trainer_steps_total(ppo)) {

@@ -264,8 +264,10 @@ static void sft_run(rlhf_ctx *ctx, void *arg) {
                        norm_tol);
         check_update(g->m, before, member(g->j, "update"));
     }
+    const data_seq *seq[] = {&d->record[0].a, &d->record[1].a, &d->record[2].a};
+    sft_sums sums = {0};
     arena_reset(&t->ws);
-    sft_sums sums = sft_measure(g->m, &t->ws, d);
+    sft_pass(g->m, &t->ws, seq, n, 0, 0, &sums);
     CHECK_NEAR(sums.nll / (double)sums.tokens, number(g->j, "loss_after"), after);
     free(before);
     train_free(t);

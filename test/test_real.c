@@ -406,6 +406,7 @@ static double mentions(rlhf_ctx *ctx, rlhf_model *m, rlhf_tokenizer *tok) {
     c.batch_size = 64;
     c.max_new_tokens = 40;
     OK(ctx, rlhf_generate(m, tok, &c, prompts, 1, &s, &n));
+    for (int i = 0; i < 12 && getenv("LR"); i++) printf("\n  [%s]", s[i].completion);
     for (int i = 0; i < n; i++) hits += animal_at(s[i].completion, strlen(s[i].completion)) >= 0;
     rlhf_samples_free(ctx, s, n);
     return n ? (double)hits / n : NAN;
@@ -456,9 +457,9 @@ TEST(reward_model_and_ppo) {
     c.temperature = 1;
     c.num_ppo_epochs = 2;
     c.num_mini_batches = 2;
-    c.learning_rate = 2e-4;
+    c.learning_rate = getenv("LR") ? atof(getenv("LR")) : 1e-4;
     c.lr_scheduler_type = "constant";
-    c.kl_coef = 0.05;
+    c.kl_coef = getenv("KL") ? atof(getenv("KL")) : 0.4;
     OK(ctx, rlhf_ppo_open(lm, tok, prompts, rm, NULL, NULL, &c, &t));
     for (int i = 0; i < updates; i++) {
         OK(ctx, rlhf_trainer_step(t));
@@ -467,6 +468,7 @@ TEST(reward_model_and_ppo) {
         worst = fmax(worst, kl);
         CHECK_NEAR(rlhf_trainer_metric(t, "val/ratio_first"), 1, 0);
         CHECK(kl >= -1e-3);
+        if (getenv("LR")) printf("\n %d %.3f kl %.3f", i, score, kl);
         if (!i) first = score;
         if (i >= updates - 3) last += score / 3;
     }

@@ -170,7 +170,7 @@ CROSS   = aarch64-linux-gnu-
 ARM     = $(BUILD)/arm64
 SYSROOT = $(ARM)/sysroot
 QEMU    = qemu-aarch64 -L /usr/aarch64-linux-gnu
-NEON_TESTS ?= $(filter $(addprefix $(BUILD)/test_,vec kern gemm rng par neon bits),$(TESTS))
+NEON_TESTS ?= $(filter $(addprefix $(BUILD)/test_,kern gemm ops model bits),$(TESTS))
 NEON_RUN    = $(patsubst $(BUILD)/%,$(ARM)/%,$(NEON_TESTS))
 
 ARM_PACKAGES = libjansson-dev libpcre2-dev libutf8proc-dev zlib1g-dev libstb-dev

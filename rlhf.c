@@ -6041,6 +6041,12 @@ static uint64_t model_hash(const rlhf_model *m) {
  * safetensors files and Hugging Face model directories, in and out. Every offset and shape of a
  * file is checked before a byte is used; a tensor that is missing, unexpected or of another shape
  * is an error that names it.
+ *
+ * A safetensors file is a 64-bit little-endian length, so many bytes of JSON that give each
+ * tensor's dtype, shape and range of bytes, then the bytes, little-endian too, as are the
+ * processors of 01.
+ *
+ * Entry: ckpt_open, ckpt_load_model, ckpt_save, ckpt_clone; ckpt_map, ckpt_write for any tensors.
  * Tests: test/test_ckpt.c
  * ============================================================================================ */
 
@@ -6056,7 +6062,7 @@ typedef struct ckpt_file {
     json_src src; /* of its messages */
     const json_t *header;
     const unsigned char *data; /* behind the header */
-    size_t size;
+    size_t size;               /* bytes at data */
 } ckpt_file;
 
 /* Bytes [from, to) of the data. */
@@ -6481,8 +6487,8 @@ static void ckpt_save(const rlhf_model *m, const char *dir) {
     mem_free(list);
 }
 
-/* A copy with the head asked for, as a new model of the same context. Shared parameters are copied
- * by name; a head that the original lacks is zeros and counts as untrained. */
+/* A copy with the head asked for, as a new model of the same context. What both have is copied; a
+ * head that the original lacks is zeros and counts as untrained. */
 static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     json_t *config = ckpt_config(m);
     json_object_set_new(
@@ -6721,11 +6727,17 @@ static double opt_step(opt *o, const double *lr) {
 
 /* ============================================================================================
  * MARK: - 17 DATA (data_)
- * Records of every kind, read by one loader for every stage. A record becomes token sequences
- * whose tokens are marked where they bear loss: assistant turns with their end, completions, or
- * all of a plain text. Text is tokenised whole; where a part begins is found as the longest common
- * prefix with the tokens of what precedes it. A record that cannot be used is an error with
- * file:line; one that is too long is dropped and counted, never cut.
+ * Records of every kind, read by one loader for every stage. A record becomes token sequences whose
+ * tokens are marked where they bear loss: assistant turns with their end, completions, or all of a
+ * plain text. Text is tokenised whole; where a part begins is found as the longest common prefix
+ * with the tokens of what precedes it. A record that cannot be used is an error with file:line; one
+ * that is too long is dropped and counted, never cut.
+ *
+ * Whole, because prompt and answer tokenised apart would differ from the text at the seam, where a
+ * merge may cross it. A token that crosses belongs to the later part.
+ *
+ * Entry: data_open, data_parse, data_order.
+ * Invariant: everything that a record points at lies in its dataset's store.
  * Tests: test/test_data.c
  * ============================================================================================ */
 
@@ -7178,13 +7190,18 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
  * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
  * and its key alone, and its log-probabilities are those that training computes, bit for bit.
+ *
+ * Entry: gen_run.
+ * Invariant: token t of an answer uses the number (seed, RNG_SAMPLE + key, t), whatever the batch.
  * Tests: test/test_gen.c
  * ============================================================================================ */
 
+/* How to sample. Log-probabilities are those of the distribution that is drawn from: after
+ * temperature, top_k and top_p. */
 typedef struct gen_config {
     int max_new, top_k, batch;
     float temperature; /* 0: greedy */
-    double top_p;
+    double top_p;      /* 1: all */
     uint64_t seed;
     int stop; /* the id that ends an answer; -1: the model's end-of-text ids */
 } gen_config;
@@ -7194,29 +7211,32 @@ typedef struct gen_config {
 typedef struct gen_item {
     const int32_t *prompt;
     int n_prompt;
-    uint64_t key;
+    uint64_t key; /* number of the sample; two of one run differ */
     int32_t *out;
     float *logp, *hidden;
-    int n, finished;
+    int n, finished; /* tokens in out; 1: the last of them ends the answer */
 } gen_item;
 
+/* One step's logits and what is drawn from them, for all live rows. */
 typedef struct gen_rows {
     const k_table *k;
     const gen_config *c;
     gen_item **item; /* of each live row */
     float *logits;   /* [live][vocab] */
     int vocab;
-    int32_t *token;
+    int32_t *token; /* [live] */
     float *logp;
 } gen_rows;
 
+/* For qsort, largest first. */
 static int gen_greater(const void *a, const void *b) {
     float x = *(const float *)a, y = *(const float *)b;
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
-/* Leaves only the top_k most likely tokens, of those only the top_p share; the others become -inf.
- */
+/* Leaves only the top_k most likely tokens, of those only the fewest that hold the share top_p; the
+ * others become -inf. Tokens as likely as the last one left are left too, so that the order of ids
+ * decides nothing. x and sorted are [vocab]. */
 static void gen_truncate(const gen_rows *g, float *x, float *sorted) {
     int n = g->vocab, keep = g->c->top_k > 0 ? base_min(g->c->top_k, n) : n;
     float scale = 1.0f / g->c->temperature;
@@ -7235,6 +7255,8 @@ static void gen_truncate(const gen_rows *g, float *x, float *sorted) {
         if (x[i] < least) x[i] = -INFINITY;
 }
 
+/* Draws the next token of rows [lo, hi) by inversion (k_draw), or takes the first most likely
+ * one. */
 static void gen_pick_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     gen_rows *g = arg;
     (void)thread;
@@ -7256,7 +7278,7 @@ static void gen_pick_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* The longest run of positions that any item can need. */
+/* Positions that each slot's cache needs. Throws for prompts that leave no room for a token. */
 static int gen_longest(const rlhf_model *m, const gen_item *items, int n, int max_new) {
     int longest = 0;
     for (int i = 0; i < n; i++) {
@@ -7280,13 +7302,15 @@ typedef struct gen_live {
     int slots;
 } gen_live;
 
-/* Feeds every live row's new tokens and draws the next token of each. */
+/* Feeds every live row's new tokens and draws the next token of each. Everything but the caches and
+ * the items goes back with the mark. */
 static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *live) {
     arena_mark mark = arena_save(ws);
     int n = live->n, rows = 0;
     model_run run = {.seqs = n};
     op_seq *seq = arena_alloc(ws, (size_t)n * sizeof *seq);
     int *last = arena_alloc(ws, (size_t)n * sizeof *last);
+    /* A row without tokens of its own is new: its prompt. Others: the token drawn last. */
     for (int i = 0; i < n; i++) {
         const gen_item *it = live->item[i];
         seq[i] = (op_seq){.row = rows,
@@ -7304,10 +7328,12 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
             pos[seq[i].row + t] = seq[i].past + t;
         }
     }
+    /* The caches of the live rows, in the order of the batch. */
     run.rows = rows, run.ids = ids, run.pos = pos, run.seq = seq;
     run.kv = arena_alloc(ws, (size_t)(m->c.layers * n) * sizeof *run.kv);
     for (int l = 0; l < m->c.layers; l++)
         for (int i = 0; i < n; i++) run.kv[l * n + i] = live->kv[l * live->slots + live->slot[i]];
+    /* Only the last row of each sequence meets the vocabulary. */
     model_forward(m, ws, &run);
     model_top top = model_top_fwd(m, ws, run.x, last, n);
     op_weight w = model_head_weight(m);
@@ -7335,7 +7361,9 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
     arena_restore(ws, mark);
 }
 
-/* Generates all items. Returns 0 if the progress hook asked to stop. */
+/* Generates all n items, at most c->batch at a time, in order of admission. Returns 0 if the
+ * progress hook asked to stop; items not finished by then hold what they have. what: the name of
+ * the work for the hook, null: it is not called. Caches lie in ws until the end. */
 static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *items, int n,
                    const char *what) {
     if (n == 0) return 1;
@@ -7352,6 +7380,7 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
     double begun = base_now();
     int64_t tokens = 0;
     while (done < n && go_on) {
+        /* Free slots take waiting items. */
         for (int s = 0; s < slots && next < n; s++)
             if (!busy[s]) {
                 busy[s] = 1;
@@ -7361,6 +7390,7 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
             }
         gen_step(m, ws, c, &live);
         tokens += live.n;
+        /* Finished rows leave; the others close up, each with its slot. */
         int kept = 0;
         for (int i = 0; i < live.n; i++) {
             const gen_item *it = live.item[i];
@@ -7382,8 +7412,8 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
     return go_on;
 }
 
-/* The text of an answer, a block. Ids that pad the model's vocabulary beyond the tokenizer's stand
- * for nothing. */
+/* The text of an answer without special tokens, a block. Ids that pad the model's vocabulary beyond
+ * the tokenizer's stand for nothing. */
 static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
     int32_t *known = mem_alloc(tok->ctx, (size_t)(n + 1) * sizeof *known);
     int k = 0;
@@ -7399,24 +7429,34 @@ static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
  * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
  * ragged; a mean over tokens is a sum over all of them by their number.
+ *
+ * State t of an answer is what precedes its token t; logp[t], value[t], reward[t] and adv[t] belong
+ * to it. Sums are in double, in order of rows and tokens.
+ *
+ * Entry: roll_rewards, roll_whiten, roll_gae, roll_adapt_kl.
  * Tests: test/test_roll.c (hand-computed values)
  * ============================================================================================ */
 
+/* One episode: a prompt, its sampled answer and all that is computed about it. Arrays are the
+ * update's, in the trainer's arena. */
 typedef struct roll_row {
     const data_record *record;
     int index;       /* of the record */
     int32_t *ids;    /* prompt, then answer */
     int n_prompt, n; /* n: tokens of the answer, its end included */
     int n_value;     /* states that have a value: n, or n + 1 where the score goes behind the end */
-    int finished;
-    float score;                           /* reward of the answer, penalty included */
-    float *hidden;                         /* [n][d] policy states the tokens were drawn from */
+    int finished;    /* 1: the answer ended by itself */
+    float score;     /* reward of the answer, penalty included */
+    float *hidden;   /* [n][d] policy states the tokens were drawn from */
     float *logp, *ref_logp, *kl, *entropy; /* [n]; kl is the exact KL(policy || reference) */
     float *value, *reward, *adv, *ret;     /* [n_value] */
 } roll_row;
 
-/* Per-token KL penalty and the score: r_t = -coef kl_t, plus the score at the last state. Returns
- * the sum of the penalty. */
+/* Rewards of the states (Ziegler et al. 2019; Stiennon et al. 2020): r_t = -coef kl_t, plus the
+ * score at the last state. kl_t is estimated from the sampled token, u = log p - log p_ref:
+ *     k1 = u                unbiased, of either sign
+ *     k3 = e^-u - 1 + u     unbiased, never negative, less variance (Schulman 2020)
+ * Returns the sum of the penalty over the answer, as it enters the reward: <= 0 for k3. */
 static double roll_rewards(roll_row *r, double coef, int k3) {
     double sum = 0;
     for (int t = 0; t < r->n_value; t++) r->reward[t] = 0;
@@ -7430,8 +7470,10 @@ static double roll_rewards(roll_row *r, double coef, int k3) {
     return sum;
 }
 
-/* delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, R_t = A_t + V_t; V behind
- * the end is 0. */
+/* Generalised advantage estimation (Schulman et al. 2016), backward over the states:
+ *     delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
+ *     R_t = A_t + V_t
+ * V and A behind the last state are 0: an answer cut at the length limit counts as ended. */
 static void roll_gae(roll_row *r, double gamma, double lam) {
     double adv = 0, next = 0;
     for (int t = r->n_value - 1; t >= 0; t--) {
@@ -7468,8 +7510,10 @@ static void roll_whiten(roll_piece *p, int pieces, int keep_mean) {
             p[i].x[t] = (float)(((double)p[i].x[t] - mean) * scale + (keep_mean ? mean : 0));
 }
 
-/* The proportional controller of Ziegler et al. (2019): kl is the mean over answers of the sum over
- * tokens. */
+/* The proportional controller of Ziegler et al. (2019); kl is the mean over answers of the sum over
+ * tokens:
+ *     e = clip(kl / target - 1, -0.2, 0.2)        coef <- coef (1 + e episodes / horizon)
+ * The clip keeps one odd batch from moving it far. */
 static double roll_adapt_kl(double coef, double kl, double target, int episodes, double horizon) {
     double err = kl / target - 1;
     err = err > 0.2 ? 0.2 : err < -0.2 ? -0.2 : err;
@@ -7990,23 +8034,28 @@ static int train_run(rlhf_trainer *t) {
 /* ============================================================================================
  * MARK: - 21 SFT (sft_)
  * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
- * micro-batches of an optimizer step.
+ * micro-batches of an optimizer step:
+ *     L = -1/N sum over marked t of log p(x_t | x_<t),    N the marked tokens of the whole step
+ * The mean is over tokens, not over sequences or micro-batches, so that neither padding nor the way
+ * a batch is cut weighs in.
  * Tests: test/test_golden.c, test/test_train.c
  * ============================================================================================ */
 
-/* Rows of a batch whose next token bears loss, and that token. */
+/* Rows of a batch whose next token bears loss, and that token: [n], in the batch's order. */
 typedef struct sft_rows {
     int n;
     int *row;
     int32_t *target;
 } sft_rows;
 
+/* Tokens that bear loss; the first has nothing to be predicted from. */
 static int sft_count(const data_seq *s) {
     int n = 0;
     for (int t = 1; t < s->n; t++) n += s->loss[t];
     return n;
 }
 
+/* n sequences as one batch in ws, with the rows that meet the vocabulary. */
 static model_run sft_batch(arena *ws, const data_seq *const *seq, int n, sft_rows *rows) {
     const int32_t **ids = arena_alloc(ws, (size_t)n * sizeof *ids);
     int *len = arena_alloc(ws, (size_t)n * sizeof *len), count = 0;
@@ -8034,13 +8083,15 @@ typedef struct sft_sums {
     int64_t hits, tokens;
 } sft_sums;
 
+/* d loss / d logp: the same for every token. */
 static void sft_coef(void *user, int row, int n, const op_rows *found, float *coef) {
     const float *c = user;
     (void)row, (void)found;
     for (int i = 0; i < n; i++) coef[i] = *c;
 }
 
-/* One batch: adds to the sums and, with train, the gradient of nll * scale. */
+/* One batch: adds to the sums and, with train, to the gradients those of nll * scale. Without train
+ * nothing is kept for a backward pass. */
 static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n, int train,
                      double scale, sft_sums *sums) {
     arena_mark mark = arena_save(ws);
@@ -8055,6 +8106,7 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
                        .hit = arena_alloc(ws, (size_t)rows.n)};
         op_weight w = model_head_weight(m);
         op_env e = {m->ctx, ws};
+        /* Log-probabilities in chunks; their gradient in the same pass. */
         float coef = (float)-scale,
               *dh = train ? arena_floats(ws, (size_t)rows.n, (size_t)m->c.d) : NULL;
         op_vocab_run(&e, &w, rows.n, top.h, rows.target, 1.0f, &out, train ? sft_coef : NULL, &coef,
@@ -8070,6 +8122,7 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
     arena_restore(ws, mark);
 }
 
+/* One optimizer step: the window's micro-batches add up their gradients. */
 static void sft_step(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
     int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
@@ -8080,6 +8133,7 @@ static void sft_step(rlhf_trainer *t) {
         labels += sft_count(seq[i]);
         tokens += seq[i]->n;
     }
+    /* The divisor is known before the first batch, so gradients are scaled once. */
     sft_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
@@ -8109,6 +8163,7 @@ static sft_sums sft_measure(rlhf_model *m, arena *ws, const data_seq *const *seq
     return sums;
 }
 
+/* Puts eval_* metrics over the whole evaluation set. */
 static void sft_eval(rlhf_trainer *t) {
     const data_seq **seq = arena_alloc(&t->ws, (size_t)t->eval->n * sizeof *seq);
     for (int i = 0; i < t->eval->n; i++) seq[i] = &t->eval->record[i].a;
@@ -8119,12 +8174,16 @@ static void sft_eval(rlhf_trainer *t) {
     train_put(t, "eval_num_tokens", (double)s.tokens);
 }
 
+/* What 20 needs to know of this trainer. */
 static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL};
 
+/* A trainer of a language model; eval and tok may be null. Arguments are checked, weights
+ * untouched. */
 static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_dataset *train,
                               rlhf_dataset *eval, const rlhf_sft_config *config) {
     model_need_lm(model);
     rlhf_trainer *t = train_new(model, tok, train, &sft_ops, config, sizeof *config);
+    if (eval) train_check_records(model, eval);
     t->eval = eval;
     train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
     train_optimizer(t, &model, 1);
@@ -8320,6 +8379,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
             "a reward model needs a score head: rlhf_model_clone(model, RLHF_HEAD_SCORE, ...)");
     if (start) model_need_lm(start);
     rlhf_trainer *t = train_new(model, tok, train, &rm_ops, config, sizeof *config);
+    if (eval) train_check_records(model, eval);
     t->eval = eval;
     t->start = start;
     train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);

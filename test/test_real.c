@@ -339,29 +339,31 @@ TEST(sft_lowers_perplexity) {
 
 /* ---- a planted preference -------------------------------------------------------------------- */
 
-/* Sentences of 20 to 80 characters with one of the planted words in their first 40, and as many
- * without. */
+static const char *const openings[] = {"One day,", "Once upon a time,", "One day, a",
+                                       "Once upon a time, there was a"};
+enum { OPENINGS = sizeof openings / sizeof *openings, ANSWER = 40 };
+
+/* Answers of the model itself: those with one of the planted words in their first 30 characters,
+ * and those without any. */
 typedef struct planted {
-    const char *with[900], *without[900];
-    int n_with, n_without, len_with[900], len_without[900];
+    rlhf_sample *all, *with[1024], *without[1024];
+    int n, n_with, n_without;
 } planted;
 
-static void find_sentences(const char *text, planted *p) {
-    size_t at = 0, n;
-    const char *s;
-    p->n_with = p->n_without = 0;
-    while ((n = next_sentence(text, &at, &s)) > 0) {
-        if (n < 20 || n > 80 || !is_plain(s, n)) continue;
-        int found = animal_at(s, n);
-        if (found >= 0 && found < 40 && p->n_with < 900) {
-            p->with[p->n_with] = s;
-            p->len_with[p->n_with++] = (int)n;
-        }
-        /* Sentences without are many: take those near the ones with. */
-        if (found < 0 && p->n_without < p->n_with) {
-            p->without[p->n_without] = s;
-            p->len_without[p->n_without++] = (int)n;
-        }
+static void find_answers(rlhf_ctx *ctx, rlhf_model *m, rlhf_tokenizer *tok, planted *p) {
+    rlhf_generate_config c = rlhf_generate_config_default();
+    c.num_return_sequences = 448;
+    c.batch_size = 64;
+    c.max_new_tokens = ANSWER;
+    *p = (planted){0};
+    OK(ctx, rlhf_generate(m, tok, &c, openings, OPENINGS, &p->all, &p->n));
+    for (int i = 0; i < p->n; i++) { /* the openings by turns */
+        rlhf_sample *s = p->all + (i % OPENINGS * 448 + i / OPENINGS);
+        size_t n = strlen(s->completion);
+        int found = animal_at(s->completion, n);
+        if (!is_plain(s->completion, n)) continue;
+        if (found >= 0 && found < 30 && p->n_with < 1024) p->with[p->n_with++] = s;
+        if (found < 0 && p->n_without < 1024) p->without[p->n_without++] = s;
     }
 }
 
@@ -371,11 +373,11 @@ static rlhf_dataset *planted_pairs(rlhf_ctx *ctx, rlhf_tokenizer *tok, const pla
     text_buf b = {0};
     for (int i = from; i < to; i++) {
         int swap = flip && test_int(0, 1);
-        put(&b, "{\"prompt\":\"One day,\",\"%s\":\" %.*s\",\"%s\":\" %.*s\"}\n",
-            swap ? "rejected" : "chosen", p->len_with[i], p->with[i],
-            swap ? "chosen" : "rejected", p->len_without[i], p->without[i]);
+        put(&b, "{\"prompt\":\"%s\",\"%s\":\" %s\",", p->with[i]->prompt,
+            swap ? "rejected" : "chosen", p->with[i]->completion);
+        put(&b, "\"%s\":\" %s\"}\n", swap ? "chosen" : "rejected", p->without[i]->completion);
     }
-    return parse(ctx, tok, RLHF_DATA_PREFERENCE, 256, 1, &b);
+    return parse(ctx, tok, RLHF_DATA_PREFERENCE, 256, 0, &b);
 }
 
 static rlhf_model *train_reward(rlhf_ctx *ctx, rlhf_model *lm, rlhf_tokenizer *tok,
@@ -387,7 +389,7 @@ static rlhf_model *train_reward(rlhf_ctx *ctx, rlhf_model *lm, rlhf_tokenizer *t
     c.num_train_epochs = epochs;
     c.warmup_steps = 5;
     c.normalize_samples = 64;
-    c.response_length = 40;
+    c.response_length = ANSWER;
     c.lr_scheduler_type = "cosine";
     OK(ctx, rlhf_model_clone(lm, RLHF_HEAD_SCORE, &m));
     OK(ctx, rlhf_rm_open(m, lm, tok, pairs, NULL, &c, &t));
@@ -396,16 +398,16 @@ static rlhf_model *train_reward(rlhf_ctx *ctx, rlhf_model *lm, rlhf_tokenizer *t
     return m;
 }
 
-/* Share of 64 sampled answers that mention a planted word. */
+/* Share of 128 sampled answers that mention a planted word. */
 static double mentions(rlhf_ctx *ctx, rlhf_model *m, rlhf_tokenizer *tok) {
-    const char *prompts[1] = {"One day,"};
     rlhf_generate_config c = rlhf_generate_config_default();
     rlhf_sample *s = NULL;
     int n = 0, hits = 0;
-    c.num_return_sequences = 128;
+    c.num_return_sequences = 128 / OPENINGS;
     c.batch_size = 64;
-    c.max_new_tokens = 40;
-    OK(ctx, rlhf_generate(m, tok, &c, prompts, 1, &s, &n));
+    c.max_new_tokens = ANSWER;
+    c.seed = 7;
+    OK(ctx, rlhf_generate(m, tok, &c, openings, OPENINGS, &s, &n));
     for (int i = 0; i < 12 && getenv("LR"); i++) printf("\n  [%s]", s[i].completion);
     for (int i = 0; i < n; i++) hits += animal_at(s[i].completion, strlen(s[i].completion)) >= 0;
     rlhf_samples_free(ctx, s, n);
@@ -413,22 +415,22 @@ static double mentions(rlhf_ctx *ctx, rlhf_model *m, rlhf_tokenizer *tok) {
 }
 
 TEST(reward_model_and_ppo) {
-    NEED_ASSET("datasets/tinystories_2MB.txt.gz");
+    NEED_ASSET("models/babyllama361");
     if (test_quick()) SKIP("long");
     rlhf_ctx *ctx = open_ctx();
     rlhf_tokenizer *tok = NULL;
     rlhf_model *lm = open_model(ctx, "babyllama361");
     OK(ctx, rlhf_tokenizer_open(ctx, test_asset("models/babyllama361"), &tok));
-    char *text = stories();
     static planted p;
-    REQUIRE(lm && tok && text);
-    find_sentences(text, &p);
-    printf(" %d %d ", p.n_with, p.n_without);
-    REQUIRE(p.n_with >= 600 && p.n_without >= 600);
-    int train_to = 480;
-    rlhf_dataset *held = planted_pairs(ctx, tok, &p, train_to, 600, 0);
-    rlhf_dataset *shuffled = planted_pairs(ctx, tok, &p, 0, 240, 1);
-    rlhf_dataset *coins = planted_pairs(ctx, tok, &p, 480, 600, 1);
+    REQUIRE(lm && tok);
+    find_answers(ctx, lm, tok, &p);
+    int pairs = p.n_with < p.n_without ? p.n_with : p.n_without;
+    printf(" %d pairs,", pairs);
+    REQUIRE(pairs >= 300);
+    int train_to = pairs - 120;
+    rlhf_dataset *held = planted_pairs(ctx, tok, &p, train_to, pairs, 0);
+    rlhf_dataset *coins = planted_pairs(ctx, tok, &p, train_to, pairs, 1);
+    rlhf_dataset *shuffled = planted_pairs(ctx, tok, &p, 0, train_to, 1);
     rlhf_dataset *train = planted_pairs(ctx, tok, &p, 0, train_to, 0);
 
     rlhf_model *rm = train_reward(ctx, lm, tok, train, 3, 4e-4);
@@ -445,7 +447,7 @@ TEST(reward_model_and_ppo) {
 
     double before = mentions(ctx, lm, tok);
     text_buf b = {0};
-    for (int i = 0; i < 64; i++) put(&b, "{\"prompt\":\"One day,\"}\n");
+    for (int i = 0; i < 4 * OPENINGS; i++) put(&b, "{\"prompt\":\"%s\"}\n", openings[i % OPENINGS]);
     rlhf_dataset *prompts = parse(ctx, tok, RLHF_DATA_PROMPT, 256, 1, &b);
     rlhf_ppo_config c = rlhf_ppo_config_default();
     rlhf_trainer *t = NULL;
@@ -453,13 +455,14 @@ TEST(reward_model_and_ppo) {
     int updates = 20;
     c.max_steps = updates;
     c.batch_size = 48;
-    c.response_length = 40;
+    c.response_length = ANSWER;
     c.temperature = 1;
     c.num_ppo_epochs = 2;
     c.num_mini_batches = 2;
-    c.learning_rate = getenv("LR") ? atof(getenv("LR")) : 1e-4;
+    c.learning_rate = getenv("LR") ? atof(getenv("LR")) : 5e-5;
+    c.value_learning_rate = 2e-4;
     c.lr_scheduler_type = "constant";
-    c.kl_coef = getenv("KL") ? atof(getenv("KL")) : 0.4;
+    c.kl_coef = getenv("KL") ? atof(getenv("KL")) : 0.2;
     OK(ctx, rlhf_ppo_open(lm, tok, prompts, rm, NULL, NULL, &c, &t));
     for (int i = 0; i < updates; i++) {
         OK(ctx, rlhf_trainer_step(t));
@@ -486,9 +489,9 @@ TEST(reward_model_and_ppo) {
     rlhf_dataset_close(coins);
     rlhf_dataset_close(shuffled);
     rlhf_dataset_close(held);
+    rlhf_samples_free(ctx, p.all, p.n);
     rlhf_model_close(lm);
     rlhf_tokenizer_close(tok);
-    free(text);
     rlhf_close(ctx);
 }
 

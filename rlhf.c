@@ -2933,6 +2933,7 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
  * Files. Reads are bounded and unpack gzip by themselves; large read-only files are mapped; a file
  * is written beside its place and renamed, so that a reader never sees half of one and a failed
  * call leaves nothing behind. Every error names the path and the system's reason.
+ * Nothing is read twice and nothing is kept open across public calls.
  * ============================================================================================ */
 
 /* The bound for files that are read whole: far above any tokenizer, below a mistake. */
@@ -2951,16 +2952,19 @@ typedef struct io_file {
     char *path, *temp;
 } io_file;
 
+/* Throws "PATH: cannot VERB: reason"; error is an errno. */
 __attribute__((noreturn))
 static void io_fail(rlhf_ctx *ctx, const char *verb, const char *path, int error) {
     err_throw(ctx, RLHF_ERR_IO, "%s: cannot %s: %s", path, verb, strerror(error));
 }
 
+/* Whether there is anything at path that can be looked at. */
 static int io_exists(const char *path) {
     struct stat st;
     return stat(path, &st) == 0;
 }
 
+/* Whether path is a directory, through links. */
 static int io_is_dir(const char *path) {
     struct stat st;
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
@@ -2989,6 +2993,7 @@ static void io_mkdirs(rlhf_ctx *ctx, const char *dir) {
     mem_free(path);
 }
 
+/* For err_defer, as are io_unmap and io_discard. */
 static void io_close_gz(void *gz) {
     gzclose((gzFile)gz);
 }
@@ -3058,6 +3063,7 @@ static io_view *io_map(rlhf_ctx *ctx, const char *path) {
     return v;
 }
 
+/* Ends a file that is not to be: the temporary goes, what stood under its path stays. */
 static void io_discard(void *file) {
     io_file *f = file;
     if (f->stream) fclose(f->stream);
@@ -3080,6 +3086,7 @@ static io_file *io_create(rlhf_ctx *ctx, const char *path) {
     return f;
 }
 
+/* Appends n bytes; a full disk shows here or at io_commit. */
 static void io_write(io_file *f, const void *data, size_t n) {
     if (n && fwrite(data, 1, n, f->stream) != n) io_fail(f->ctx, "write", f->path, errno);
 }
@@ -3096,7 +3103,8 @@ static void io_sync_parent(rlhf_ctx *ctx, const char *path) {
     mem_free(dir);
 }
 
-/* Puts the file in its place. It must be the newest deferred resource. */
+/* Puts the file in its place: data on the disk first, then the name, so that a crash leaves the old
+ * file or the new one, whole. It must be the newest deferred resource. */
 static void io_commit(io_file *f) {
     rlhf_ctx *ctx = f->ctx;
     if (fflush(f->stream) != 0 || fsync(fileno(f->stream)) != 0)
@@ -3132,10 +3140,12 @@ typedef struct json_src {
     const char *at; /* path of the enclosing object ("model."), "" at the top */
 } json_src;
 
+/* A source without a line, whose errors are RLHF_ERR_FORMAT. */
 static json_src json_source(rlhf_ctx *ctx, const char *file) {
     return (json_src){ctx, RLHF_ERR_FORMAT, file, 0, ""};
 }
 
+/* For err_defer. */
 static void json_drop(void *value) {
     json_decref(value);
 }
@@ -3271,6 +3281,7 @@ static int64_t json_opt_int(const json_src *src, const json_t *object, const cha
     return json_get(object, key) ? json_need_int(src, object, key, lo, hi) : def;
 }
 
+/* Integers are reals too. */
 static double json_need_real(const json_src *src, const json_t *object, const char *key) {
     json_t *v = json_get(object, key);
     if (!json_is_number(v)) json_bad(src, key, v, "a number");
@@ -3315,11 +3326,14 @@ static void json_write_file(rlhf_ctx *ctx, const char *path, const json_t *value
 /* ============================================================================================
  * MARK: - 12 TOK (tok_)
  * Tokenizers as Hugging Face's tokenizer.json describes them: byte-level and SentencePiece-style
- * BPE. Opening flattens the file into a list of steps (split at added tokens, normalize, split at
- * added tokens again, pre-tokenize) that tok_run walks recursively down to words; a word becomes
- * symbols that are merged by rank. What the file asks for and is not known here is an error that
- * names it; only its truncation and padding are ignored, as transformers does too. Text that is
- * not UTF-8 counts as what Python's errors="replace" makes of it: U+FFFD for each maximal bad part.
+ * BPE (Sennrich et al. 2016). Opening flattens the file into a list of steps (split at added
+ * tokens, normalize, split at added tokens again, pre-tokenize) that tok_run walks recursively down
+ * to words; a word becomes symbols that are merged by rank. What the file asks for and is not known
+ * here is an error that names it; only its truncation and padding are ignored, as transformers does
+ * too. Text that is not UTF-8 counts as what Python's errors="replace" makes of it: U+FFFD for each
+ * maximal bad part.
+ * Entry: tok_encode, tok_decode.   Invariant: the ids are those of the reference, Hugging Face's
+ * tokenizers, for every text; the cache of words changes time only.
  * Tests: test/test_tok.c
  * ============================================================================================ */
 
@@ -3353,6 +3367,7 @@ enum { TOK_ISOLATED, TOK_REMOVED, TOK_CONTIGUOUS, TOK_WITH_PREVIOUS, TOK_WITH_NE
 #define TOK_END_OF_TEXT "<|endoftext|>"
 #define TOK_SPACE "\xE2\x96\x81" /* U+2581, SentencePiece's visible space */
 
+/* One step; fields that its kind does not name are unused. */
 typedef struct tok_step {
     int kind, mode, flag;
     pcre2_code *re;
@@ -3360,6 +3375,7 @@ typedef struct tok_step {
     size_t len;
 } tok_step;
 
+/* What an id stands for. */
 typedef struct tok_piece {
     const char *text; /* null: no such id */
     int len;
@@ -3375,10 +3391,12 @@ typedef struct tok_added {
     int lstrip, rstrip, single_word, normalized;
 } tok_added;
 
+/* One merge: left and right become id; its index is its rank, lowest first. */
 typedef struct tok_rule {
     int32_t left, right, id;
 } tok_rule;
 
+/* One remembered word and its ids. A newer word in the same place takes it over. */
 typedef struct tok_cached {
     uint8_t len, n;
     char key[TOK_CACHE_KEY];
@@ -3386,6 +3404,7 @@ typedef struct tok_cached {
 } tok_cached;
 _Static_assert(sizeof(tok_cached) == 64, "one cache line");
 
+/* Entries of stb_ds's tables. */
 typedef struct tok_word_id { char *key; int32_t value; } tok_word_id;
 typedef struct tok_char_id { uint32_t key; int32_t value; } tok_char_id;
 typedef struct tok_pair_rank { uint64_t key; int32_t value; } tok_pair_rank;
@@ -3431,6 +3450,7 @@ typedef struct tok_buf {
     size_t n, cap;
 } tok_buf;
 
+/* Appends one id. */
 static void tok_push(rlhf_ctx *ctx, tok_ids *a, int32_t id) {
     if (a->n == a->cap) {
         if (a->cap > INT_MAX / 2) err_throw(ctx, RLHF_ERR_MEMORY, "more than 2^31 tokens");
@@ -3441,6 +3461,7 @@ static void tok_push(rlhf_ctx *ctx, tok_ids *a, int32_t id) {
     a->ids[a->n++] = id;
 }
 
+/* Appends n bytes and keeps a NUL behind them. */
 static void tok_put(tok_buf *b, const char *s, size_t n) {
     if (b->cap - b->n <= n) {
         b->cap = base_mul(b->ctx, b->cap + n + 32, 2);
@@ -3476,6 +3497,7 @@ static int tok_char(const char *s, size_t n, uint32_t *cp) {
     return need + 1;
 }
 
+/* The UTF-8 of a character; returns its length. */
 static int tok_put_char(char out[4], uint32_t cp) {
     return (int)utf8proc_encode_char((utf8proc_int32_t)cp, (utf8proc_uint8_t *)out);
 }
@@ -3543,6 +3565,7 @@ static void *tok_pcre_alloc(size_t size, void *user) {
     return p;
 }
 
+/* The other half. pcre2 frees through the general context that it allocated with. */
 static void tok_pcre_free(void *p, void *user) {
     (void)user;
     mem_free(p);
@@ -3573,6 +3596,8 @@ static char *tok_pattern_text(rlhf_ctx *ctx, const char *s, size_t n) {
     return b.p;
 }
 
+/* A compiled pattern of n bytes, the caller's to free; literal: it is text to be found as it is.
+ * Patterns that pcre2 does not take are an error with its reason. */
 static pcre2_code *tok_compile(rlhf_tokenizer *t, const json_src *src, const char *pattern,
                                size_t n, int literal) {
     rlhf_ctx *ctx = t->ctx;
@@ -3610,12 +3635,14 @@ typedef struct tok_entry {
     uint64_t key, tie;
 } tok_entry;
 
+/* A binary heap, smallest on top. */
 typedef struct tok_heap {
     rlhf_ctx *ctx;
     tok_entry *e;
     size_t n, cap;
 } tok_heap;
 
+/* A word of the training text and how often it occurs. */
 typedef struct tok_count { char *key; int64_t value; } tok_count;
 
 /* The state of one call. */
@@ -3691,6 +3718,7 @@ static int tok_joined(int behavior, int was_match, int is_match) {
     return behavior == TOK_WITH_NEXT && was_match && !is_match;
 }
 
+/* The next part of a SPLIT step into lo, hi, by its behavior; 0 at the end. */
 static int tok_next_split(tok_enc *e, const tok_step *st, tok_cursor *c) {
     int flag;
     c->id = -1;
@@ -3751,6 +3779,8 @@ static void tok_take(const tok_added *a, tok_cursor *c, size_t lo, size_t hi) {
     c->found = 1;
 }
 
+/* The next part of an ADDED step: a token (its id) or text between tokens (-1); 0 at the end.
+ * Tokens are sought from the left, the longest at each place. */
 static int tok_next_added(tok_enc *e, const tok_step *st, tok_cursor *c) {
     const int *bucket = e->t->bucket[st->mode];
     while (!c->found && c->search < c->n) {
@@ -3795,6 +3825,7 @@ static void tok_normal_form(tok_buf *b, int options, const char *s, size_t n) {
     for (size_t i = 0; i < n;) {
         size_t lo = i, mark = 0;
         while (i < n && !(s[i] & 0x80)) i++;
+        /* mid: the last ASCII character before the others goes with them. */
         size_t mid = i > lo && i < n ? i - 1 : i;
         while (i < n && (s[i] & 0x80) && !mark) {
             uint32_t cp;
@@ -3833,6 +3864,7 @@ static char *tok_transform(tok_enc *e, const tok_step *st, const char *s, size_t
         if (i == len) return NULL;
         tok_normal_form(&b, st->mode, s, len);
     } else {
+        /* An empty match advances by one whole character. */
         while (from <= len && tok_match(e, st->re, s, len, from, &lo, &hi)) {
             tok_put(&b, s + at, lo - at);
             tok_put(&b, st->text, st->len);
@@ -3849,10 +3881,12 @@ static char *tok_transform(tok_enc *e, const tok_step *st, const char *s, size_t
 
 /* ---- encoding: words ---- */
 
+/* The order of the heap. */
 static int tok_before(tok_entry a, tok_entry b) {
     return a.key != b.key ? a.key < b.key : a.tie < b.tie;
 }
 
+/* Adds an entry. */
 static void tok_heap_push(tok_heap *h, tok_entry x) {
     if (h->n == h->cap) {
         h->cap = h->cap ? 2 * h->cap : 64;
@@ -3863,6 +3897,7 @@ static void tok_heap_push(tok_heap *h, tok_entry x) {
     h->e[i] = x;
 }
 
+/* Takes the smallest entry off; there is one. */
 static tok_entry tok_heap_pop(tok_heap *h) {
     tok_entry top = h->e[0], x = h->e[--h->n];
     size_t i = 0;
@@ -3875,6 +3910,7 @@ static tok_entry tok_heap_pop(tok_heap *h) {
     return top;
 }
 
+/* Both ids as one key, ordered as (left, right). */
 static uint64_t tok_pair(int32_t left, int32_t right) {
     return (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
 }
@@ -3946,6 +3982,8 @@ static void tok_bpe(tok_enc *e, const char *s, size_t n) {
     tok_symbol *y = e->symbols;
     e->heap.n = 0;
     for (int32_t i = 0; i + 1 < count; i++) tok_offer(e, i);
+    /* The key is the rank above the place: lowest rank, then leftmost. An entry whose symbols have
+     * changed since it was queued does not fit its rule any more. */
     while (e->heap.n) {
         uint64_t key = tok_heap_pop(&e->heap).key;
         const tok_rule *r = &t->rules[key >> 32];
@@ -3974,6 +4012,7 @@ static const char *tok_spell(tok_enc *e, const char *s, size_t n) {
     return b->p;
 }
 
+/* Training: one more occurrence of the word. */
 static void tok_count_word(tok_enc *e, const char *s, size_t n) {
     const char *key = tok_spell(e, s, n);
     ptrdiff_t i = stbds_shgeti(*e->counts, key);
@@ -3998,6 +4037,7 @@ static void tok_word(tok_enc *e, const char *s, size_t n) {
             return;
         }
     }
+    /* A word that is a piece as a whole is that piece, if the file says so (ignore_merges). */
     int from = e->out->n;
     ptrdiff_t whole = -1;
     if (t->ignore_merges && n <= (size_t)t->longest && (t->byte_level || !memchr(s, 0, n)))
@@ -4058,6 +4098,7 @@ static tok_enc tok_begin(rlhf_tokenizer *t, tok_ids *out) {
     return e;
 }
 
+/* Gives back what tok_begin and the call took; the ids are the caller's. */
 static void tok_end(tok_enc *e) {
     pcre2_match_data_free(e->md);
     mem_free(e->symbols);
@@ -4065,6 +4106,7 @@ static void tok_end(tok_enc *e) {
     mem_free(e->scratch.p);
 }
 
+/* Encodes one text, as UTF-8 or made so. Indices of symbols are 32-bit, hence the limit. */
 static void tok_feed(tok_enc *e, const char *text, size_t len) {
     if (len > INT_MAX / 4) err_throw(e->t->ctx, RLHF_ERR_ARG, "a text of more than 512 MiB");
     char *fixed = tok_lossy(e->t->ctx, text, &len);
@@ -4225,6 +4267,7 @@ static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_s
         tok_put(&list.text, p->text, (size_t)p->len);
         tok_list_end(&list);
     }
+    /* The steps pass the list back and forth between two buffers. */
     for (int i = 0; i < decoders; i++) {
         tok_decode_step(&e, &t->decoders[i], &list, &next);
         tok_list swap = list;
@@ -4245,11 +4288,18 @@ static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_s
  * MARK: - 13 VOCAB (tok_)
  * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 12, chat
  * templates as data, files out, and the training of a byte-level BPE.
+ *
+ * Readers append steps in the order in which the reference applies them; each names the key of what
+ * it does not know. A tokenizer owns the texts of its files and writes them back unchanged, so that
+ * saving loses nothing that is not understood here.
+ *
+ * Entry: tok_open, tok_parse, tok_train, tok_save, tok_render.
  * Tests: test/test_tok.c
  * ============================================================================================ */
 
 /* ---- opening ---- */
 
+/* Frees a list of steps; their texts belong to the tokenizer. */
 static void tok_free_steps(tok_step *steps) {
     for (int i = 0; i < (int)stbds_arrlen(steps); i++) pcre2_code_free(steps[i].re);
     stbds_arrfree(steps);
@@ -4280,6 +4330,7 @@ static void tok_free(void *tokenizer) {
     mem_free(t);
 }
 
+/* Throws RLHF_ERR_UNSUPPORTED about a key's value. */
 __attribute__((noreturn))
 static void tok_unsupported(const json_src *src, const char *key, const json_t *value) {
     char text[80];
@@ -4295,11 +4346,13 @@ static const char *tok_keep(rlhf_tokenizer *t, const char *s, size_t n) {
     return copy;
 }
 
+/* Appends a step. The pointer is good until the next one is appended. */
 static tok_step *tok_add_step(tok_step **steps, int kind, int mode, int flag) {
     stbds_arrput(*steps, ((tok_step){.kind = kind, .mode = mode, .flag = flag, .text = ""}));
     return &stbds_arrlast(*steps);
 }
 
+/* Gives a step its text, a copy. */
 static void tok_step_text(rlhf_tokenizer *t, tok_step *st, const char *s) {
     st->len = strlen(s);
     st->text = tok_keep(t, s, st->len);
@@ -4321,6 +4374,7 @@ static int tok_choice(const char *name, const char *const *names) {
     return -1;
 }
 
+/* "normalizer": unicode normal forms, Prepend, Replace, and lists of them; null is none. */
 static void tok_load_normalizer(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
     static const char *const forms[] = {"NFC", "NFD", "NFKC", "NFKD", NULL};
     static const int options[] = {
@@ -4371,6 +4425,7 @@ static void tok_load_metaspace(rlhf_tokenizer *t, const json_src *src, const jso
     }
 }
 
+/* "pre_tokenizer": ByteLevel, Split, Digits, Metaspace, and lists of them. */
 static void tok_load_pre(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
     static const char *const behaviors[] = {"Isolated", "Removed", "Contiguous",
                                             "MergedWithPrevious", "MergedWithNext", NULL};
@@ -4402,6 +4457,7 @@ static void tok_load_pre(rlhf_tokenizer *t, const json_src *src, const json_t *v
     else tok_unsupported(src, "type", json_get(v, "type"));
 }
 
+/* "decoder": the steps from tokens back to text. */
 static void tok_load_decoder(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
     if (!v) return;
     const char *type = json_need_str(src, v, "type");
@@ -4461,6 +4517,7 @@ static void tok_load_template(rlhf_tokenizer *t, const json_src *src, const json
     if (!seen) tok_unsupported(src, "single (without the text)", single);
 }
 
+/* "post_processor": what add_special adds. */
 static void tok_load_post(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
     if (!v) return;
     const char *type = json_need_str(src, v, "type");
@@ -4473,6 +4530,7 @@ static void tok_load_post(rlhf_tokenizer *t, const json_src *src, const json_t *
     else if (strcmp(type, "ByteLevel") != 0) tok_unsupported(src, "type", json_get(v, "type"));
 }
 
+/* Makes an id known. An added token takes the place of a piece with its id. */
 static void tok_set_piece(rlhf_tokenizer *t, int64_t id, const char *text, size_t len,
                           int special) {
     t->pieces[id] = (tok_piece){text, (int)len, special};
@@ -4496,6 +4554,7 @@ static void tok_load_vocab(rlhf_tokenizer *t, const json_src *src, json_t *vocab
         if (v > top) top = v;
         bytes += strlen(key) + 1;
     }
+    /* Added tokens may lie beyond the model's vocabulary. */
     json_src at = *src;
     at.at = "added_tokens.";
     for (size_t i = 0; i < json_array_size(added); i++) {
@@ -4505,6 +4564,7 @@ static void tok_load_vocab(rlhf_tokenizer *t, const json_src *src, json_t *vocab
     t->vocab_size = (int)top + 1;
     if (!t->vocab_size) json_bad(src, "vocab", vocab, "a vocabulary that is not empty");
     t->pieces = mem_zalloc(t->ctx, (size_t)t->vocab_size, sizeof *t->pieces);
+    /* One block for all texts; the tables point into it. */
     char *p = t->blob = mem_alloc(t->ctx, bytes);
     json_object_foreach(vocab, key, id) {
         len = strlen(key);
@@ -4535,6 +4595,7 @@ static void tok_load_merges(rlhf_tokenizer *t, const json_src *src, const json_t
     tok_buf b = {t->ctx, NULL, 0, 0};
     for (size_t i = 0; i < n; i++) {
         const json_t *m = json_array_get(merges, i);
+        /* Either form; a piece may hold spaces in the second only. */
         const char *left = json_string_value(json_array_get(m, 0));
         const char *right = json_string_value(json_array_get(m, 1)), *space = NULL;
         b.n = 0;
@@ -4564,6 +4625,7 @@ static void tok_load_merges(rlhf_tokenizer *t, const json_src *src, const json_t
 static void tok_index_bytes(rlhf_tokenizer *t) {
     int next = 256;
     for (int i = 0; i < TOK_BYTE_CPS; i++) t->cp_byte[i] = -1;
+    /* GPT-2's alphabet: printable bytes stand for themselves, the others are numbered from 256. */
     for (int i = 0; i < 256; i++) {
         int printable = (i >= 33 && i <= 126) || (i >= 161 && i <= 172) || i >= 174;
         t->byte_cp[i] = (uint16_t)(printable ? i : next++);
@@ -4573,6 +4635,7 @@ static void tok_index_bytes(rlhf_tokenizer *t) {
         t->byte_id[i] = t->byte_level ? tok_char_piece(t, t->byte_cp[i]) : tok_piece_id(t, name);
     }
     t->cut = !t->byte_level && !t->ignore_merges && tok_char_piece(t, 0x2581) >= 0;
+    /* A merge that puts a visible space behind anything but one reaches across words. */
     for (ptrdiff_t i = 0; t->cut && i < stbds_hmlen(t->ranks); i++) {
         if (t->ranks[i].value < 0) continue;
         const tok_rule *r = &t->rules[t->ranks[i].value];
@@ -4582,6 +4645,7 @@ static void tok_index_bytes(rlhf_tokenizer *t) {
     }
 }
 
+/* "model": flags, vocabulary, merges, unknown token; BPE without dropout and affixes. */
 static void tok_load_model(rlhf_tokenizer *t, const json_src *src, json_t *root) {
     json_src at = *src;
     json_t *model = json_need_object(src, root, "model");
@@ -4642,6 +4706,7 @@ static void tok_load_added(rlhf_tokenizer *t, const json_src *src, const json_t 
         if (len) stbds_arrput(t->added, a);
     }
     tok_end(&e);
+    /* bucket[set][b] is where first byte b begins, so that one comparison rules most bytes out. */
     int n = (int)stbds_arrlen(t->added), k = 0;
     if (n) qsort(t->added, (size_t)n, sizeof *t->added, tok_compare_added);
     for (int set = 0; set < 2; set++)
@@ -4678,6 +4743,9 @@ static int tok_special(rlhf_tokenizer *t, const json_src *src, const json_t *con
 
 /* ---- chat templates ---- */
 
+/* A template as data: what stands around and between turns. A turn is
+ *     between open ROLE mid | lead CONTENT close | after
+ * and the part between the bars bears loss in turns of the assistant. */
 typedef struct tok_chat {
     const char *name;
     const char *begin;      /* before everything */
@@ -4693,6 +4761,7 @@ typedef struct tok_chat {
 } tok_chat;
 
 #define TOK_ROLES {"system", "user", "assistant"}
+/* In the order of TOK_CHAT_NAMES. The first two have no tokens of their own (data_chat_is_text). */
 static const tok_chat tok_chats[] = {
     {"plain", "", "", "", "", "", "", "\n", NULL, "", {"", "", ""}, 0},
     {"hh", "", "\n\n", ":", " ", "", "", "", NULL, "", {"System", "Human", "Assistant"}, 0},
@@ -4799,6 +4868,7 @@ static char *tok_render(rlhf_tokenizer *t, const char *template, const tok_messa
         if (role == 2 && spans) spans[count] = span;
         count += role == 2;
     }
+    /* The same head that a turn of the assistant would have. */
     if (generate) {
         if (b.n > strlen(c->begin)) tok_put(&b, c->between, strlen(c->between));
         tok_put(&b, c->open, strlen(c->open));
@@ -4820,6 +4890,7 @@ static void tok_load_config(rlhf_tokenizer *t, const char *file) {
     json_t *config = t->config ? json_parse(&src, t->config, t->config_len) : NULL;
     t->eos = tok_special(t, &src, config, "eos_token", eos);
     t->bos = tok_special(t, &src, config, "bos_token", bos);
+    /* The template's own file counts first, then the config's text, then its list's default. */
     const char *jinja = t->jinja;
     const json_t *v = json_get(config, "chat_template");
     if (!jinja && json_is_string(v)) jinja = json_string_value(v);
@@ -4846,6 +4917,8 @@ static rlhf_tokenizer *tok_parse(rlhf_ctx *ctx, const char *file, const char *co
     json_src src = json_source(ctx, file), at = src;
     json_t *root = json_parse(&src, t->json, t->json_len);
     if (!json_is_object(root)) json_bad(&src, "model", NULL, "a tokenizer.json");
+    /* Order matters: normalized added tokens need the vocabulary and the normalizer's steps, but
+     * not the pre-tokenizer's. */
     tok_load_model(t, &src, root);
     tok_add_step(&t->steps, TOK_ADDED, 0, 0);
     at.at = "normalizer.";
@@ -4918,6 +4991,7 @@ typedef struct tok_train_word {
     int64_t count;
 } tok_train_word;
 
+/* The state of a training: the vocabulary so far, and the words as they are merged by now. */
 typedef struct tok_trainer {
     rlhf_ctx *ctx;
     char **texts;           /* stb_ds: id -> text */
@@ -4979,6 +5053,7 @@ static void tok_train_merge(tok_trainer *r, int w, int32_t left, int32_t right, 
             s[k++] = s[i];
             continue;
         }
+        /* The neighbours' pairs lose one occurrence and gain one with the new id. */
         if (k > 0) {
             tok_train_add(r, s[k - 1], left, w, -word->count);
             tok_train_add(r, s[k - 1], id, w, word->count);
@@ -5005,12 +5080,14 @@ static void tok_train_merges(tok_trainer *r, int most) {
         tok_entry top = tok_heap_pop(&r->heap);
         ptrdiff_t k = stbds_hmgeti(r->pairs, top.tie);
         tok_pair_stat *p = &r->pairs[k].value;
+        /* Counts only fall after they were queued, except for what tok_train_queue queues again. */
         uint64_t key = UINT64_MAX - (uint64_t)p->count;
         if (p->count < TOK_MIN_PAIRS) continue;
         if (key != top.key) {
             if (key > top.key) tok_heap_push(&r->heap, (tok_entry){key, top.tie});
             continue;
         }
+        /* The pair becomes a token; its words, taken off first, are rewritten. */
         int32_t left = (int32_t)(top.tie >> 32), right = (int32_t)(uint32_t)top.tie;
         b.n = 0;
         tok_put(&b, r->texts[left], strlen(r->texts[left]));
@@ -5121,6 +5198,8 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
         tok_put_char(c, cp);
         if (cp < 127 || (cp > 160 && cp != 173)) tok_train_id(&r, c);
     }
+    /* Words are cut by the tokenizer that the result will be, so training and encoding agree on
+     * them. */
     rlhf_tokenizer *bytes = tok_train_result(&r);
     err_defer(ctx, tok_free, bytes);
     tok_train_words(&r, bytes, texts, lens, n);
@@ -5619,7 +5698,8 @@ _Static_assert(P_LN1_B == P_LN1_W + 1 && P_LN2_B == P_LN2_W + 1 && P_LNF_B == P_
 
 /* Radians by which dimension j turns from one position to the next: theta^(-2j / hd) (Su et al.
  * 2021). Llama 3 slows the long waves down by a factor, leaves the short ones, and blends in
- * between. */
+ * between. libm's pow is rounded from double to
+ * float, where libraries agree. */
 static float model_rope_frequency(const model_cfg *c, int j) {
     float inv = (float)(1.0 / pow((double)c->theta, (double)j / (c->hd / 2)));
     if (c->rope_factor == 0) return inv;
@@ -7490,8 +7570,8 @@ typedef struct roll_piece {
     int n;
 } roll_piece;
 
-/* x <- (x - mean) / sqrt(var + 1e-8) over all pieces, with n - 1 in the variance; keep_mean adds
- * the mean again. */
+/* Whitens all pieces together: x <- (x - mean) / sqrt(var + 1e-8) with n - 1 in the variance, as
+ * TRL. keep_mean adds the mean again. Fewer than two numbers stay as they are. */
 static void roll_whiten(roll_piece *p, int pieces, int keep_mean) {
     double sum = 0, sq = 0;
     int64_t n = 0;
@@ -7522,19 +7602,28 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 
 /* ============================================================================================
  * MARK: - 20 TRAIN (train_)
- * The loop that every trainer runs in: schedule, step, metrics, evaluation, checkpoints, resume.
- * A trainer supplies what a step is (20, 21, 22). metrics.jsonl holds no times, so that two equal
+ * The loop that every trainer runs in: schedule, step, metrics, evaluation, checkpoints, resume. A
+ * trainer supplies what a step is (21, 22, 23). metrics.jsonl holds no times, so that two equal
  * runs write equal files.
+ *
+ * An optimizer step changes the weights whole or not at all: whatever may fail, fails before it.
+ * What follows a step (evaluation, line, checkpoint) is owed until it is done. A run directory
+ * holds run.json, metrics.jsonl, checkpoint/ and, in the end, the model.
+ *
+ * Entry: train_new, train_step, train_run, train_put.
+ * Invariant: a resumed run writes the bytes of one that was never stopped.
  * Tests: test/test_train.c
  * ============================================================================================ */
 
+/* Names that one trainer may put; further ones are dropped. */
 enum { TRAIN_METRICS = 96 };
 
-/* The part that all configurations begin with. */
+/* The part that all configurations begin with; the defaults do not matter for the members. */
 typedef struct train_config {
     RLHF_TRAIN_FIELDS(RLHF_MEMBER_, 0, 0, 0, 0)
 } train_config;
 
+/* A trainer reads its own configuration through train_config. */
 #define TRAIN_SAME(type)                                                                           \
     _Static_assert(offsetof(type, learning_rate) == offsetof(train_config, learning_rate) &&       \
                        offsetof(type, resume) == offsetof(train_config, resume),                   \
@@ -7543,6 +7632,8 @@ TRAIN_SAME(rlhf_sft_config);
 TRAIN_SAME(rlhf_rm_config);
 TRAIN_SAME(rlhf_ppo_config);
 
+/* One row of the public table (rlhf_field) for each kind of field. In rows of kind S the third and
+ * fourth argument are the default and the choices. */
 #define TRAIN_FIELD_I(type, name, def, lo, hi, help)                                               \
     {'I', #name, offsetof(type, name), (double)(def), (double)(lo), (double)(hi), NULL, NULL, help},
 #define TRAIN_FIELD_R(type, name, def, lo, hi, help)                                               \
@@ -7552,6 +7643,7 @@ TRAIN_SAME(rlhf_ppo_config);
 #define TRAIN_FIELD_S(type, name, def, lo, hi, help)                                               \
     {'S', #name, offsetof(type, name), 0, 0, 0, def, lo, help},
 
+/* The lists of rlhf.h, expanded for each struct. */
 #define TRAIN_ROW_SFT(kind, ...) TRAIN_FIELD_##kind(rlhf_sft_config, __VA_ARGS__)
 #define TRAIN_ROW_RM(kind, ...) TRAIN_FIELD_##kind(rlhf_rm_config, __VA_ARGS__)
 #define TRAIN_ROW_PPO(kind, ...) TRAIN_FIELD_##kind(rlhf_ppo_config, __VA_ARGS__)
@@ -7587,6 +7679,7 @@ static void train_defaults(rlhf_config_kind kind, void *config) {
     }
 }
 
+/* A field's value, of kind I, R or B; integers in a configuration are exact as doubles (< 2^53). */
 static double train_number(const rlhf_field *f, const void *config) {
     const char *at = (const char *)config + f->offset;
     int64_t integer;
@@ -7599,12 +7692,14 @@ static double train_number(const rlhf_field *f, const void *config) {
     }
 }
 
+/* A field's value, of kind S; may be null. */
 static const char *train_text(const rlhf_field *f, const void *config) {
     const char *s;
     memcpy(&s, (const char *)config + f->offset, sizeof s);
     return s;
 }
 
+/* Whether value is one of the texts that '|' separates. */
 static int train_is_choice(const char *choices, const char *value) {
     size_t n = strlen(value);
     if (strchr(value, '|')) return 0;
@@ -7647,12 +7742,15 @@ static json_t *train_config_json(rlhf_ctx *ctx, rlhf_config_kind kind, const voi
 
 /* ---- trainer ---- */
 
+/* One named number, the newest one of its kind. */
 typedef struct train_metric {
     char name[40];
     double value;
     int fresh; /* put since the last line of metrics */
 } train_metric;
 
+/* What makes a trainer: step computes one optimizer step or update, eval puts metrics over
+ * t->eval. */
 typedef struct train_ops {
     const char *name;
     rlhf_config_kind kind;
@@ -7662,6 +7760,8 @@ typedef struct train_ops {
                                       */
 } train_ops;
 
+/* One run. Models, data and tokenizer are the host's unless owned; configuration texts are the
+ * host's, too. */
 struct rlhf_trainer {
     rlhf_ctx *ctx;
     const train_ops *ops;
@@ -7676,14 +7776,14 @@ struct rlhf_trainer {
     rlhf_model *value, *reward;
     int owns_start, owns_value;
     rlhf_tokenizer *tok;
-    rlhf_dataset *train, *eval;
+    rlhf_dataset *train, *eval; /* eval may be null */
     rlhf_reward_fn fn;
     void *user;
     opt *opt;
-    arena ws;
+    arena ws; /* of one step, evaluation or finish; empty between them */
     int64_t step, total, tokens, episodes;
-    int64_t per_epoch; /* steps */
-    int *order;
+    int64_t per_epoch;   /* steps */
+    int *order;          /* [records], of the running epoch */
     int64_t order_epoch; /* of order; -1: none yet */
     double kl_coef, begun;
     int slot;            /* of checkpoint/a and checkpoint/b: where the next state goes */
@@ -7694,6 +7794,7 @@ struct rlhf_trainer {
     int metrics;
 };
 
+/* Sets the newest value of a metric. */
 static void train_put(rlhf_trainer *t, const char *name, double value) {
     int i = 0;
     while (i < t->metrics && strcmp(t->metric[i].name, name)) i++;
@@ -7706,7 +7807,8 @@ static void train_put(rlhf_trainer *t, const char *name, double value) {
     t->metric[i].fresh = 1;
 }
 
-/* All newest metrics, held. A number that JSON cannot express is null. */
+/* All newest metrics, or with `fresh` those put since the last line, held. A number that JSON
+ * cannot express is null. */
 static json_t *train_metrics_json(const rlhf_trainer *t, int fresh) {
     json_t *j = json_hold(t->ctx, json_object());
     json_object_set_new(j, "step", json_integer(t->step));
@@ -7725,8 +7827,8 @@ static double train_lr(const rlhf_trainer *t) {
            opt_schedule(c->lr_scheduler_type, t->step, c->warmup_steps, t->total);
 }
 
-/* The records of the coming step: *from in t->order, their number. Epochs end with a shorter step.
- */
+/* The records of the coming step: t->order[*from] and those behind it; returns their number. The
+ * order is drawn anew each epoch; epochs end with a shorter step. */
 static int train_window(rlhf_trainer *t, int *from) {
     const train_config *c = &t->u.c;
     int64_t epoch = t->step / t->per_epoch, at = t->step % t->per_epoch;
@@ -7740,6 +7842,7 @@ static int train_window(rlhf_trainer *t, int *from) {
     return (int)(left < window ? left : window);
 }
 
+/* Makes the optimizer of n models from the common configuration. */
 static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
     const train_config *c = &t->u.c;
     t->opt = opt_new(t->ctx, models, n);
@@ -7771,7 +7874,8 @@ static void train_check_records(const rlhf_model *m, const rlhf_dataset *d) {
     }
 }
 
-/* A trainer whose config is size bytes; sets the length of the run from the data. */
+/* A trainer whose config is size bytes (copied); checks it, and that every record fits the model.
+ * The caller sets the length of the run and the optimizer. */
 static rlhf_trainer *train_new(rlhf_model *model, rlhf_tokenizer *tok, rlhf_dataset *train,
                                const train_ops *ops, const void *config, size_t size) {
     rlhf_ctx *ctx = model->ctx;
@@ -7792,7 +7896,8 @@ static rlhf_trainer *train_new(rlhf_model *model, rlhf_tokenizer *tok, rlhf_data
     return t;
 }
 
-/* Length of the run when a step takes `window` records. */
+/* Length of the run when a step takes `window` records. Part of an epoch counts up to a whole
+ * step. */
 static void train_set_length(rlhf_trainer *t, int64_t window) {
     const train_config *c = &t->u.c;
     t->per_epoch = (t->train->n + window - 1) / window;
@@ -7800,6 +7905,7 @@ static void train_set_length(rlhf_trainer *t, int64_t window) {
                                  : (int64_t)ceil(c->num_train_epochs * (double)t->per_epoch);
 }
 
+/* Gives the trainer and what it owns back; the trained model stays. */
 static void train_free(rlhf_trainer *t) {
     opt_free(t->opt);
     arena_free(&t->ws);
@@ -7811,10 +7917,12 @@ static void train_free(rlhf_trainer *t) {
 
 /* ---- run directory ---- */
 
+/* The run directory, or null: nothing is written. */
 static const char *train_dir(const rlhf_trainer *t) {
     return t->u.c.output_dir[0] ? t->u.c.output_dir : NULL;
 }
 
+/* Both moments of each model as tensors [n], for writing or reading: list[2 * models]. */
 static void train_state_tensors(const rlhf_trainer *t, ckpt_tensor *list) {
     for (int i = 0; i < t->opt->models; i++) {
         ckpt_tensor *x = list + 2 * i;
@@ -7826,8 +7934,8 @@ static void train_state_tensors(const rlhf_trainer *t, ckpt_tensor *list) {
     }
 }
 
-/* Writes DIR/checkpoint: the weights, the optimizer and where the run stands. The state file comes
- * last: it makes the others count. */
+/* Writes checkpoint/a or b, in turn: the weights, the optimizer and where the run stands. The state
+ * file comes last and names the directory: until then the other one, still whole, counts. */
 static void train_save_state(rlhf_trainer *t) {
     rlhf_ctx *ctx = t->ctx;
     char *top = ckpt_path(ctx, train_dir(t), "checkpoint");
@@ -7853,6 +7961,8 @@ static void train_save_state(rlhf_trainer *t) {
     t->slot = !t->slot;
 }
 
+/* Takes the run to where the state file says; it must be of this trainer and this number of
+ * records. Orders and samples need no state: they are functions of seed, step and episode. */
 static void train_load_state(rlhf_trainer *t) {
     rlhf_ctx *ctx = t->ctx;
     char *top = ckpt_path(ctx, train_dir(t), "checkpoint");
@@ -7891,7 +8001,8 @@ static void train_load_state(rlhf_trainer *t) {
     err_release(ctx);
 }
 
-/* Keeps the lines of metrics.jsonl up to the step that the run goes on from. */
+/* Keeps the lines of metrics.jsonl up to the step that the run goes on from; later ones, and a line
+ * cut short by a crash, are written again. */
 static void train_trim_metrics(rlhf_trainer *t, const char *path) {
     rlhf_ctx *ctx = t->ctx;
     if (!io_exists(path)) return;
@@ -7911,7 +8022,7 @@ static void train_trim_metrics(rlhf_trainer *t, const char *path) {
 }
 
 /* First contact with the run directory: its configuration, an empty metrics.jsonl, or the state to
- * go on from. */
+ * go on from. If it fails, the next step tries again. */
 static void train_open_dir(rlhf_trainer *t) {
     if (!train_dir(t)) {
         t->fresh = 0;
@@ -7941,9 +8052,12 @@ static void train_open_dir(rlhf_trainer *t) {
     t->fresh = 0;
 }
 
+/* For err_defer; what was flushed is safe from errors of closing. */
 static void train_close_file(void *file) { fclose(file); }
 
-/* One line of metrics for the file and the progress hook. Returns 0 if the hook asks to stop. */
+/* One line of metrics, if `line`, for the file and the progress hook, which is called after every
+ * step. Returns 0 if the hook asks to stop. The file is opened for each line: a run of days holds
+ * no handle, and each line is on its way when the step is over. */
 static int train_log(rlhf_trainer *t, int line) {
     rlhf_ctx *ctx = t->ctx;
     char *text = NULL;
@@ -7973,7 +8087,7 @@ static int train_log(rlhf_trainer *t, int line) {
 
 /* ---- the loop ---- */
 
-/* Fails before weights change if the loss is not a number. */
+/* Throws before weights change if the loss is not a number. */
 static void train_check_loss(const rlhf_trainer *t, double loss) {
     if (!isfinite(loss))
         err_throw(t->ctx, RLHF_ERR_NUMERIC,
@@ -7981,6 +8095,7 @@ static void train_check_loss(const rlhf_trainer *t, double loss) {
                   (long long)t->step + 1);
 }
 
+/* One step and its metrics, nothing of what follows it. */
 static void train_step(rlhf_trainer *t) {
     if (t->fresh) train_open_dir(t);
     if (t->step >= t->total)
@@ -8004,6 +8119,8 @@ static int train_run(rlhf_trainer *t) {
             t->owed = 1;
             t->logged = 0;
         }
+        /* What follows the step. `logged` keeps a part already done from being done twice after an
+         * error. */
         int last = t->step == t->total;
         int line = t->step % c->logging_steps == 0 || last;
         int eval =
@@ -8018,11 +8135,14 @@ static int train_run(rlhf_trainer *t) {
         }
         int go_on = t->logged || train_log(t, line || eval);
         t->logged = 1;
+        /* A stop saves the state; the last step needs none, the run is about to end by itself. */
         int save = c->save_steps && t->step % c->save_steps == 0;
         if (train_dir(t) && (save || (!go_on && !last))) train_save_state(t);
         t->owed = 0;
         if (!go_on && !last) return 0;
     }
+    /* The trained model in the run directory itself, ready for transformers and the other
+     * commands. */
     if (train_dir(t) && !t->finished) {
         ckpt_save(t->model, train_dir(t));
         if (t->tok) tok_save(t->tok, train_dir(t));
@@ -8192,20 +8312,28 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
 
 /* ============================================================================================
  * MARK: - 22 RM (rm_)
- * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood,
- *   mean w (-log sigmoid(r_chosen - r_rejected - margin)) + c mean (r_chosen + r_rejected)^2,
- * then normalised so that answers of the starting model score with mean 0 and deviation 1.
+ * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood
+ * (Bradley and Terry 1952; Stiennon et al. 2020): P(chosen beats rejected) = sigmoid(r_c - r_r).
+ * Over the pairs of an optimizer step, w the weight and m the margin of a pair,
+ *     L = mean of w (-log sigmoid(r_c - r_r - m)) + c mean of (r_c + r_r)^2
+ * The likelihood leaves a constant free, hence the second term, and scale and origin of the scores
+ * to chance: after training they are normalised so that answers of the starting model score with
+ * mean 0 and deviation 1 (Ziegler et al. 2019), and a KL coefficient means the same for every
+ * reward model.
  * Tests: test/test_golden.c, test/test_train.c
  * ============================================================================================ */
 
-/* -log sigmoid(z), without overflow. */
+/* -log sigmoid(z) = log(1 + e^-z), without overflow for either sign. Reported only: gradients come
+ * from v_sigmoid1. */
 static double rm_loss(double z) { return (z < 0 ? -z : 0) + log1p(exp(-fabs(z))); }
 
+/* Sums and extremes over pairs, in raw scores. */
 typedef struct rm_sums {
     double loss, margin, correct, total, min, max; /* ties count half */
     int64_t pairs;
 } rm_sums;
 
+/* Adds one pair with scores a (chosen) and b (rejected). */
 static void rm_add(rm_sums *s, const data_record *rec, double a, double b) {
     s->loss += rec->weight * rm_loss(a - b - rec->margin);
     s->margin += a - b;
@@ -8216,6 +8344,7 @@ static void rm_add(rm_sums *s, const data_record *rec, double a, double b) {
     s->pairs++;
 }
 
+/* Puts the means as metrics, their names with the prefix. */
 static void rm_put(rlhf_trainer *t, const char *prefix, const rm_sums *s) {
     double n = (double)(s->pairs ? s->pairs : 1);
     const struct {
@@ -8231,7 +8360,8 @@ static void rm_put(rlhf_trainer *t, const char *prefix, const rm_sums *s) {
     }
 }
 
-/* One micro-batch of n pairs out of `of` in the step: gradients and sums. */
+/* One micro-batch of n pairs out of `of` in the step: gradients and sums. Both answers of a pair
+ * are sequences of one batch, chosen at even places. */
 static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int of, rm_sums *sums) {
     arena *ws = &t->ws;
     arena_mark mark = arena_save(ws);
@@ -8244,6 +8374,7 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int o
         ids[2 * i + 1] = rec[i]->b.ids, len[2 * i + 1] = rec[i]->b.n;
     }
     model_run run = model_batch(ws, 2 * n, ids, len);
+    /* The score is read where the sequence ends. */
     for (int i = 0; i < 2 * n; i++) row[i] = run.seq[i].row + run.seq[i].n - 1;
     run.save = 1;
     model_forward(t->model, ws, &run);
@@ -8252,6 +8383,8 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int o
     model_scores(t->model, ws, &top, score);
     for (int i = 0; i < n; i++) {
         float a = score[2 * i], b = score[2 * i + 1];
+        /*     dL/dr_c = -w sigmoid(r_r - r_c + m) / of + 2 c (r_c + r_r) / of
+         * and the same with the first sign turned for r_r. */
         float slope =
             -(float)rec[i]->weight * v_sigmoid1(b - a + (float)rec[i]->margin) / (float)of;
         float pull = 2.0f * (float)center * (a + b) / (float)of;
@@ -8264,6 +8397,7 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int o
     arena_restore(ws, mark);
 }
 
+/* One optimizer step over the window's pairs. */
 static void rm_step(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
     int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
@@ -8286,7 +8420,8 @@ static void rm_step(rlhf_trainer *t) {
     train_put(t, "num_tokens", (double)t->tokens);
 }
 
-/* Raw scores of the chosen and rejected answers of a whole dataset: score[2 i], score[2 i + 1]. */
+/* Raw scores of the chosen and rejected answers of a whole dataset, in ws: score[2 i], score[2 i +
+ * 1]. */
 static float *rm_score_pairs(rlhf_model *m, arena *ws, const rlhf_dataset *d) {
     int n = 2 * d->n;
     const int32_t **ids = arena_alloc(ws, (size_t)n * sizeof *ids);
@@ -8301,6 +8436,7 @@ static float *rm_score_pairs(rlhf_model *m, arena *ws, const rlhf_dataset *d) {
     return score;
 }
 
+/* Puts eval_* metrics over the whole evaluation set; its loss has no centering term. */
 static void rm_eval(rlhf_trainer *t) {
     float *score = rm_score_pairs(t->model, &t->ws, t->eval);
     rm_sums sums = {0};
@@ -8309,7 +8445,9 @@ static void rm_eval(rlhf_trainer *t) {
     rm_put(t, "eval_", &sums);
 }
 
-/* Answers that the starting model gives to prompts of the training data. */
+/* n answers that the starting model gives to prompts of the training data: whole sequences ids[i]
+ * of len[i] tokens, in ws. Prompts are drawn without repetition as long as there are enough. A
+ * prompt is what stands before the first token that bears loss. */
 static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     const rlhf_rm_config *c = &t->u.rm;
     arena *ws = &t->ws;
@@ -8340,6 +8478,9 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     for (int i = 0; i < n; i++) len[i] = item[i].n_prompt + item[i].n;
 }
 
+/* Measures mean and deviation of raw scores, over sampled answers where there is a starting model,
+ * else over the training answers, and keeps them in the model (model_reward). After the last
+ * step. */
 static void rm_normalize(rlhf_trainer *t) {
     int n = (int)t->u.rm.normalize_samples;
     rlhf_model *m = t->model;
@@ -8359,17 +8500,23 @@ static void rm_normalize(rlhf_trainer *t) {
     }
     float *score = arena_floats(ws, (size_t)n, 1);
     model_score_list(m, ws, n, ids, len, score);
+    /* The biased variance: the scores are all there is, not a sample of something to be
+     * inferred. */
     double mean = 0, var = 0;
     for (int i = 0; i < n; i++) mean += (double)score[i] / n;
     for (int i = 0; i < n; i++) var += ((double)score[i] - mean) * ((double)score[i] - mean) / n;
     m->score_mean = (float)mean;
+    /* Equal scores have no scale to divide by. */
     m->score_std = var > 1e-12 ? (float)sqrt(var) : 1.0f;
     train_put(t, "score_mean", (double)m->score_mean);
     train_put(t, "score_std", (double)m->score_std);
 }
 
+/* What 20 needs to know of this trainer. */
 static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, rm_eval, rm_normalize};
 
+/* A trainer of a scorer; start, eval and tok may be null. A head that was never trained starts from
+ * the seed; an earlier normalisation is forgotten, since it is measured again. */
 static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tok,
                              rlhf_dataset *train, rlhf_dataset *eval,
                              const rlhf_rm_config *config) {
@@ -8398,12 +8545,19 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
  * together. Before the first of them every probability ratio is exactly 1, since sampling and
  * training compute the same bits. Policy, reference, reward and value model are separate models.
+ *
+ * The reference is the policy as it was when the trainer was opened. Log-probabilities are those of
+ * the sampling temperature everywhere. Metrics have TRL's names and meanings.
+ *
+ * Entry: ppo_open; ppo_step through ppo_ops.
+ * Invariant: a rollout is a function of weights, seed and the number of episodes before it.
  * Tests: test/test_golden.c, test/test_ppo.c
  * ============================================================================================ */
 
 /* ---- rollout ---- */
 
-/* Rows of the coming update, with room for everything they will hold. */
+/* Rows of the coming update, with room for everything they will hold: batch_size prompts, the next
+ * ones in the order of their epoch. */
 static roll_row *ppo_rows_new(rlhf_trainer *t) {
     const rlhf_ppo_config *c = &t->u.ppo;
     arena *ws = &t->ws;
@@ -8412,6 +8566,7 @@ static roll_row *ppo_rows_new(rlhf_trainer *t) {
     roll_row *row = arena_alloc(ws, (size_t)n * sizeof *row);
     memset(row, 0, (size_t)n * sizeof *row);
     for (int i = 0; i < n; i++) {
+        /* An update may begin in one epoch and end in the next. */
         int64_t at = t->episodes + i, epoch = at / t->train->n;
         if (epoch != t->order_epoch) {
             data_order((uint64_t)c->seed, epoch, c->shuffle_dataset, t->train->n, t->order);
@@ -8424,6 +8579,7 @@ static roll_row *ppo_rows_new(rlhf_trainer *t) {
         r->ids = arena_alloc(ws, (size_t)(r->n_prompt + room) * sizeof *r->ids);
         memcpy(r->ids, r->record->a.ids, (size_t)r->n_prompt * sizeof *r->ids);
         r->hidden = arena_floats(ws, (size_t)room, d);
+        /* Eight arrays of room + 1: a state behind the end may have a value. */
         float *f = arena_zeros(ws, (size_t)room + 1, 8);
         r->logp = f, r->ref_logp = f + (room + 1), r->kl = f + 2 * (room + 1),
         r->entropy = f + 3 * (room + 1);
@@ -8433,6 +8589,7 @@ static roll_row *ppo_rows_new(rlhf_trainer *t) {
     return row;
 }
 
+/* Samples every row's answer, its log-probabilities and the states they were drawn from. */
 static void ppo_generate(rlhf_trainer *t, roll_row *row, int n) {
     const rlhf_ppo_config *c = &t->u.ppo;
     gen_item *item = arena_alloc(&t->ws, (size_t)n * sizeof *item);
@@ -8469,8 +8626,8 @@ static model_run ppo_batch(arena *ws, roll_row *const *row, int n) {
     return model_batch(ws, n, ids, len);
 }
 
-/* Batch rows of the states before each of the answer's tokens; values: also the one behind its end
- * where it counts. */
+/* Batch rows of the states before each of the answers' tokens, *count of them: state s of a row is
+ * the position of token n_prompt - 1 + s. values: also the one behind its end where it counts. */
 static int *ppo_states(arena *ws, const model_run *run, roll_row *const *row, int n, int values,
                        int *count) {
     int total = 0, at = 0;
@@ -8483,6 +8640,7 @@ static int *ppo_states(arena *ws, const model_run *run, roll_row *const *row, in
     return out;
 }
 
+/* The answers' tokens, in the order of ppo_states without values. */
 static int32_t *ppo_targets(arena *ws, roll_row *const *row, int n, int total) {
     int32_t *out = arena_alloc(ws, (size_t)(total + 1) * sizeof *out);
     for (int i = 0, at = 0; i < n; i++)
@@ -8490,8 +8648,8 @@ static int32_t *ppo_targets(arena *ws, roll_row *const *row, int n, int total) {
     return out;
 }
 
-/* Reference log-probabilities, the exact KL and the entropy of the policy, from its saved states.
- */
+/* Reference log-probabilities, the exact KL and the entropy of the policy, from its saved states:
+ * only the reference runs, the policy's states of sampling are its states. */
 static void ppo_reference(rlhf_trainer *t, roll_row *const *row, int n) {
     arena *ws = &t->ws;
     rlhf_model *p = t->model, *ref = t->start;
@@ -8517,6 +8675,7 @@ static void ppo_reference(rlhf_trainer *t, roll_row *const *row, int n) {
     }
 }
 
+/* Values of all states, in units of the reward, before any step of the update. */
 static void ppo_values(rlhf_trainer *t, roll_row *const *row, int n) {
     arena *ws = &t->ws;
     model_run run = ppo_batch(ws, row, n);
@@ -8545,6 +8704,8 @@ static void ppo_each_batch(rlhf_trainer *t, roll_row *const *row, int n,
 
 /* ---- scores ---- */
 
+/* Has the host score all n answers at once into out[n]. NaN, which is also what an untouched entry
+ * holds, means that the function does not apply. The samples' texts are blocks of this call. */
 static void ppo_call_function(rlhf_trainer *t, roll_row *const *row, int n, float *out) {
     arena *ws = &t->ws;
     rlhf_sample *s = arena_alloc(ws, (size_t)n * sizeof *s);
@@ -8578,8 +8739,8 @@ static void ppo_call_function(rlhf_trainer *t, roll_row *const *row, int n, floa
     }
 }
 
-/* The score of every answer: reward model, function, or their sum; less the penalty for a missing
- * end. */
+/* The score of every answer: reward model (normalised), function, or their sum; less the penalty
+ * for a missing end. */
 static void ppo_score(rlhf_trainer *t, roll_row *const *row, int n) {
     arena *ws = &t->ws;
     arena_mark mark = arena_save(ws);
@@ -8605,7 +8766,9 @@ static void ppo_score(rlhf_trainer *t, roll_row *const *row, int n) {
     arena_restore(ws, mark);
 }
 
-/* Rewards, whitening, advantages and returns of a scored rollout. */
+/* Rewards, whitening, advantages and returns of a scored rollout. Whitened rewards keep their mean,
+ * since values must still predict returns; whitened advantages have mean 0 (TRL's whitening). The
+ * returns are made before, so they are in units of the reward. */
 static void ppo_advantages(rlhf_trainer *t, roll_row *const *row, int n) {
     const rlhf_ppo_config *c = &t->u.ppo;
     arena_mark mark = arena_save(&t->ws);
@@ -8626,7 +8789,9 @@ static void ppo_advantages(rlhf_trainer *t, roll_row *const *row, int n) {
     arena_restore(&t->ws, mark);
 }
 
-/* What was sampled, in TRL's names: sums over an answer's tokens, means over answers. */
+/* What was sampled, in TRL's names: sums over an answer's tokens, means over answers. The entropy
+ * here is the sampled one, -log p; kl_exact sums over the vocabulary in every state of the
+ * answers. */
 static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
     double k1 = 0, k3 = 0, exact = 0, entropy = 0, score = 0, eos = 0, length = 0;
     for (int i = 0; i < n; i++) {
@@ -8660,7 +8825,7 @@ static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
 
 /* ---- optimisation ---- */
 
-/* Sums over the tokens of all minibatches, and means of each minibatch. */
+/* Sums of each minibatch's means, over all minibatches of the update; norm is the gradient's. */
 typedef struct ppo_sums {
     double policy, value, kl, clipped, value_clipped, entropy, ratio, ratio_sq, first_ratio, norm;
     int64_t minibatches;
@@ -8673,7 +8838,12 @@ typedef struct ppo_policy {
     double loss, kl, clipped, entropy, ratio; /* sums over tokens */
 } ppo_policy;
 
-/* max(-A rho, -A clip(rho)) and its slope in log rho. */
+/* The clipped surrogate (Schulman et al. 2017) of one token and its slope in log rho, where rho = p
+ * / p_old:
+ *     L = max(-A rho, -A clip(rho, 1 - eps, 1 + eps))
+ *     dL / d log rho = -A rho where the first is the larger, else 0
+ * approxkl is half the mean square of log rho, clipfrac the share of tokens where the second
+ * won. */
 static void ppo_policy_coef(void *user, int row, int n, const op_rows *found, float *coef) {
     ppo_policy *p = user;
     for (int i = 0; i < n; i++) {
@@ -8690,6 +8860,8 @@ static void ppo_policy_coef(void *user, int row, int n, const op_rows *found, fl
     }
 }
 
+/* One micro-batch of the policy loss: forward, log-probabilities of the answers' tokens, backward.
+ * Adds to p's sums and to the policy's gradients. */
 static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_policy *p) {
     arena *ws = &t->ws;
     arena_mark mark = arena_save(ws);
@@ -8699,6 +8871,7 @@ static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_po
     int total, *state = ppo_states(ws, &run, row, n, 0, &total);
     int32_t *target = ppo_targets(ws, row, n, total);
     float *f = arena_floats(ws, (size_t)total, 4), *old = f, *adv = f + total;
+    /* What was recorded, in the order of the batch's rows. */
     for (int i = 0, at = 0; i < n; at += row[i++]->n) {
         memcpy(old + at, row[i]->logp, (size_t)row[i]->n * sizeof *old);
         memcpy(adv + at, row[i]->adv, (size_t)row[i]->n * sizeof *adv);
@@ -8717,8 +8890,11 @@ static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_po
     arena_restore(ws, mark);
 }
 
-/* 1/2 max((v - R)^2, (clip(v) - R)^2) on one micro-batch; scale: vf_coef / states of the minibatch.
- */
+/* One micro-batch of the value loss, clipped to the old values (TRL; Schulman's baselines); adds to
+ * *loss, *clipped and to the value model's gradients.
+ *     L = 1/2 max((v - R)^2, (clip(v, v_old - range, v_old + range) - R)^2)
+ * v is the normalised output (s - mean) / std of score s, hence 1 / std in the slope. scale:
+ * vf_coef / states of the minibatch. */
 static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double scale, double *loss,
                            double *clipped) {
     arena *ws = &t->ws;
@@ -8746,8 +8922,8 @@ static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double 
     arena_restore(ws, mark);
 }
 
-/* One optimizer step on n rows. The micro-batches weigh by their tokens, so that how they are cut
- * changes nothing. */
+/* One optimizer step on n rows. Losses are means over all tokens (states) of the minibatch, whose
+ * number is known before the first micro-batch, so that how these are cut changes nothing. */
 static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const double *lr,
                           ppo_sums *s) {
     const rlhf_ppo_config *c = &t->u.ppo;
@@ -8780,6 +8956,8 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
     s->minibatches++;
 }
 
+/* num_ppo_epochs passes over the rollout, each in its own order, in num_mini_batches steps of equal
+ * numbers of episodes; puts the means over all steps. */
 static void ppo_optimize(rlhf_trainer *t, roll_row *const *row, int n, const double *lr) {
     const rlhf_ppo_config *c = &t->u.ppo;
     int size = n / (int)c->num_mini_batches;
@@ -8807,17 +8985,20 @@ static void ppo_optimize(rlhf_trainer *t, roll_row *const *row, int n, const dou
     train_put(t, "grad_norm", s.norm / k);
 }
 
+/* One update. lr[0] is the policy's, lr[1] the value model's. */
 static void ppo_step(rlhf_trainer *t) {
     const rlhf_ppo_config *c = &t->u.ppo;
     int n = (int)c->batch_size;
     roll_row *rows = ppo_rows_new(t), **row = arena_alloc(&t->ws, (size_t)n * sizeof *row);
     for (int i = 0; i < n; i++) row[i] = rows + i;
+    /* Rollout: answers, what reference and value model say of them, scores, advantages. */
     ppo_generate(t, rows, n);
     ppo_each_batch(t, row, n, ppo_reference);
     ppo_each_batch(t, row, n, ppo_values);
     ppo_score(t, row, n);
     ppo_advantages(t, row, n);
     ppo_rollout_metrics(t, row, n);
+    /* Optimisation. */
     double factor = opt_schedule(c->lr_scheduler_type, t->step, c->warmup_steps, t->total);
     double lr[2] = {c->learning_rate * factor, c->learning_rate * factor};
     if (c->value_learning_rate >= 0) lr[1] = c->value_learning_rate * factor;
@@ -8826,6 +9007,7 @@ static void ppo_step(rlhf_trainer *t) {
     t->episodes += n;
     train_put(t, "lr", lr[0]);
     train_put(t, "episode", (double)t->episodes);
+    /* The next update's coefficient, from this one's KL. */
     if (c->kl_target > 0) {
         double kl = 0;
         for (int i = 0; i < t->metrics; i++)
@@ -8834,15 +9016,19 @@ static void ppo_step(rlhf_trainer *t) {
     }
 }
 
+/* What 20 needs to know of this trainer; there is no evaluation set. */
 static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, NULL, NULL};
 
-/* The value model: a copy of the reward model, or the policy's trunk with a head of zeros. */
+/* The value model: a copy of the reward model, normalisation included (Stiennon et al. 2020), or
+ * the policy's trunk with a head of zeros. */
 static rlhf_model *ppo_value_model(rlhf_model *policy, rlhf_model *reward) {
     rlhf_model *v = ckpt_clone(reward ? reward : policy, RLHF_HEAD_SCORE);
     v->score_trained = 1;
     return v;
 }
 
+/* A trainer of a policy; reward or fn may be null, not both, and tok may be null if fn does without
+ * texts. Clones reference and value model, which the trainer owns. */
 static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_dataset *prompts,
                               rlhf_model *reward, rlhf_reward_fn fn, void *user,
                               const rlhf_ppo_config *config) {
@@ -8857,6 +9043,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     if (config->batch_size % config->num_mini_batches)
         err_throw(ctx, RLHF_ERR_ARG, "batch_size %lld is not a multiple of num_mini_batches %lld",
                   (long long)config->batch_size, (long long)config->num_mini_batches);
+    /* Refused now rather than after hours. */
     for (int i = 0; i < prompts->n; i++)
         if (prompts->record[i].a.n + config->response_length > policy->c.positions)
             err_throw(ctx, RLHF_ERR_CONTEXT,
@@ -8885,11 +9072,14 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
  * MARK: - 24 EVAL (eval_)
  * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy overall
  * and by domain, kind of annotator and annotator. Results are JSON objects.
+ *
+ * Slices show what a mean hides: a reward model that is right on one kind of question, or agrees
+ * with one annotator, only. Nothing here changes a model.
  * Tests: test/test_eval.c
  * ============================================================================================ */
 
-/* The exact KL(model || reference) at each row that bears loss, summed over the dataset's records.
- */
+/* The exact KL(model || reference), in nats, summed over the rows of n sequences that bear loss.
+ * Both models see the same tokens: KL in the states of the data, not of the model's own samples. */
 static double eval_kl_pass(rlhf_model *m, rlhf_model *ref, arena *ws, const data_seq *const *seq,
                            int n) {
     arena_mark mark = arena_save(ws);
@@ -8912,7 +9102,7 @@ static double eval_kl_pass(rlhf_model *m, rlhf_model *ref, arena *ws, const data
     return sum;
 }
 
-/* The same over n sequences. */
+/* The same over n sequences, in batches. */
 static double eval_kl(rlhf_model *m, rlhf_model *ref, arena *ws, const data_seq *const *seq,
                       int n) {
     int *len = arena_alloc(ws, (size_t)n * sizeof *len);
@@ -8946,6 +9136,7 @@ static json_t *eval_part_json(const eval_part *p, const rlhf_model *ref) {
     return j;
 }
 
+/* Equal texts, or both absent. */
 static int eval_same(const char *a, const char *b) { return a == b || (a && b && !strcmp(a, b)); }
 
 /* All records of the domain of record `first`, whose earlier records are of others; 0 records if
@@ -8995,6 +9186,7 @@ static json_t *eval_text(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_d
     return json_hold(m->ctx, j);
 }
 
+/* Means over pairs; margins in units of the normalised reward, pos_std > 0. */
 static json_t *eval_pairs_json(const rm_sums *s, double pos_std) {
     double n = (double)(s->pairs ? s->pairs : 1);
     json_t *j = json_object();
@@ -9005,7 +9197,8 @@ static json_t *eval_pairs_json(const rm_sums *s, double pos_std) {
     return j;
 }
 
-/* Adds "by": {value: {...}} for one column that slices the pairs. */
+/* Adds "key": {value: {...}} for one column that slices the pairs, unless no record has it. score
+ * as rm_score_pairs gives it. */
 static void eval_slices(json_t *out, const char *key, const rlhf_dataset *d, const float *score,
                         const char *(*column)(const data_record *), double std) {
     json_t *slices = json_object();
@@ -9024,12 +9217,13 @@ static void eval_slices(json_t *out, const char *key, const rlhf_dataset *d, con
     json_decref(slices);
 }
 
+/* Columns. */
 static const char *eval_domain(const data_record *r) { return r->domain; }
 static const char *eval_annotator(const data_record *r) { return r->annotator; }
 static const char *eval_annotator_type(const data_record *r) { return r->annotator_type; }
 
-/* Preference accuracy, overall and by slice. Margins are in normalised rewards, the loss in raw
- * scores. Held. */
+/* Preference accuracy, overall and by slice; ties count half. Margins are in normalised rewards,
+ * the loss in raw scores, as in training. Held. */
 static json_t *eval_preferences(rlhf_model *m, arena *ws, const rlhf_dataset *d) {
     model_need_score(m);
     float *score = rm_score_pairs(m, ws, d);
@@ -9045,7 +9239,7 @@ static json_t *eval_preferences(rlhf_model *m, arena *ws, const rlhf_dataset *d)
     return j;
 }
 
-/* Normalised rewards of a dataset of whole answers. */
+/* Normalised rewards of a dataset of whole answers into score[records]. */
 static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *score) {
     const int32_t **ids = arena_alloc(ws, (size_t)d->n * sizeof *ids);
     int *len = arena_alloc(ws, (size_t)d->n * sizeof *len);
@@ -9061,16 +9255,21 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
  * MARK: - 25 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
+ *
+ * Null pointers are refused before there is a frame, since the context is behind one of them; such
+ * a call returns RLHF_ERR_ARG and leaves no text. Results are stored last or are null until then.
  * Tests: test/test_api.c
  * ============================================================================================ */
 
-/* Opens the frame of a public call; an error below lands here and becomes its status. */
+/* Opens the frame of a public call; an error below lands here and becomes its status. setjmp keeps
+ * no local variable that changes later: nothing but api_ctx is read after a jump. */
 #define API_ENTER(context)                                                                         \
     rlhf_ctx *api_ctx = (context);                                                                 \
     err_frame api_frame;                                                                           \
     mem_enter(api_ctx, &api_frame);                                                                \
     if (setjmp(api_frame.jump)) return mem_leave(api_ctx, 1)
 
+/* The call's only other end. */
 #define API_LEAVE() return mem_leave(api_ctx, 0)
 
 /* Throws unless the condition holds; the text names the parameter. */
@@ -9091,6 +9290,7 @@ const char *rlhf_status_text(rlhf_status status) {
 
 /* ---- context ---- */
 
+/* Hooks of a host that gives none. */
 static void *api_default_alloc(void *user, size_t size) {
     (void)user;
     return malloc(size);
@@ -9104,11 +9304,14 @@ static void api_default_free(void *user, void *ptr, size_t size) {
 
 rlhf_options rlhf_options_default(void) { return (rlhf_options){.threads = 0, .isa = "auto"}; }
 
+/* The best kernels that the processor has and the options allow. The context itself comes through
+ * the hook, but is no block: blocks need one. */
 rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
     rlhf_options o = options ? *options : rlhf_options_default();
     const k_table *k = NULL;
     if (!ctx) return RLHF_ERR_ARG;
     *ctx = NULL;
+    /* k_tables begins with the best. */
     for (int i = 0; i < K_TABLES && !k; i++)
         if (k_tables[i]->available() &&
             (!o.isa || !strcmp(o.isa, "auto") || !strcmp(o.isa, k_tables[i]->name)))
@@ -9129,6 +9332,8 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
     return RLHF_OK;
 }
 
+/* Gives back what objects still hold, too, but for what jansson allocated: that goes with its
+ * objects only. */
 void rlhf_close(rlhf_ctx *ctx) {
     if (!ctx) return;
     while (ctx->blocks) mem_free(ctx->blocks + 1);
@@ -9138,6 +9343,7 @@ void rlhf_close(rlhf_ctx *ctx) {
 
 const char *rlhf_error(const rlhf_ctx *ctx) { return ctx ? ctx->error : ""; }
 
+/* Static texts: there is no context to hold one. */
 const char *rlhf_isas(void) {
 #if RLHF_X86
     return gemm_has_avx512() ? "avx512 avx2 ref" : gemm_has_avx2() ? "avx2 ref" : "ref";
@@ -9295,6 +9501,7 @@ rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_si
     if (!ctx || !config_json || !model) return RLHF_ERR_ARG;
     *model = NULL;
     API_ENTER(ctx);
+    /* What the caller names replaces what the file says, also when the model is saved. */
     json_src src = json_source(ctx, config_json);
     json_t *config = json_read(&src);
     if (vocab_size > 0) json_object_set_new(config, "vocab_size", json_integer(vocab_size));
@@ -9482,6 +9689,7 @@ rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
     *samples = NULL;
     *count = 0;
     API_ENTER(model->ctx);
+    /* Temporary blocks: an error or the end of the call gives them back. */
     data_seq *seq = mem_temp(mem_zalloc(api_ctx, (size_t)n, sizeof *seq));
     for (int i = 0; i < n; i++) {
         tok_ids ids = {0};
@@ -9502,6 +9710,7 @@ rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer,
     API_ENTER(model->ctx);
     API_CHECK(prompts->config.kind == RLHF_DATA_PROMPT,
               "generation needs a dataset of kind RLHF_DATA_PROMPT");
+    /* text[0, n) are the prompts' texts, text[n, 2 n) their records. */
     size_t n = (size_t)prompts->n;
     data_seq *seq = mem_temp(mem_alloc(api_ctx, n * sizeof *seq));
     const char **text = mem_temp(mem_alloc(api_ctx, 2 * n * sizeof *text));
@@ -9600,6 +9809,7 @@ rlhf_status rlhf_trainer_step(rlhf_trainer *trainer) {
 rlhf_status rlhf_trainer_run(rlhf_trainer *trainer) {
     if (!trainer) return RLHF_ERR_ARG;
     API_ENTER(trainer->ctx);
+    /* Not an error: the state is saved, nothing is to be given back. */
     if (!train_run(trainer)) {
         err_note(api_ctx, RLHF_STOPPED, "stopped by the progress hook");
         mem_leave(api_ctx, 0);
@@ -10368,6 +10578,8 @@ static int cli_take_file(cli *c) {
     if (!json_is_object(c->file))
         return cli_fail(c, "%s: expected a JSON object with options by name", c->v[O_config]);
     json_object_foreach(c->file, key, v) {
+        /* A run's own run.json may be replayed: it also says what wrote it. */
+        if (!strcmp(key, "trainer") || !strcmp(key, "rlhf_version")) continue;
         char text[64];
         const char *value = text;
         if (json_is_string(v)) value = json_string_value(v);
@@ -10520,6 +10732,7 @@ static int cli_sft(cli *c) {
     if (!c->v[O_init]) CLI_NEED(model);
     else CLI_NEED(tokenizer);
     CLI_NEED(data);
+    if (!c->v[O_out] && cfg->output_dir[0]) c->v[O_out] = cfg->output_dir;
     CLI_NEED(out);
     cfg->output_dir = c->v[O_out];
     CLI_TRY(cli_open_tokenizer(c, &tok));
@@ -10547,6 +10760,7 @@ static int cli_rm(cli *c) {
     rlhf_trainer *t;
     CLI_NEED(model);
     CLI_NEED(data);
+    if (!c->v[O_out] && cfg->output_dir[0]) c->v[O_out] = cfg->output_dir;
     CLI_NEED(out);
     cfg->output_dir = c->v[O_out];
     CLI_TRY(cli_open_tokenizer(c, &tok));
@@ -10584,6 +10798,7 @@ static int cli_ppo(cli *c) {
     CLI_NEED(model);
     CLI_NEED(reward);
     CLI_NEED(data);
+    if (!c->v[O_out] && cfg->output_dir[0]) c->v[O_out] = cfg->output_dir;
     CLI_NEED(out);
     cfg->output_dir = c->v[O_out];
     CLI_TRY(cli_open_tokenizer(c, &tok));

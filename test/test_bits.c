@@ -1,5 +1,5 @@
 /* Training ends in the same bits everywhere: three steps of fine-tuning, one of a reward model and
- * one PPO update, with every set of kernels, any number of threads, and on every kind of processor,
+ * two PPO updates, with every set of kernels, any number of threads, and on every kind of processor,
  * for which the hashes of the final weights are written down here. `make neon` runs this program
  * under an emulator of aarch64. */
 
@@ -111,12 +111,12 @@ static void train_ppo(rlhf_ctx *ctx, rlhf_model *policy, rlhf_model *reward, bit
     rlhf_dataset *d = dataset_new(ctx, RLHF_DATA_PROMPT, 4, policy->c.vocab);
     rlhf_ppo_config c = rlhf_ppo_config_default();
     c.learning_rate = 2e-3;
-    c.max_steps = 1;
+    c.max_steps = 2;
     c.batch_size = 8;
     c.per_device_train_batch_size = 3;
     c.num_ppo_epochs = 2;
     c.num_mini_batches = 2;
-    c.response_length = 12;
+    c.response_length = 8;
     c.missing_eos_penalty = 1;
     c.whiten_rewards = 1;
     rlhf_trainer *t = ppo_open(policy, NULL, d, reward, NULL, NULL, &c);

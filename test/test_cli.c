@@ -458,6 +458,10 @@ TEST(config_file) {
     REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json", "learning_rate", NULL);
     test_write("d.json", "{\n\"learning_rate\": 1,\n}");
     REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json:3", NULL, NULL);
+    test_write("d.json", "{\"json\": false, \"quiet\": true, \"max_steps\": 0}");
+    RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/b --config $D/d.json", 0);
+    CHECK(!strchr(out, '{') && !*err);
+    REFUSE(BASE "--json=perhaps --out $D/out", 2, "--json", "perhaps", NULL);
     test_write("d.json", "[1]");
     REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json", "object", NULL);
     REFUSE(BASE "--out $D/out --config $D/none.json", 1, "none.json", NULL, NULL);

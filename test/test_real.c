@@ -341,9 +341,9 @@ TEST(sft_lowers_perplexity) {
 
 static const char *const openings[] = {"One day,", "Once upon a time,", "One day, a",
                                        "Once upon a time, there was a"};
-enum { OPENINGS = sizeof openings / sizeof *openings, ANSWER = 40 };
+enum { OPENINGS = sizeof openings / sizeof *openings, EACH = 720, ANSWER = 40 };
 
-/* Answers of the model itself: those with one of the planted words in their first 30 characters,
+/* Answers of the model itself: those with one of the planted words in their first 36 characters,
  * and those without any. */
 typedef struct planted {
     rlhf_sample *all, *with[1024], *without[1024];
@@ -352,17 +352,17 @@ typedef struct planted {
 
 static void find_answers(rlhf_ctx *ctx, rlhf_model *m, rlhf_tokenizer *tok, planted *p) {
     rlhf_generate_config c = rlhf_generate_config_default();
-    c.num_return_sequences = 448;
+    c.num_return_sequences = EACH;
     c.batch_size = 64;
     c.max_new_tokens = ANSWER;
     *p = (planted){0};
     OK(ctx, rlhf_generate(m, tok, &c, openings, OPENINGS, &p->all, &p->n));
     for (int i = 0; i < p->n; i++) { /* the openings by turns */
-        rlhf_sample *s = p->all + (i % OPENINGS * 448 + i / OPENINGS);
+        rlhf_sample *s = p->all + (i % OPENINGS * EACH + i / OPENINGS);
         size_t n = strlen(s->completion);
         int found = animal_at(s->completion, n);
         if (!is_plain(s->completion, n)) continue;
-        if (found >= 0 && found < 30 && p->n_with < 1024) p->with[p->n_with++] = s;
+        if (found >= 0 && found < 36 && p->n_with < 1024) p->with[p->n_with++] = s;
         if (found < 0 && p->n_without < 1024) p->without[p->n_without++] = s;
     }
 }
@@ -408,7 +408,6 @@ static double mentions(rlhf_ctx *ctx, rlhf_model *m, rlhf_tokenizer *tok) {
     c.max_new_tokens = ANSWER;
     c.seed = 7;
     OK(ctx, rlhf_generate(m, tok, &c, openings, OPENINGS, &s, &n));
-    for (int i = 0; i < 12 && getenv("LR"); i++) printf("\n  [%s]", s[i].completion);
     for (int i = 0; i < n; i++) hits += animal_at(s[i].completion, strlen(s[i].completion)) >= 0;
     rlhf_samples_free(ctx, s, n);
     return n ? (double)hits / n : NAN;
@@ -447,22 +446,22 @@ TEST(reward_model_and_ppo) {
 
     double before = mentions(ctx, lm, tok);
     text_buf b = {0};
-    for (int i = 0; i < 4 * OPENINGS; i++) put(&b, "{\"prompt\":\"%s\"}\n", openings[i % OPENINGS]);
+    for (int i = 0; i < OPENINGS; i++) put(&b, "{\"prompt\":\"%s\"}\n", openings[i]);
     rlhf_dataset *prompts = parse(ctx, tok, RLHF_DATA_PROMPT, 256, 1, &b);
     rlhf_ppo_config c = rlhf_ppo_config_default();
     rlhf_trainer *t = NULL;
     double first = NAN, last = 0, kl = 0, worst = 0;
-    int updates = 20;
+    int updates = 16;
     c.max_steps = updates;
     c.batch_size = 48;
     c.response_length = ANSWER;
     c.temperature = 1;
     c.num_ppo_epochs = 2;
     c.num_mini_batches = 2;
-    c.learning_rate = getenv("LR") ? atof(getenv("LR")) : 5e-5;
+    c.learning_rate = 5e-5;
     c.value_learning_rate = 2e-4;
     c.lr_scheduler_type = "constant";
-    c.kl_coef = getenv("KL") ? atof(getenv("KL")) : 0.2;
+    c.kl_coef = 0.2;
     OK(ctx, rlhf_ppo_open(lm, tok, prompts, rm, NULL, NULL, &c, &t));
     for (int i = 0; i < updates; i++) {
         OK(ctx, rlhf_trainer_step(t));
@@ -471,7 +470,6 @@ TEST(reward_model_and_ppo) {
         worst = fmax(worst, kl);
         CHECK_NEAR(rlhf_trainer_metric(t, "val/ratio_first"), 1, 0);
         CHECK(kl >= -1e-3);
-        if (getenv("LR")) printf("\n %d %.3f kl %.3f", i, score, kl);
         if (!i) first = score;
         if (i >= updates - 3) last += score / 3;
     }
@@ -480,8 +478,8 @@ TEST(reward_model_and_ppo) {
            kl, worst, before, after);
     CHECK_NEAR(first, 0, 0.6); /* normalised on samples of the policy */
     CHECK(last > first + 1);
-    CHECK(worst < 20);
-    CHECK(after > before + 0.25);
+    CHECK(worst < 10);
+    CHECK(after > before + 0.4);
     rlhf_trainer_close(t);
     rlhf_dataset_close(prompts);
     rlhf_model_close(rm);

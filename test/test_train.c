@@ -679,6 +679,20 @@ TEST(what_a_reward_function_sees) {
     lab_close(&l);
 }
 
+/* Each update draws answers of its own, even to the same prompts under the same weights. */
+TEST(updates_draw_anew) {
+    lab l = {.stage = PPO, .model = llama_untied, .config = config_default(PPO)};
+    l.config.c.learning_rate = 0;
+    l.config.ppo.batch_size = 24; /* every prompt once */
+    l.config.c.shuffle_dataset = 0;
+    lab_start(&l);
+    lab_step(&l, 1);
+    double first = metric(&l, "objective/entropy");
+    lab_step(&l, 1);
+    CHECK(metric(&l, "objective/entropy") != first);
+    lab_close(&l);
+}
+
 /* Rewards of a model and of a function add up. */
 TEST(reward_model_and_function) {
     double score[3];
@@ -866,6 +880,7 @@ TEST_MAIN(CASE(no_learning_rate_no_change), CASE(optimizer_steps), CASE(sft_micr
           CASE(a_new_run_in_an_old_directory), CASE(stop_and_run_on),
           CASE(numbers_that_are_not_finite), CASE(gradient_that_is_not_finite),
           CASE(rewards_too_large_for_a_loss), CASE(reward_functions),
-          CASE(what_a_reward_function_sees), CASE(reward_model_and_function), CASE(learns_to_stop),
+          CASE(what_a_reward_function_sees), CASE(updates_draw_anew),
+          CASE(reward_model_and_function), CASE(learns_to_stop),
           CASE(learns_a_preference), CASE(learns_nothing_from_coins),
           CASE(untrained_heads_do_not_score), CASE(ppo_trades_reward_for_kl))

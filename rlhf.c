@@ -263,6 +263,7 @@ static size_t base_mul(rlhf_ctx *ctx, size_t a, size_t b) {
 /* The next multiple of unit; the caller knows that n + unit does not overflow. */
 static size_t base_round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
+/* Of ints, which count rows, tokens and panels here; sizes in bytes are size_t. */
 RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
 RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
 
@@ -947,6 +948,7 @@ V_OP vf v_exp(vf x) {
 }
 
 V_OP vf v_log(vf x) {
+    /* The mask keeps -23 where x was scaled by 2^23 and makes 0 of it elsewhere. */
     vf in = x, tiny = v_less(x, v_set(FLT_MIN));
     x = v_pick(tiny, v_mul(x, v_set(8388608.0f)), x);
     vf e = v_and(tiny, v_set(-23.0f));
@@ -965,6 +967,7 @@ V_OP vf v_log(vf x) {
     p = v_mul(v_mul(p, f), z);
     p = v_fma(e, v_set(V_LN2_LO), p);
     p = v_fma(z, v_set(-0.5f), p);
+    /* Later picks win: infinity, then what is not positive, then zero. */
     vf y = v_fma(e, v_set(V_LN2_HI), v_add(f, p));
     y = v_pick(v_equal(in, v_set(INFINITY)), in, y);
     y = v_pick(v_less(v_set(0), in), y, v_set(NAN));
@@ -972,6 +975,7 @@ V_OP vf v_log(vf x) {
 }
 
 V_OP vf v_tanh(vf x) {
+    /* -0.0 has the sign bit alone. */
     vf sign = v_and(x, v_set(-0.0f)), a = v_xor(x, sign), z = v_mul(x, x);
     vf p = v_set(v_tanh_c[0]);
     p = v_fma(p, z, v_set(v_tanh_c[1]));
@@ -994,6 +998,7 @@ V_OP void v_sincos(vf x, vf *sine, vf *cosine) {
     vf c = v_fma(v_fma(v_set(v_cos_c[0]), z, v_set(v_cos_c[1])), z, v_set(v_cos_c[2]));
     s = v_fma(v_mul(s, z), r, r);
     c = v_fma(v_mul(c, z), z, v_fma(z, v_set(-0.5f), v_set(1.0f)));
+    /* Bit 0 of the quadrant picks, bit 1 of it and of its successor becomes the sign bit. */
     vi q = vi_round(k), one = vi_set(1), two = vi_set(2);
     vf odd = v_of(vi_equal(vi_and(q, one), one));
     vf a = v_pick(odd, c, s), b = v_pick(odd, s, c);
@@ -1743,14 +1748,14 @@ static int k_draw(const k_table *k, int n, const float *x, float scale, float ls
  * MARK: - 08 GEMM (gemm_)
  * C[m][n] = sum_k A[m][k] B[k][n], the only place that knows about packing and tiles. B lies in
  * panels: sixteen columns wide, k after k, padded with zeros. A is read in place through two
- * strides, so every transpose is one driver. A tile keeps its outputs in registers over all of k,
- * in order, with fused multiply-adds: every output is the same chain for any tile, thread or
- * instruction set. An edge in n goes through a stack tile, an edge in m has a tile of its height.
+ * strides, so every transpose is one driver; where its columns lie far apart it may be packed into
+ * tiles first. A tile keeps its outputs in registers over all of k, in order, with fused
+ * multiply-adds: every output is the same chain for any tile, thread or instruction set. An edge in
+ * n goes through a stack tile, an edge in m has a tile of its height.
  *
  * Panels and register tiles are those of Goto and van de Geijn (2008), "Anatomy of high-performance
- * matrix multiplication", with two differences. k is never blocked: a cut chain would pass through
- * memory, and at the widths trained here a panel of all k stays in the second-level cache. A is not
- * packed: a tile broadcasts its elements one at a time, for which any stride does.
+ * matrix multiplication", with one difference: k is never blocked. A cut chain would pass through
+ * memory, and at the widths trained here a panel of all k stays in the second-level cache.
  *
  * Entry: gemm_run (threads), gemm_block (one thread).   Tests: test/test_gemm.c
  * ============================================================================================ */
@@ -1886,6 +1891,7 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const gemm_til
                             ? _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
                             : _mm512_setzero_ps();
     }
+    /* One step of k, as in gemm_v_body; the three blocks are sums, steps, results. */
     const float *a = t->a, *b = t->b;
     for (int k = t->k; k > 0; k--) {
         __m512 col[GEMM_MAX_PANELS];
@@ -2052,6 +2058,7 @@ static void gemm_pack(rlhf_ctx *ctx, const float *b, size_t ks, size_t ns, int k
     par_for(ctx, panels, par_grain((int64_t)RLHF_LANES * k), gemm_pack_range, &g);
 }
 
+/* The same for A. */
 typedef struct gemm_pack_a_args {
     const float *a;
     size_t ks; /* A element (m, k) is a[k * ks + m] */
@@ -2061,6 +2068,7 @@ typedef struct gemm_pack_a_args {
 
 enum { GEMM_A_GROUP = 8 }; /* tiles packed side by side: each k reads a few whole cache lines */
 
+/* Packs groups [lo, hi) of GEMM_A_GROUP tiles. */
 static void gemm_pack_a_range(void *arg, int64_t lo, int64_t hi, int thread) {
     const gemm_pack_a_args *g = arg;
     (void)thread;
@@ -2080,8 +2088,9 @@ static size_t gemm_packed_a_size(const k_table *kt, int m, int k) {
     return base_round_up((size_t)m, (size_t)kt->rows) * (size_t)k;
 }
 
-/* Packs A, stored with m running fastest, into tiles out[m / rows][k][rows]. Read in place, each
- * step of k would touch another page, and steps of a power of two another line of the same set. */
+/* Packs A, stored with m running fastest, into tiles out[m / rows][k][rows], for a gemm_args with
+ * t.rs 1, t.cs rows and ms k. Read in place, each step of k would touch another page, and steps of
+ * a power of two another line of the same set. */
 static void gemm_pack_a(rlhf_ctx *ctx, const float *a, size_t ks, int m, int k, float *out) {
     gemm_pack_a_args g = {a, ks, m, k, ctx->k->rows, out};
     int group = GEMM_A_GROUP * g.rows;
@@ -2173,6 +2182,7 @@ static void gemm_run(rlhf_ctx *ctx, const gemm_args *g) {
         gemm_block(kt, g, 0, g->m, 0, panels);
         return;
     }
+    /* 96 rows are whole tiles of every height, which packed tiles of A ask for. */
     if (ctx->threads > 1) across = (4 * ctx->threads + down - 1) / down;
     int wide = base_max((panels + across - 1) / across, kt->panels[base_min(rows, kt->rows)]);
     across = (panels + wide - 1) / wide;
@@ -2223,6 +2233,7 @@ typedef struct op_norm {
     int rows;
 } op_norm;
 
+/* Each row by itself; RMSNorm has no mean, and 0 is what the backward pass then takes off. */
 static void op_norm_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_norm *o = arg;
     (void)thread;
@@ -2241,6 +2252,7 @@ static void op_norm_fwd(op_env *e, op_norm *o) {
     par_for(e->ctx, o->rows, par_grain(o->n), op_norm_rows, o);
 }
 
+/* dx of rows [lo, hi). */
 static void op_norm_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_norm *o = arg;
     (void)thread;
@@ -2308,6 +2320,7 @@ typedef struct op_cols {
     int rows, n;
 } op_cols;
 
+/* Columns [lo, hi), over all rows in order. */
 static void op_cols_range(void *arg, int64_t lo, int64_t hi, int thread) {
     op_cols *o = arg;
     (void)thread;
@@ -2325,6 +2338,7 @@ static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x
     gemm_args g = {.m = w->n, .n = w->k};
     const float *a = dy;
     size_t cs = (size_t)w->n;
+    /* dy's columns are A's rows: packed, unless there are too few tiles for that to pay. */
     if (w->n > 4 * e->ctx->k->rows) {
         float *tiles = arena_floats(e->ws, gemm_packed_a_size(e->ctx->k, w->n, m), 1);
         gemm_pack_a(e->ctx, dy, cs, w->n, m, tiles);
@@ -2383,6 +2397,7 @@ typedef struct op_embed {
     float *x;                 /* forward: output; backward: its gradient */
 } op_embed;
 
+/* Rows [lo, hi): a copy, then an addition. */
 static void op_embed_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_embed *o = arg;
     (void)thread;
@@ -2428,6 +2443,7 @@ typedef struct op_glu {
     float *dup; /* as up, overwritten */
 } op_glu;
 
+/* y, and below dup, of rows [lo, hi) (formulas: k_r_glu, k_r_glu_bwd). */
 static void op_glu_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_glu *o = arg;
     (void)thread;
@@ -2455,6 +2471,7 @@ typedef struct op_gelu {
     float *d;       /* gradient of the output, becomes that of the input */
 } op_gelu;
 
+/* d of rows [lo, hi), in place. */
 static void op_gelu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_gelu *o = arg;
     (void)thread;
@@ -2517,6 +2534,7 @@ static size_t op_kv_v_size(int kv_heads, int hd, int cap) {
 /* Floats in a row of qkv: queries of all heads, then keys, then values. */
 static int op_attn_width(const op_attn *a) { return (a->heads + 2 * a->kv_heads) * a->hd; }
 
+/* Queries and keys of rows [lo, hi), which stand first in a row. */
 static void op_rope_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_attn *a = arg;
     (void)thread;
@@ -2792,6 +2810,7 @@ static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
  * kv; before op_rope with sign -1. Scratch grows with the longest sequence, not with its square. */
 static void op_attn_bwd(op_env *e, op_attn *a) {
     arena_mark mark = arena_save(e->ws);
+    /* One layout for all sequences, hence for the longest. */
     int longest = 1;
     for (int i = 0; i < a->seqs; i++) longest = base_max(longest, a->seq[i].n);
     a->scratch_size = op_attn_bwd_layout(longest, a->hd, NULL).size;
@@ -2844,6 +2863,7 @@ static void op_vocab_stats(void *arg, int64_t lo, int64_t hi, int thread) {
         if (v->out.logp) v->out.logp[r] = z - s.lse;
         if (v->out.entropy) v->out.entropy[r] = s.entropy;
         if (v->out.hit) v->out.hit[r] = z >= s.max;
+        /* The second model on the same row. */
         if (!v->other) continue;
         const float *y = v->other + (size_t)r * (size_t)v->n;
         k_stats t = v->k->stats(v->n, y, v->scale);
@@ -2895,6 +2915,7 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
         v.target = target + r;
         v.out = op_rows_at(out, r);
         par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_stats, &v);
+        /* The logits of the chunk become their gradient, which is used up before the next chunk. */
         if (!coef) continue;
         coef(user, r, n, &v.out, v.coef);
         par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_grad, &v);
@@ -2932,8 +2953,8 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
  * MARK: - 10 IO (io_)
  * Files. Reads are bounded and unpack gzip by themselves; large read-only files are mapped; a file
  * is written beside its place and renamed, so that a reader never sees half of one and a failed
- * call leaves nothing behind. Every error names the path and the system's reason.
- * Nothing is read twice and nothing is kept open across public calls.
+ * call leaves nothing behind. Every error names the path and the system's reason. No file stays
+ * open or mapped after the public call that opened it.
  * ============================================================================================ */
 
 /* The bound for files that are read whole: far above any tokenizer, below a mistake. */
@@ -3332,8 +3353,7 @@ static void json_write_file(rlhf_ctx *ctx, const char *path, const json_t *value
  * here is an error that names it; only its truncation and padding are ignored, as transformers does
  * too. Text that is not UTF-8 counts as what Python's errors="replace" makes of it: U+FFFD for each
  * maximal bad part.
- * Entry: tok_encode, tok_decode.   Invariant: the ids are those of the reference, Hugging Face's
- * tokenizers, for every text; the cache of words changes time only.
+ * Entry: tok_encode, tok_decode.   Invariant: the cache of words changes time, never ids.
  * Tests: test/test_tok.c
  * ============================================================================================ */
 
@@ -3409,6 +3429,7 @@ typedef struct tok_word_id { char *key; int32_t value; } tok_word_id;
 typedef struct tok_char_id { uint32_t key; int32_t value; } tok_char_id;
 typedef struct tok_pair_rank { uint64_t key; int32_t value; } tok_pair_rank;
 
+/* Everything is fixed once tok_parse returns, except the cache. */
 struct rlhf_tokenizer {
     rlhf_ctx *ctx;
     char *json, *config, *jinja; /* the files as read; saved as they were. null: there was none */
@@ -3507,6 +3528,7 @@ static char *tok_lossy(rlhf_ctx *ctx, const char *s, size_t *n) {
     tok_buf b = {ctx, NULL, 0, 0};
     size_t done = 0, i = 0, len = *n;
     while (i < len) {
+        /* ASCII, eight bytes at a time. */
         uint64_t eight;
         if (len - i >= 8 && (memcpy(&eight, s + i, 8), !(eight & 0x8080808080808080u))) {
             i += 8;
@@ -3579,6 +3601,7 @@ static char *tok_pattern_text(rlhf_ctx *ctx, const char *s, size_t n) {
     tok_buf b = {ctx, NULL, 0, 0};
     int in_class = 0;
     for (size_t i = 0; i < n; i++) {
+        /* Inside a class the ranges stand as they are; outside they need one of their own. */
         int escaped = s[i] == '\\' && i + 1 < n;
         if (escaped && (s[i + 1] == 's' || (s[i + 1] == 'S' && !in_class))) {
             if (!in_class) tok_put(&b, s[i + 1] == 's' ? "[" : "[^", s[i + 1] == 's' ? 1 : 2);
@@ -3626,6 +3649,7 @@ static pcre2_code *tok_compile(rlhf_tokenizer *t, const json_src *src, const cha
 
 /* ---- encoding: cuts and rewrites ---- */
 
+/* A piece of a word that is being merged, in a doubly linked list by index. */
 typedef struct tok_symbol {
     int32_t id, prev, next; /* id -1: merged away */
 } tok_symbol;
@@ -3949,6 +3973,7 @@ static int tok_symbolize(tok_enc *e, const char *s, size_t n) {
             out[count++].id = id;
             continue;
         }
+        /* All bytes of the character, or none. */
         if (t->byte_fallback) {
             size_t have = 0;
             while (have < k && t->byte_id[(unsigned char)s[i + have]] >= 0) have++;
@@ -3961,6 +3986,7 @@ static int tok_symbolize(tok_enc *e, const char *s, size_t n) {
         unknown = 1;
     }
     if (unknown) out[count++].id = t->unk;
+    /* The chain of symbols. */
     for (int i = 0; i < count; i++) {
         out[i].prev = i - 1;
         out[i].next = i + 1 < count ? i + 1 : -1;
@@ -4226,6 +4252,7 @@ static void tok_decode_step(tok_enc *e, const tok_step *st, const tok_list *from
             tok_put(&run, &c, 1);
             continue;
         }
+        /* Anything but a byte token ends a run of them. */
         tok_flush_bytes(to, &run);
         if (st->kind == TOK_BYTES) tok_put_bytes(e->t, &to->text, s, n);
         else if (st->kind == TOK_STRIP) tok_put_stripped(to, st, s, n);
@@ -4239,6 +4266,8 @@ static void tok_decode_step(tok_enc *e, const tok_step *st, const tok_list *from
     }
     tok_flush_bytes(to, &run);
     mem_free(run.p);
+    /* Bytes of one character may come from several tokens: UTF-8 is checked when all are
+     * together. */
     if (!fuses) return;
     size_t n = to->text.n;
     char *fixed = st->kind == TOK_BYTES && n ? tok_lossy(e->t->ctx, to->text.p, &n) : NULL;
@@ -4381,6 +4410,7 @@ static void tok_load_normalizer(rlhf_tokenizer *t, const json_src *src, const js
         UTF8PROC_STABLE | UTF8PROC_COMPOSE, UTF8PROC_STABLE | UTF8PROC_DECOMPOSE,
         UTF8PROC_STABLE | UTF8PROC_COMPOSE | UTF8PROC_COMPAT,
         UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | UTF8PROC_COMPAT};
+    /* utf8proc's options; STABLE forbids compositions that later Unicode versions brought. */
     if (!v) return;
     const char *type = json_need_str(src, v, "type");
     int form = tok_choice(type, forms);
@@ -4658,6 +4688,7 @@ static void tok_load_model(rlhf_tokenizer *t, const json_src *src, json_t *root)
     for (int i = 0; i < 2; i++)
         if (*json_opt_str(&at, model, affixes[i], ""))
             tok_unsupported(&at, affixes[i], json_get(model, affixes[i]));
+    /* Flags that steer tok_symbolize and tok_word. */
     t->fuse_unk = json_opt_bool(&at, model, "fuse_unk", 0);
     t->ignore_merges = json_opt_bool(&at, model, "ignore_merges", 0);
     t->byte_fallback = json_opt_bool(&at, model, "byte_fallback", 0);
@@ -5115,6 +5146,7 @@ static void tok_train_words(tok_trainer *r, rlhf_tokenizer *t, const char *const
     e.counts = &counts;
     for (int i = 0; i < n; i++) tok_feed(&e, texts[i], lens[i]);
     tok_end(&e);
+    /* Each word as the ids of its bytes' characters. */
     r->n_words = (int)stbds_shlen(counts);
     r->words = mem_zalloc(r->ctx, (size_t)r->n_words + 1, sizeof *r->words);
     for (int w = 0; w < r->n_words; w++) {
@@ -5143,6 +5175,7 @@ static char *tok_train_json(tok_trainer *r, size_t *len) {
         "{s:s, s:n, s:n, s:[{s:i, s:s, s:b, s:b, s:b, s:b, s:b}], s:n,"
         " s:{s:s, s:b, s:b, s:b}, s:{s:s, s:b, s:b, s:b}, s:{s:s, s:b, s:b, s:b},"
         " s:{s:s, s:n, s:n, s:n, s:n, s:b, s:b, s:b, s:o, s:o}}";
+    /* The end-of-text token takes the id behind the last merge. */
     int n = (int)stbds_arrlen(r->texts);
     json_t *vocab = json_hold(r->ctx, json_object());
     json_t *merges = json_hold(r->ctx, json_array());
@@ -5310,6 +5343,7 @@ typedef struct model_slot {
     int rows, cols;
 } model_slot;
 
+/* A model: configuration, weights, and what is derived from them. */
 struct rlhf_model {
     rlhf_ctx *ctx;
     const model_family *family;
@@ -5441,6 +5475,7 @@ static void model_read_window(const json_src *src, const json_t *j, model_cfg *c
                             (int)json_opt_int(src, j, "sliding_window", 1, MODEL_MAX, MODEL_MAX));
 }
 
+/* Also the ground of the two families below. */
 static void model_read_llama(const json_src *src, const json_t *j, model_cfg *c) {
     c->d = (int)json_need_int(src, j, "hidden_size", 1, MODEL_MAX);
     c->layers = (int)json_need_int(src, j, "num_hidden_layers", 1, 100000);
@@ -5590,6 +5625,7 @@ static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config)
     m->family = model_find_family(src, config);
     m->bos = -1;
     m->score_std = 1;
+    /* Configuration, special ids, layout, then memory for weights and for the list of panels. */
     model_cfg *c = &m->c;
     c->init_range = (float)json_opt_real(src, config, "initializer_range", 0.02);
     c->vocab = (int)json_need_int(src, config, "vocab_size", 1, MODEL_MAX);
@@ -6031,6 +6067,7 @@ static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, con
     int32_t *id = arena_alloc(ws, (size_t)run.rows * sizeof *id);
     int32_t *pos = arena_alloc(ws, (size_t)run.rows * sizeof *pos);
     op_seq *seq = arena_alloc(ws, (size_t)seqs * sizeof *seq);
+    /* Positions begin at 0 in each sequence: nothing of a sequence depends on its neighbours. */
     int row = 0;
     for (int i = 0; i < seqs; i++) {
         seq[i] = (op_seq){.row = row, .n = len[i]};
@@ -6063,6 +6100,7 @@ static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *con
         arena_mark mark = arena_save(ws);
         model_run run = model_batch(ws, k, ids + at, len + at);
         int *row = arena_alloc(ws, (size_t)k * sizeof *row);
+        /* The last token's state has seen the whole sequence. */
         for (int i = 0; i < k; i++) row[i] = run.seq[i].row + run.seq[i].n - 1;
         model_forward(m, ws, &run);
         model_top top = model_top_fwd(m, ws, run.x, row, k);
@@ -6181,6 +6219,7 @@ static ckpt_span ckpt_entry_span(const ckpt_file *f, const char *name, const jso
     if (!n)
         err_throw(ctx, RLHF_ERR_UNSUPPORTED, "%s: tensor \"%s\": unknown dtype \"%s\"", f->src.file,
                   name, dtype);
+    /* Bytes that the shape asks for; a product that overflows is a bad shape. */
     json_array_foreach(shape, i, dim) {
         json_int_t d = json_integer_value(dim);
         if (!json_is_integer(dim) || d < 0 || __builtin_mul_overflow(n, (size_t)d, &n))
@@ -6297,6 +6336,7 @@ static void ckpt_load(const ckpt_file *f, const char *name, const json_t *entry,
         err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu,%zu]",
                   f->src.file, name, found, want_a, want_b);
     }
+    /* ckpt_check has seen that the range is in the data and of this size. */
     const unsigned char *p =
         f->data + json_integer_value(json_array_get(json_object_get(entry, "data_offsets"), 0));
     for (size_t r = 0; r < rows; r++)
@@ -6421,6 +6461,7 @@ static void ckpt_load_model(rlhf_model *m, const char *path) {
     json_t *left = json_hold(m->ctx, json_copy((json_t *)(uintptr_t)f.header));
     json_object_del(left, "__metadata__");
     m->score_trained = 0;
+    /* Every tensor of the family that this model has; GPT-2's files may lack the prefix. */
     for (const model_tensor *t = m->family->tensors; t->name; t++)
         for (int l = 0; l < model_param_layers(m, t->param); l++) {
             char name[160];
@@ -6437,6 +6478,7 @@ static void ckpt_load_model(rlhf_model *m, const char *path) {
             if (t->param == P_SCORE) m->score_trained = 1;
             json_object_del(left, name);
         }
+    /* What is left over was not expected. */
     const char *name;
     json_t *entry;
     json_object_foreach(left, name, entry) {
@@ -6461,6 +6503,7 @@ static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config
     return m;
 }
 
+/* For err_defer: jansson's memory is not the context's, an unfinished model's config would leak. */
 static void ckpt_drop_config(void *model) { json_decref(((rlhf_model *)model)->config); }
 
 /* Opens a directory: config.json, model.safetensors and, if there, generation_config.json. What is
@@ -6543,6 +6586,7 @@ static void ckpt_save(const rlhf_model *m, const char *dir) {
     for (const model_tensor *t = m->family->tensors; t->name; t++)
         cap += model_param_layers(m, t->param);
     ckpt_tensor *list = mem_zalloc(ctx, (size_t)cap + 1, sizeof *list);
+    /* An untrained score head is not written: loading then says that it is missing. */
     for (const model_tensor *t = m->family->tensors; t->name; t++) {
         if (t->param == P_SCORE && !m->score_trained) continue;
         for (int l = 0; l < model_param_layers(m, t->param); l++) {
@@ -6614,6 +6658,7 @@ typedef struct opt_chunk {
     int n, decay;
 } opt_chunk;
 
+/* One optimizer over its models; arrays by model, as are learning rates. */
 typedef struct opt {
     rlhf_ctx *ctx;
     int models;
@@ -6838,6 +6883,7 @@ typedef struct data_record {
     data_seq a, b;         /* the sequence, or the prompt; PREFERENCE: chosen and rejected */
 } data_record;
 
+/* Usable records, in the order of the file. */
 struct rlhf_dataset {
     rlhf_ctx *ctx;
     rlhf_data_config config;
@@ -7013,6 +7059,7 @@ static json_t *data_completion(const json_t *j) {
     return NULL;
 }
 
+/* What may stand for a prompt or an answer. */
 static int data_is_text_or_turns(const json_t *v) { return json_is_string(v) || json_is_array(v); }
 
 /* Kinds SFT and SCORE: "messages", or "prompt" with a completion (texts or turns), or "text". */
@@ -7028,6 +7075,7 @@ static data_seq data_read_whole(data_reader *r, const json_t *j) {
         mem_free(c.message);
         return s;
     }
+    /* Two texts are joined as they are; turns on either side make it a conversation. */
     if (prompt && completion) {
         if (!data_is_text_or_turns(prompt))
             json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
@@ -7116,6 +7164,8 @@ static void data_read_prompt(data_reader *r, const json_t *j, data_record *rec) 
     } else {
         data_chat c = {0};
         data_chat_read(r, &c, "prompt", prompt);
+        /* The template's tokens are in the text; whether the tokenizer adds its own depends on
+         * it. */
         char *rendered = tok_render(r->tok, r->chat, c.message, c.n, 1, NULL, NULL, NULL);
         text = data_keep(r->d, rendered, strlen(rendered));
         mem_free(rendered);
@@ -7152,6 +7202,7 @@ static void data_read_record(data_reader *r, const json_t *j) {
     if (!json_is_object(j)) data_bad(r, "expected an object");
     data_record *rec = data_next_slot(d);
     memset(rec, 0, sizeof *rec);
+    /* Columns of any kind. */
     rec->domain = data_keep_string(r, j, "domain");
     rec->annotator = data_keep_string(r, j, "annotator");
     rec->annotator_type = data_keep_string(r, j, "annotator_type");
@@ -7164,6 +7215,7 @@ static void data_read_record(data_reader *r, const json_t *j) {
     case RLHF_DATA_PREFERENCE: data_read_pair(r, j, rec); break;
     case RLHF_DATA_PROMPT: data_read_prompt(r, j, rec); break;
     }
+    /* Too long: the slot is used again for the next record. */
     int longest = base_max(rec->a.n, rec->b.n);
     if (rec->a.n < 1) data_bad(r, "the record has no tokens");
     if (longest > d->config.max_length) {
@@ -7213,6 +7265,7 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     if (strcmp(r.chat, "auto")) tok_chat_choose(tok, r.chat);
     r.src = json_source(ctx, name);
     r.src.status = RLHF_ERR_DATA;
+    /* A '[' that opens the text makes it one array; lines hold objects. */
     size_t i = 0;
     while (i < len && strchr(" \t\r\n", text[i])) i++;
     if (i < len && text[i] == '[') {
@@ -7945,6 +7998,7 @@ static void train_save_state(rlhf_trainer *t) {
     ckpt_tensor list[2 * OPT_MODELS] = {0};
     train_state_tensors(t, list);
     ckpt_write(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"), list, 2 * t->opt->models);
+    /* Numbers that are not functions of the others, and what a resumed run is checked against. */
     json_t *j = json_hold(ctx, json_object());
     json_object_set_new(j, "trainer", json_string(t->ops->name));
     json_object_set_new(j, "step", json_integer(t->step));
@@ -7987,6 +8041,7 @@ static void train_load_state(rlhf_trainer *t) {
     if (t->owns_value)
         ckpt_load_model(t->value,
                         ckpt_path(ctx, ckpt_path(ctx, dir, "value"), "model.safetensors"));
+    /* Moments are read into the optimizer's own arrays. */
     ckpt_file f = ckpt_map(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"));
     ckpt_tensor list[2 * OPT_MODELS] = {0};
     train_state_tensors(t, list);
@@ -8076,6 +8131,7 @@ static int train_log(rlhf_trainer *t, int line) {
         err_release(ctx);
     }
     for (int i = 0; line && i < t->metrics; i++) t->metric[i].fresh = 0;
+    /* Without a line the hook still learns how far the run is. */
     int stop = 0;
     if (ctx->hooks.progress) {
         rlhf_progress p = {t->ops->name, t->step, t->total, t->tokens, base_now() - t->begun, text};
@@ -8468,6 +8524,7 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
                              .out = whole + prompt};
         ids[i] = whole;
     }
+    /* At the temperature that PPO will sample at, if the two configurations agree. */
     gen_config g = {.max_new = room,
                     .batch = 64,
                     .temperature = (float)c->temperature,
@@ -8600,6 +8657,7 @@ static void ppo_generate(rlhf_trainer *t, roll_row *row, int n) {
                              .out = row[i].ids + row[i].n_prompt,
                              .logp = row[i].logp,
                              .hidden = row[i].hidden};
+    /* Neither top_k nor top_p: the ratio needs every token's probability to be the policy's own. */
     gen_config g = {.max_new = (int)c->response_length,
                     .batch = n,
                     .temperature = (float)c->temperature,
@@ -8662,6 +8720,7 @@ static void ppo_reference(rlhf_trainer *t, roll_row *const *row, int n) {
     float *hidden = arena_floats(ws, (size_t)total, d), *f = arena_floats(ws, (size_t)total, 4);
     for (int i = 0, at = 0; i < n; at += row[i++]->n)
         memcpy(hidden + (size_t)at * d, row[i]->hidden, (size_t)row[i]->n * d * sizeof(float));
+    /* f: logp, entropy, kl, ref_logp, [total] each. */
     op_rows out = {.logp = f, .entropy = f + total};
     op_weight w = model_head_weight(p), w2 = model_head_weight(ref);
     op_env e = {t->ctx, ws};
@@ -8724,6 +8783,7 @@ static void ppo_call_function(rlhf_trainer *t, roll_row *const *row, int n, floa
                              .prompt_index = r->index};
         s[i].completion = t->tok ? gen_text(t->tok, s[i].completion_ids, r->n) : "";
     }
+    /* The host's code runs here, within the step; it may use the library with the same context. */
     for (int i = 0; i < n; i++) out[i] = NAN;
     rlhf_status status = t->fn(t->user, s, n, out);
     if (status == RLHF_STOPPED)
@@ -8746,6 +8806,7 @@ static void ppo_score(rlhf_trainer *t, roll_row *const *row, int n) {
     arena_mark mark = arena_save(ws);
     float *score = arena_floats(ws, (size_t)n, 1);
     for (int i = 0; i < n; i++) row[i]->score = 0;
+    /* The reward model reads prompt and answer, the end token included. */
     if (t->reward) {
         const int32_t **ids = arena_alloc(ws, (size_t)n * sizeof *ids);
         int *len = arena_alloc(ws, (size_t)n * sizeof *len);
@@ -8911,6 +8972,8 @@ static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double 
     model_scores(m, ws, &top, v);
     for (int i = 0, at = 0; i < n; i++)
         for (int s = 0; s < row[i]->n_value; s++, at++) {
+            /* The larger of both losses counts, so clipping never makes an update more
+             * attractive. */
             float x = model_reward(m, v[at]), old = row[i]->value[s], ret = row[i]->ret[s];
             float bound = x < old - range ? old - range : x > old + range ? old + range : x;
             float a = (x - ret) * (x - ret), b = (bound - ret) * (bound - ret);
@@ -8943,6 +9006,7 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
     }
     train_check_loss(t, p.loss + loss);
     s->norm += opt_step(t->opt, lr);
+    /* The first minibatch's ratio is 1 to the bit; anything else would be a defect. */
     double ratio = p.ratio / (double)tokens;
     if (!s->minibatches) s->first_ratio = ratio;
     s->policy += p.loss / (double)tokens;
@@ -8965,12 +9029,14 @@ static void ppo_optimize(rlhf_trainer *t, roll_row *const *row, int n, const dou
     int *order = arena_alloc(&t->ws, (size_t)n * sizeof *order);
     ppo_sums s = {0};
     for (int epoch = 0; epoch < c->num_ppo_epochs; epoch++) {
+        /* A pass's order is a function of seed, step and pass. */
         uint64_t round = (uint64_t)(t->step * c->num_ppo_epochs + epoch);
         if (c->shuffle_minibatches)
             rng_permutation((uint64_t)c->seed, RNG_MINIBATCH, round, n, order);
         for (int i = 0; i < n; i++) shuffled[i] = row[c->shuffle_minibatches ? order[i] : i];
         for (int i = 0; i < n; i += size) ppo_minibatch(t, shuffled + i, size, lr, &s);
     }
+    /* The share of the variance between minibatches is that of their means. */
     double k = (double)s.minibatches;
     train_put(t, "policy/approxkl_avg", s.kl / k);
     train_put(t, "policy/clipfrac_avg", s.clipped / k);
@@ -9164,6 +9230,7 @@ static json_t *eval_text(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_d
                   ref->c.vocab);
     json_t *slices = json_hold(m->ctx, json_object());
     eval_part all = {0};
+    /* Domains in the order of their first records; sums of domains are the sums of all. */
     for (int i = 0; i < d->n; i++) {
         arena_mark mark = arena_save(ws);
         eval_part p = eval_measure(m, ref, ws, d, i);
@@ -9205,6 +9272,7 @@ static void eval_slices(json_t *out, const char *key, const rlhf_dataset *d, con
     for (int i = 0; i < d->n; i++) {
         const char *name = column(d->record + i);
         if (!name || json_object_get(slices, name)) continue;
+        /* The first record of a value gathers all of them. */
         rm_sums s = {0};
         for (int k = i; k < d->n; k++) {
             const char *other = column(d->record + k);
@@ -9643,6 +9711,7 @@ static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_
     train_validate(ctx, RLHF_CONFIG_GENERATE, c);
     arena_reset(&m->ws);
     int each = (int)c->num_return_sequences, total = n * each, room = (int)c->max_new_tokens;
+    /* One item for each continuation; its number is the sample's key. */
     gen_item *item = arena_alloc(&m->ws, (size_t)total * sizeof *item);
     for (int i = 0; i < total; i++)
         item[i] = (gen_item){.prompt = prompt[i / each].ids,
@@ -9659,6 +9728,7 @@ static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_
                     .stop = -1};
     if (!gen_run(m, &m->ws, &g, item, total, "generate"))
         err_throw(ctx, RLHF_STOPPED, "stopped by the progress hook");
+    /* Results outlive the arena: copies, as blocks that rlhf_samples_free knows. */
     rlhf_sample *s = mem_zalloc(ctx, (size_t)total + 1, sizeof *s);
     for (int i = 0; i < total; i++) {
         const gen_item *it = item + i;
@@ -9850,10 +9920,15 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
  * How fast this machine does the work of RLHF, against its own limits: the tile's peak and the
  * memory's bandwidth, measured first. Random weights of named shapes, nothing is downloaded. Equal
  * weight hashes at the end mean that two machines did the same work.
+ *
+ * A share is the part of the roof that a result reaches, the roof being the smaller of what the
+ * tile and what the memory allow for that work (Williams, Waterman and Patterson 2009). Times are
+ * medians, since other programs disturb a mean.
  * ============================================================================================ */
 
 #include <sys/resource.h>
 
+/* A model by name: a config.json without tokenizer. */
 typedef struct bench_shape {
     const char *name, *config;
 } bench_shape;
@@ -9876,19 +9951,21 @@ static const bench_shape bench_shapes[] = {
 enum { BENCH_SHAPES = sizeof bench_shapes / sizeof *bench_shapes, BENCH_LIST = 96 };
 #define BENCH_SHAPE_NAMES "gpt2|gpt2-14m|llama-8m|llama-15m|smollm2-135m"
 
+/* One line: value in unit, share of the roof (0: none), peak memory in MB. */
 typedef struct bench_result {
     char name[64];
     const char *unit;
     double value, share, rss;
 } bench_result;
 
+/* The state of one `rlhf bench`. */
 typedef struct bench {
     rlhf_ctx *ctx;
     int quick, json;
     double fma, dram; /* GFLOP/s, GB/s */
     bench_result list[BENCH_LIST];
     int n;
-    uint64_t hash;
+    uint64_t hash; /* of the last model trained */
 } bench;
 
 /* ---- measuring ---- */
@@ -9903,6 +9980,7 @@ static double bench_rss(void) {
     return kb / 1024;
 }
 
+/* Lets the next peak begin at the memory held now, where the system can (Linux). */
 static void bench_forget(void) {
     FILE *f = fopen("/proc/self/clear_refs", "w");
     if (f) {
@@ -9911,12 +9989,14 @@ static void bench_forget(void) {
     }
 }
 
+/* For qsort. */
 static int bench_less(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return x < y ? -1 : x > y;
 }
 
-/* Median seconds of a call: at least three, about a second of them. */
+/* Median seconds of a call, after one that does not count: at least three (quick: two), about a
+ * second (0.3) of them. */
 static double bench_time(const bench *b, void (*run)(void *), void *arg) {
     double t[64], begun = base_now();
     int n = 0, least = b->quick ? 2 : 3;
@@ -9930,6 +10010,7 @@ static double bench_time(const bench *b, void (*run)(void *), void *arg) {
     return n % 2 ? t[n / 2] : 0.5 * (t[n / 2 - 1] + t[n / 2]);
 }
 
+/* Keeps a result and prints it, unless the output is JSON. */
 static void bench_add(bench *b, const char *name, double value, const char *unit, double share) {
     if (b->n == BENCH_LIST) return;
     bench_result *r = b->list + b->n++;
@@ -9947,6 +10028,7 @@ static void bench_add(bench *b, const char *name, double value, const char *unit
 
 /* ---- limits ---- */
 
+/* Operands of both limits, and how often. */
 typedef struct bench_peak {
     const k_table *k;
     float *mem; /* for each thread */
@@ -9956,6 +10038,7 @@ typedef struct bench_peak {
 
 enum { BENCH_PEAK_K = 192, BENCH_PEAK_FLOATS = 16384 };
 
+/* Full tiles on operands of one thread that fit the first two cache levels. */
 static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
     bench_peak *p = arg;
     float *a = p->mem + (size_t)thread * BENCH_PEAK_FLOATS, *b = a + 4096, *c = b + 8192;
@@ -9971,11 +10054,13 @@ static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
     for (int64_t i = lo; i < hi; i++) p->k->tile(rows, panels, &t);
 }
 
+/* All threads at once: the limit is the machine's, not one core's. */
 static void bench_peak_run(void *arg) {
     bench_peak *p = arg;
     par_for(base_current, p->rounds, 1, bench_peak_range, p);
 }
 
+/* Reads memory in order; the impossible branch keeps the compiler from dropping the sums. */
 static void bench_read_range(void *arg, int64_t lo, int64_t hi, int thread) {
     bench_peak *p = arg;
     (void)thread;
@@ -10007,6 +10092,7 @@ static void bench_limits(bench *b) {
 
 /* ---- products ---- */
 
+/* One of the three products of a linear layer. */
 typedef struct bench_gemm_arg {
     op_env e;
     op_weight w;
@@ -10021,6 +10107,8 @@ static void bench_gemm_run(void *arg) {
     if (g->what == 2) op_linear_bwd_w(&g->e, &g->w, g->m, g->x, g->y);
 }
 
+/* Shapes of transformer layers by rows: from decoding (1) to training (1024). Forward products of
+ * few rows are bound by reading W, 2 m multiply-adds for each float. */
 static void bench_gemm(bench *b) {
     static const int shapes[][2] = {{768, 768},   {768, 3072}, {3072, 768}, {768, 2304},
                                     {768, 50257}, {128, 128},  {128, 512},  {256, 1024},
@@ -10042,6 +10130,7 @@ static void bench_gemm(bench *b) {
                 gemm_pack(b->ctx, w, 1, (size_t)k, k, n, packed);
                 g.x = arena_zeros(&ws, (size_t)m, (size_t)k);
                 g.y = arena_zeros(&ws, (size_t)m, (size_t)n);
+                /* The roof of dX and dW is the tile's: both have many rows. */
                 double flops = 2.0 * m * n * k, t = bench_time(b, bench_gemm_run, &g);
                 double roof = fmin(b->fma, what ? b->fma : fmax(2.0 * m * b->dram / 4, 0));
                 char name[64];
@@ -10053,6 +10142,7 @@ static void bench_gemm(bench *b) {
 
 /* ---- models ---- */
 
+/* A model of a named shape with random weights, or the one in a directory. */
 static rlhf_model *bench_model(bench *b, const char *name, int score) {
     const char *text = NULL;
     for (int i = 0; i < BENCH_SHAPES; i++)
@@ -10097,7 +10187,7 @@ static rlhf_dataset *bench_data(bench *b, const rlhf_model *m, rlhf_data_kind ki
 }
 
 /* Multiply-adds of one token's forward pass through the matrices, and through attention at a mean
- * context. */
+ * context: twice that many operations, three times that for training (forward, dX, dW). */
 static double bench_macs(const rlhf_model *m, double context, int head) {
     double macs = 0;
     static const int mats[] = {P_QKV_W, P_O_W, P_UP_W, P_DOWN_W};
@@ -10106,8 +10196,10 @@ static double bench_macs(const rlhf_model *m, double context, int head) {
     return macs + 2.0 * context * m->c.heads * m->c.hd * m->c.layers;
 }
 
+/* The trainer's step as bench_time wants it. */
 static void bench_step_run(void *arg) { train_step(arg); }
 
+/* Tokens a second of optimizer steps on one batch of equal sequences. */
 static void bench_train(bench *b, const char *name, int batch, int len) {
     bench_forget();
     rlhf_model *m = bench_model(b, name, 0);
@@ -10127,6 +10219,7 @@ static void bench_train(bench *b, const char *name, int batch, int len) {
     model_free(m);
 }
 
+/* One batch to be continued again and again. */
 typedef struct bench_gen_arg {
     rlhf_model *m;
     gen_item *item;
@@ -10139,6 +10232,7 @@ static void bench_gen_run(void *arg) {
     gen_run(g->m, &g->m->ws, &g->c, g->item, g->n, NULL);
 }
 
+/* Tokens a second of decoding from a prompt of 64 tokens, 64 new ones each. */
 static void bench_generate(bench *b, const char *name, int batch) {
     bench_forget();
     rlhf_model *m = bench_model(b, name, 0);
@@ -10167,12 +10261,14 @@ static void bench_generate(bench *b, const char *name, int batch) {
     model_free(m);
 }
 
+/* A reward that costs nothing: what is measured is the library. */
 static rlhf_status bench_no_reward(void *user, const rlhf_sample *samples, int n, float *reward) {
     (void)user, (void)samples;
     for (int i = 0; i < n; i++) reward[i] = (float)(i % 2);
     return RLHF_OK;
 }
 
+/* Milliseconds of a whole update: rollout, scores, and the optimizer's steps. */
 static void bench_ppo(bench *b, const char *name) {
     bench_forget();
     rlhf_model *m = bench_model(b, name, 0), *r = bench_model(b, name, 1);

@@ -46,37 +46,44 @@ extern "C" {
     X(RLHF_ERR_CALLBACK, "callback failed") /* a reward function returned an error of its own */   \
     X(RLHF_STOPPED, "stopped") /* the progress hook asked to stop; the state was kept */
 
+/* RLHF_OK is 0; every other value is a failure, or the wish to stop. */
 typedef enum rlhf_status {
 #define RLHF_STATUS_ENUM_(name, text) name,
     RLHF_STATUS_LIST(RLHF_STATUS_ENUM_)
 #undef RLHF_STATUS_ENUM_
 } rlhf_status;
 
-/* The short text of a status; never null. */
+/* The short text of a status; static, never null, also for a value that is no status. */
 const char *rlhf_status_text(rlhf_status status);
 
 /* ---- Context ---- */
 
+/* The five nouns. A context outlives its objects; a tokenizer outlives nothing that was made with
+ * it (datasets copy what they need), while trainers point at all that they were given. */
 typedef struct rlhf_ctx rlhf_ctx;
 typedef struct rlhf_tokenizer rlhf_tokenizer;
 typedef struct rlhf_dataset rlhf_dataset;
 typedef struct rlhf_model rlhf_model;
 typedef struct rlhf_trainer rlhf_trainer;
 
+/* How much a message matters; warnings tell of data that were left out or choices that were
+ * ignored. */
 typedef enum rlhf_level { RLHF_LOG_DEBUG, RLHF_LOG_INFO, RLHF_LOG_WARNING } rlhf_level;
 
-/* Where a long call stands. done and total count steps (trainers) or records; tokens counts tokens
- * processed so far. */
+/* Where a long call stands. done and total count steps (trainers) or samples (generation); tokens
+ * counts tokens processed so far. Valid during the hook's call only. */
 typedef struct rlhf_progress {
-    const char *what; /* "sft", "rm", "ppo", "generate", "score", "eval", "normalize" */
+    const char *what; /* "sft", "rm", "ppo" or "generate" */
     int64_t done, total, tokens;
     double seconds;      /* since the call or the trainer began */
     const char *metrics; /* one JSON object with the newest metrics, or null between log points */
 } rlhf_progress;
 
-/* Every hook may be null. alloc returns memory aligned for any type or null; free gets the size
- * that was asked for. progress returns non-zero to stop: the call ends with RLHF_STOPPED at the
- * next safe point. */
+/* Every hook may be null; alloc and free are given both or neither. alloc returns memory aligned
+ * for any type or null; free gets the size that was asked for. log gets one message without a
+ * newline. progress returns non-zero to stop: the call ends with RLHF_STOPPED at the next safe
+ * point. Hooks run on the calling thread, inside the call; they must not jump out of it, and alloc,
+ * free and log must not call the library with the same context. */
 typedef struct rlhf_hooks {
     void *user;
     void *(*alloc)(void *user, size_t size);
@@ -85,6 +92,7 @@ typedef struct rlhf_hooks {
     int (*progress)(void *user, const rlhf_progress *progress);
 } rlhf_hooks;
 
+/* What a context is opened with; fill it with rlhf_options_default and change what matters. */
 typedef struct rlhf_options {
     int threads;     /* worker threads; 0 = one for each processor */
     const char *isa; /* kernels: "auto", "ref", or one of rlhf_isas(); the results are the same bits
@@ -92,37 +100,45 @@ typedef struct rlhf_options {
     rlhf_hooks hooks;
 } rlhf_options;
 
+/* All processors, the best kernels, no hooks. */
 rlhf_options rlhf_options_default(void);
 
 /* Opens a context. RLHF_ERR_ARG for an unknown or unavailable isa or a negative thread count,
  * RLHF_ERR_MEMORY; *ctx is then null. */
 rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options);
+/* Closes a context, after its objects; null is allowed. Memory of objects still open goes, too,
+ * their handles are then dead. */
 void rlhf_close(rlhf_ctx *ctx);
 
 /* The text of the last error in this context ("prefs.jsonl:17: missing \"chosen\""); "" if there
- * was none. Valid until the next call with this context. */
+ * was none. Valid until the next call with this context. A call refused for a null argument leaves
+ * the text as it was. */
 const char *rlhf_error(const rlhf_ctx *ctx);
 
 /* The kernel sets this processor can run, space-separated, best first ("avx2 ref"). */
 const char *rlhf_isas(void);
 
-/* One JSON object about this machine and context: cpu, isa, threads, caches. The text is released
- * with rlhf_free. */
+/* One JSON object about this machine and context: version, cpu, isa, available, threads,
+ * processors. The text is released with rlhf_free. */
 rlhf_status rlhf_info(rlhf_ctx *ctx, char **json);
 
-/* Releases a text or array that the library returned. Null is allowed. */
+/* Releases a text that the library returned, of any context. Null is allowed. */
 void rlhf_free(rlhf_ctx *ctx, void *ptr);
 
 /* ---- Tokenizer ---- */
 
 /* Reads DIR/tokenizer.json (and tokenizer_config.json, special tokens, chat template where
- * present), or a tokenizer.json given by its path. */
+ * present), or a tokenizer.json given by its path. RLHF_ERR_IO, RLHF_ERR_FORMAT, or
+ * RLHF_ERR_UNSUPPORTED for a kind of tokenizer or step that is not known here; *tokenizer is then
+ * null. */
 rlhf_status rlhf_tokenizer_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer **tokenizer);
+/* Null is allowed. After the trainers that use it. */
 void rlhf_tokenizer_close(rlhf_tokenizer *tokenizer);
 
-/* Trains a byte-level BPE with vocab_size entries (at least 257: 256 bytes and "<|endoftext|>") on
- * n texts of lens[i] bytes. The most frequent pair is merged first; among equals the one with the
- * smaller pair of ids. */
+/* Trains a byte-level BPE (Sennrich et al. 2016) with vocab_size entries (at least 257: 256 bytes
+ * and "<|endoftext|>") on n texts of lens[i] bytes. The most frequent pair is merged first; among
+ * equals the one with the smaller pair of ids. A pair that occurs once is not merged: a small text
+ * may give fewer entries. RLHF_ERR_ARG for a vocab_size out of range. */
 rlhf_status rlhf_tokenizer_train(rlhf_ctx *ctx, const char *const *texts, const size_t *lens, int n,
                                  int vocab_size, rlhf_tokenizer **tokenizer);
 
@@ -130,6 +146,7 @@ rlhf_status rlhf_tokenizer_train(rlhf_ctx *ctx, const char *const *texts, const 
  * the same effect. */
 rlhf_status rlhf_tokenizer_save(rlhf_tokenizer *tokenizer, const char *dir);
 
+/* Ids are below this number; a model may have more rows, never fewer. */
 int rlhf_tokenizer_vocab_size(const rlhf_tokenizer *tokenizer);
 int rlhf_tokenizer_eos(const rlhf_tokenizer *tokenizer); /* the end-of-text id, -1 if there is none
                                                           */
@@ -137,18 +154,21 @@ int rlhf_tokenizer_bos(const rlhf_tokenizer *tokenizer); /* the beginning-of-tex
                                                             none */
 
 /* Encodes len bytes of UTF-8 text. *n becomes the number of tokens; the first min(*n, cap) of them
- * are written to ids, so that a call with cap 0 measures. add_special: also what the tokenizer's
- * post-processor adds (a beginning-of-text token). */
+ * are written to ids, so that a call with cap 0 measures (ids may then be null). add_special: also
+ * what the tokenizer's post-processor adds (a beginning-of-text token). Special tokens written out
+ * in the text are recognised. Bytes that are not UTF-8 count as U+FFFD. */
 rlhf_status rlhf_encode(rlhf_tokenizer *tokenizer, const char *text, size_t len, int add_special,
                         int32_t *ids, int cap, int *n);
 
 /* Decodes n ids to a NUL-terminated text (released with rlhf_free); *len, if not null, becomes its
- * length in bytes. skip_special leaves out special tokens. */
+ * length in bytes. skip_special leaves out special tokens. RLHF_ERR_ARG for an id that is negative
+ * or not below rlhf_tokenizer_vocab_size. Ids in the middle of a character decode to U+FFFD. */
 rlhf_status rlhf_decode(rlhf_tokenizer *tokenizer, const int32_t *ids, int n, int skip_special,
                         char **text, size_t *len);
 
 /* ---- Dataset ---- */
 
+/* What a record is read as, and the members that it has. */
 typedef enum rlhf_data_kind {
     RLHF_DATA_SFT,        /* text | messages | prompt + completion */
     RLHF_DATA_PREFERENCE, /* chosen + rejected, with or without prompt; strings or conversations */
@@ -158,6 +178,8 @@ typedef enum rlhf_data_kind {
                          evaluated */
 } rlhf_data_kind;
 
+/* How records become tokens. A trainer wants its kind: SFT, PREFERENCE (reward model), PROMPT
+ * (PPO). */
 typedef struct rlhf_data_config {
     rlhf_data_kind kind;
     int max_length;  /* tokens in a record; longer ones are dropped and counted, never cut */
@@ -167,13 +189,15 @@ typedef struct rlhf_data_config {
     const char *chat_template; /* "auto" (from the tokenizer), or one of rlhf_chat_templates() */
 } rlhf_data_config;
 
+/* max_length 1024, all records, completion_only_loss 1, add_eos 1, chat_template "auto". */
 rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind);
 
-/* The names of the chat templates, separated by '|'. */
+/* The names of the chat templates, separated by '|'; static. */
 const char *rlhf_chat_templates(void);
 
 /* Reads a .jsonl file (plain or gzip), one record a line, or a JSON array. A record that cannot be
- * used is RLHF_ERR_DATA with file:line; one that is too long is dropped and counted. */
+ * used is RLHF_ERR_DATA with file:line, as is a file without a usable record; one that is too long
+ * is dropped and counted. The dataset keeps no pointer to the tokenizer. */
 rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tokenizer,
                               const rlhf_data_config *config, rlhf_dataset **dataset);
 
@@ -181,10 +205,11 @@ rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *t
 rlhf_status rlhf_dataset_parse(rlhf_ctx *ctx, const char *jsonl, size_t len, const char *name,
                                rlhf_tokenizer *tokenizer, const rlhf_data_config *config,
                                rlhf_dataset **dataset);
+/* Null is allowed. After the trainers that use it. */
 void rlhf_dataset_close(rlhf_dataset *dataset);
 int rlhf_dataset_count(const rlhf_dataset *dataset);   /* usable records */
 int rlhf_dataset_dropped(const rlhf_dataset *dataset); /* records longer than max_length */
-int64_t rlhf_dataset_tokens(const rlhf_dataset *dataset);
+int64_t rlhf_dataset_tokens(const rlhf_dataset *dataset); /* in all usable records */
 
 /* Record i as it was read: one line of JSON, valid until the dataset is closed; null if i is out of
  * range. */
@@ -195,6 +220,7 @@ const char *rlhf_dataset_record(const rlhf_dataset *dataset, int i);
 /* What the last layer feeds: the vocabulary, or one score. */
 typedef enum rlhf_head { RLHF_HEAD_LM, RLHF_HEAD_SCORE } rlhf_head;
 
+/* Sizes as Hugging Face's config.json names them. */
 typedef struct rlhf_model_shape {
     const char *model_type; /* "gpt2", "llama" */
     rlhf_head head;
@@ -204,12 +230,15 @@ typedef struct rlhf_model_shape {
     int64_t n_params; /* numbers that are trained */
 } rlhf_model_shape;
 
-/* Opens a Hugging Face directory: config.json, model.safetensors (f32, f16, bf16),
- * generation_config.json if present. */
+/* Opens a Hugging Face directory: config.json, model.safetensors (f32, f16, bf16; computed in f32),
+ * generation_config.json if present. RLHF_ERR_IO for a file that is missing, RLHF_ERR_FORMAT for
+ * tensors that do not fit config.json, RLHF_ERR_UNSUPPORTED for a model_type or option not computed
+ * here; *model is then null. */
 rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model);
 
-/* A new model with random weights from a config.json. vocab_size > 0 replaces the one in the file;
- * eos and bos ids likewise if >= 0. The same seed gives the same bits. */
+/* A new model with random weights from the config.json at the path config_json. vocab_size > 0
+ * replaces the one in the file; eos and bos ids likewise if >= 0. The same seed gives the same
+ * bits. */
 rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_size, int bos,
                             int eos, uint64_t seed, rlhf_model **model);
 
@@ -221,21 +250,25 @@ rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **cop
  * its files. Each file is written beside its place and renamed, so that a reader never sees half of
  * one. */
 rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir);
+/* Null is allowed. After the trainers that use it. */
 void rlhf_model_close(rlhf_model *model);
+/* The sizes of a model; all zero for null. Its texts live as long as the library. */
 rlhf_model_shape rlhf_model_get_shape(const rlhf_model *model);
 
 /* A 64-bit hash of all weights, as 16 hexadecimal digits and a NUL: equal work gives equal hashes.
  */
 rlhf_status rlhf_model_hash(rlhf_model *model, char hash[17]);
 
-/* Logits [n][vocab_size] of one token sequence, before the softmax. */
+/* Logits [n][vocab_size] of one token sequence, before the softmax; row t is about token t + 1. n
+ * >= 1. RLHF_ERR_ARG for a reward model or an id not below vocab_size, RLHF_ERR_CONTEXT for n
+ * beyond max_positions; the same for the next two. */
 rlhf_status rlhf_model_logits(rlhf_model *model, const int32_t *ids, int n, float *logits);
 
-/* logprobs[t] = log p(ids[t+1] | ids[0..t]), t < n-1, in nats. */
+/* logprobs[t] = log p(ids[t+1] | ids[0..t]), t < n-1, in nats, at temperature 1. n >= 2. */
 rlhf_status rlhf_model_logprobs(rlhf_model *model, const int32_t *ids, int n, float *logprobs);
 
-/* The normalised reward at the last token of one sequence. Needs a model with a trained score head.
- */
+/* The normalised reward at the last token of one sequence, prompt and answer. RLHF_ERR_ARG for a
+ * language model or a score head that was never trained. */
 rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float *score);
 
 /* ---- Configurations ---- */
@@ -340,6 +373,7 @@ typedef struct rlhf_generate_config {
     RLHF_GENERATE_FIELDS(RLHF_MEMBER_)
 } rlhf_generate_config;
 
+/* All fields at the defaults of their tables. Texts are static. */
 rlhf_sft_config rlhf_sft_config_default(void);
 rlhf_rm_config rlhf_rm_config_default(void);
 rlhf_ppo_config rlhf_ppo_config_default(void);
@@ -363,13 +397,14 @@ typedef enum rlhf_config_kind {
     RLHF_CONFIG_GENERATE
 } rlhf_config_kind;
 
-/* The rows of a table; *n becomes their number. */
+/* The rows of a table, static; *n (not null) becomes their number. */
 const rlhf_field *rlhf_config_fields(rlhf_config_kind kind, int *n);
 
 /* ---- Generation ---- */
 
 /* One answer. The pointers stay valid until the array is released or, in a reward function, until
- * it returns. */
+ * it returns. prompt_index counts prompts, or records of the dataset; sample_index the
+ * continuations of one prompt. */
 typedef struct rlhf_sample {
     const char *prompt, *completion; /* NUL-terminated; the completion without special tokens */
     const int32_t *prompt_ids, *completion_ids;
@@ -388,16 +423,17 @@ rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
                           const rlhf_generate_config *config, const char *const *prompts, int n,
                           rlhf_sample **samples, int *count);
 
-/* The same for the prompts of a dataset of kind RLHF_DATA_PROMPT. */
+/* The same for the prompts of a dataset of kind RLHF_DATA_PROMPT; samples carry their records. */
 rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer,
                                   const rlhf_generate_config *config, rlhf_dataset *prompts,
                                   rlhf_sample **samples, int *count);
+/* Releases an array of samples and all they point at. Null is allowed. */
 void rlhf_samples_free(rlhf_ctx *ctx, rlhf_sample *samples, int count);
 
 /* ---- Evaluation ---- */
 
-/* Scores every record of a dataset of kind RLHF_DATA_SCORE with a reward model:
- * scores[rlhf_dataset_count]. */
+/* Scores every record of a dataset of kind RLHF_DATA_SCORE (or SFT) with a reward model:
+ * scores[rlhf_dataset_count] are normalised rewards, as rlhf_model_score gives them. */
 rlhf_status rlhf_score_dataset(rlhf_model *reward, rlhf_dataset *dataset, float *scores);
 
 /* One JSON object about a model on a dataset. Kind SFT or SCORE: nll (nats per token), perplexity,
@@ -408,13 +444,18 @@ rlhf_status rlhf_eval(rlhf_model *model, rlhf_dataset *dataset, rlhf_model *refe
 
 /* ---- Training ---- */
 
-/* Scores n finished answers into reward[n]; NaN means "does not apply" and counts as 0. Called from
- * the training thread, never concurrently. A return other than RLHF_OK ends the run with
- * RLHF_ERR_CALLBACK. */
+/* Scores n finished answers into reward[n]; NaN means "does not apply" and counts as 0, an infinite
+ * reward is an error. Called from the training thread, once an update, never concurrently. A return
+ * of RLHF_STOPPED ends the run with that status, any other than RLHF_OK with RLHF_ERR_CALLBACK; the
+ * update is then not done and its state not saved. The function may use the library, also with the
+ * same context, but what it opens in that context is given back if the update fails. */
 typedef rlhf_status (*rlhf_reward_fn)(void *user, const rlhf_sample *samples, int n, float *reward);
 
-/* Trainers change the model in place and keep pointers to all they are given until they are closed.
- * eval may be null. The texts in a config must live as long as the trainer. */
+/* Trainers change the model in place and keep pointers to all they are given until they are closed:
+ * close them first. All objects are of one context. tokenizer (saved with the model) and eval may
+ * be null. The texts in a config must live as long as the trainer. RLHF_ERR_ARG for a config out of
+ * range or a dataset of another kind, RLHF_ERR_CONTEXT for a record longer than the model's
+ * positions. */
 rlhf_status rlhf_sft_open(rlhf_model *model, rlhf_tokenizer *tokenizer, rlhf_dataset *train,
                           rlhf_dataset *eval, const rlhf_sft_config *config,
                           rlhf_trainer **trainer);
@@ -426,21 +467,27 @@ rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *t
                          rlhf_dataset *train, rlhf_dataset *eval, const rlhf_rm_config *config,
                          rlhf_trainer **trainer);
 
-/* Rewards come from a reward model, from a function, or from both (added). The value model starts
- * as a copy of the reward model, or of the policy's trunk with a zero head. prompts: kind
- * RLHF_DATA_PROMPT. */
+/* Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019). Rewards come from a
+ * reward model, from a function, or from both (added). The reference is a copy of the policy as it
+ * is now. The value model starts as a copy of the reward model, or of the policy's trunk with a
+ * zero head. prompts: kind RLHF_DATA_PROMPT; each leaves room for response_length tokens, else
+ * RLHF_ERR_CONTEXT. Without a tokenizer the function's samples have empty completion texts. */
 rlhf_status rlhf_ppo_open(rlhf_model *policy, rlhf_tokenizer *tokenizer, rlhf_dataset *prompts,
                           rlhf_model *reward, rlhf_reward_fn function, void *user,
                           const rlhf_ppo_config *config, rlhf_trainer **trainer);
 
 /* One step: an optimizer step (sft, rm) or an update, that is a rollout and its optimizer steps
- * (ppo). */
+ * (ppo). No evaluation, no line of metrics, no checkpoint: those are rlhf_trainer_run's.
+ * RLHF_ERR_ARG when all steps are done; RLHF_ERR_NUMERIC leaves the weights as the last good
+ * optimizer step made them. A step that failed may be tried again. */
 rlhf_status rlhf_trainer_step(rlhf_trainer *trainer);
 
 /* The remaining steps, the evaluation, and everything in output_dir. RLHF_STOPPED if the progress
- * hook asked: the state is then saved, and `resume` goes on from it. */
+ * hook asked: the state is then saved (where there is an output_dir), and `resume` goes on from it.
+ * Another call goes on, too. */
 rlhf_status rlhf_trainer_run(rlhf_trainer *trainer);
 
+/* Steps since the run began, those before a resume included, and steps of the whole run. */
 int64_t rlhf_trainer_steps_done(const rlhf_trainer *trainer);
 int64_t rlhf_trainer_steps_total(const rlhf_trainer *trainer);
 
@@ -450,6 +497,7 @@ double rlhf_trainer_metric(const rlhf_trainer *trainer, const char *name);
 
 /* All newest metrics as one JSON object, released with rlhf_free. */
 rlhf_status rlhf_trainer_metrics(rlhf_trainer *trainer, char **json);
+/* Null is allowed. The trained model stays open. */
 void rlhf_trainer_close(rlhf_trainer *trainer);
 
 #ifdef __cplusplus

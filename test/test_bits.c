@@ -1,7 +1,7 @@
 /* Training ends in the same bits everywhere: three steps of fine-tuning, one of a reward model and
- * two PPO updates, with every set of kernels, any number of threads, and on every kind of processor,
- * for which the hashes of the final weights are written down here. `make neon` runs this program
- * under an emulator of aarch64. */
+ * two PPO updates, with every set of kernels, any number of threads, and on every kind of
+ * processor, for which the hashes of the final weights are written down here. `make neon` runs
+ * this program under an emulator of aarch64. */
 
 #include "../rlhf.c"
 #include "test.h"
@@ -20,8 +20,8 @@ enum { FAMILIES = 2, STAGES = 4 };
 /* After fine-tuning, of the reward model, of the policy and the value model after PPO. */
 static const char *const stages[STAGES] = {"sft", "rm", "ppo policy", "ppo value"};
 static const uint64_t expected[FAMILIES][STAGES] = {
-    {0x52f5052f2c145a91, 0x8ef884a133ab486b, 0xf4840bc48ecfaa30, 0x4fc8ada596cdef6a},
-    {0xc9975fc02a5ae976, 0x5ef4ae10ed0393e9, 0x68d61b92cbaa8459, 0xf99c66b2dbf68506}};
+    {0x52f5052f2c145a91, 0x8ef884a133ab486b, 0xd7efdb56d77234a0, 0xfa8390039a81e817},
+    {0xc9975fc02a5ae976, 0x5ef4ae10ed0393e9, 0xdb0780fd4db09b1f, 0xd7ec7d88d3f29954}};
 
 typedef struct bits {
     int family;

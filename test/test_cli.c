@@ -409,8 +409,8 @@ TEST(options_in_every_form) {
         "--out=$D/b --max-steps=2 --learning-rate=1e-3",
         "--out $D/b --max-steps 2 --learning_rate 0.001 --threads 1 --isa ref",
         "--learning_rate 1e-3 --out $D/b --max_steps 2 --seed 42 --shuffle_dataset true",
-        "--out $D/b --max_steps 2 --learning_rate 1e-3 --per_device_train_batch_size 2 "
-        "--gradient_accumulation_steps 4"};
+        ("--out $D/b --max_steps 2 --learning_rate 1e-3 --per_device_train_batch_size 2 "
+         "--gradient_accumulation_steps 4")};
     for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
         char command[1024];
         snprintf(command, sizeof command, BASE "%s", same[i]);
@@ -765,8 +765,8 @@ TEST(unwritable_places) {
         "$R sft --model $D/lm --data $D/text.jsonl --max_steps 1 --quiet --out $D/file",
         "$R sft --model $D/lm --data $D/text.jsonl --max_steps 1 --quiet --out $D/file/sub",
         "$R rm --model $D/lm --data $D/pairs.jsonl --max_steps 1 --quiet --out $D/file",
-        "$R ppo --model $D/lm --reward $D/rm --data $D/prompts.jsonl --max_steps 1 --quiet "
-        "--response_length 4 --batch_size 2 --out $D/file",
+        ("$R ppo --model $D/lm --reward $D/rm --data $D/prompts.jsonl --max_steps 1 --quiet "
+         "--response_length 4 --batch_size 2 --out $D/file"),
         "$R tokenizer --train $D/corpus.txt --vocab_size 260 --out $D/file/sub",
         "$R generate --model $D/lm --data $D/prompts.jsonl --out $D/file/sub",
         "$R score --model $D/rm --data $D/text.jsonl --out $D/file/sub"};

@@ -684,6 +684,7 @@ TEST(updates_draw_anew) {
     lab l = {.stage = PPO, .model = llama_untied, .config = config_default(PPO)};
     l.config.c.learning_rate = 0;
     l.config.ppo.batch_size = 24; /* every prompt once */
+    l.config.c.num_train_epochs = 2;
     l.config.c.shuffle_dataset = 0;
     lab_start(&l);
     lab_step(&l, 1);

@@ -435,6 +435,7 @@ static rlhf_status mem_leave(rlhf_ctx *ctx, int failed) {
         older = b->older;
         if (b->temporary) mem_free(b + 1);
     }
+    if (!failed && !frame->up) ctx->error[0] = 0; /* something that could be done without */
     ctx->frame = frame->up;
     base_current = frame->outer;
     return failed ? ctx->status : RLHF_OK;
@@ -1145,7 +1146,9 @@ typedef struct k_adam {
     float clip;                         /* factor on the gradient */
 } k_adam;
 
-/* k_v_ and k_r_ functions have these types. */
+/* k_v_ and k_r_ functions have these types. x, y, dy and the like are rows of n floats; w and b a
+ * norm's weight and bias [n]; mean, rstd, lse, max and sum one number of the row, in or out. What
+ * an output does to what it held (overwrite, add) stands at the kernel. */
 typedef void k_map_fn(int n, const float *x, float *y);
 typedef void k_sincos_fn(int n, const float *x, float *s, float *c);
 typedef float k_dot_fn(int n, const float *a, const float *b);
@@ -2527,6 +2530,7 @@ static size_t op_kv_k_size(int kv_heads, int hd, int cap) {
     return (size_t)kv_heads * (size_t)hd * (size_t)cap;
 }
 
+/* Its v: rounded up to whole panels of dimensions. */
 static size_t op_kv_v_size(int kv_heads, int hd, int cap) {
     return (size_t)kv_heads * gemm_panels(hd) * RLHF_LANES * (size_t)cap;
 }
@@ -5856,6 +5860,8 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     const model_cfg *c = &m->c;
     int n = run->rows;
     size_t bytes = (size_t)n * (size_t)c->d * sizeof(float);
+    /* Keys and values: the caller's caches, or new ones (one set for all layers where nothing is
+     * kept). */
     for (int s = 0; s < run->seqs; s++) {
         if (run->kv) a->seq[s].kv = run->kv[(size_t)layer * (size_t)run->seqs + (size_t)s];
         else if (run->save || layer == 0) a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
@@ -5901,6 +5907,7 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
     size_t rows = (size_t)run->rows, d = (size_t)c->d;
     run->acts = arena_alloc(ws, (size_t)c->layers * sizeof *run->acts);
     float *x = arena_floats(ws, rows, d);
+    /* Embedding. */
     op_embed em = {.k = m->ctx->k,
                    .rows = run->rows,
                    .d = c->d,
@@ -5955,6 +5962,7 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     op_linear_bwd_w(e, &up, n, a->h2, dup);
     float *dh = arena_floats(e->ws, rows, (size_t)c->d);
     op_linear_bwd_x(e, &up, n, dup, dh, NULL);
+    /* Both norms add to dx, which still holds what the residual connection passes on. */
     op_norm n2 = model_norm(m, P_LN2_W, layer, n);
     n2.x = a->x2, n2.mean = a->mean2, n2.rstd = a->rstd2, n2.dy = dh, n2.dx = dx;
     op_norm_bwd(e, &n2);
@@ -6586,7 +6594,8 @@ static void ckpt_save(const rlhf_model *m, const char *dir) {
     for (const model_tensor *t = m->family->tensors; t->name; t++)
         cap += model_param_layers(m, t->param);
     ckpt_tensor *list = mem_zalloc(ctx, (size_t)cap + 1, sizeof *list);
-    /* An untrained score head is not written: loading then says that it is missing. */
+    /* An untrained score head is not written, and counts as untrained when the directory is
+     * opened. */
     for (const model_tensor *t = m->family->tensors; t->name; t++) {
         if (t->param == P_SCORE && !m->score_trained) continue;
         for (int l = 0; l < model_param_layers(m, t->param); l++) {
@@ -7261,11 +7270,14 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     d->config = *config;
     d->store.ctx = ctx;
     err_defer(ctx, data_drop_store, &d->store);
-    data_reader r = {.d = d, .tok = tok, .chat = config->chat_template};
+    data_reader r = {.d = d,
+                     .tok = tok,
+                     .chat = config->chat_template ? config->chat_template : "auto"};
     if (strcmp(r.chat, "auto")) tok_chat_choose(tok, r.chat);
     r.src = json_source(ctx, name);
     r.src.status = RLHF_ERR_DATA;
     /* A '[' that opens the text makes it one array; lines hold objects. */
+    if (len >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) text += 3, len -= 3; /* a byte order mark */
     size_t i = 0;
     while (i < len && strchr(" \t\r\n", text[i])) i++;
     if (i < len && text[i] == '[') {
@@ -8524,7 +8536,7 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
                              .out = whole + prompt};
         ids[i] = whole;
     }
-    /* At the temperature that PPO will sample at, if the two configurations agree. */
+    /* From the whole distribution, as PPO samples. */
     gen_config g = {.max_new = room,
                     .batch = 64,
                     .temperature = (float)c->temperature,
@@ -8941,6 +8953,7 @@ static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_po
     p->adv = adv;
     model_forward(m, ws, &run);
     model_top top = model_top_fwd(m, ws, run.x, state, total);
+    /* The loss enters as d loss / d logp, chunk by chunk, once the log-probabilities are known. */
     op_rows out = {.logp = f + 2 * total, .entropy = f + 3 * total};
     op_weight w = model_head_weight(m);
     op_env e = {t->ctx, ws};
@@ -9036,7 +9049,7 @@ static void ppo_optimize(rlhf_trainer *t, roll_row *const *row, int n, const dou
         for (int i = 0; i < n; i++) shuffled[i] = row[c->shuffle_minibatches ? order[i] : i];
         for (int i = 0; i < n; i += size) ppo_minibatch(t, shuffled + i, size, lr, &s);
     }
-    /* The share of the variance between minibatches is that of their means. */
+    /* Means over the steps; val/ratio_var is the variance of the steps' mean ratios. */
     double k = (double)s.minibatches;
     train_put(t, "policy/approxkl_avg", s.kl / k);
     train_put(t, "policy/clipfrac_avg", s.clipped / k);
@@ -9695,6 +9708,7 @@ rlhf_generate_config rlhf_generate_config_default(void) {
 }
 
 const rlhf_field *rlhf_config_fields(rlhf_config_kind kind, int *n) {
+    if ((unsigned)kind >= sizeof train_tables / sizeof *train_tables) return *n = 0, NULL;
     *n = train_tables[kind].n;
     return train_tables[kind].row;
 }
@@ -9762,6 +9776,7 @@ rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
     /* Temporary blocks: an error or the end of the call gives them back. */
     data_seq *seq = mem_temp(mem_zalloc(api_ctx, (size_t)n, sizeof *seq));
     for (int i = 0; i < n; i++) {
+        API_CHECK(prompts[i], "a prompt is null");
         tok_ids ids = {0};
         tok_encode(tokenizer, prompts[i], strlen(prompts[i]), 1, &ids);
         if (!ids.n && tokenizer->bos >= 0) tok_push(api_ctx, &ids, tokenizer->bos);

@@ -42,7 +42,7 @@ extern "C" {
     X(RLHF_ERR_UNSUPPORTED, "not supported")   /* well-formed, but nothing here can compute it */  \
     X(RLHF_ERR_CONTEXT, "context overflow")    /* more tokens than the model has positions */      \
     X(RLHF_ERR_NUMERIC, "not a finite number") /* a loss or gradient became NaN or infinite;       \
-                                                  weights are unchanged */                         \
+                                                  that step is not taken */                        \
     X(RLHF_ERR_CALLBACK, "callback failed") /* a reward function returned an error of its own */   \
     X(RLHF_STOPPED, "stopped") /* the progress hook asked to stop; the state was kept */
 
@@ -58,8 +58,8 @@ const char *rlhf_status_text(rlhf_status status);
 
 /* ---- Context ---- */
 
-/* The five nouns. A context outlives its objects; a tokenizer outlives nothing that was made with
- * it (datasets copy what they need), while trainers point at all that they were given. */
+/* The five nouns. Datasets copy what they need of a tokenizer; trainers point at all that they are
+ * given. Closing a context closes what is left of the others. */
 typedef struct rlhf_ctx rlhf_ctx;
 typedef struct rlhf_tokenizer rlhf_tokenizer;
 typedef struct rlhf_dataset rlhf_dataset;
@@ -103,8 +103,9 @@ typedef struct rlhf_options {
 /* All processors, the best kernels, no hooks. */
 rlhf_options rlhf_options_default(void);
 
-/* Opens a context. RLHF_ERR_ARG for an unknown or unavailable isa or a negative thread count,
- * RLHF_ERR_MEMORY; *ctx is then null. */
+/* Opens a context; options may be null for the defaults. RLHF_ERR_ARG for an unknown or unavailable
+ * isa, for a thread count that is negative or beyond 1024, and for one of alloc and free without
+ * the other, else RLHF_ERR_MEMORY. *ctx is then null. */
 rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options);
 /* Closes a context, after its objects; null is allowed. Memory of objects still open goes, too,
  * their handles are then dead. */
@@ -416,9 +417,11 @@ typedef struct rlhf_sample {
     int prompt_index, sample_index;
 } rlhf_sample;
 
-/* Continues n prompts, num_return_sequences times each: *count samples in order of prompts,
- * released with rlhf_samples_free. A sample is a function of the weights, the prompt, its index and
- * the seed alone. */
+/* Continues n prompts (NUL-terminated), num_return_sequences times each: *count samples in order of
+ * prompts, released with rlhf_samples_free. A sample is a function of the weights, the prompt, its
+ * index and the seed alone. RLHF_ERR_ARG for a reward model or a config out of range,
+ * RLHF_ERR_CONTEXT for a prompt that leaves no room, RLHF_STOPPED if the progress hook asked to
+ * stop. In each case *samples is null. */
 rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
                           const rlhf_generate_config *config, const char *const *prompts, int n,
                           rlhf_sample **samples, int *count);

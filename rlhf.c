@@ -273,6 +273,13 @@ RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
  * their age. A public call that fails gives back the blocks younger than itself; therefore an
  * object that existed before a call may grow during it only through an arena. Arenas serve the
  * steps of training: after the first step they are one block and nothing is allocated any more.
+ *
+ * What lives how long:
+ *     a block           until mem_free, or until the call that made it fails
+ *     a temporary block until the call that made it ends (mem_temp)
+ *     arena memory      until arena_restore, arena_reset or arena_free, whatever calls do
+ *     a deferred thing  until err_release, or until the call fails; after err_keep its owner's
+ *
  * Entry: mem_alloc, mem_free, mem_temp; arena_alloc, arena_save, arena_restore, arena_reset.
  * Invariant: the list of blocks is ordered by age, newest first; arena blocks (seq 0) close it.
  * Tests: test/test_api.c (every n-th allocation fails)
@@ -611,7 +618,8 @@ static void rng_permutation(uint64_t seed, uint64_t stream, uint64_t round, int 
  * The only place that knows about threads. Work is a range of outputs, cut into one contiguous
  * piece for each thread; no sum is ever cut, so the result does not depend on the cut. Kernels with
  * target attributes are called through the table: clang does not compile OpenMP pragmas inside such
- * functions.
+ * functions. The number of threads is the context's; nothing is set for the process, which belongs
+ * to the host.
  * Entry: par_for.
  * Invariant: fn writes outputs [lo, hi) and its thread's scratch, nothing else, and never throws.
  * ============================================================================================ */
@@ -2485,6 +2493,9 @@ static void op_gelu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
 
 /* ---- attention ---- */
 
+/* The cut of attention into tiles. Queries are whole tiles of the product; a tile of scores, 12
+ * KiB, stays in the first-level cache between the two products. Where keys are cut is where the
+ * running maximum may change, hence OP_KEYS decides bits and OP_QUERIES does not. */
 enum {
     OP_KEYS = 64,   /* keys in one tile of the online softmax: part of the result's bits */
     OP_QUERIES = 48 /* queries in one tile */
@@ -4323,8 +4334,12 @@ static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_s
  * templates as data, files out, and the training of a byte-level BPE.
  *
  * Readers append steps in the order in which the reference applies them; each names the key of what
- * it does not know. A tokenizer owns the texts of its files and writes them back unchanged, so that
- * saving loses nothing that is not understood here.
+ * it does not know. The two usual kinds become, in the terms of 12,
+ *     GPT-2        ADDED(0) ADDED(1) SPLIT(GPT-2's pattern), words of bytes; decoder BYTES
+ *     Llama 2      ADDED(0) PREFIX(always) REPLACE(space) ADDED(1), words of characters; decoders
+ *                  REPLACE FALLBACK FUSE STRIP
+ * A tokenizer owns the texts of its files and writes them back unchanged, so that saving loses
+ * nothing that is not understood here.
  *
  * Entry: tok_open, tok_parse, tok_train, tok_save, tok_render.
  * Tests: test/test_tok.c
@@ -5514,6 +5529,8 @@ static void model_read_qwen2(const json_src *src, const json_t *j, model_cfg *c)
     if (json_opt_bool(src, j, "use_sliding_window", 0)) model_read_window(src, j, c);
 }
 
+/* A further family is a row here, a reader, and a list of tensors if its names are new. What the
+ * forward pass does not compute is refused by the reader, never ignored. */
 static const model_family model_families[] = {
     {"gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification", "transformer.", 1,
      model_gpt2_tensors, model_read_gpt2},
@@ -5855,7 +5872,15 @@ static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run)
     return a;
 }
 
-/* One layer: x += attention(norm x), x += mlp(norm x). With save, each state of x is kept. */
+/* One layer; x is the residual stream, n rows:
+ *     h1 = norm(x)                        [n][d]
+ *     qkv = h1 Wqkv^T + b, rotated         [n][(heads + 2 kv_heads) hd]
+ *     o = attention(qkv)                   [n][heads hd]
+ *     x += o Wo^T + b, h2 = norm(x)        [n][d]
+ *     up = h2 Wup^T + b                    [n][ff], with glu [n][2 ff]
+ *     act = gelu(up) or silu(gate) up      [n][ff]
+ *     x += act Wdown^T + b                 [n][d]
+ * With save, each state of x is kept. */
 static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer, model_acts *a) {
     const model_cfg *c = &m->c;
     int n = run->rows;
@@ -6651,7 +6676,13 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
  *
  * The optimizer owns gradients and both moments, arrays of its models' layout, and lends the
  * gradients to the models while a trainer is open. Work is split into chunks of one parameter each:
- * a chunk either decays or does not, and its sum of squares is one term of the norm.
+ * a chunk either decays or does not, and its sum of squares is one term of the norm. With its
+ * weights, a trained model takes 16 bytes for each of them.
+ *
+ * A step of a trainer is
+ *     opt_zero        gradients are 0
+ *     backward passes add to them, one for each micro-batch
+ *     opt_step        joins, norm, clipping, AdamW; the models' version changes
  *
  * Entry: opt_new, opt_attach, opt_zero, opt_step.
  * Tests: test/test_train.c, test/test_golden.c
@@ -6869,6 +6900,12 @@ static double opt_step(opt *o, const double *lr) {
  *
  * Whole, because prompt and answer tokenised apart would differ from the text at the seam, where a
  * merge may cross it. A token that crosses belongs to the later part.
+ *
+ *     kind         members                                     a                     b
+ *     SFT, SCORE   messages | prompt + completion | text       the whole             -
+ *     PREFERENCE   chosen + rejected, with or without prompt   prompt and chosen     and rejected
+ *     PROMPT       prompt                                      the prompt            -
+ *     all          domain, annotator, annotator_type, weight, margin: optional
  *
  * Entry: data_open, data_parse, data_order.
  * Invariant: everything that a record points at lies in its dataset's store.
@@ -7336,6 +7373,10 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
  * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
  * and its key alone, and its log-probabilities are those that training computes, bit for bit.
  *
+ * A slot is the cache of one row: keys and values of every layer, with room for the longest item.
+ * Its next owner starts at position 0 and overwrites what is there before anything reads it. Memory
+ * is slots x layers x 2 kv_heads hd x positions floats; logits are held for the live rows only.
+ *
  * Entry: gen_run.
  * Invariant: token t of an answer uses the number (seed, RNG_SAMPLE + key, t), whatever the batch.
  * Tests: test/test_gen.c
@@ -7673,7 +7714,12 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
  *
  * An optimizer step changes the weights whole or not at all: whatever may fail, fails before it.
  * What follows a step (evaluation, line, checkpoint) is owed until it is done. A run directory
- * holds run.json, metrics.jsonl, checkpoint/ and, in the end, the model.
+ * holds
+ *     run.json                          the configuration, without "resume"
+ *     metrics.jsonl                     a line every logging_steps and for every evaluation
+ *     checkpoint/trainer_state.json     where the run stands, and which of a and b counts
+ *     checkpoint/a, checkpoint/b        weights and optimizer, written in turn
+ *     config.json, model.safetensors    and the tokenizer's files: the model, in the end
  *
  * Entry: train_new, train_step, train_run, train_put.
  * Invariant: a resumed run writes the bytes of one that was never stopped.
@@ -8615,8 +8661,17 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
  * together. Before the first of them every probability ratio is exactly 1, since sampling and
  * training compute the same bits. Policy, reference, reward and value model are separate models.
  *
+ *     stage            function             gives for token or state t
+ *     sampling         ppo_generate         log p_t, the state h_t
+ *     reference        ppo_reference        log p_ref,t, KL, entropy
+ *     values           ppo_values           V_t
+ *     scores           ppo_score            one number for the answer
+ *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (19)
+ *     optimisation     ppo_minibatch        loss = policy(A_t, log p_t) + vf_coef value(R_t, V_t)
+ *
  * The reference is the policy as it was when the trainer was opened. Log-probabilities are those of
- * the sampling temperature everywhere. Metrics have TRL's names and meanings.
+ * the sampling temperature everywhere. Metrics have TRL's names and meanings. All but the models
+ * and their optimizer lies in the trainer's arena for the length of one update.
  *
  * Entry: ppo_open; ppo_step through ppo_ops.
  * Invariant: a rollout is a function of weights, seed and the number of episodes before it.
@@ -9338,7 +9393,9 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
  * down. Nothing is computed here. rlhf.h documents them.
  *
  * Null pointers are refused before there is a frame, since the context is behind one of them; such
- * a call returns RLHF_ERR_ARG and leaves no text. Results are stored last or are null until then.
+ * a call returns RLHF_ERR_ARG and leaves no text. Results are null until the call succeeds. All
+ * other checks stand behind API_ENTER, where they can throw a text that names the parameter.
+ * Functions that only read a number out of an object need no frame.
  * Tests: test/test_api.c
  * ============================================================================================ */
 
@@ -9896,8 +9953,8 @@ rlhf_status rlhf_trainer_run(rlhf_trainer *trainer) {
     API_ENTER(trainer->ctx);
     /* Not an error: the state is saved, nothing is to be given back. */
     if (!train_run(trainer)) {
-        err_note(api_ctx, RLHF_STOPPED, "stopped by the progress hook");
         mem_leave(api_ctx, 0);
+        err_note(api_ctx, RLHF_STOPPED, "stopped by the progress hook");
         return RLHF_STOPPED;
     }
     API_LEAVE();

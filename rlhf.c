@@ -606,6 +606,7 @@ static void rng_permutation(uint64_t seed, uint64_t stream, uint64_t round, int 
     for (int i = 0; i < n; i++) order[i] = i;
     for (int i = n - 1; i > 0; i--) {
         uint64_t r = rng_u64(seed, stream, (round << 32) + (uint64_t)i);
+        /* 0 <= j <= i */
         int j = (int)(((rng_u128)r * (unsigned)(i + 1)) >> 64);
         int t = order[i];
         order[i] = order[j];
@@ -683,7 +684,7 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
  * reduces exactly) ---- */
 
 #define V_LOG2E 1.44269504088896341f
-#define V_LN2_HI 0.693359375f /* 10 bits: n V_LN2_HI is exact */
+#define V_LN2_HI 0.693359375f /* 9 bits: n V_LN2_HI is exact */
 #define V_LN2_LO (-2.12194440e-4f)
 #define V_EXP_HI 89.0f     /* e^89 is infinite in single precision */
 #define V_EXP_LO (-104.0f) /* e^-104 is below half the smallest denormal */
@@ -736,6 +737,7 @@ static float v_exp1(float x) {
     /* Cody and Waite: n ln 2 in two parts; the first product is exact, so r has all its digits. */
     float r = fmaf(n, -V_LN2_HI, x);
     r = fmaf(n, -V_LN2_LO, r);
+    /* e^r, then 2^n by exponent bits: each half of n is the exponent of a normal number. */
     float p = v_exp_c[0];
     for (int i = 1; i < 6; i++) p = fmaf(p, r, v_exp_c[i]);
     p = fmaf(p, r * r, r) + 1.0f;
@@ -774,6 +776,7 @@ static float v_log1(float x) {
 static float v_tanh1(float x) {
     float a = fabsf(x), z = x * x, p = v_tanh_c[0];
     for (int i = 1; i < 5; i++) p = fmaf(p, z, v_tanh_c[i]);
+    /* Both are computed, as in the vector, and one is picked. */
     float small = fmaf(p * z, x, x);
     float big = 1.0f - 2.0f / (v_exp1(a + a) + 1.0f);
     return a < V_TANH_SMALL ? small : copysignf(big, x);
@@ -786,6 +789,7 @@ static void v_sincos1(float x, float *sine, float *cosine) {
     float r = fmaf(k, -V_PIO2_1, x);
     r = fmaf(k, -V_PIO2_2, r);
     r = fmaf(k, -V_PIO2_3, r);
+    /* Both polynomials on [-pi/4, pi/4]. */
     float z = r * r;
     float s = fmaf(fmaf(v_sin_c[0], z, v_sin_c[1]), z, v_sin_c[2]);
     float c = fmaf(fmaf(v_cos_c[0], z, v_cos_c[1]), z, v_cos_c[2]);
@@ -1381,6 +1385,7 @@ static void k_r_rope(int half, float *x, const float *c, const float *s, float s
  * Taking the maximum off keeps every e^d in [0, 1]. -inf is allowed (a token that is ruled out) as
  * long as one logit is finite, and only where the entropy is not read. */
 static k_stats k_r_stats(int n, const float *x, float scale) {
+    /* One pass for the maximum, one for both sums. */
     float m = -INFINITY, e[RLHF_LANES] = {0}, t[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) m = x[i] * scale > m ? x[i] * scale : m;
     for (int i = 0; i < n; i++) {
@@ -1417,6 +1422,7 @@ static double k_r_kl(int n, const float *p, const float *q, float scale, float l
 static float k_r_softmax(int n, float *s, float scale, float *max, float *sum) {
     float m = *max, e[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) m = s[i] * scale > m ? s[i] * scale : m;
+    /* The old maximum is -inf in a row's first tile: fix is then 0, and so is what it scales. */
     float fix = v_exp1(*max - m);
     for (int i = 0; i < n; i++) {
         s[i] = v_exp1(s[i] * scale - m);
@@ -1740,6 +1746,7 @@ static double k_sumsq(int64_t n, const float *x) {
 static int k_draw(const k_table *k, int n, const float *x, float scale, float lse, double u) {
     double sum = 0;
     int last = 0;
+    /* In pieces, so that most draws stop after a part of the vocabulary. */
     for (int i = 0; i < n; i += 256) {
         float p[256];
         int w = n - i < 256 ? n - i : 256;
@@ -2040,6 +2047,7 @@ static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
         int n0 = (int)p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
         float *out = g->out + (size_t)p * RLHF_LANES * (size_t)g->k;
         const float *b = g->b + (size_t)n0 * g->ns;
+        /* The last panel's missing columns are zeros. */
         if (w < RLHF_LANES) memset(out, 0, (size_t)g->k * RLHF_LANES * sizeof *out);
         if (g->ns == 1) {
             for (int k = 0; k < g->k; k++)
@@ -2118,6 +2126,7 @@ static void gemm_edge(const k_table *kt, int rows, int n, const gemm_tile_args *
     e.c = c;
     e.ldc = RLHF_LANES;
     if (t->bias) e.bias = memcpy(bias, t->bias, (size_t)n * sizeof *bias);
+    /* What the chain starts from, or the sum is added to. */
     if (t->mode != GEMM_STORE)
         for (int r = 0; r < rows; r++)
             memcpy(c + r * RLHF_LANES, t->c + (size_t)r * t->ldc, (size_t)n * sizeof *c);
@@ -2310,6 +2319,7 @@ typedef struct op_weight {
 static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y, int mode,
                       k_map_fn *act, float *z) {
     gemm_args g = {.m = m, .n = w->n, .act = act, .y = z, .ldy = (size_t)w->n};
+    /* A is x as it lies, B the packed W^T. */
     g.t = (gemm_tile_args){.k = w->k,
                            .a = x,
                            .rs = (size_t)w->k,
@@ -2384,6 +2394,7 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
         packed_w = p;
     }
     gemm_args g = {.m = m, .n = w->k};
+    /* A is dy as it lies, B the packed W. */
     g.t = (gemm_tile_args){.k = w->n,
                            .a = dy,
                            .rs = (size_t)w->n,
@@ -2573,6 +2584,7 @@ static void op_rope(op_env *e, op_attn *a) {
 static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
     size_t hd = (size_t)a->hd, hp = gemm_panels(a->hd), cap = (size_t)s->kv.cap;
     float *kp = s->kv.k + (size_t)g * hd * cap, *vp = s->kv.v + (size_t)g * hp * RLHF_LANES * cap;
+    /* K is transposed on the way; V keeps its rows, cut into panels. */
     for (int r = 0; r < s->n; r++) {
         size_t pos = (size_t)(s->past + r);
         const float *k =
@@ -2605,9 +2617,9 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
         sum[r] = 0;
         memset(o + (size_t)r * ldo, 0, (size_t)hd * sizeof *o);
     }
-    /* Scores of one tile of keys, for all n queries. */
     int last = s->past + q1; /* keys that the last query sees */
     for (int k0 = 0; k0 < last; k0 += OP_KEYS) {
+        /* Scores of one tile of keys, for all n queries. */
         int keys = base_min(OP_KEYS, last - k0);
         gemm_args ga = {.m = n, .n = (int)gemm_panels(keys) * RLHF_LANES};
         ga.t = (gemm_tile_args){.k = hd,
@@ -2642,6 +2654,7 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
                                 .mode = GEMM_ACC};
         gemm_block(a->kt, &gv, 0, n, 0, (int)gemm_panels(hd));
     }
+    /* The division by the sum comes last: one for each output. */
     for (int r = 0; r < n; r++) {
         a->kt->scale(hd, o + (size_t)r * ldo, 1.0f / sum[r]);
         if (a->lse)
@@ -2756,7 +2769,7 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
         memset(dp + see, 0, (size_t)(nk - see) * sizeof *dp);
     }
     int hp = (int)gemm_panels(hd);
-    gemm_args gq = {.m = nq, .n = hd}; /* dQ */
+    gemm_args gq = {.m = nq, .n = hd}; /* for dQ */
     gq.t = (gemm_tile_args){.k = nk,
                             .a = b->dp,
                             .rs = OP_KEYS,
@@ -2767,7 +2780,7 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
                             .ldc = ldq,
                             .mode = GEMM_ACC};
     gemm_block(a->kt, &gq, 0, nq, 0, hp); /* dQ += dS K */
-    gemm_args gk = {.m = nk, .n = hd};    /* dK, then dV */
+    gemm_args gk = {.m = nk, .n = hd}; /* for dK, then dV */
     gk.t = (gemm_tile_args){.k = nq,
                             .a = b->dp,
                             .rs = 1,
@@ -2781,7 +2794,7 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
     gk.t.a = b->p;
     gk.t.b = b->dout + (size_t)q0 * RLHF_LANES;
     gk.t.c = a->dqkv + (size_t)(s->row + k0) * ldq + vcol;
-    gemm_block(a->kt, &gk, 0, nk, 0, hp);
+    gemm_block(a->kt, &gk, 0, nk, 0, hp); /* dV += P^T dO */
 }
 
 /* Packs B[k][n] whose panels are `rows` long rather than k. */
@@ -2952,6 +2965,7 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
     v.logits = arena_floats(e->ws, (size_t)chunk, (size_t)w->n);
     v.other = arena_floats(e->ws, (size_t)chunk, (size_t)w->n);
     v.lse = arena_floats(e->ws, (size_t)chunk, 1);
+    /* Both models' logits of the same rows side by side. */
     for (int r = 0; r < rows; r += chunk) {
         int n = base_min(chunk, rows - r);
         op_linear(e, w, n, x + (size_t)r * (size_t)w->k, v.logits, GEMM_STORE, NULL, NULL);
@@ -5504,11 +5518,14 @@ static void model_read_llama(const json_src *src, const json_t *j, model_cfg *c)
     c->ff = (int)json_need_int(src, j, "intermediate_size", 1, MODEL_MAX);
     c->positions = (int)json_opt_int(src, j, "max_position_embeddings", 1, MODEL_MAX, 2048);
     c->eps = (float)json_opt_real(src, j, "rms_norm_eps", 1e-6);
-    if (c->heads % c->kv_heads || c->hd % 2)
+    if (c->heads % c->kv_heads || c->hd < 2 || c->hd % 2)
         err_throw(src->ctx, RLHF_ERR_FORMAT,
                   "%s: %d heads, %d key/value heads, head_dim %d: the first is a multiple of the "
                   "second and the third is even",
                   src->file, c->heads, c->kv_heads, c->hd);
+    if ((int64_t)c->heads * c->hd > MODEL_MAX)
+        err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: %d heads of head_dim %d are more than %d numbers",
+                  src->file, c->heads, c->hd, (int)MODEL_MAX);
     model_need_choice(src, j, "hidden_act", "silu", "silu");
     model_read_rope(src, j, c);
     c->qkv_bias = c->o_bias = json_opt_bool(src, j, "attention_bias", 0);
@@ -5585,6 +5602,7 @@ static void model_read_special(rlhf_model *m, const json_src *src, const json_t 
 static void model_layout(rlhf_model *m) {
     const model_cfg *c = &m->c;
     size_t at = 0, layer = 0;
+    /* Pass 0 places what is there once, pass 1 the first layer; the others repeat it. */
     for (int pass = 0; pass < 2; pass++) {
 #define MODEL_PLACE(name, per_layer, r, k, exists, init)                                           \
     if ((per_layer) == pass) {                                                                     \
@@ -5718,6 +5736,7 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer) {
     const model_slot *s = m->slot + p;
     float *w = model_w(m, p, layer);
     if (!m->packed[i]) m->packed[i] = arena_floats(&m->keep, gemm_packed_size(s->cols, s->rows), 1);
+    /* y = x W^T wants W^T as B: its columns are W's rows. */
     if (m->packed_version[i] != m->version) {
         gemm_pack(m->ctx, w, 1, (size_t)s->cols, s->cols, s->rows, m->packed[i]);
         m->packed_version[i] = m->version;
@@ -6063,6 +6082,7 @@ static float *model_top_bwd(rlhf_model *m, arena *ws, const model_top *t, const 
                             int rows) {
     op_env e = {m->ctx, ws};
     size_t d = (size_t)m->c.d;
+    /* The norm's backward adds, hence zeros; chosen rows differ, hence copies. */
     float *dx = arena_zeros(ws, (size_t)rows, d), *part = arena_zeros(ws, (size_t)t->n, d);
     op_norm o = model_norm(m, P_LNF_W, 0, t->n);
     o.x = t->x, o.mean = t->mean, o.rstd = t->rstd, o.dy = dh, o.dx = part;
@@ -6084,6 +6104,7 @@ static void model_scores_bwd(rlhf_model *m, arena *ws, const model_run *run, con
                              const float *dscore) {
     op_env e = {m->ctx, ws};
     op_weight w = model_head_weight(m);
+    /* dh is the head's input gradient; from there as for a language model. */
     float *dh = arena_floats(ws, (size_t)t->n, (size_t)m->c.d);
     op_linear_bwd_w(&e, &w, t->n, t->h, dscore);
     op_linear_bwd_x(&e, &w, t->n, dscore, dh, NULL);
@@ -6244,7 +6265,9 @@ static size_t ckpt_dtype_size(const char *dtype) {
 static ckpt_span ckpt_entry_span(const ckpt_file *f, const char *name, const json_t *entry) {
     rlhf_ctx *ctx = f->src.ctx;
     json_src src = f->src;
-    src.at = name;
+    char at[256];
+    snprintf(at, sizeof at, "%s.", name);
+    src.at = at;
     const char *dtype = json_need_str(&src, entry, "dtype");
     json_t *shape = json_need_array(&src, entry, "shape"), *dim;
     json_t *offsets = json_need_array(&src, entry, "data_offsets");
@@ -6311,6 +6334,7 @@ static ckpt_file ckpt_map(rlhf_ctx *ctx, const char *path) {
                   "%s: not a safetensors file, or truncated: its header of %llu bytes does not fit "
                   "into %zu bytes",
                   path, (unsigned long long)n, view->size);
+    /* The mapping and the parsed header are the two resources. */
     f.header = json_parse(&f.src, (const char *)view->data + 8, (size_t)n);
     if (!json_is_object(f.header))
         err_throw(ctx, RLHF_ERR_FORMAT, "%s: the header is not a JSON object", path);
@@ -6530,9 +6554,9 @@ static void ckpt_load_model(rlhf_model *m, const char *path) {
  * scores. */
 static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config) {
     rlhf_model *m = model_new(ctx, src, config);
-    m->config = json_incref(config);
     m->score_mean = (float)json_opt_real(src, config, "mean", 0);
     m->score_std = (float)json_opt_real(src, config, "std", 1);
+    m->config = json_incref(config); /* last: nothing can fail behind it */
     return m;
 }
 
@@ -6553,6 +6577,7 @@ static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
     err_defer(ctx, ckpt_drop_config, m);
     /* From here on a failure also drops the config that the model holds. */
     char *weights = ckpt_path(ctx, dir, "model.safetensors");
+    /* What stands there instead tells what to do. */
     if (!io_exists(weights)) {
         if (io_exists(ckpt_path(ctx, dir, "pytorch_model.bin")))
             err_throw(
@@ -6568,6 +6593,7 @@ static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
         err_throw(ctx, RLHF_ERR_IO, "%s: no model.safetensors", dir);
     }
     ckpt_load_model(m, weights);
+    /* Models tuned for chat name further end tokens here. */
     char *gen = ckpt_path(ctx, dir, "generation_config.json");
     if (io_exists(gen)) {
         json_src gsrc = json_source(ctx, gen);
@@ -6592,12 +6618,14 @@ static json_t *ckpt_eos_json(const rlhf_model *m) {
 static json_t *ckpt_config(const rlhf_model *m) {
     json_t *j = json_hold(m->ctx, json_deep_copy(m->config));
     int score = m->c.head == RLHF_HEAD_SCORE;
+    /* What a clone or rlhf_model_init may have changed. */
     json_object_set_new(j, "architectures",
                         json_pack("[s]", score ? m->family->score_class : m->family->lm_class));
     json_object_set_new(j, "vocab_size", json_integer(m->c.vocab));
     json_object_set_new(j, "eos_token_id", ckpt_eos_json(m));
     json_object_set_new(j, "bos_token_id", m->bos < 0 ? json_null() : json_integer(m->bos));
     json_object_set_new(j, "tie_word_embeddings", json_boolean(m->c.tied));
+    /* Either spelling may have been read; weights are written in single precision. */
     json_object_del(j, "dtype");
     json_object_set_new(j, "torch_dtype", json_string("float32"));
     if (score) {
@@ -6652,6 +6680,7 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     json_object_set_new(
         config, "architectures",
         json_pack("[s]", head == RLHF_HEAD_SCORE ? m->family->score_class : m->family->lm_class));
+    /* The head is what "architectures" says: the copy is read from such a config. */
     json_src src = json_source(m->ctx, "config.json");
     if (head == RLHF_HEAD_LM && m->c.head == RLHF_HEAD_SCORE && !m->c.tied)
         err_throw(m->ctx, RLHF_ERR_ARG,
@@ -6676,8 +6705,9 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
  *
  * The optimizer owns gradients and both moments, arrays of its models' layout, and lends the
  * gradients to the models while a trainer is open. Work is split into chunks of one parameter each:
- * a chunk either decays or does not, and its sum of squares is one term of the norm. With its
- * weights, a trained model takes 16 bytes for each of them.
+ * a chunk either decays or does not, and its sum of squares is one term of the norm. A trained
+ * model takes 16 bytes for each weight with its gradient and moments, and 4 for the panels of a
+ * matrix.
  *
  * A step of a trainer is
  *     opt_zero        gradients are 0
@@ -6726,6 +6756,7 @@ static double opt_power(double b, int64_t n) {
  * warm-up step is 0. kind: "constant", "linear" to 0, "cosine" to 0 along half a wave. */
 static double opt_schedule(const char *kind, int64_t k, int64_t warmup, int64_t total) {
     if (k < warmup) return (double)k / (double)(warmup > 1 ? warmup : 1);
+    /* p: share of the steps behind the warm-up. */
     double left = (double)(total - warmup > 1 ? total - warmup : 1);
     double p = (double)(k - warmup) / left;
     if (!strcmp(kind, "linear")) return p < 1 ? (double)(total - k) / left : 0;
@@ -6762,6 +6793,7 @@ static opt *opt_new(rlhf_ctx *ctx, rlhf_model *const *models, int n) {
         o->g[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         o->m[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         o->v[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
+        /* One matrix, two uses: opt_join. */
         if (models[i]->c.tied && models[i]->c.head == RLHF_HEAD_LM)
             o->embed[i] = mem_zalloc(ctx, models[i]->slot[P_WTE].n, sizeof(float));
         opt_add_chunks(o, i, 1);
@@ -6998,6 +7030,7 @@ static data_seq data_seq_new(const data_reader *r, const tok_ids *ids, int add_e
     s.loss = arena_alloc(&r->d->store, (size_t)s.n + 1);
     memset(s.loss, 0, (size_t)s.n + 1);
     if (ids->n) memcpy(s.ids, ids->ids, (size_t)ids->n * sizeof *s.ids);
+    /* The end bears loss, so that a model learns to stop. */
     if (extra) {
         s.ids[ids->n] = eos;
         s.loss[ids->n] = 1;
@@ -7075,6 +7108,7 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip
         data_bad(r, "a conversation to learn from ends with a turn of the assistant");
     tok_span *span = mem_alloc(ctx, (size_t)c->n * sizeof *span);
     int spans = 0, special = data_chat_is_text(r);
+    /* What a template puts behind the last turn is never predicted, and cut off. */
     char *text = tok_render(r->tok, r->chat, c->message, c->n, 0, span, &spans, NULL);
     text[span[spans - 1].end] = 0;
     tok_ids ids = {0};
@@ -7171,6 +7205,7 @@ static data_seq data_read_answer(data_reader *r, const json_t *prompt, const cha
 static size_t data_shared(const char *a, const char *b) {
     static const char turn[] = "\n\nAssistant:";
     size_t n = 0, at = 0;
+    /* n: where they part. at: behind the last such turn before that. */
     while (a[n] && a[n] == b[n]) n++;
     for (const char *p = a; (p = strstr(p, turn)) && (size_t)(p - a) + sizeof turn - 1 <= n; p++)
         at = (size_t)(p - a) + sizeof turn - 1;
@@ -7189,6 +7224,7 @@ static void data_read_pair(data_reader *r, const json_t *j, data_record *rec) {
     if (!data_is_text_or_turns(b)) json_bad(&r->src, "rejected", b, "a string or a list of turns");
     if (prompt && !data_is_text_or_turns(prompt))
         json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
+    /* Two transcripts without a prompt: what they share is it. */
     size_t shared = 0;
     if (!prompt && json_is_string(a) && json_is_string(b))
         shared = data_shared(json_string_value(a), json_string_value(b));
@@ -7374,8 +7410,9 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
  * and its key alone, and its log-probabilities are those that training computes, bit for bit.
  *
  * A slot is the cache of one row: keys and values of every layer, with room for the longest item.
- * Its next owner starts at position 0 and overwrites what is there before anything reads it. Memory
- * is slots x layers x 2 kv_heads hd x positions floats; logits are held for the live rows only.
+ * Its next owner starts at position 0 and overwrites what is there before a result depends on it.
+ * Memory is slots x layers x 2 kv_heads hd x positions floats; logits are held for the live rows
+ * only.
  *
  * Entry: gen_run.
  * Invariant: token t of an answer uses the number (seed, RNG_SAMPLE + key, t), whatever the batch.
@@ -7436,6 +7473,7 @@ static void gen_truncate(const gen_rows *g, float *x, float *sorted) {
             if (mass >= g->c->top_p) keep = i + 1;
         }
     }
+    /* Everything below the least likely token that is kept goes. */
     float least = sorted[keep - 1];
     for (int i = 0; i < n; i++)
         if (x[i] < least) x[i] = -INFINITY;
@@ -7459,6 +7497,7 @@ static void gen_pick_rows(void *arg, int64_t lo, int64_t hi, int thread) {
             double u = rng_uniform(g->c->seed, RNG_SAMPLE + it->key, (uint64_t)it->n);
             id = k_draw(g->k, g->vocab, x, scale, s.lse, u);
         }
+        /* Of the distribution that was drawn from: lse is that of the truncated logits. */
         g->token[r] = id;
         g->logp[r] = x[id] * scale - s.lse;
     }
@@ -7830,6 +7869,7 @@ static void train_validate(rlhf_ctx *ctx, rlhf_config_kind kind, const void *con
                           s ? s : "(null)", f->choices ? f->choices : "any text");
             continue;
         }
+        /* A NaN fails both comparisons. */
         double x = train_number(f, config);
         if (!(x >= f->min && x <= f->max))
             err_throw(ctx, RLHF_ERR_ARG, "%s is %g, expected %g to %g", f->name, x, f->min, f->max);
@@ -8121,6 +8161,7 @@ static void train_trim_metrics(rlhf_trainer *t, const char *path) {
     if (!io_exists(path)) return;
     size_t len, keep = 0;
     char *text = io_read(ctx, path, IO_LIMIT, &len);
+    /* keep: bytes of whole lines up to that step. */
     while (keep < len) {
         char *end = memchr(text + keep, '\n', len - keep);
         json_error_t e;
@@ -8156,6 +8197,7 @@ static void train_open_dir(rlhf_trainer *t) {
         unlink(state); /* it would belong to an earlier run */
         io_write_file(ctx, metrics, "", 0);
     }
+    /* The configuration of this start; a resumed run may have raised max_steps. */
     json_t *j = train_config_json(ctx, t->ops->kind, &t->u);
     json_object_del(j, "resume");
     json_object_set_new(j, "trainer", json_string(t->ops->name));
@@ -8301,6 +8343,7 @@ static model_run sft_batch(arena *ws, const data_seq *const *seq, int n, sft_row
     model_run run = model_batch(ws, n, ids, len);
     rows->row = arena_alloc(ws, (size_t)(count + 1) * sizeof *rows->row);
     rows->target = arena_alloc(ws, (size_t)(count + 1) * sizeof *rows->target);
+    /* The state before token t predicts it: row t - 1 of the sequence. */
     rows->n = 0;
     for (int i = 0; i < n; i++)
         for (int t = 1; t < seq[i]->n; t++)
@@ -8820,6 +8863,7 @@ static void ppo_each_batch(rlhf_trainer *t, roll_row *const *row, int n,
                            void (*pass)(rlhf_trainer *, roll_row *const *, int)) {
     int *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     for (int i = 0; i < n; i++) len[i] = row[i]->n_prompt + row[i]->n;
+    /* What a pass allocates goes with its batch; its results lie in the rows. */
     for (int at = 0, k; at < n; at += k) {
         arena_mark mark = arena_save(&t->ws);
         k = model_batch_count(len, at, n);
@@ -8935,6 +8979,7 @@ static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
         eos += r->finished;
         length += r->n;
     }
+    /* objective/kl is what the penalty is made of. */
     int use_k3 = !strcmp(t->u.ppo.kl_estimator, "k3");
     double penalty = 0;
     for (int i = 0; i < t->metrics; i++)
@@ -9067,6 +9112,7 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
     ppo_policy p = {.clip = c->cliprange, .scale = 1.0 / (double)tokens};
     double loss = 0, clipped = 0;
     opt_zero(t->opt);
+    /* Two models, two gradients, one optimizer step. */
     for (int i = 0; i < n; i += batch) {
         int k = base_min(batch, n - i);
         ppo_policy_pass(t, row + i, k, &p);
@@ -9190,6 +9236,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     t->user = user;
     t->kl_coef = config->kl_coef;
     train_set_length(t, config->batch_size);
+    /* Both clones, unfinished, would leave jansson memory behind if a later one failed. */
     t->start = ckpt_clone(policy, RLHF_HEAD_LM);
     err_defer(ctx, ckpt_drop_config, t->start);
     t->value = ppo_value_model(policy, reward);
@@ -9502,6 +9549,7 @@ rlhf_status rlhf_info(rlhf_ctx *ctx, char **json) {
     API_ENTER(ctx);
     json_t *j = json_hold(ctx, json_object());
     char cpu[128] = "unknown";
+    /* Linux tells; elsewhere the name stays unknown. */
     FILE *f = fopen("/proc/cpuinfo", "r");
     for (char line[256]; f && fgets(line, sizeof line, f);)
         if (sscanf(line, "model name : %127[^\n]", cpu) == 1) break;
@@ -10150,10 +10198,12 @@ static void bench_limits(bench *b) {
     const k_table *k = b->ctx->k;
     size_t n = (size_t)b->ctx->threads * BENCH_PEAK_FLOATS;
     bench_peak p = {.k = k, .mem = mem_zalloc(b->ctx, n, sizeof(float)), .rounds = 100000};
+    /* From the first-level cache: products of one tile, over and over. */
     double flops =
         2.0 * k->rows * k->panels[k->rows] * RLHF_LANES * BENCH_PEAK_K * (double)p.rounds;
     b->fma = flops / bench_time(b, bench_peak_run, &p) / 1e9;
     mem_free(p.mem);
+    /* 256 MiB: more than any cache. */
     p.rounds = (int64_t)1 << 26;
     p.mem = mem_zalloc(b->ctx, (size_t)p.rounds, sizeof(float));
     b->dram = 4.0 * (double)p.rounds / bench_time(b, bench_read_run, &p) / 1e9;
@@ -10245,6 +10295,7 @@ static rlhf_dataset *bench_data(bench *b, const rlhf_model *m, rlhf_data_kind ki
     d->config = rlhf_data_config_default(kind);
     d->record = arena_alloc(&d->store, (size_t)n * sizeof *d->record);
     memset(d->record, 0, (size_t)n * sizeof *d->record);
+    /* Ids from a fixed seed: the same on every machine. */
     for (int i = 0; i < n; i++) {
         data_seq s = {len, arena_alloc(&d->store, (size_t)len * sizeof *s.ids),
                       arena_alloc(&d->store, (size_t)len)};
@@ -10323,6 +10374,7 @@ static void bench_generate(bench *b, const char *name, int batch) {
     double s = bench_time(b, bench_gen_run, &g), tokens = 64.0 * batch;
     g.c.max_new = 1; /* the prompt's share, to be taken off */
     s -= bench_time(b, bench_gen_run, &g);
+    /* Each token reads all weights once for the whole batch. */
     double bytes = 4.0 * bench_macs(m, 0, 1), macs = bench_macs(m, 96, 1);
     double roof = fmin(b->fma * 1e9 / (2 * macs), b->dram * 1e9 / bytes * batch);
     char full[64];

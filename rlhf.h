@@ -107,6 +107,7 @@ rlhf_options rlhf_options_default(void);
  * isa, for a thread count that is negative or beyond 1024, and for one of alloc and free without
  * the other, else RLHF_ERR_MEMORY. *ctx is then null. */
 rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options);
+
 /* Closes a context, after its objects; null is allowed. Memory of objects still open goes, too,
  * their handles are then dead. */
 void rlhf_close(rlhf_ctx *ctx);
@@ -133,6 +134,7 @@ void rlhf_free(rlhf_ctx *ctx, void *ptr);
  * RLHF_ERR_UNSUPPORTED for a kind of tokenizer or step that is not known here; *tokenizer is then
  * null. */
 rlhf_status rlhf_tokenizer_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer **tokenizer);
+
 /* Null is allowed. After the trainers that use it. */
 void rlhf_tokenizer_close(rlhf_tokenizer *tokenizer);
 
@@ -206,6 +208,7 @@ rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *t
 rlhf_status rlhf_dataset_parse(rlhf_ctx *ctx, const char *jsonl, size_t len, const char *name,
                                rlhf_tokenizer *tokenizer, const rlhf_data_config *config,
                                rlhf_dataset **dataset);
+
 /* Null is allowed. After the trainers that use it. */
 void rlhf_dataset_close(rlhf_dataset *dataset);
 int rlhf_dataset_count(const rlhf_dataset *dataset);   /* usable records */
@@ -251,8 +254,10 @@ rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **cop
  * its files. Each file is written beside its place and renamed, so that a reader never sees half of
  * one. */
 rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir);
+
 /* Null is allowed. After the trainers that use it. */
 void rlhf_model_close(rlhf_model *model);
+
 /* The sizes of a model; all zero for null. Its texts live as long as the library. */
 rlhf_model_shape rlhf_model_get_shape(const rlhf_model *model);
 
@@ -430,6 +435,7 @@ rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
 rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer,
                                   const rlhf_generate_config *config, rlhf_dataset *prompts,
                                   rlhf_sample **samples, int *count);
+
 /* Releases an array of samples and all they point at. Null is allowed. */
 void rlhf_samples_free(rlhf_ctx *ctx, rlhf_sample *samples, int count);
 
@@ -500,6 +506,7 @@ double rlhf_trainer_metric(const rlhf_trainer *trainer, const char *name);
 
 /* All newest metrics as one JSON object, released with rlhf_free. */
 rlhf_status rlhf_trainer_metrics(rlhf_trainer *trainer, char **json);
+
 /* Null is allowed. The trained model stays open. */
 void rlhf_trainer_close(rlhf_trainer *trainer);
 

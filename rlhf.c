@@ -3391,6 +3391,7 @@ enum {
     TOK_CACHE_KEY = 26,    /* longest such word in bytes, and its longest ids: 64 bytes an entry */
     TOK_CACHE_IDS = 9,
     TOK_MAX_ID = 1 << 24,  /* ids beyond are a damaged file, not a vocabulary */
+    TOK_MAX_STEPS = 256,   /* of a tokenizer: encoding recurses once for each */
     TOK_MIN_PAIRS = 2,     /* training merges no pair that occurs less often */
     TOK_BYTE_CPS = 324     /* one more than the largest character that stands for a byte */
 };
@@ -4410,6 +4411,8 @@ static const char *tok_keep(rlhf_tokenizer *t, const char *s, size_t n) {
 
 /* Appends a step. The pointer is good until the next one is appended. */
 static tok_step *tok_add_step(tok_step **steps, int kind, int mode, int flag) {
+    if (stbds_arrlen(*steps) >= TOK_MAX_STEPS)
+        err_throw(t->ctx, RLHF_ERR_UNSUPPORTED, "tokenizer.json: more than %d normalizers and pre-tokenizers", (int)TOK_MAX_STEPS);
     stbds_arrput(*steps, ((tok_step){.kind = kind, .mode = mode, .flag = flag, .text = ""}));
     return &stbds_arrlast(*steps);
 }
@@ -5457,7 +5460,7 @@ static void model_need_choice(const json_src *src, const json_t *config, const c
                               const char *def, const char *allowed) {
     const char *value = json_opt_str(src, config, key, def);
     size_t n = strlen(value);
-    for (const char *p = allowed; (p = strstr(p, value)); p += n)
+    for (const char *p = allowed; n && (p = strstr(p, value)); p += n)
         if ((p == allowed || p[-1] == '|') && (p[n] == 0 || p[n] == '|')) return;
     err_throw(src->ctx, RLHF_ERR_UNSUPPORTED, "%s: \"%s\" is \"%s\"; this version computes %s",
               src->file, key, value, allowed);
@@ -5485,6 +5488,9 @@ static void model_read_gpt2(const json_src *src, const json_t *j, model_cfg *c) 
 static void model_read_rope(const json_src *src, const json_t *j, model_cfg *c) {
     const json_t *rope = json_opt_object(src, j, "rope_parameters");
     c->theta = (float)json_opt_real(src, rope ? rope : j, "rope_theta", 10000.0);
+    if (!(c->theta > 0))
+        err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: \"rope_theta\" is %g, expected a number above 0",
+                  src->file, (double)c->theta);
     if (!rope) rope = json_opt_object(src, j, "rope_scaling");
     if (!rope) return;
     const char *old = json_opt_str(src, rope, "type", "default");
@@ -5499,6 +5505,13 @@ static void model_read_rope(const json_src *src, const json_t *j, model_cfg *c) 
     c->rope_low = (float)json_need_real(src, rope, "low_freq_factor");
     c->rope_high = (float)json_need_real(src, rope, "high_freq_factor");
     c->rope_original = (float)json_need_real(src, rope, "original_max_position_embeddings");
+    if (!(c->rope_factor > 0 && c->rope_low > 0 && c->rope_high > c->rope_low &&
+          c->rope_original > 0))
+        err_throw(
+            src->ctx, RLHF_ERR_FORMAT,
+            "%s: llama3 rotary scaling needs factor > 0, high_freq_factor > low_freq_factor > 0 "
+            "and original_max_position_embeddings > 0",
+            src->file);
 }
 
 /* Attention to a window is attention to everything while the text is no longer than the window:
@@ -5586,7 +5599,9 @@ static void model_read_special(rlhf_model *m, const json_src *src, const json_t 
     size_t i;
     if (json_is_array(e)) {
         json_array_foreach(e, i, x) {
-            if (!json_is_integer(x)) json_bad(src, "eos_token_id", x, "token ids");
+            if (!json_is_integer(x) || json_integer_value(x) < 0 ||
+                json_integer_value(x) > INT32_MAX)
+                json_bad(src, "eos_token_id", x, "token ids");
             model_add_eos(m, json_integer_value(x));
         }
     } else if (e) {
@@ -6517,6 +6532,7 @@ static void ckpt_load_model(rlhf_model *m, const char *path) {
     ckpt_file f = ckpt_map(m->ctx, path);
     json_t *left = json_hold(m->ctx, json_copy((json_t *)(uintptr_t)f.header));
     json_object_del(left, "__metadata__");
+    m->version++; /* panels of the old weights are stale from the first tensor on */
     m->score_trained = 0;
     /* Every tensor of the family that this model has; GPT-2's files may lack the prefix. */
     for (const model_tensor *t = m->family->tensors; t->name; t++)
@@ -6896,7 +6912,8 @@ static double opt_step(opt *o, const double *lr) {
     double norm = opt_norm(o);
     if (!isfinite(norm))
         err_throw(o->ctx, RLHF_ERR_NUMERIC,
-                  "step %lld: the gradient is not finite; the weights are those of the step before "
+                  "step %lld: the gradient is not finite; the weights are those of the optimizer "
+                  "step before "
                   "(a lower learning_rate may help)",
                   (long long)o->step + 1);
     /* As PyTorch's clip_grad_norm_: max_norm / (norm + 1e-6), one factor for all models. */
@@ -7065,13 +7082,16 @@ static data_seq data_text_seq(const data_reader *r, const char *prompt, const ch
 /* A growing conversation; the texts stay the JSON value's. */
 typedef struct data_chat {
     tok_message *message;
-    int n;
+    int n, cap;
 } data_chat;
 
 /* Appends one turn. */
 static void data_chat_add(const data_reader *r, data_chat *c, const char *role,
                           const char *content) {
-    c->message = mem_realloc(r->d->ctx, c->message, (size_t)(c->n + 1) * sizeof *c->message);
+    if (c->n == c->cap) {
+        c->cap = c->cap ? 2 * c->cap : 8;
+        c->message = mem_realloc(r->d->ctx, c->message, (size_t)c->cap * sizeof *c->message);
+    }
     c->message[c->n++] = (tok_message){role, content};
 }
 
@@ -7114,7 +7134,9 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip
     tok_ids ids = {0};
     tok_encode(r->tok, text, strlen(text), special, &ids);
     data_seq s = data_seq_new(r, &ids, special && r->d->config.add_eos);
-    for (int i = skip < 0 ? spans - 1 : skip; i < spans; i++)
+    /* A record that will be dropped for its length is not worth marking. */
+    int fits = s.n <= r->d->config.max_length;
+    for (int i = skip < 0 ? spans - 1 : skip; fits && i < spans; i++)
         data_mark(r, text, span[i].start, span[i].end, special, &ids, &s);
     mem_free(ids.ids);
     mem_free(text);
@@ -8246,9 +8268,10 @@ static int train_log(rlhf_trainer *t, int line) {
 /* Throws before weights change if the loss is not a number. */
 static void train_check_loss(const rlhf_trainer *t, double loss) {
     if (!isfinite(loss))
-        err_throw(t->ctx, RLHF_ERR_NUMERIC,
-                  "step %lld: the loss is not finite; the weights are those of the step before",
-                  (long long)t->step + 1);
+        err_throw(
+            t->ctx, RLHF_ERR_NUMERIC,
+            "step %lld: the loss is not finite; the weights are those of the optimizer step before",
+            (long long)t->step + 1);
 }
 
 /* One step and its metrics, nothing of what follows it. */
@@ -9828,6 +9851,10 @@ static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_
     rlhf_ctx *ctx = m->ctx;
     model_need_lm(m);
     train_validate(ctx, RLHF_CONFIG_GENERATE, c);
+    if ((int64_t)n * c->num_return_sequences > INT_MAX / 2)
+        err_throw(ctx, RLHF_ERR_ARG,
+                  "%d prompts, num_return_sequences %lld: too many samples for one call", n,
+                  (long long)c->num_return_sequences);
     arena_reset(&m->ws);
     int each = (int)c->num_return_sequences, total = n * each, room = (int)c->max_new_tokens;
     /* One item for each continuation; its number is the sample's key. */

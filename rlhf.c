@@ -4413,7 +4413,7 @@ static const char *tok_keep(rlhf_tokenizer *t, const char *s, size_t n) {
 static tok_step *tok_add_step(tok_step **steps, int kind, int mode, int flag) {
     if (stbds_arrlen(*steps) >= TOK_MAX_STEPS)
         err_throw(base_current, RLHF_ERR_UNSUPPORTED,
-                  "tokenizer.json: more than %d normalizers and pre-tokenizers", (int)TOK_MAX_STEPS);
+                  "more than %d normalizers and pre-tokenizers", (int)TOK_MAX_STEPS);
     stbds_arrput(*steps, ((tok_step){.kind = kind, .mode = mode, .flag = flag, .text = ""}));
     return &stbds_arrlast(*steps);
 }

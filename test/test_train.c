@@ -694,6 +694,24 @@ TEST(updates_draw_anew) {
     lab_close(&l);
 }
 
+/* The KL coefficient follows the KL that was measured. */
+TEST(kl_coefficient_adapts) {
+    lab l = {.stage = PPO, .model = llama_untied, .config = config_default(PPO)};
+    l.config.ppo.kl_target = 0.5;
+    l.config.ppo.kl_horizon = 40;
+    l.config.ppo.kl_coef = 0.1;
+    lab_start(&l);
+    double coef = 0.1;
+    for (int i = 0; i < 3; i++) {
+        lab_step(&l, 1);
+        CHECK_NEAR(metric(&l, "objective/kl_coef"), coef, 1e-12);
+        double err = metric(&l, "objective/kl") / 0.5 - 1;
+        coef *= 1 + fmax(-0.2, fmin(0.2, err)) * 8 / 40;
+    }
+    CHECK(fabs(coef - 0.1) > 1e-3);
+    lab_close(&l);
+}
+
 /* Rewards of a model and of a function add up. */
 TEST(reward_model_and_function) {
     double score[3];
@@ -710,6 +728,9 @@ TEST(reward_model_and_function) {
                                  i == 0 ? NULL : judge_fn, &l.judge, &l.config.ppo, &l.t), RLHF_OK);
         lab_step(&l, 1);
         score[i] = metric(&l, "objective/scores");
+        rlhf_trainer_close(l.t);
+        l.t = NULL;
+        rlhf_model_close(reward);
         lab_close(&l);
     }
     CHECK_NEAR(score[0] + score[1], score[2], 1e-6);
@@ -882,6 +903,6 @@ TEST_MAIN(CASE(no_learning_rate_no_change), CASE(optimizer_steps), CASE(sft_micr
           CASE(numbers_that_are_not_finite), CASE(gradient_that_is_not_finite),
           CASE(rewards_too_large_for_a_loss), CASE(reward_functions),
           CASE(what_a_reward_function_sees), CASE(updates_draw_anew),
-          CASE(reward_model_and_function), CASE(learns_to_stop),
+          CASE(kl_coefficient_adapts), CASE(reward_model_and_function), CASE(learns_to_stop),
           CASE(learns_a_preference), CASE(learns_nothing_from_coins),
           CASE(untrained_heads_do_not_score), CASE(ppo_trades_reward_for_kl))

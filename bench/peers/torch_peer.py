@@ -16,7 +16,7 @@ BENCH. Plain modules in eager mode; what is done for speed:
     PPO: log-probabilities of the policy come from the sampling; only states of the answer meet the
     vocabulary; the temperature divides hidden states instead of logits
 
-bench/run.py adds the environment: an allocator made for it, and huge pages.
+bench/run.py adds an allocator that keeps its pages (jemalloc or tcmalloc), where there is one.
 """
 
 import argparse

@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""`rlhf bench` against its peers on the same work, in turn: A B A B ... for each item.
+
+    python3 bench/run.py [--rounds N] [--model NAME]... [--work train|generate|ppo]... [--threads N]
+
+Each run is a process of its own. A ratio is the median over rounds of the ratio of two neighbouring
+runs, above 1 where rlhf is faster; other numbers are medians. Results go to bench/results/<cpu>.csv,
+where a row replaces the one of the same work and peer, and from there to a chart, <cpu>.svg.
+Python's standard library only; the peer runs under --python. bench/NOTES.md: how to read it all.
+"""
+
+import argparse
+import csv
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from html import escape
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).resolve().parent
+WORK = ("train", "generate", "ppo")
+MODELS = ("llama-8m", "gpt2-14m", "llama-15m", "gpt2")
+COLUMNS = ("machine", "date", "compiler", "commit", "name", "unit", "ours", "peer", "ratio",
+           "share", "threads", "rounds", "ratio_min", "ratio_max", "ours_mb", "peer_mb", "against")
+
+# Allocators by preference, as Debian, Fedora and Arch place them.
+ALLOCATORS = [f"{d}/{n}" for n in ("libjemalloc.so.2", "libtcmalloc.so.4",
+                                   "libtcmalloc_minimal.so.4")
+              for d in ("/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib")]
+# What PyTorch's tuning guide gives jemalloc: freed pages stay with the process.
+MALLOC_CONF = ("oversize_threshold:1,background_thread:true,metadata_thp:auto,"
+               "dirty_decay_ms:-1,muzzy_decay_ms:-1")
+
+
+def last_json(command, env=None):
+    """The object on the last line of a command's output; ends the program if there is none."""
+    run = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert run.returncode == 0
+        return json.loads(run.stdout.strip().splitlines()[-1])
+    except (AssertionError, IndexError, ValueError):
+        sys.exit(f"{' '.join(map(str, command))}: exit status {run.returncode}, no result")
+
+
+def first_line(command):
+    try:
+        out = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return out.stdout.splitlines()[0].strip()
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def commit():
+    """The commit that is checked out, with a + behind it where the program's source differs."""
+    git = ["git", "-C", str(HERE.parent)]
+    name = first_line([*git, "rev-parse", "--short", "HEAD"])
+    files = ["rlhf.c", "rlhf.h", "Makefile"]
+    same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *files],
+                          stderr=subprocess.DEVNULL).returncode == 0
+    return name if same or name == "unknown" else name + "+"
+
+
+def slug(cpu):
+    """A file's name from a processor's."""
+    plain = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", " ", cpu, flags=re.I)
+    return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-") or "cpu"
+
+
+def preload(choice):
+    """The allocator for the peer: a path, or None."""
+    if choice == "none":
+        return None
+    if choice != "auto":
+        if not Path(choice).exists():
+            sys.exit(f"--preload: {choice} is not there")
+        return choice
+    return next((hit for p in ALLOCATORS for hit in sorted(glob.glob(p))), None)
+
+
+# ---- Running -------------------------------------------------------------------------------------
+
+
+class Runner:
+    def __init__(self, a):
+        self.a = a
+        self.threads = a.threads or len(os.sched_getaffinity(0))
+        self.allocator = preload(a.preload)
+        self.env = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
+        self.against = ""
+        self.hash = None
+        if self.allocator:
+            self.env["LD_PRELOAD"] = self.allocator
+            if "jemalloc" in self.allocator:
+                self.env.setdefault("MALLOC_CONF", MALLOC_CONF)
+
+    def flags(self):
+        return ["--threads", str(self.threads), *(["--quick"] if self.a.quick else [])]
+
+    def ours(self, work, model):
+        found = last_json([self.a.program, "bench", work, "--model", model, "--json", "--quiet",
+                           *self.flags()])
+        if self.hash not in (None, found["weights_hash"]):
+            sys.exit("rlhf bench: the weights' hash changed from run to run")
+        self.hash = found["weights_hash"]
+        return found
+
+    def peer(self, names):
+        found = last_json([self.a.python, HERE / "peers" / "torch_peer.py", *self.flags(), *names],
+                          self.env)
+        name = Path(self.allocator).name.split(".")[0][3:] if self.allocator else "malloc"
+        self.against = f"{found['peer']}, {name}"
+        return {r["name"]: r for r in found["results"]}
+
+    def pair(self, work, model):
+        """[{name: (our result, the peer's)}] of all rounds, and what our program says of itself."""
+        rounds = []
+        for i in range(self.a.rounds):
+            print(f"\r{work} {model}: round {i + 1} of {self.a.rounds} ", end="", file=sys.stderr)
+            found = self.ours(work, model)
+            ours = {r["name"]: r for r in found["results"] if r["name"].startswith(work + "/")}
+            peer = self.peer(list(ours))
+            rounds.append({n: (ours[n], peer[n]) for n in ours if n in peer})
+        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+        return rounds, found
+
+
+def rows_of(rounds, common):
+    """One row of the CSV for each name."""
+    for name in rounds[0]:
+        pairs = [r[name] for r in rounds]
+        unit = pairs[0][0]["unit"]
+        assert all(p["unit"] == o["unit"] for o, p in pairs), name
+        ratios = [p["value"] / o["value"] if unit == "ms" else o["value"] / p["value"]
+                  for o, p in pairs]
+
+        def middle(which, key):
+            return median(pair[which].get(key, 0) for pair in pairs)
+
+        yield {**common, "name": name, "unit": unit, "ours": f"{middle(0, 'value'):.5g}",
+               "peer": f"{middle(1, 'value'):.5g}", "ratio": f"{median(ratios):.3f}",
+               "share": f"{middle(0, 'share'):.3f}", "rounds": len(pairs),
+               "ratio_min": f"{min(ratios):.3f}", "ratio_max": f"{max(ratios):.3f}",
+               "ours_mb": f"{middle(0, 'peak_rss_mb'):.0f}",
+               "peer_mb": f"{middle(1, 'peak_rss_mb'):.0f}"}
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+
+
+def rank(row):
+    """Work in the order of WORK, models in that of MODELS, then batches as numbers."""
+    work, model, *rest = row["name"].split("/")
+    place = [*WORK].index(work) if work in WORK else len(WORK)
+    size = MODELS.index(model) if model in MODELS else len(MODELS)
+    return place, size, model, [int(x) for x in re.findall(r"\d+", "/".join(rest))]
+
+
+def write_csv(path, rows):
+    """Puts rows into the file; returns all that it holds then."""
+    held = {}
+    if path.exists():
+        with path.open(newline="") as f:
+            held = {(r["name"], r["against"]): r for r in csv.DictReader(f)}
+    held.update({(r["name"], r["against"]): r for r in rows})
+    held = sorted(held.values(), key=rank)
+    with path.open("w", newline="") as f:
+        out = csv.DictWriter(f, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        out.writeheader()
+        out.writerows(held)
+    return held
+
+
+def write_svg(path, rows):
+    """A bar for each ratio, a line at 1: as fast as the peer."""
+    left, right, top, pitch, wide = 250, 70, 56, 22, 760
+    span = wide - left - right
+    most = max([2.0, *(float(r["ratio"]) for r in rows)])
+    step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, 100, 1e9) if most / s <= 8)
+    scale = span / most
+    height = top + pitch * len(rows) + 24
+    title = f"rlhf against {', '.join(sorted({r['against'] for r in rows}))}"
+    about = f"{rows[0]['machine']}, {rows[0]['threads']} threads: times as fast, more is better"
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{height}" '
+           f'viewBox="0 0 {wide} {height}" font-family="sans-serif" font-size="12" fill="#222">',
+           '<rect width="100%" height="100%" fill="#fff"/>',
+           f'<text x="12" y="20" font-size="14" font-weight="bold">{escape(title)}</text>',
+           f'<text x="12" y="38" fill="#666">{escape(about)}</text>']
+    bottom = top + pitch * len(rows)
+    for i in range(int(most / step) + 1):
+        x = left + i * step * scale
+        out.append(f'<path d="M{x:.1f} {top}V{bottom}" stroke="#ddd"/>')
+        out.append(f'<text x="{x:.1f}" y="{bottom + 16}" fill="#666" text-anchor="middle">'
+                   f'{i * step:g}</text>')
+    for i, r in enumerate(rows):
+        y, ratio = top + pitch * i, float(r["ratio"])
+        color = "#2b7a4b" if ratio >= 1 else "#b5482f"
+        out.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">'
+                   f'{escape(r["name"])}</text>')
+        out.append(f'<rect x="{left}" y="{y + 3}" width="{ratio * scale:.1f}" '
+                   f'height="{pitch - 6}" fill="{color}"/>')
+        out.append(f'<text x="{left + ratio * scale + 6:.1f}" y="{y + 15}">{ratio:.2f}</text>')
+    out.append(f'<path d="M{left + scale:.1f} {top}V{bottom}" stroke="#222" '
+               'stroke-dasharray="4 3"/>')
+    path.write_text("\n".join([*out, "</svg>", ""]))
+
+
+def show(row):
+    share = f"{100 * float(row['share']):5.1f} %" if float(row["share"]) else ""
+    spread = f"{row['ratio_min']}-{row['ratio_max']}"
+    print(f"{row['name']:<32} {row['ours']:>9} {row['peer']:>9} {row['unit']:<6}"
+          f"{float(row['ratio']):>7.2f}  {spread:<14}{share:>8}{row['ours_mb']:>7}"
+          f"{row['peer_mb']:>7}", flush=True)
+
+
+def main():
+    a = argparse.ArgumentParser(description="rlhf against PyTorch on the same work, in turn.")
+    a.add_argument("--rounds", type=int, default=3, help="pairs of runs for each item (3)")
+    a.add_argument("--model", action="append", choices=MODELS, help="default: all of them")
+    a.add_argument("--work", action="append", choices=WORK, help="default: all of it")
+    a.add_argument("--threads", type=int, default=0, help="default: all processors")
+    a.add_argument("--quick", action="store_true", help="fewer repetitions in each run")
+    a.add_argument("--program", default=str(HERE.parent / "rlhf"), help="default: ./rlhf")
+    a.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")
+    a.add_argument("--preload", default="auto", help="the peer's allocator: a path, auto or none")
+    a.add_argument("--results", type=Path, default=HERE / "results", help="where to write")
+    a = a.parse_args()
+    if a.rounds < 1:
+        sys.exit("--rounds: at least 1")
+    runner = Runner(a)
+    if not runner.allocator and a.preload == "auto":
+        print("no jemalloc or tcmalloc here: the peer runs with malloc, which is slower "
+              "(Debian: libjemalloc2)", file=sys.stderr)
+    compiler = first_line([*os.environ.get("CC", "cc").split(), "--version"])
+    common = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "threads": runner.threads}
+    print(f"{'name':<32} {'ours':>9} {'peer':>9} {'unit':<6}{'ratio':>7}  {'min-max':<14}"
+          f"{'of peak':>8}{'MB':>7}{'peer':>7}")
+    a.results.mkdir(parents=True, exist_ok=True)
+    path = None
+    for model in a.model or MODELS:
+        for work in a.work or WORK:
+            rounds, found = runner.pair(work, model)
+            machine = found["machine"]
+            common.update(machine=machine["cpu"], against=runner.against,
+                          compiler=machine.get("compiler", compiler))
+            rows = list(rows_of(rounds, common))
+            for row in rows:
+                show(row)
+            # After every item, so that a run that is cut short leaves what it found.
+            path = a.results / (slug(machine["cpu"]) + ".csv")
+            held = write_csv(path, rows)
+            if held:
+                write_svg(path.with_suffix(".svg"), held)
+    print(f"\n{common['machine']}, {runner.threads} threads, {common['compiler']}, commit "
+          f"{common['commit']}\nagainst {runner.against}; weights hash {runner.hash}\n"
+          f"{path}\n{path.with_suffix('.svg')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ openmp_probe = t=$$$$(mktemp); echo 'int main(void) { return 0; }' >$$$$t.c; \
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib deps deps-ci need test test-build demo check sanitize neon clean help
+.PHONY: all lib deps deps-ci need test test-build demo bench check sanitize neon clean help
 
 all: $(PROG)              ## the program, ./rlhf
 	@:
@@ -151,6 +151,23 @@ demo: deps                ## train, align twice, compare: the whole loop in five
 
 $(BUILD)/demo-tool: data/demo.c | need $(BUILD)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -o $@ data/demo.c $(LIBS)
+
+# ---- Bench ---------------------------------------------------------------------------------------
+
+# BENCH: options of bench/run.py. PyTorch lives in a virtual environment of its own.
+PYTHON    ?= python3
+BENCH      =
+BENCH_VENV = $(BUILD)/bench-venv
+
+bench: deps $(BENCH_VENV)/.installed  ## speed against PyTorch on the same work (BENCH=OPTIONS)
+	@$(MAKE) --no-print-directory all
+	@CC="$(CC)" $(BENCH_VENV)/bin/python bench/run.py --program $(abspath $(PROG)) $(BENCH)
+
+$(BENCH_VENV)/.installed: bench/requirements.txt | $(BUILD)
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -r $<
+	touch $@
 
 # ---- Checks --------------------------------------------------------------------------------------
 

@@ -6630,6 +6630,15 @@ static json_t *ckpt_eos_json(const rlhf_model *m) {
     return list;
 }
 
+/* Transformers reads a score at the last token that is not padding. A padding token that also ends
+ * answers would move it one token back, so another takes its place, or none. */
+static void ckpt_set_pad(const rlhf_model *m, json_t *config) {
+    const json_t *pad = json_get(config, "pad_token_id");
+    if (json_is_integer(pad) && !model_is_eos(m, (int32_t)json_integer_value(pad))) return;
+    int other = m->bos >= 0 && !model_is_eos(m, m->bos);
+    json_object_set_new(config, "pad_token_id", other ? json_integer(m->bos) : json_null());
+}
+
 /* config.json as it is written: what was read, and what this library knows better. Unknown keys
  * survive, so that transformers sees its own file again. Held. */
 static json_t *ckpt_config(const rlhf_model *m) {
@@ -6648,7 +6657,7 @@ static json_t *ckpt_config(const rlhf_model *m) {
     if (score) {
         json_object_set_new(j, "id2label", json_pack("{s:s}", "0", "LABEL_0"));
         json_object_set_new(j, "label2id", json_pack("{s:i}", "LABEL_0", 0));
-        if (m->n_eos) json_object_set_new(j, "pad_token_id", json_integer(m->eos[0]));
+        ckpt_set_pad(m, j);
         json_object_set_new(j, "mean", json_real((double)m->score_mean));
         json_object_set_new(j, "std", json_real((double)m->score_std));
     }

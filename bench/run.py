@@ -3,9 +3,10 @@
 
     python3 bench/run.py [--rounds N] [--model NAME]... [--work train|generate|ppo]... [--threads N]
 
-Each run is a process of its own. A ratio is the median over rounds of the ratio of two neighbouring
-runs, above 1 where rlhf is faster; other numbers are medians. Results go to bench/results/<cpu>.csv,
-where a row replaces the one of the same work and peer, and from there to a chart, <cpu>.svg.
+Each run is a process of its own. A ratio is the median over rounds of the ratio of two
+neighbouring runs, above 1 where rlhf is faster; other numbers are medians. Results go to
+bench/results/<cpu>.csv, where a row replaces the one of the same work and peer, and from there to a
+chart, <cpu>.svg.
 Python's standard library only; the peer runs under --python. bench/NOTES.md: how to read it all.
 """
 
@@ -40,11 +41,12 @@ MALLOC_CONF = ("oversize_threshold:1,background_thread:true,metadata_thp:auto,"
 def last_json(command, env=None):
     """The object on the last line of a command's output; ends the program if there is none."""
     run = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
-    try:
-        assert run.returncode == 0
-        return json.loads(run.stdout.strip().splitlines()[-1])
-    except (AssertionError, IndexError, ValueError):
-        sys.exit(f"{' '.join(map(str, command))}: exit status {run.returncode}, no result")
+    if run.returncode == 0:
+        try:
+            return json.loads(run.stdout.strip().splitlines()[-1])
+        except (IndexError, ValueError):
+            pass
+    sys.exit(f"{' '.join(map(str, command))}: exit status {run.returncode}, no result")
 
 
 def first_line(command):
@@ -71,6 +73,18 @@ def slug(cpu):
     return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-") or "cpu"
 
 
+def processors():
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def progress(text):
+    if sys.stderr.isatty():
+        print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
+
+
 def preload(choice):
     """The allocator for the peer: a path, or None."""
     if choice == "none":
@@ -88,7 +102,7 @@ def preload(choice):
 class Runner:
     def __init__(self, a):
         self.a = a
-        self.threads = a.threads or len(os.sched_getaffinity(0))
+        self.threads = a.threads or processors()
         self.allocator = preload(a.preload)
         self.env = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
         self.against = ""
@@ -120,12 +134,12 @@ class Runner:
         """[{name: (our result, the peer's)}] of all rounds, and what our program says of itself."""
         rounds = []
         for i in range(self.a.rounds):
-            print(f"\r{work} {model}: round {i + 1} of {self.a.rounds} ", end="", file=sys.stderr)
+            progress(f"{work} {model}: round {i + 1} of {self.a.rounds}")
             found = self.ours(work, model)
             ours = {r["name"]: r for r in found["results"] if r["name"].startswith(work + "/")}
             peer = self.peer(list(ours))
             rounds.append({n: (ours[n], peer[n]) for n in ours if n in peer})
-        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+        progress("")
         return rounds, found
 
 
@@ -134,7 +148,8 @@ def rows_of(rounds, common):
     for name in rounds[0]:
         pairs = [r[name] for r in rounds]
         unit = pairs[0][0]["unit"]
-        assert all(p["unit"] == o["unit"] for o, p in pairs), name
+        if any(x["unit"] != unit for pair in pairs for x in pair):
+            sys.exit(f"{name}: the units differ")
         ratios = [p["value"] / o["value"] if unit == "ms" else o["value"] / p["value"]
                   for o, p in pairs]
 

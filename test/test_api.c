@@ -1734,7 +1734,22 @@ TEST(padded_vocabulary) {
     rlhf_close(ctx);
 }
 
-TEST_MAIN(CASE(oom_context), CASE(oom_tokenizer), CASE(oom_encode), CASE(oom_dataset),
+/* Transformers pools at the last token that is not padding: the end token of a scorer is none. */
+TEST(an_end_is_not_padding) {
+    static const struct { int bos, eos; const char *config; json_int_t want; } cases[] = {
+        {1, 2, "{}", 1}, {2, 2, "{}", -1}, {-1, 2, "{\"pad_token_id\": 2}", -1},
+        {1, 2, "{\"pad_token_id\": 2}", 1}, {1, 2, "{\"pad_token_id\": 9}", 9}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        rlhf_model m = {.bos = cases[i].bos, .eos = {(int32_t)cases[i].eos}, .n_eos = 1};
+        json_t *config = json_loads(cases[i].config, 0, NULL);
+        ckpt_set_pad(&m, config);
+        const json_t *pad = json_object_get(config, "pad_token_id");
+        CHECK_EQ_I(json_is_integer(pad) ? json_integer_value(pad) : -1, cases[i].want);
+        json_decref(config);
+    }
+}
+
+TEST_MAIN(CASE(an_end_is_not_padding), CASE(oom_context), CASE(oom_tokenizer), CASE(oom_encode), CASE(oom_dataset),
           CASE(oom_model), CASE(oom_generate_and_eval), CASE(oom_sft), CASE(oom_rm), CASE(oom_ppo),
           CASE(oom_run_sft), CASE(oom_run_rm), CASE(statuses_have_texts),
           CASE(options_are_checked), CASE(null_arguments), CASE(bad_arguments_have_texts),

@@ -26,7 +26,10 @@ import math
 import re
 import sys
 import time
+import warnings
 from dataclasses import dataclass
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
 
 import torch
 import torch.nn.functional as F

@@ -34,7 +34,8 @@
  *   24 EVAL (eval_)            perplexity, KL, preference accuracy by slice
  *   25 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
  *   26 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   27 CLI (cli_ main)         the program; only under RLHF_MAIN
+ *   27 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   28 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -5489,8 +5490,8 @@ static void model_read_gpt2(const json_src *src, const json_t *j, model_cfg *c) 
 static void model_read_rope(const json_src *src, const json_t *j, model_cfg *c) {
     const json_t *rope = json_opt_object(src, j, "rope_parameters");
     c->theta = (float)json_opt_real(src, rope ? rope : j, "rope_theta", 10000.0);
-    if (!(c->theta > 0))
-        err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: \"rope_theta\" is %g, expected a number above 0",
+    if (!(c->theta >= 1 && c->theta < 1e30f))
+        err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: \"rope_theta\" is %g, expected 1 to 1e30",
                   src->file, (double)c->theta);
     if (!rope) rope = json_opt_object(src, j, "rope_scaling");
     if (!rope) return;
@@ -5506,13 +5507,12 @@ static void model_read_rope(const json_src *src, const json_t *j, model_cfg *c) 
     c->rope_low = (float)json_need_real(src, rope, "low_freq_factor");
     c->rope_high = (float)json_need_real(src, rope, "high_freq_factor");
     c->rope_original = (float)json_need_real(src, rope, "original_max_position_embeddings");
-    if (!(c->rope_factor > 0 && c->rope_low > 0 && c->rope_high > c->rope_low &&
-          c->rope_original > 0))
-        err_throw(
-            src->ctx, RLHF_ERR_FORMAT,
-            "%s: llama3 rotary scaling needs factor > 0, high_freq_factor > low_freq_factor > 0 "
-            "and original_max_position_embeddings > 0",
-            src->file);
+    if (!(c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low &&
+          c->rope_original >= 1))
+        err_throw(src->ctx, RLHF_ERR_FORMAT,
+                  "%s: rotary scaling: expected factor >= 1, 0 < low_freq_factor < "
+                  "high_freq_factor, original_max_position_embeddings >= 1",
+                  src->file);
 }
 
 /* Attention to a window is attention to everything while the text is no longer than the window:
@@ -5685,6 +5685,11 @@ static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config)
     c->init_range = (float)json_opt_real(src, config, "initializer_range", 0.02);
     c->vocab = (int)json_need_int(src, config, "vocab_size", 1, MODEL_MAX);
     m->family->read(src, config, c);
+    if (!(c->eps >= 0 && c->eps < 1 && c->init_range >= 0 && c->init_range < 1e3f))
+        err_throw(
+            ctx, RLHF_ERR_FORMAT,
+            "%s: the norm's epsilon is %g and initializer_range %g: expected 0 to 1, 0 to 1000",
+            src->file, (double)c->eps, (double)c->init_range);
     json_t *classes = json_opt_array(src, config, "architectures");
     const char *cls = json_string_value(json_array_get(classes, 0));
     c->head = cls && strstr(cls, "ForSequenceClassification") ? RLHF_HEAD_SCORE : RLHF_HEAD_LM;
@@ -7158,9 +7163,7 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip
 
 /* An optional text member, or null. */
 static const char *data_string(const data_reader *r, const json_t *j, const char *key) {
-    json_t *v = json_get(j, key);
-    if (v && !json_is_string(v)) json_bad(&r->src, key, v, "a string");
-    return json_string_value(v);
+    return json_opt_str(&r->src, j, key, NULL);
 }
 
 /* Either of two members that stand for an answer. */
@@ -7310,6 +7313,14 @@ static const char *data_keep_string(const data_reader *r, const json_t *j, const
     return s ? data_keep(r->d, s, strlen(s)) : NULL;
 }
 
+/* Texts are C strings from here on: a NUL inside one, which JSON allows, would cut it. */
+static void data_check_texts(const data_reader *r, const json_t *j) {
+    static const char *const texts[] = {"prompt",   "chosen", "rejected", "completion",
+                                        "response", "output", "answer"};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        if (json_is_string(json_get(j, texts[i]))) json_need_str(&r->src, j, texts[i]);
+}
+
 /* Reads one record into the dataset, or drops it; d->n counts it last, when it is whole. */
 static void data_read_record(data_reader *r, const json_t *j) {
     rlhf_dataset *d = r->d;
@@ -7323,6 +7334,7 @@ static void data_read_record(data_reader *r, const json_t *j) {
     rec->weight = json_opt_real(&r->src, j, "weight", 1);
     rec->margin = json_opt_real(&r->src, j, "margin", 0);
     if (!(rec->weight >= 0)) data_bad(r, "\"weight\" is negative");
+    data_check_texts(r, j);
     switch (d->config.kind) {
     case RLHF_DATA_SFT:
     case RLHF_DATA_SCORE: rec->a = data_read_whole(r, j); break;
@@ -7331,7 +7343,8 @@ static void data_read_record(data_reader *r, const json_t *j) {
     }
     /* Too long: the slot is used again for the next record. */
     int longest = base_max(rec->a.n, rec->b.n);
-    if (rec->a.n < 1) data_bad(r, "the record has no tokens");
+    if (rec->a.n < 1 || (d->config.kind == RLHF_DATA_PREFERENCE && rec->b.n < 1))
+        data_bad(r, "the record has no tokens");
     if (longest > d->config.max_length) {
         d->dropped++;
         return;
@@ -8157,15 +8170,16 @@ static void train_load_state(rlhf_trainer *t) {
         err_throw(ctx, RLHF_ERR_ARG,
                   "%s: the state is of another run (%s, another number of records)", src.file,
                   name);
-    t->step = json_need_int(&src, j, "step", 0, INT64_MAX);
-    t->opt->step = json_need_int(&src, j, "optimizer_step", 0, INT64_MAX);
-    t->tokens = json_need_int(&src, j, "tokens", 0, INT64_MAX);
-    t->episodes = json_need_int(&src, j, "episodes", 0, INT64_MAX);
-    t->kl_coef = json_need_real(&src, j, "kl_coef");
-    t->slot = strcmp(json_need_str(&src, j, "slot"), "b") != 0;
-    char *dir = ckpt_path(ctx, top, t->slot ? "a" : "b");
-    t->model->score_mean = (float)json_need_real(&src, j, "score_mean");
-    t->model->score_std = (float)json_need_real(&src, j, "score_std");
+    /* All of the file is read before any of it counts. */
+    const int64_t most = (int64_t)1 << 53;
+    int64_t step = json_need_int(&src, j, "step", 0, most);
+    int64_t opt_step = json_need_int(&src, j, "optimizer_step", 0, most);
+    int64_t tokens = json_need_int(&src, j, "tokens", 0, most);
+    int64_t episodes = json_need_int(&src, j, "episodes", 0, most);
+    double kl_coef = json_need_real(&src, j, "kl_coef");
+    double mean = json_need_real(&src, j, "score_mean"), std = json_need_real(&src, j, "score_std");
+    int slot = strcmp(json_need_str(&src, j, "slot"), "b") != 0;
+    char *dir = ckpt_path(ctx, top, slot ? "a" : "b");
     err_release(ctx);
     ckpt_load_model(t->model, ckpt_path(ctx, dir, "model.safetensors"));
     if (t->owns_value)
@@ -8184,6 +8198,14 @@ static void train_load_state(rlhf_trainer *t) {
     }
     err_release(ctx);
     err_release(ctx);
+    t->step = step;
+    t->opt->step = opt_step;
+    t->tokens = tokens;
+    t->episodes = episodes;
+    t->kl_coef = kl_coef;
+    t->slot = slot;
+    t->model->score_mean = (float)mean;
+    t->model->score_std = (float)std;
 }
 
 /* Keeps the lines of metrics.jsonl up to the step that the run goes on from; later ones, and a line
@@ -10491,7 +10513,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 27 CLI (cli_ main)
+ * MARK: - 27 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -10776,7 +10798,7 @@ static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
         return 0;
     }
     if (!ok || !(x >= f->min && x <= f->max) || (f->kind == 'I' && x != floor(x)))
-        return cli_fail(c, "--%s: \"%s\", expected %s from %g to %g", f->name, text,
+        return cli_fail(c, "--%s: \"%s\", expected %s from %.10g to %.10g", f->name, text,
                         f->kind == 'I' ? "an integer" : "a number", f->min, f->max),
                2;
     int64_t integer = (int64_t)x;
@@ -10831,7 +10853,8 @@ static int cli_take_file(cli *c) {
     json_t *v;
     if (!c->v[O_config]) return 0;
     c->file = json_load_file(c->v[O_config], 0, &e);
-    if (!c->file) return cli_fail(c, "%s:%d: %s", c->v[O_config], e.line, e.text);
+    if (!c->file && e.line > 0) return cli_fail(c, "%s:%d: %s", c->v[O_config], e.line, e.text);
+    if (!c->file) return cli_fail(c, "%s", e.text);
     if (!json_is_object(c->file))
         return cli_fail(c, "%s: expected a JSON object with options by name", c->v[O_config]);
     json_object_foreach(c->file, key, v) {
@@ -10877,6 +10900,16 @@ static int cli_parse(cli *c, int argc, char **argv) {
     return cli_take_file(c);
 }
 
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 28 COMMAND (cli_ main)
+ * What each command does: it opens what its options name, calls the public functions of rlhf.h
+ * and prints what they found. The table at the end is what main, --help and suggestions know.
+ * ============================================================================================ */
+
 /* ---- shared by commands ---- */
 
 #define CLI_TRY(call)                                                                              \
@@ -10887,7 +10920,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 
 #define CLI_NEED(option)                                                                           \
     do {                                                                                           \
-        if (!c->v[O_##option])                                                                     \
+        if (!c->v[O_##option] || !*c->v[O_##option])                                               \
             return cli_fail(c, "%s: --%s %s is missing", c->cmd->name, #option,                    \
                             cli_options[O_##option].arg),                                          \
                    2;                                                                              \
@@ -10919,8 +10952,7 @@ static rlhf_data_config cli_data_config(cli *c, rlhf_data_kind kind, int64_t max
 /* The longest record that a model takes, with room for an answer. */
 static int64_t cli_fitting(rlhf_model *m, int64_t max_length, int64_t room) {
     int64_t fits = rlhf_model_get_shape(m).max_positions - room;
-    fits = fits < max_length ? fits : max_length;
-    return fits > 0 ? fits : 0;
+    return fits < max_length ? fits : max_length;
 }
 
 static void cli_set_hash(json_t *j, rlhf_model *m) {
@@ -11061,6 +11093,10 @@ static int cli_ppo(cli *c) {
     CLI_TRY(cli_open_tokenizer(c, &tok));
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &policy));
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_reward], &reward));
+    if (cli_fitting(policy, cfg->max_length, cfg->response_length) < 1)
+        return cli_fail(
+            c, "--response_length %lld leaves no room for a prompt in the model's %d positions",
+            (long long)cfg->response_length, rlhf_model_get_shape(policy).max_positions);
     rlhf_data_config d = cli_data_config(
         c, RLHF_DATA_PROMPT, cli_fitting(policy, cfg->max_length, cfg->response_length));
     CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &d, &prompts));
@@ -11122,7 +11158,7 @@ static int cli_write_samples(cli *c, const rlhf_sample *s, int n) {
     int bad = 0;
     if (!f) return 1;
     for (int i = 0; i < n; i++) {
-        json_t *j = json_loads(s[i].record, 0, NULL);
+        json_t *j = json_loads(s[i].record, JSON_ALLOW_NUL, NULL);
         json_object_set_new(j, "completion", json_string(s[i].completion));
         json_object_set_new(j, "n_tokens", json_integer(s[i].n_completion));
         json_object_set_new(j, "finished", json_boolean(s[i].finished));
@@ -11199,7 +11235,7 @@ static int cli_score(cli *c) {
     if (!f) return 1;
     double mean = 0, var = 0;
     for (int i = 0; i < n; i++) {
-        json_t *j = json_loads(rlhf_dataset_record(d, i), 0, NULL);
+        json_t *j = json_loads(rlhf_dataset_record(d, i), JSON_ALLOW_NUL, NULL);
         json_object_set_new(j, "score", json_real((double)score[i]));
         bad |= cli_put_line(f, j);
         mean += (double)score[i] / n;

@@ -1749,7 +1749,8 @@ TEST(an_end_is_not_padding) {
     }
 }
 
-TEST_MAIN(CASE(an_end_is_not_padding), CASE(oom_context), CASE(oom_tokenizer), CASE(oom_encode), CASE(oom_dataset),
+TEST_MAIN(CASE(an_end_is_not_padding), CASE(oom_context), CASE(oom_tokenizer),
+          CASE(oom_encode), CASE(oom_dataset),
           CASE(oom_model), CASE(oom_generate_and_eval), CASE(oom_sft), CASE(oom_rm), CASE(oom_ppo),
           CASE(oom_run_sft), CASE(oom_run_rm), CASE(statuses_have_texts),
           CASE(options_are_checked), CASE(null_arguments), CASE(bad_arguments_have_texts),

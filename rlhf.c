@@ -2039,25 +2039,40 @@ typedef struct gemm_pack_args {
     float *out;
 } gemm_pack_args;
 
+/* n floats; the usual counts as constants, so that no call is left. */
+RLHF_INLINE void gemm_copy(float *to, const float *from, int n) {
+    if (n == RLHF_LANES) memcpy(to, from, RLHF_LANES * sizeof *to);
+    else if (n == 12) memcpy(to, from, 12 * sizeof *to);
+    else if (n == 6) memcpy(to, from, 6 * sizeof *to);
+    else memcpy(to, from, (size_t)n * sizeof *to);
+}
+
+enum { GEMM_GROUP = 8 }; /* panels or tiles packed side by side: each k reads whole cache lines */
+
+/* Panels [p0, p1) of a B whose rows lie in memory as they are. */
+static void gemm_pack_rows(const gemm_pack_args *g, int p0, int p1) {
+    for (int k = 0; k < g->k; k++)
+        for (int p = p0; p < p1; p++)
+            gemm_copy(g->out + ((size_t)p * (size_t)g->k + (size_t)k) * RLHF_LANES,
+                      g->b + (size_t)k * g->ks + (size_t)p * RLHF_LANES,
+                      base_min(RLHF_LANES, g->n - p * RLHF_LANES));
+}
+
 /* Packs panels [lo, hi). A source whose rows are contiguous (ns 1) is copied by rows of sixteen,
  * one whose columns are (ks 1) is transposed. */
 static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
     const gemm_pack_args *g = arg;
     (void)thread;
-    for (int64_t p = lo; p < hi; p++) {
-        int n0 = (int)p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
-        float *out = g->out + (size_t)p * RLHF_LANES * (size_t)g->k;
+    if (hi == (int64_t)gemm_panels(g->n) && g->n % RLHF_LANES) /* missing columns are zeros */
+        memset(g->out + (size_t)(hi - 1) * RLHF_LANES * (size_t)g->k, 0,
+               (size_t)g->k * RLHF_LANES * sizeof *g->out);
+    for (int p = (int)lo; g->ns == 1 && p < hi; p += GEMM_GROUP)
+        gemm_pack_rows(g, p, base_min(p + GEMM_GROUP, (int)hi));
+    for (int p = (int)lo; g->ns != 1 && p < hi; p++) {
+        int n0 = p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
+        float *out = g->out + (size_t)n0 * (size_t)g->k;
         const float *b = g->b + (size_t)n0 * g->ns;
-        /* The last panel's missing columns are zeros. */
-        if (w < RLHF_LANES) memset(out, 0, (size_t)g->k * RLHF_LANES * sizeof *out);
-        if (g->ns == 1) {
-            for (int k = 0; k < g->k; k++)
-                memcpy(out + (size_t)k * RLHF_LANES, b + (size_t)k * g->ks,
-                       (size_t)w * sizeof *out);
-            continue;
-        }
-        /* Blocks of k keep the sixteen source lines and the destination in the first-level cache.
-         */
+        /* Blocks of k keep the source lines and the destination in the first-level cache. */
         for (int k0 = 0; k0 < g->k; k0 += 64) {
             int k1 = base_min(k0 + 64, g->k);
             for (int l = 0; l < w; l++) {
@@ -2086,20 +2101,17 @@ typedef struct gemm_pack_a_args {
     float *out;
 } gemm_pack_a_args;
 
-enum { GEMM_A_GROUP = 8 }; /* tiles packed side by side: each k reads a few whole cache lines */
-
-/* Packs groups [lo, hi) of GEMM_A_GROUP tiles. */
+/* Packs groups [lo, hi) of GEMM_GROUP tiles. */
 static void gemm_pack_a_range(void *arg, int64_t lo, int64_t hi, int thread) {
     const gemm_pack_a_args *g = arg;
     (void)thread;
     for (int64_t i = lo; i < hi; i++) {
-        int m0 = (int)i * GEMM_A_GROUP * g->rows;
-        int m1 = base_min(g->m, m0 + GEMM_A_GROUP * g->rows);
+        int m0 = (int)i * GEMM_GROUP * g->rows;
+        int m1 = base_min(g->m, m0 + GEMM_GROUP * g->rows);
         for (int k = 0; k < g->k; k++)
             for (int m = m0; m < m1; m += g->rows)
-                memcpy(g->out + (size_t)m * (size_t)g->k + (size_t)k * (size_t)g->rows,
-                       g->a + (size_t)k * g->ks + m,
-                       (size_t)base_min(g->rows, g->m - m) * sizeof *g->out);
+                gemm_copy(g->out + (size_t)m * (size_t)g->k + (size_t)k * (size_t)g->rows,
+                          g->a + (size_t)k * g->ks + m, base_min(g->rows, g->m - m));
     }
 }
 
@@ -2113,7 +2125,7 @@ static size_t gemm_packed_a_size(const k_table *kt, int m, int k) {
  * a power of two another line of the same set. */
 static void gemm_pack_a(rlhf_ctx *ctx, const float *a, size_t ks, int m, int k, float *out) {
     gemm_pack_a_args g = {a, ks, m, k, ctx->k->rows, out};
-    int group = GEMM_A_GROUP * g.rows;
+    int group = GEMM_GROUP * g.rows;
     par_for(ctx, (m + group - 1) / group, par_grain((int64_t)group * k), gemm_pack_a_range, &g);
 }
 

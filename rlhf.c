@@ -2323,15 +2323,18 @@ static void op_norm_bwd(op_env *e, op_norm *o) {
  * trained. */
 typedef struct op_weight {
     int n, k;
+    int ld; /* floats from one row of y or dy to the next; 0: n */
     const float *w, *b, *packed;
     float *gw, *gb;
 } op_weight;
+
+static size_t op_ld(const op_weight *w) { return (size_t)(w->ld ? w->ld : w->n); }
 
 /* y [m][n] = x [m][k] W^T + b; mode GEMM_ADD adds that to y, a residual connection. act, if not
  * null, also writes z [m][n] = act(y). */
 static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y, int mode,
                       k_map_fn *act, float *z) {
-    gemm_args g = {.m = m, .n = w->n, .act = act, .y = z, .ldy = (size_t)w->n};
+    gemm_args g = {.m = m, .n = w->n, .act = act, .y = z, .ldy = op_ld(w)};
     /* A is x as it lies, B the packed W^T. */
     g.t = (gemm_tile_args){.k = w->k,
                            .a = x,
@@ -2340,7 +2343,7 @@ static void op_linear(op_env *e, const op_weight *w, int m, const float *x, floa
                            .b = w->packed,
                            .bs = (size_t)w->k * RLHF_LANES,
                            .c = y,
-                           .ldc = (size_t)w->n,
+                           .ldc = op_ld(w),
                            .mode = mode,
                            .bias = w->b};
     gemm_run(e->ctx, &g);
@@ -2371,7 +2374,7 @@ static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x
     gemm_pack(e->ctx, x, (size_t)w->k, 1, m, w->k, packed);
     gemm_args g = {.m = w->n, .n = w->k};
     const float *a = dy;
-    size_t cs = (size_t)w->n;
+    size_t cs = op_ld(w);
     /* dy's columns are A's rows: packed, unless there are too few tiles for that to pay. */
     if (w->n > 4 * e->ctx->k->rows) {
         float *tiles = arena_floats(e->ws, gemm_packed_a_size(e->ctx->k, w->n, m), 1);
@@ -2392,7 +2395,7 @@ static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x
     gemm_run(e->ctx, &g);
     arena_restore(e->ws, mark);
     if (!w->gb) return;
-    op_cols o = {e->ctx->k, dy, w->gb, m, w->n};
+    op_cols o = {e->ctx->k, dy, w->gb, m, (int)op_ld(w)};
     par_for(e->ctx, w->n, op_col_grain(m), op_cols_range, &o);
 }
 
@@ -2410,7 +2413,7 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
     /* A is dy as it lies, B the packed W. */
     g.t = (gemm_tile_args){.k = w->n,
                            .a = dy,
-                           .rs = (size_t)w->n,
+                           .rs = op_ld(w),
                            .cs = 1,
                            .b = packed_w,
                            .bs = (size_t)w->n * RLHF_LANES,
@@ -2793,7 +2796,7 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
                             .ldc = ldq,
                             .mode = GEMM_ACC};
     gemm_block(a->kt, &gq, 0, nq, 0, hp); /* dQ += dS K */
-    gemm_args gk = {.m = nk, .n = hd}; /* for dK, then dV */
+    gemm_args gk = {.m = nk, .n = hd};    /* for dK, then dV */
     gk.t = (gemm_tile_args){.k = nq,
                             .a = b->dp,
                             .rs = 1,
@@ -2877,7 +2880,8 @@ typedef void op_coef_fn(void *user, int row, int n, const op_rows *found, float 
 /* The rows of one chunk. */
 typedef struct op_vocab {
     const k_table *k;
-    int n; /* vocabulary */
+    int n;     /* vocabulary */
+    size_t ld; /* floats from one row of logits to the next */
     float scale;
     float *logits, *other; /* [rows of the chunk][n] */
     const int32_t *target; /* of the chunk, as are the following */
@@ -2897,7 +2901,7 @@ static void op_vocab_stats(void *arg, int64_t lo, int64_t hi, int thread) {
     op_vocab *v = arg;
     (void)thread;
     for (int64_t r = lo; r < hi; r++) {
-        const float *x = v->logits + (size_t)r * (size_t)v->n;
+        const float *x = v->logits + (size_t)r * v->ld;
         k_stats s = v->k->stats(v->n, x, v->scale);
         float z = x[v->target[r]] * v->scale;
         v->lse[r] = s.lse;
@@ -2906,7 +2910,7 @@ static void op_vocab_stats(void *arg, int64_t lo, int64_t hi, int thread) {
         if (v->out.hit) v->out.hit[r] = z >= s.max;
         /* The second model on the same row. */
         if (!v->other) continue;
-        const float *y = v->other + (size_t)r * (size_t)v->n;
+        const float *y = v->other + (size_t)r * v->ld;
         k_stats t = v->k->stats(v->n, y, v->scale);
         if (v->kl) v->kl[r] = (float)v->k->kl(v->n, x, y, v->scale, s.lse, t.lse);
         if (v->other_logp) v->other_logp[r] = y[v->target[r]] * v->scale - t.lse;
@@ -2919,7 +2923,7 @@ static void op_vocab_grad(void *arg, int64_t lo, int64_t hi, int thread) {
     op_vocab *v = arg;
     (void)thread;
     for (int64_t r = lo; r < hi; r++) {
-        float *x = v->logits + (size_t)r * (size_t)v->n, c = v->coef[r] * v->scale;
+        float *x = v->logits + (size_t)r * v->ld, c = v->coef[r] * v->scale;
         v->k->ce(v->n, x, v->scale, v->lse[r], -c);
         x[v->target[r]] += c;
     }
@@ -2931,6 +2935,14 @@ static op_rows op_rows_at(const op_rows *o, int row) {
                      o->hit ? o->hit + row : NULL};
 }
 
+/* The head with rows of logits that are no multiple of a page apart: else the rows of a tile would
+ * share one set of the first-level cache. */
+static op_weight op_vocab_weight(const op_weight *w) {
+    op_weight o = *w;
+    o.ld = (int)base_round_up((size_t)w->n, RLHF_LANES) + RLHF_LANES;
+    return o;
+}
+
 /* rows hidden states x [rows][d] against the vocabulary W [n][d], in chunks: fills out for target
  * [rows]; with coef also dx [rows][d] (overwritten) and the weight's gradient. coef is called once
  * a chunk, in order of rows. */
@@ -2939,8 +2951,9 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
                          void *user, float *dx) {
     arena_mark mark = arena_save(e->ws);
     int chunk = base_min(op_vocab_chunk(w->n), base_max(rows, 1));
-    op_vocab v = {.k = e->ctx->k, .n = w->n, .scale = scale};
-    v.logits = arena_floats(e->ws, (size_t)chunk, (size_t)w->n);
+    op_weight lw = op_vocab_weight(w);
+    op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale};
+    v.logits = arena_floats(e->ws, (size_t)chunk, v.ld);
     v.lse = arena_floats(e->ws, (size_t)chunk, 2);
     v.coef = v.lse + chunk;
     /* Every chunk's dx needs W in panels of the other kind. */
@@ -2952,7 +2965,7 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
     for (int r = 0; r < rows; r += chunk) {
         int n = base_min(chunk, rows - r);
         const float *xr = x + (size_t)r * (size_t)w->k;
-        op_linear(e, w, n, xr, v.logits, GEMM_STORE, NULL, NULL);
+        op_linear(e, &lw, n, xr, v.logits, GEMM_STORE, NULL, NULL);
         v.target = target + r;
         v.out = op_rows_at(out, r);
         par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_stats, &v);
@@ -2960,8 +2973,8 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
         if (!coef) continue;
         coef(user, r, n, &v.out, v.coef);
         par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_grad, &v);
-        op_linear_bwd_x(e, w, n, v.logits, dx + (size_t)r * (size_t)w->k, packed);
-        op_linear_bwd_w(e, w, n, xr, v.logits);
+        op_linear_bwd_x(e, &lw, n, v.logits, dx + (size_t)r * (size_t)w->k, packed);
+        op_linear_bwd_w(e, &lw, n, xr, v.logits);
     }
     arena_restore(e->ws, mark);
 }
@@ -2974,15 +2987,16 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
                              const op_rows *out, float *kl, float *other_logp) {
     arena_mark mark = arena_save(e->ws);
     int chunk = base_min(op_vocab_chunk(w->n), base_max(rows, 1));
-    op_vocab v = {.k = e->ctx->k, .n = w->n, .scale = scale};
-    v.logits = arena_floats(e->ws, (size_t)chunk, (size_t)w->n);
-    v.other = arena_floats(e->ws, (size_t)chunk, (size_t)w->n);
+    op_weight lw = op_vocab_weight(w), lw2 = op_vocab_weight(w2);
+    op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale};
+    v.logits = arena_floats(e->ws, (size_t)chunk, v.ld);
+    v.other = arena_floats(e->ws, (size_t)chunk, v.ld);
     v.lse = arena_floats(e->ws, (size_t)chunk, 1);
     /* Both models' logits of the same rows side by side. */
     for (int r = 0; r < rows; r += chunk) {
         int n = base_min(chunk, rows - r);
-        op_linear(e, w, n, x + (size_t)r * (size_t)w->k, v.logits, GEMM_STORE, NULL, NULL);
-        op_linear(e, w2, n, x2 + (size_t)r * (size_t)w2->k, v.other, GEMM_STORE, NULL, NULL);
+        op_linear(e, &lw, n, x + (size_t)r * (size_t)w->k, v.logits, GEMM_STORE, NULL, NULL);
+        op_linear(e, &lw2, n, x2 + (size_t)r * (size_t)w2->k, v.other, GEMM_STORE, NULL, NULL);
         v.target = target + r;
         v.out = op_rows_at(out, r);
         v.kl = kl ? kl + r : NULL;

@@ -11527,8 +11527,9 @@ int main(int argc, char **argv) {
         if (d < least) least = d, near = cli_commands[i].name;
     }
     if (!c.cmd) {
-        fprintf(stderr, "rlhf: unknown command \"%s\"%s%s%s; `rlhf --help` lists them\n", argv[1],
-                near ? ", did you mean \"" : "", near ? near : "", near ? "\"?" : "");
+        fprintf(stderr, "rlhf: unknown command \"%s\"; %s%s%s\n", argv[1],
+                near ? "did you mean \"" : "`rlhf --help` lists them", near ? near : "",
+                near ? "\"?" : "");
         return 2;
     }
     if (c.cmd->config >= 0) train_defaults((rlhf_config_kind)c.cmd->config, &c.config);

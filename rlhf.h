@@ -32,19 +32,16 @@ extern "C" {
 
 #define RLHF_STATUS_LIST(X)                                                                        \
     X(RLHF_OK, "ok")                                                                               \
-    X(RLHF_ERR_ARG, "bad argument")      /* a parameter out of its range, a null pointer */        \
-    X(RLHF_ERR_MEMORY, "out of memory")  /* the allocation hook returned null, or a size overflows \
-                                          */                                                       \
-    X(RLHF_ERR_IO, "input/output error") /* a file cannot be opened, read or written */            \
-    X(RLHF_ERR_FORMAT, "bad file") /* a model, tokenizer or JSON file whose contents make no sense \
-                                    */                                                             \
-    X(RLHF_ERR_DATA, "bad record") /* a dataset record that cannot be used */                      \
-    X(RLHF_ERR_UNSUPPORTED, "not supported")   /* well-formed, but nothing here can compute it */  \
-    X(RLHF_ERR_CONTEXT, "context overflow")    /* more tokens than the model has positions */      \
-    X(RLHF_ERR_NUMERIC, "not a finite number") /* a loss or gradient became NaN or infinite;       \
-                                                  that step is not taken */                        \
-    X(RLHF_ERR_CALLBACK, "callback failed") /* a reward function returned an error of its own */   \
-    X(RLHF_STOPPED, "stopped") /* the progress hook asked to stop; the state was kept */
+    X(RLHF_ERR_ARG, "bad argument")              /* a parameter out of range, a null pointer */    \
+    X(RLHF_ERR_MEMORY, "out of memory")          /* the hook gave null, or a size overflows */     \
+    X(RLHF_ERR_IO, "input/output error")         /* a file cannot be opened, read, written */      \
+    X(RLHF_ERR_FORMAT, "bad file")               /* a file whose contents make no sense */         \
+    X(RLHF_ERR_DATA, "bad record")               /* a dataset record that cannot be used */        \
+    X(RLHF_ERR_UNSUPPORTED, "not supported")     /* well-formed, but not computed here */          \
+    X(RLHF_ERR_CONTEXT, "context overflow")      /* more tokens than the model has places */       \
+    X(RLHF_ERR_NUMERIC, "not a finite number")   /* a loss or gradient; no step is taken */        \
+    X(RLHF_ERR_CALLBACK, "callback failed")      /* a reward function returned an error */         \
+    X(RLHF_STOPPED, "stopped")                   /* the progress hook asked to; state is kept */
 
 /* RLHF_OK is 0; every other value is a failure, or the wish to stop. */
 typedef enum rlhf_status {
@@ -95,8 +92,7 @@ typedef struct rlhf_hooks {
 /* What a context is opened with; fill it with rlhf_options_default and change what matters. */
 typedef struct rlhf_options {
     int threads;     /* worker threads; 0 = one for each processor */
-    const char *isa; /* kernels: "auto", "ref", or one of rlhf_isas(); the results are the same bits
-                      */
+    const char *isa; /* kernels: "auto" or one of rlhf_isas(); the bits are the same */
     rlhf_hooks hooks;
 } rlhf_options;
 

@@ -268,6 +268,15 @@ static size_t base_round_up(size_t n, size_t unit) { return (n + unit - 1) / uni
 RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
 RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
 
+/* 1 if value is one of the words that '|' separates in choices. */
+static int base_is_choice(const char *choices, const char *value) {
+    size_t n = strlen(value);
+    if (strchr(value, '|')) return 0;
+    for (const char *p = choices; n && (p = strstr(p, value)); p++)
+        if ((p == choices || p[-1] == '|') && (p[n] == 0 || p[n] == '|')) return 1;
+    return 0;
+}
+
 /* ============================================================================================
  * MARK: - 03 MEM (mem_ arena_)
  * All memory of the library comes through the context's hooks in blocks that know their context and
@@ -5487,9 +5496,7 @@ enum { MODEL_MAX = 1 << 24 }; /* larger sizes in a config are taken for damage *
 static void model_need_choice(const json_src *src, const json_t *config, const char *key,
                               const char *def, const char *allowed) {
     const char *value = json_opt_str(src, config, key, def);
-    size_t n = strlen(value);
-    for (const char *p = allowed; n && (p = strstr(p, value)); p += n)
-        if ((p == allowed || p[-1] == '|') && (p[n] == 0 || p[n] == '|')) return;
+    if (base_is_choice(allowed, value)) return;
     err_throw(src->ctx, RLHF_ERR_UNSUPPORTED, "%s: \"%s\" is \"%s\"; this version computes %s",
               src->file, key, value, allowed);
 }
@@ -7920,22 +7927,13 @@ static const char *train_text(const rlhf_field *f, const void *config) {
     return s;
 }
 
-/* Whether value is one of the texts that '|' separates. */
-static int train_is_choice(const char *choices, const char *value) {
-    size_t n = strlen(value);
-    if (strchr(value, '|')) return 0;
-    for (const char *p = choices; n && (p = strstr(p, value)); p++)
-        if ((p == choices || p[-1] == '|') && (p[n] == 0 || p[n] == '|')) return 1;
-    return 0;
-}
-
 /* Every value within the table's limits, or an error that names the field. */
 static void train_validate(rlhf_ctx *ctx, rlhf_config_kind kind, const void *config) {
     for (int i = 0; i < train_tables[kind].n; i++) {
         const rlhf_field *f = train_tables[kind].row + i;
         if (f->kind == 'S') {
             const char *s = train_text(f, config);
-            if (!s || (f->choices && !train_is_choice(f->choices, s)))
+            if (!s || (f->choices && !base_is_choice(f->choices, s)))
                 err_throw(ctx, RLHF_ERR_ARG, "%s is \"%s\", expected one of %s", f->name,
                           s ? s : "(null)", f->choices ? f->choices : "any text");
             continue;
@@ -10551,26 +10549,26 @@ static void bench_run(bench *b, const char *what, const char *model) {
 /* name, argument, help */
 #define CLI_OPTIONS(X)                                                                             \
     X(model, "DIR", "Hugging Face model directory")                                                \
-    X(init, "FILE", "config.json of a new model with random weights")                              \
+    X(init, "FILE", "config.json of a new model with random weights (default: --model)")           \
     X(tokenizer, "DIR", "tokenizer directory; default: the model's")                               \
     X(data, "FILE", "records, .jsonl (or .gz), one JSON object a line")                            \
-    X(eval_data, "FILE", "records for evaluation")                                                 \
-    X(out, "PATH", "where the result goes (sft, rm, ppo: the run directory)")                      \
+    X(eval_data, "FILE", "records for evaluation (default none)")                                  \
+    X(out, "PATH", "directory or file of the result (generate, score: default standard output)")   \
     X(reward, "DIR", "reward model directory")                                                     \
-    X(ref, "DIR", "reference model: also report KL to it")                                         \
+    X(ref, "DIR", "reference model: also report KL to it (default none)")                          \
     X(prompt, "TEXT", "the prompt; default: one prompt a line from standard input")                \
     X(train, "FILE", "text to learn the vocabulary from; more files may follow")                   \
     X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
     X(type, "KIND", "text or preference; default: what the model is for")                          \
     X(chat_template, "NAME", "how conversations are rendered (default auto)")                      \
-    X(quick, NULL, "fewer shapes and repetitions, under 30 seconds")                               \
-    X(config, "FILE", "JSON object with options by their names; the command line wins")            \
+    X(quick, NULL, "fewer shapes and repetitions (default off)")                                   \
+    X(config, "FILE", "JSON object with options; the command line wins (default none)")            \
     X(threads, "N", "worker threads; the result does not depend on it (default: all processors)")  \
-    X(isa, "NAME", "kernels: auto, ref, avx2, avx512, neon; the result is the same bits")          \
-    X(seed, "N", "seed of every random choice")                                                    \
-    X(max_steps, "N", "stop after so many steps (records, lines)")                                 \
-    X(json, NULL, "the last line of standard output is one JSON object with the results")          \
-    X(quiet, NULL, "no progress and no messages, only results and errors")                         \
+    X(isa, "NAME", "kernels: auto, ref, avx2, avx512, neon; same bits from each (default auto)")   \
+    X(seed, "N", "seed of every random choice; here nothing is random (default 42)")               \
+    X(max_steps, "N", "stop after so many steps, records or lines (default all)")                  \
+    X(json, NULL, "end standard output with one JSON object, the results (default off)")           \
+    X(quiet, NULL, "no progress and no messages, only results and errors (default off)")           \
     X(help, NULL, "this text")
 
 enum {
@@ -10818,7 +10816,7 @@ static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
         return 0;
     }
     if (f->kind == 'S') {
-        if (f->choices && !train_is_choice(f->choices, text))
+        if (f->choices && !base_is_choice(f->choices, text))
             return cli_fail(c, "--%s: \"%s\", expected one of %s", f->name, text, f->choices), 2;
         memcpy(at, &text, sizeof text);
         return 0;
@@ -11284,7 +11282,7 @@ static int cli_eval(cli *c) {
     CLI_NEED(data);
     int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
     if (code) return code;
-    if (c->v[O_type] && !train_is_choice("text|preference", c->v[O_type]))
+    if (c->v[O_type] && !base_is_choice("text|preference", c->v[O_type]))
         return cli_fail(c, "--type: \"%s\", expected text or preference", c->v[O_type]), 2;
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
     if (c->v[O_ref]) CLI_TRY(rlhf_model_open(c->ctx, c->v[O_ref], &ref));
@@ -11405,7 +11403,7 @@ static rlhf_status cli_bench_frame(cli *c, bench *b, const char *what) {
 static int cli_bench(cli *c) {
     static const char choices[] = "all|gemm|train|generate|ppo";
     const char *what = c->n_more ? c->more[0] : "all";
-    if (!train_is_choice(choices, what))
+    if (!base_is_choice(choices, what))
         return cli_fail(c, "bench: \"%s\", expected one of %s", what, choices), 2;
     bench *b = calloc(1, sizeof *b);
     if (!b) return cli_fail(c, "out of memory");

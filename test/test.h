@@ -317,6 +317,15 @@ static rlhf_ctx *test_context(const char *isa, int threads) {
     return ctx;
 }
 
+/* A call that is expected to succeed; its own text otherwise. */
+#define OK(ctx, call)                                                                              \
+    do {                                                                                           \
+        rlhf_status ok_status_ = (call);                                                           \
+        if (ok_status_ != RLHF_OK)                                                                 \
+            test_fail(__FILE__, __LINE__, "%s: %s (%s)", #call, rlhf_status_text(ok_status_),      \
+                      rlhf_error(ctx));                                                            \
+    } while (0)
+
 /* Calls run(ctx, arg) as a public call does: what it throws becomes the status. */
 static rlhf_status test_call(rlhf_ctx *ctx, void (*run)(rlhf_ctx *, void *), void *arg) {
     err_frame frame;

@@ -9,23 +9,6 @@
 
 /* ---- helpers --------------------------------------------------------------------------------- */
 
-static rlhf_ctx *open_ctx(void) {
-    rlhf_options options = rlhf_options_default();
-    rlhf_ctx *ctx = NULL;
-    options.threads = 1;
-    options.hooks = test_hooks();
-    CHECK(rlhf_open(&ctx, &options) == RLHF_OK);
-    return ctx;
-}
-
-#define OK(ctx, call)                                                                              \
-    do {                                                                                           \
-        rlhf_status ok_status_ = (call);                                                           \
-        if (ok_status_ != RLHF_OK)                                                                 \
-            test_fail(__FILE__, __LINE__, "%s: %s (%s)", #call, rlhf_status_text(ok_status_),      \
-                      rlhf_error(ctx));                                                            \
-    } while (0)
-
 /* JSON text with ' for ". The last two results stay valid. */
 static const char *quoted(const char *text) {
     static _Thread_local char buffers[2][8192];
@@ -144,7 +127,7 @@ TEST(oom_context) {
 }
 
 TEST(oom_tokenizer) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = small_tok(ctx), *t = NULL;
     int64_t live = test_live();
     const char *texts[1] = {"the cat sat on the mat and the hat"};
@@ -176,7 +159,7 @@ TEST(oom_tokenizer) {
 
 /* A failed call leaves nothing wrong in what the tokenizer remembers of words it has seen. */
 TEST(oom_encode) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     const char *texts[1] = {"the cat sat on the mat and the hat of the cat is on the mat"};
     size_t lens[1] = {strlen(texts[0])};
     rlhf_tokenizer *tok = NULL, *other = NULL;
@@ -206,7 +189,7 @@ TEST(oom_encode) {
 }
 
 TEST(oom_dataset) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = small_tok(ctx);
     static const struct {
         rlhf_data_kind kind;
@@ -250,7 +233,7 @@ TEST(oom_dataset) {
 
 TEST(oom_model) {
     for (size_t i = 0; i < sizeof golden / sizeof *golden; i++) {
-        rlhf_ctx *ctx = open_ctx();
+        rlhf_ctx *ctx = test_context("auto", 1);
         int64_t live = test_live();
         EACH_OOM(ctx, "open", {
             rlhf_model *m = NULL;
@@ -306,7 +289,7 @@ TEST(oom_model) {
 }
 
 TEST(oom_generate_and_eval) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = small_tok(ctx);
     rlhf_dataset *d = small_data(ctx, tok, RLHF_DATA_PROMPT, prompt_lines);
     rlhf_dataset *text = small_data(ctx, tok, RLHF_DATA_SFT, sft_lines);
@@ -427,7 +410,7 @@ static const char *bench_step_hash(const bench *b, int stage) {
 /* Opening and one step of a stage, with every allocation failing once; the step is then repeated
  * with the same objects and ends in the same weights as without a failure. */
 static void oom_stage(int stage, const char *model) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     bench b = bench_open(ctx, model);
     if (stage == PPO) { /* with a reward model too */
         OK(ctx, rlhf_model_clone(b.model, RLHF_HEAD_SCORE, &b.scorer));
@@ -523,7 +506,7 @@ static void check_same_run(int line, const char *a, const char *b) {
 /* A whole run with a run directory, in which every allocation fails once: running again goes on
  * with the same trainer and ends in the same files. */
 static void oom_run(int stage) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     bench b = bench_open(ctx, "test/golden/gpt2");
     char clean[1024], dir[1024];
     snprintf(clean, sizeof clean, "%s/clean", test_dir());
@@ -610,7 +593,7 @@ TEST(options_are_checked) {
 }
 
 TEST(null_arguments) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     bench b = bench_open(ctx, golden[0]);
     rlhf_model *m = b.model, *other = NULL;
     rlhf_tokenizer *tok = NULL;
@@ -717,7 +700,7 @@ static void check_says(int line, rlhf_ctx *ctx, rlhf_status status, rlhf_status 
 #define SAYS(call, want, what) check_says(__LINE__, ctx, call, want, what)
 
 TEST(bad_arguments_have_texts) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     bench b = bench_open(ctx, golden[0]);
     rlhf_model *m = b.model, *scorer = NULL, *other = NULL;
     rlhf_trainer *t = NULL;
@@ -800,7 +783,7 @@ TEST(bad_arguments_have_texts) {
 
 /* A run that is over, and data the model cannot take, change nothing. */
 TEST(trainers_refuse) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     bench b = bench_open(ctx, golden[0]);
     rlhf_trainer *t = NULL;
     b.steps = 1;
@@ -876,7 +859,7 @@ TEST(configurations_are_consistent) {
             case 'S':
                 memcpy(&text, at, sizeof text);
                 CHECK_EQ_S(text, f[i].text);
-                CHECK(!f[i].choices || train_is_choice(f[i].choices, text));
+                CHECK(!f[i].choices || base_is_choice(f[i].choices, text));
                 end = f[i].offset + sizeof text;
                 break;
             default: test_fail(__FILE__, __LINE__, "%s: kind %c", f[i].name, f[i].kind);
@@ -889,8 +872,8 @@ TEST(configurations_are_consistent) {
         }
         CHECK(end <= sizes[k]);
     }
-    CHECK(train_is_choice("a|bc|d", "bc") && !train_is_choice("a|bc|d", "b"));
-    CHECK(!train_is_choice("a|bc|d", "") && !train_is_choice("a|bc|d", "a|bc"));
+    CHECK(base_is_choice("a|bc|d", "bc") && !base_is_choice("a|bc|d", "b"));
+    CHECK(!base_is_choice("a|bc|d", "") && !base_is_choice("a|bc|d", "a|bc"));
 }
 
 /* ---- contexts and hooks ---------------------------------------------------------------------- */
@@ -961,7 +944,7 @@ TEST(contexts_on_threads_are_independent) {
 
 /* Two contexts that take turns on one thread. */
 TEST(contexts_take_turns) {
-    rlhf_ctx *a = open_ctx(), *b = open_ctx();
+    rlhf_ctx *a = test_context("auto", 1), *b = test_context("auto", 1);
     rlhf_model *m = open_model(a, golden[0]), *x = NULL;
     CHECK(rlhf_model_open(b, "/nowhere", &x) == RLHF_ERR_IO);
     CHECK_EQ_S(rlhf_error(a), "");
@@ -1066,7 +1049,7 @@ TEST(stop_and_resume_ppo) { stop_and_resume(PPO, golden[2]); }
 /* Resuming a run that is over changes none of its files. */
 TEST(resuming_a_finished_run_changes_nothing) {
     for (int stage = 0; stage < STAGES; stage++) {
-        rlhf_ctx *ctx = open_ctx();
+        rlhf_ctx *ctx = test_context("auto", 1);
         bench b = bench_open(ctx, golden[0]);
         char clean[1024], dir[1024];
         snprintf(clean, sizeof clean, "%s/clean%d", test_dir(), stage);
@@ -1152,7 +1135,7 @@ static rlhf_status call_back(void *user, const rlhf_sample *s, int n, float *rew
 }
 
 TEST(reward_function_calls_the_library) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     bench b = bench_open(ctx, golden[1]);
     inside c = {ctx, b.model, b.tok, 0, 0};
     rlhf_ppo_config p = rlhf_ppo_config_default();
@@ -1196,7 +1179,7 @@ TEST(log_hook) {
 
 /* Closing the context gives back what the caller forgot. */
 TEST(close_gives_everything_back) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     char *json = NULL;
     int32_t ids[3] = {3, 4, 5};
     rlhf_tokenizer *tok = small_tok(ctx);
@@ -1208,7 +1191,7 @@ TEST(close_gives_everything_back) {
 
 TEST(save_and_open_gives_the_same_bits) {
     for (size_t i = 0; i < sizeof golden / sizeof *golden; i++) {
-        rlhf_ctx *ctx = open_ctx();
+        rlhf_ctx *ctx = test_context("auto", 1);
         rlhf_tokenizer *tok = small_tok(ctx);
         rlhf_model *m = open_model(ctx, golden[i]), *scorer = NULL;
         char dir[1024], again[1024], a[1100], b[1100];
@@ -1257,7 +1240,7 @@ TEST(save_and_open_gives_the_same_bits) {
 
 /* A trained scorer keeps its head, its normalisation and its scores. */
 TEST(scorers_there_and_back) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     bench b = bench_open(ctx, golden[0]);
     rlhf_trainer *t = NULL;
     rlhf_model *m = bench_model(&b, RM), *copy = NULL;
@@ -1296,7 +1279,7 @@ TEST(scorers_there_and_back) {
 
 /* A copy shares nothing: training it leaves the original alone. */
 TEST(clones_share_nothing) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     bench b = bench_open(ctx, golden[2]);
     char before[17];
     snprintf(before, sizeof before, "%s", hash_of(b.model));
@@ -1410,7 +1393,7 @@ TEST(half_precision_is_read_exactly) {
     static const char *const dtypes[] = {"F16", "BF16"};
     for (size_t i = 0; i < sizeof golden / sizeof *golden; i++)
         for (int k = 0; k < 2; k++) {
-            rlhf_ctx *ctx = open_ctx();
+            rlhf_ctx *ctx = test_context("auto", 1);
             char from[1024], config[1024], dir[2][1024], file[2][1100], path[1100];
             snprintf(from, sizeof from, "%s/model.safetensors", golden[i]);
             snprintf(config, sizeof config, "%s/config.json", golden[i]);
@@ -1448,7 +1431,7 @@ TEST(half_precision_is_read_exactly) {
 /* Every tensor of the file that was read is, byte for byte, in the file that is written. */
 TEST(tensors_are_written_as_they_were_read) {
     for (size_t i = 0; i < sizeof golden / sizeof *golden; i++) {
-        rlhf_ctx *ctx = open_ctx();
+        rlhf_ctx *ctx = test_context("auto", 1);
         rlhf_model *m = open_model(ctx, golden[i]);
         OK(ctx, rlhf_model_save(m, NULL, test_path("out")));
         char from[1024], to[1024];
@@ -1493,7 +1476,7 @@ TEST(tensors_are_written_as_they_were_read) {
 }
 
 TEST(initial_weights_follow_the_seed) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     char hash[3][17];
     for (int i = 0; i < 3; i++) {
         rlhf_model *m = NULL;
@@ -1532,7 +1515,7 @@ static void same_sample(int line, const rlhf_sample *a, const rlhf_sample *b) {
  * of the other prompts. */
 TEST(samples_do_not_depend_on_their_company) {
     for (int k = 0; k < 2; k++) {
-        rlhf_ctx *ctx = open_ctx();
+        rlhf_ctx *ctx = test_context("auto", 1);
         rlhf_tokenizer *tok = small_tok(ctx);
         rlhf_model *m = open_model(ctx, golden[k]);
         rlhf_generate_config c = rlhf_generate_config_default();
@@ -1586,7 +1569,7 @@ TEST(samples_do_not_depend_on_their_company) {
 /* At temperature 1 the log-probability is the sum of rlhf_model_logprobs over the completion. */
 TEST(logprob_of_a_sample) {
     for (size_t k = 0; k < sizeof golden / sizeof *golden; k++) {
-        rlhf_ctx *ctx = open_ctx();
+        rlhf_ctx *ctx = test_context("auto", 1);
         rlhf_tokenizer *tok = small_tok(ctx);
         rlhf_model *m = open_model(ctx, golden[k]);
         rlhf_generate_config c = rlhf_generate_config_default();
@@ -1616,7 +1599,7 @@ TEST(logprob_of_a_sample) {
  * positions do. */
 TEST(greedy_is_argmax) {
     for (size_t k = 0; k < sizeof golden / sizeof *golden; k++) {
-        rlhf_ctx *ctx = open_ctx();
+        rlhf_ctx *ctx = test_context("auto", 1);
         rlhf_tokenizer *tok = small_tok(ctx);
         rlhf_model *m = open_model(ctx, golden[k]);
         rlhf_generate_config c = rlhf_generate_config_default();
@@ -1654,7 +1637,7 @@ TEST(greedy_is_argmax) {
 
 /* top_k and top_p only draw from what they keep. */
 TEST(truncated_sampling) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = small_tok(ctx);
     rlhf_model *m = open_model(ctx, golden[0]);
     rlhf_generate_config c = rlhf_generate_config_default();
@@ -1695,7 +1678,7 @@ TEST(truncated_sampling) {
 }
 
 TEST(generate_for_a_dataset) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     bench b = bench_open(ctx, golden[0]);
     rlhf_generate_config c = rlhf_generate_config_default();
     rlhf_sample *s = NULL, *t = NULL;
@@ -1718,7 +1701,7 @@ TEST(generate_for_a_dataset) {
 
 /* A model may have more rows than the tokenizer has entries: they stand for no text. */
 TEST(padded_vocabulary) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = small_tok(ctx);
     rlhf_model *m = NULL;
     OK(ctx, rlhf_model_init(ctx, "test/golden/gpt2/config.json", 400, 1, 2, 3, &m));

@@ -9,15 +9,6 @@
 
 /* ---- helpers --------------------------------------------------------------------------------- */
 
-static rlhf_ctx *open_ctx(void) {
-    rlhf_options options = rlhf_options_default();
-    rlhf_ctx *ctx = NULL;
-    options.threads = 1;
-    options.hooks = test_hooks();
-    CHECK(rlhf_open(&ctx, &options) == RLHF_OK);
-    return ctx;
-}
-
 /* A tokenizer of `size` entries; 257: one for each byte. */
 static rlhf_tokenizer *train_tok(rlhf_ctx *ctx, int size) {
     static const char text[] =
@@ -76,7 +67,7 @@ static const char *marked(rlhf_ctx *ctx, rlhf_tokenizer *tok, const data_seq *s)
 /* One record of a kind, its sequences as marked text. b: of the rejected answer, or null. */
 static void check_record(int line, rlhf_data_config config, const char *record, const char *a,
                          const char *b) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_dataset *d = NULL;
     if (parse(ctx, tok, &config, record, &d) != RLHF_OK) {
@@ -201,7 +192,7 @@ TEST(preferences_without_a_prompt) {
 
 /* Two characters that share their first byte are not cut apart. */
 TEST(implicit_prompts_end_at_characters) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_PREFERENCE);
     rlhf_dataset *d = NULL;
@@ -222,7 +213,7 @@ TEST(prompts_bear_none_and_have_no_end) {
     PROMPT("{'prompt':[{'role':'user','content':'a'},{'role':'assistant','content':'b'},"
            "{'role':'user','content':'c'}]}",
            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:");
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_PROMPT);
     rlhf_dataset *d = NULL;
@@ -250,7 +241,7 @@ TEST(chat_templates_are_chosen) {
                  "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
                  "<|start_header_id|>assistant<|end_header_id|>\n\n{b<|eot_id|>}",
                  NULL);
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_data_config c = with_chat(RLHF_DATA_SFT, "klingon");
     rlhf_dataset *d = NULL;
@@ -274,7 +265,7 @@ TEST(chat_templates_are_chosen) {
 /* With a real vocabulary: the whole text's tokens, loss from the first that differs from the
  * prompt's, so that a token across the border is learnt. */
 TEST(merged_tokens_across_the_border) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 300);
     rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_SFT);
     rlhf_dataset *d = NULL;
@@ -299,7 +290,7 @@ TEST(merged_tokens_across_the_border) {
 /* ---- what is kept, dropped, counted ---------------------------------------------------------- */
 
 TEST(columns_are_kept) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_PREFERENCE);
     rlhf_dataset *d = NULL;
@@ -385,7 +376,7 @@ TEST(too_long_is_dropped_counted_and_told) {
 
 /* One array, gzip, no final newline, Windows line ends: the same records. */
 TEST(containers) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_SFT);
     static const char lines[] = "{\"text\":\"abc\"}\n{\"text\":\"de\"}\n";
@@ -414,7 +405,7 @@ TEST(containers) {
 
 /* Many records, so that the table grows several times. */
 TEST(many_records) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_SFT);
     int n = 3000;
@@ -442,7 +433,7 @@ TEST(many_records) {
 /* The error's text begins with "mem.jsonl:2: " (a good first line comes before), and holds what. */
 static void check_refused(int line, rlhf_data_kind kind, const char *good, const char *bad,
                           const char *what) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_data_config c = rlhf_data_config_default(kind);
     rlhf_dataset *d = NULL;
@@ -500,7 +491,7 @@ TEST(unusable_records) {
 }
 
 TEST(unusable_files) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_SFT);
     rlhf_dataset *d = NULL;
@@ -531,7 +522,7 @@ TEST(unusable_files) {
 
 /* In an array, the place is the record's index. */
 TEST(errors_in_arrays_name_the_record) {
-    rlhf_ctx *ctx = open_ctx();
+    rlhf_ctx *ctx = test_context("auto", 1);
     rlhf_tokenizer *tok = train_tok(ctx, 257);
     rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_SFT);
     rlhf_dataset *d = NULL;

@@ -49,7 +49,7 @@ static void check_logits(int line, const float *x, const json_t *list, size_t at
 
 /* A story model: ids of the prompt, its likelihood, the logits behind it, the greedy text. */
 static void story_model(const char *name) {
-    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_ctx *ctx = test_context("auto", 0);
     json_t *g = golden_of(name);
     rlhf_model *m = open_model(ctx, name);
     char path[256];
@@ -107,7 +107,7 @@ TEST(stories260K) {
 
 TEST(gpt_nano_sort) {
     NEED_ASSET("models/gpt-nano-sort/golden.json");
-    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_ctx *ctx = test_context("auto", 0);
     json_t *g = golden_of("gpt-nano-sort");
     rlhf_model *m = open_model(ctx, "gpt-nano-sort");
     const json_t *rows = json_object_get(g, "input_ids");
@@ -144,7 +144,7 @@ TEST(gpt_nano_sort) {
 
 TEST(llama_fixture_ferric) {
     NEED_ASSET("models/llama-fixture-ferric/golden.json");
-    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_ctx *ctx = test_context("auto", 0);
     json_t *g = golden_of("llama-fixture-ferric");
     rlhf_model *m = open_model(ctx, "llama-fixture-ferric");
     int32_t ids[16];
@@ -278,7 +278,7 @@ static void put_pieces(text_buf *b, const char *text, size_t *at, int n) {
 
 TEST(sft_lowers_perplexity) {
     NEED_ASSET("datasets/tinystories_2MB.txt.gz");
-    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_ctx *ctx = test_context("auto", 0);
     rlhf_tokenizer *tok = NULL;
     rlhf_model *m = open_model(ctx, "babyllama361");
     OK(ctx, rlhf_tokenizer_open(ctx, test_asset("models/babyllama361"), &tok));
@@ -400,7 +400,7 @@ static double mentions(rlhf_ctx *ctx, rlhf_model *m, rlhf_tokenizer *tok) {
 TEST(reward_model_and_ppo) {
     NEED_ASSET("models/babyllama361");
     if (test_quick()) SKIP("long");
-    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_ctx *ctx = test_context("auto", 0);
     rlhf_tokenizer *tok = NULL;
     rlhf_model *lm = open_model(ctx, "babyllama361");
     OK(ctx, rlhf_tokenizer_open(ctx, test_asset("models/babyllama361"), &tok));
@@ -481,7 +481,7 @@ TEST(reward_model_and_ppo) {
 
 TEST(hh_preferences) {
     NEED_ASSET("datasets/hh_harmless_prefs.jsonl.gz");
-    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_ctx *ctx = test_context("auto", 0);
     rlhf_tokenizer *tok = NULL;
     rlhf_model *lm = open_model(ctx, "babyllama361"), *m = NULL;
     OK(ctx, rlhf_tokenizer_open(ctx, test_asset("models/babyllama361"), &tok));

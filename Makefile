@@ -16,7 +16,7 @@ JOBS   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # -ffp-contract=off: results are the same bits on every machine, so the compiler fuses nothing that
 # the source does not fuse.
 WARN  = -Wall -Wextra -Wpedantic -Wshadow
-FLAGS = -std=gnu11 $(WARN) -ffp-contract=off $(OPENMP) $(CPPFLAGS) $(CFLAGS)
+FLAGS = -std=gnu11 -pthread $(WARN) -ffp-contract=off $(OPENMP) $(CPPFLAGS) $(CFLAGS)
 LIBS  = $(LDFLAGS) $(PKG_LIBS) $(OPENMP_LIBS) -lm
 
 # Recursive on purpose: pkg-config and the compiler are asked when a recipe runs, which on a new
@@ -40,7 +40,7 @@ openmp_probe = t=$$$$(mktemp); echo 'int main(void) { return 0; }' >$$$$t.c; \
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib deps deps-ci need test test-build demo bench check sanitize neon clean help
+.PHONY: all lib deps deps-ci need test test-build demo bench deps-bench check sanitize neon clean help
 
 all: $(PROG)              ## the program, ./rlhf
 	@:
@@ -154,24 +154,48 @@ $(BUILD)/demo-tool: data/demo.c | need $(BUILD)
 
 # ---- Bench ---------------------------------------------------------------------------------------
 
-# BENCH: options of bench/run.py. PyTorch lives in a virtual environment of its own.
-PYTHON    ?= python3
-BENCH      =
-BENCH_VENV = $(BUILD)/bench-venv
+# PEERS: whom to install and to run against.  BENCH: options of bench/run.py.
+# Python's peers have an environment of their own each, the libraries of products a program each.
+PYTHON ?= python3
+PEERS   = torch openblas blis onednn trl llama.cpp
+BENCH   =
 
-bench: deps $(BENCH_VENV)/.installed  ## speed against PyTorch on the same work (BENCH=OPTIONS)
+bench: deps-bench         ## speed against the peers on the same work (PEERS=NAMES BENCH=OPTIONS)
 	@$(MAKE) --no-print-directory all
-	@CC="$(CC)" $(BENCH_VENV)/bin/python bench/run.py --program $(abspath $(PROG)) $(BENCH)
+	@CC="$(CC)" $(PYTHON) bench/run.py --program $(abspath $(PROG)) --build $(BUILD) \
+	    $(if $(findstring --peer,$(BENCH)),,$(addprefix --peer ,$(PEERS))) $(BENCH)
 
-$(BENCH_VENV)/.installed: bench/requirements.txt | $(BUILD)
+PEER_VENVS = $(patsubst %,$(BUILD)/bench-%/.installed,$(filter torch trl llama.cpp,$(PEERS)))
+PEER_GEMMS = $(patsubst %,$(BUILD)/gemm-%,$(filter openblas blis onednn,$(PEERS)))
+
+# A peer that cannot be had here is no reason to do without the others.
+deps-bench: deps          ## install what bench compares with (PEERS=NAMES)
+	@$(MAKE) --no-print-directory -k $(PEER_VENVS) $(PEER_GEMMS) || \
+	    echo "not all peers could be installed; the bench goes on without them" >&2
+
+# llama.cpp is compiled: only the library, for this processor.
+LLAMA = -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF \
+        -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF
+
+$(BUILD)/bench-%/.installed: bench/requirements-%.txt | $(BUILD)
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q -r $<
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="$(LLAMA)" $(@D)/bin/pip install -q -r $<
 	touch $@
+
+# A peer's library and Debian's package of it.
+PEER_openblas = openblas libopenblas-dev
+PEER_blis     = blis libblis-openmp-dev
+PEER_onednn   = dnnl libdnnl-dev
+
+$(BUILD)/gemm-%: bench/peers/gemm_peer.c | $(BUILD)
+	@echo 'int main(void) { return 0; }' | $(CC) -x c - -o $@ -l$(firstword $(PEER_$*)) 2>/dev/null || \
+	    ! command -v apt-get >/dev/null || $(call apt_install,$(lastword $(PEER_$*)))
+	$(CC) $(FLAGS) -DPEER_$(shell echo $* | tr a-z A-Z) -o $@ $< -l$(firstword $(PEER_$*)) $(LDFLAGS) $(OPENMP_LIBS) -lm
 
 # ---- Checks --------------------------------------------------------------------------------------
 
-CHECKED = rlhf.c rlhf.h $(wildcard test/*.c test/*.h bench/*.c data/*.c)
+CHECKED = rlhf.c rlhf.h $(wildcard test/*.c test/*.h bench/peers/*.c data/*.c)
 
 # First the text, which takes no compiler, then what the library's object shows to its host.
 check:                    ## the rules of rlhf.c: structure, limits, symbols

@@ -70,8 +70,12 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -96,12 +100,15 @@
 #include <immintrin.h>
 #define RLHF_X86 1
 #define RLHF_TARGET __attribute__((target("avx2,fma,f16c")))
+#define RLHF_PAUSE() __builtin_ia32_pause()
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define RLHF_NEON 1
 #define RLHF_TARGET
+#define RLHF_PAUSE() __asm__ volatile("isb")
 #else
 #define RLHF_TARGET
+#define RLHF_PAUSE() sched_yield()
 #endif
 
 /* Bodies that must be inlined into a function with the same target, so that their constants fold.
@@ -180,6 +187,8 @@ struct rlhf_ctx {
     rlhf_hooks hooks;
     int threads;             /* at most so many pieces of work at once */
     const struct k_table *k; /* the kernels chosen for this context */
+    struct par_team *team;   /* its threads */
+    size_t cache;            /* bytes of a core's second-level cache: steers time only */
     err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
     int n_defer;                 /* entries of defer in use */
@@ -267,6 +276,16 @@ static size_t base_round_up(size_t n, size_t unit) { return (n + unit - 1) / uni
 /* Of ints, which count rows, tokens and panels here; sizes in bytes are size_t. */
 RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
 RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
+
+/* Greatest common divisor of two positive numbers. */
+static int base_gcd(int a, int b) {
+    while (b) {
+        int rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a;
+}
 
 /* 1 if value is one of the words that '|' separates in choices. */
 static int base_is_choice(const char *choices, const char *value) {
@@ -406,7 +425,7 @@ static void *mem_stb_realloc(void *ptr, size_t size) {
  * off. */
 #define STBDS_NO_SHORT_NAMES
 #define STBDS_REALLOC(context, ptr, size) mem_stb_realloc(ptr, size)
-#define STBDS_FREE(context, ptr)          mem_free(ptr)
+#define STBDS_FREE(context, ptr) mem_free(ptr)
 #define STB_DS_IMPLEMENTATION
 #if defined(__GNUC__)
 #pragma GCC diagnostic push
@@ -626,17 +645,56 @@ static void rng_permutation(uint64_t seed, uint64_t stream, uint64_t round, int 
 
 /* ============================================================================================
  * MARK: - 05 PAR (par_)
- * The only place that knows about threads. Work is a range of outputs, cut into one contiguous
- * piece for each thread; no sum is ever cut, so the result does not depend on the cut. Kernels with
- * target attributes are called through the table: clang does not compile OpenMP pragmas inside such
- * functions. The number of threads is the context's; nothing is set for the process, which belongs
- * to the host.
+ * The only place that knows about threads. Work is a range of outputs, cut into pieces by its size
+ * and the number of threads; no sum is ever cut, so the result does not depend on the cut, nor on
+ * who does which piece. The number of threads is the context's; nothing is set for the process,
+ * which belongs to the host.
+ *
+ * A context has one team: one OpenMP region, opened by a thread of its own at the first work worth
+ * sharing, that lives until the context is closed. A region for each piece of work would end in a
+ * barrier, which waits even for a thread that the system did not run and that has nothing to do;
+ * on a machine with other programs that is most of the time. Here a thread takes pieces of its own
+ * share first, so that its cache keeps what it knows, then of the others'; whoever comes late finds
+ * the work done, and only a piece in hand is waited for. Threads without work look for it for
+ * PAR_PATIENCE, then sleep. The host's callbacks run outside of the region.
+ *
  * Entry: par_for.
  * Invariant: fn writes outputs [lo, hi) and its thread's scratch, nothing else, and never throws.
  * ============================================================================================ */
 
 /* Computes outputs [lo, hi). thread < the context's thread count selects scratch. */
 typedef void (*par_fn)(void *arg, int64_t lo, int64_t hi, int thread);
+
+enum { PAR_PIECES = 4 }; /* pieces of one thread's share: what a late thread leaves to others */
+#define PAR_PATIENCE 100e-6
+
+/* The share of one thread: number of the job << 32 | its next piece. A line of its own. */
+typedef struct par_share {
+    _Atomic uint64_t next;
+    char line[RLHF_ALIGN - sizeof(uint64_t)];
+} par_share;
+
+/* A context's threads and the job at hand. Only the context's own thread posts jobs. The members of
+ * a job are stable from its posting until its last piece is done: who has taken a piece of job
+ * number `job` knows that what it read of that job is whole. */
+typedef struct par_team {
+    int threads; /* the context's own thread among them */
+    int opened;  /* 1: the region runs; -1: the system gave no thread */
+    pthread_t opener;
+    pthread_mutex_t lock; /* of the sleep, and nothing else */
+    pthread_cond_t wake;
+    _Atomic int asleep, leave;
+    _Atomic uint32_t job;  /* number of the newest job */
+    _Atomic par_fn fn;     /* the job: */
+    _Atomic(void *) arg;   /* fn(arg, ...) on [0, n) */
+    _Atomic int64_t n;     /* outputs */
+    _Atomic int64_t units; /* pieces are whole units of `grain` outputs */
+    _Atomic int64_t grain;
+    _Atomic int shares;   /* parts of the range, one for each thread that it is worth */
+    _Atomic int pieces;   /* of each share */
+    _Atomic int64_t left; /* pieces that are not done */
+    par_share share[];
+} par_team;
 
 /* Processors that this process may use, 1 without OpenMP. */
 static int par_default_threads(void) {
@@ -647,29 +705,153 @@ static int par_default_threads(void) {
 #endif
 }
 
+/* Bytes of the second-level cache of one core; 1 MiB where the system does not tell. */
+static size_t par_cache_size(void) {
+    long size = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return size >= 1 << 17 ? (size_t)size : (size_t)1 << 20;
+}
+
 /* Units of work that make a piece worth a thread, when one unit costs about `cost` simple
- * operations: starting threads costs as much as some ten thousand of them. The value steers time
- * only, never results. */
+ * operations. The value steers time only, never results. */
 static int64_t par_grain(int64_t cost) { return 1 + 16384 / (cost > 0 ? cost : 1); }
 
+/* Takes the next piece of a share, or returns -1 when there is none or the job is another. */
+static int par_take(par_team *t, uint32_t job, int share, int pieces) {
+    uint64_t next = atomic_load(&t->share[share].next);
+    while (next >> 32 == job && (int)(uint32_t)next < pieces)
+        if (atomic_compare_exchange_weak(&t->share[share].next, &next, next + 1))
+            return (int)(uint32_t)next;
+    return -1;
+}
+
+/* Does pieces of a job until none is left to take: first of the own share. */
+static void par_work(par_team *t, uint32_t job, int self) {
+    par_fn fn = atomic_load(&t->fn);
+    void *arg = atomic_load(&t->arg);
+    int64_t n = atomic_load(&t->n), units = atomic_load(&t->units), grain = atomic_load(&t->grain);
+    int shares = atomic_load(&t->shares), pieces = atomic_load(&t->pieces);
+    for (int i = 0; i < shares; i++) {
+        int share = (self + i) % shares;
+        for (int p; (p = par_take(t, job, share, pieces)) >= 0;) {
+            int64_t first = units * share / shares, size = units * (share + 1) / shares - first;
+            int64_t lo = (first + size * p / pieces) * grain;
+            int64_t hi = (first + size * (p + 1) / pieces) * grain;
+            if (lo < hi) fn(arg, lo, hi < n ? hi : n, self);
+            atomic_fetch_sub(&t->left, 1);
+        }
+    }
+}
+
+#ifdef _OPENMP
+/* Waits for a job newer than `seen`: awake for a while, then asleep. Returns 0 when it is time to
+ * leave. */
+static int par_wait(par_team *t, uint32_t seen) {
+    double begun = base_now();
+    while (atomic_load(&t->job) == seen && !atomic_load(&t->leave)) {
+        for (int i = 0; i < 16; i++) RLHF_PAUSE();
+        if (base_now() - begun < PAR_PATIENCE) continue;
+        pthread_mutex_lock(&t->lock);
+        atomic_fetch_add(&t->asleep, 1);
+        while (atomic_load(&t->job) == seen && !atomic_load(&t->leave))
+            pthread_cond_wait(&t->wake, &t->lock);
+        atomic_fetch_sub(&t->asleep, 1);
+        pthread_mutex_unlock(&t->lock);
+    }
+    return !atomic_load(&t->leave);
+}
+
+/* The life of thread `self` of the team. */
+static void par_member(par_team *t, int self) {
+    uint32_t seen = 0;
+    while (par_wait(t, seen)) {
+        seen = atomic_load(&t->job);
+        par_work(t, seen, self);
+    }
+}
+
+/* The team's region. The opening thread is one of its members; the context's own thread is not in
+ * it. A host may be granted fewer threads than asked for: shares without a thread go to others. */
+static void *par_region(void *arg) {
+    par_team *t = arg;
+#pragma omp parallel num_threads(t->threads - 1)
+    par_member(t, omp_get_thread_num() + 1);
+    return NULL;
+}
+
+/* Opens the region, unless that was tried before. Signals stay with the host's threads. */
+static void par_open(par_team *t) {
+    if (t->opened) return;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    t->opened = pthread_create(&t->opener, NULL, par_region, t) ? -1 : 1;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+#endif
+
+/* A team for ctx in memory from its hook, or null. Threads start when there is work for them. */
+static par_team *par_new(rlhf_ctx *ctx) {
+    size_t size = sizeof(par_team) + (size_t)ctx->threads * sizeof(par_share);
+    par_team *t = ctx->hooks.alloc(ctx->hooks.user, size);
+    if (!t) return NULL;
+    memset(t, 0, size);
+    t->threads = ctx->threads;
+    pthread_mutex_init(&t->lock, NULL);
+    pthread_cond_init(&t->wake, NULL);
+    return t;
+}
+
+/* Ends the region and gives the team back. */
+static void par_free(rlhf_ctx *ctx) {
+    par_team *t = ctx->team;
+    pthread_mutex_lock(&t->lock);
+    atomic_store(&t->leave, 1);
+    pthread_cond_broadcast(&t->wake);
+    pthread_mutex_unlock(&t->lock);
+    if (t->opened > 0) pthread_join(t->opener, NULL);
+    pthread_cond_destroy(&t->wake);
+    pthread_mutex_destroy(&t->lock);
+    ctx->hooks.free(ctx->hooks.user, t, sizeof *t + (size_t)t->threads * sizeof *t->share);
+}
+
 /* Calls fn on pieces of [0, n), each of them a multiple of grain long but the last. Returns when
- * all are done. The cut is even in units of grain; work whose units differ in cost asks for a grain
+ * all are done. Shares are even in units of grain; work whose units differ in cost asks for a grain
  * of one unit and many units. */
 static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *arg) {
     int64_t units = (n + grain - 1) / grain;
-    int threads = ctx->threads < units ? ctx->threads : (int)units;
-    if (threads <= 1) {
+    int shares = ctx->threads < units ? ctx->threads : (int)units;
+    if (shares <= 1) {
         if (n > 0) fn(arg, 0, n, 0);
         return;
     }
 #ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-    {
-        /* A host may grant fewer threads than asked for. */
-        int t = omp_get_thread_num(), of = omp_get_num_threads();
-        int64_t lo = units * t / of * grain, hi = units * (t + 1) / of * grain;
-        if (hi > n) hi = n;
-        if (lo < hi) fn(arg, lo, hi, t);
+    par_team *t = ctx->team;
+    par_open(t);
+    uint32_t job = atomic_load(&t->job) + 1;
+    int pieces = units / shares < PAR_PIECES ? (int)(units / shares) : PAR_PIECES;
+    atomic_store(&t->fn, fn);
+    atomic_store(&t->arg, arg);
+    atomic_store(&t->n, n);
+    atomic_store(&t->units, units);
+    atomic_store(&t->grain, grain);
+    atomic_store(&t->shares, shares);
+    atomic_store(&t->pieces, pieces);
+    atomic_store(&t->left, (int64_t)shares * pieces);
+    for (int i = 0; i < shares; i++) atomic_store(&t->share[i].next, (uint64_t)job << 32);
+    atomic_store(&t->job, job);
+    /* A thread goes to sleep only after it has seen no newer job: one of the two sees the other. */
+    if (atomic_load(&t->asleep)) {
+        pthread_mutex_lock(&t->lock);
+        pthread_cond_broadcast(&t->wake);
+        pthread_mutex_unlock(&t->lock);
+    }
+    par_work(t, job, 0);
+    for (int i = 0; atomic_load(&t->left); i++) {
+        RLHF_PAUSE();
+        if (i > 4096) sched_yield(); /* whoever has the last piece may be waiting for this core */
     }
 #else
     fn(arg, 0, n, 0);
@@ -880,6 +1062,23 @@ V_OP float v_sum(vf a) {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+/* The square r[V_WIDTH] with rows and columns exchanged: pairs, then fours, then halves. */
+V_OP void v_transpose(vf r[8]) {
+    vf a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
 /* The largest lane; the order of comparisons does not matter, since no lane is NaN. */
 V_OP float v_top(vf a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -946,6 +1145,14 @@ V_OP float v_sum(vf a) {
     return vget_lane_f32(x, 0) + vget_lane_f32(x, 1);
 }
 V_OP float v_top(vf a) { return vmaxnmvq_f32(a); }
+/* Pairs, then halves. */
+V_OP void v_transpose(vf r[4]) {
+    float32x4x2_t a = vtrnq_f32(r[0], r[1]), b = vtrnq_f32(r[2], r[3]);
+    for (int i = 0; i < 2; i++) {
+        r[i] = vcombine_f32(vget_low_f32(a.val[i]), vget_low_f32(b.val[i]));
+        r[i + 2] = vcombine_f32(vget_high_f32(a.val[i]), vget_high_f32(b.val[i]));
+    }
+}
 #endif
 
 #if V_SIMD
@@ -1196,7 +1403,9 @@ typedef float k_softmax_fn(int n, float *s, float scale, float *max, float *sum)
 typedef void k_prob_fn(int n, float *s, float scale, float lse);
 typedef void k_ds_fn(int n, const float *p, float *dp, float d, float scale);
 typedef void k_scale_fn(int n, float *x, float a);
-typedef void k_adam_fn(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a);
+typedef void k_panel_fn(int n, const float *x, size_t ld, float *y);
+typedef void k_strips_fn(int n, int strips, int w, const float *x, size_t ld, float *y);
+typedef void k_adam_fn(int64_t n, float *p, float *g, float *m, float *v, const k_adam *a);
 
 /* Product tiles (08): rows of A against panels of B. */
 struct gemm_tile_args;
@@ -1228,6 +1437,8 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(softmax, k_softmax_fn)                                                                       \
     X(prob, k_prob_fn)                                                                             \
     X(ds, k_ds_fn)                                                                                 \
+    X(panel, k_panel_fn)                                                                           \
+    X(strips, k_strips_fn)                                                                         \
     X(adam, k_adam_fn)
 
 /* The kernels of one instruction set. */
@@ -1459,18 +1670,41 @@ static void k_r_scale(int n, float *x, float a) {
     for (int i = 0; i < n; i++) x[i] *= a;
 }
 
+/* w <= 16 columns of k numbers, element (k, l) at b[k ks + l ns], as rows of sixteen: out[k][16].
+ * Columns from w on are left as they are. */
+static void k_panel_part(int w, int n, const float *b, size_t ks, size_t ns, float *out) {
+    for (int l = 0; l < w; l++)
+        for (int k = 0; k < n; k++)
+            out[(size_t)k * RLHF_LANES + (size_t)l] = b[(size_t)k * ks + (size_t)l * ns];
+}
+
+/* Sixteen rows of n numbers, ld apart, become a panel [n][16]: their transpose. */
+static void k_r_panel(int n, const float *x, size_t ld, float *y) {
+    k_panel_part(RLHF_LANES, n, x, 1, ld, y);
+}
+
+/* n rows of strips * w numbers, ld apart, cut into strips y[strips][n][w], side by side: each row
+ * is read as it lies. */
+static void k_r_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
+    for (int i = 0; i < n; i++)
+        for (int s = 0; s < strips; s++)
+            memcpy(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w,
+                   x + (size_t)i * ld + (size_t)(s * w), (size_t)w * sizeof *y);
+}
+
 /* AdamW (Loshchilov and Hutter 2019): decoupled decay, both moments corrected, eps outside the
  * root.
  *     u = clip g        m = b1 m + (1 - b1) u        v = b2 v + (1 - b2) u^2
  *     p = decay p - lr (m fix1) / (sqrt(v fix2) + eps)
- * p, m and v are updated in place; g is read only. */
-static void k_r_adam(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a) {
+ * p, m and v are updated in place; g becomes 0, ready for the next step's sums. */
+static void k_r_adam(int64_t n, float *p, float *g, float *m, float *v, const k_adam *a) {
     for (int64_t i = 0; i < n; i++) {
         float u = g[i] * a->clip;
         m[i] = fmaf(m[i], a->beta1, u * a->rest1);
         v[i] = fmaf(v[i], a->beta2, (u * u) * a->rest2);
         float root = sqrtf(v[i] * a->fix2) + a->eps;
         p[i] = fmaf(-a->lr, (m[i] * a->fix1) / root, p[i] * a->decay);
+        g[i] = 0;
     }
 }
 
@@ -1717,7 +1951,38 @@ K_FN void k_v_scale(int n, float *x, float a) {
         v16_put(x + i, n - i, v16_mul(v16_get(x + i, n - i, 0), va));
 }
 
-K_FN void k_v_adam(int64_t n, float *p, const float *g, float *m, float *v, const k_adam *a) {
+K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
+    int whole = n / V_WIDTH * V_WIDTH;
+    for (int i = 0; i < whole; i += V_WIDTH)
+        for (int row = 0; row < RLHF_LANES; row += V_WIDTH) {
+            vf r[V_WIDTH];
+            for (int j = 0; j < V_WIDTH; j++) r[j] = v_load(x + (size_t)(row + j) * ld + i);
+            v_transpose(r);
+            for (int j = 0; j < V_WIDTH; j++) v_store(y + (size_t)(i + j) * RLHF_LANES + row, r[j]);
+        }
+    k_panel_part(RLHF_LANES, n - whole, x + whole, 1, ld, y + (size_t)whole * RLHF_LANES);
+}
+
+/* How many rows ahead of their use a strip's rows are asked for: they lie too far apart for the
+ * processor to see a pattern. */
+enum { K_ROWS_AHEAD = 12 };
+
+K_FN void k_v_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
+    if (w % V_WIDTH) {
+        k_r_strips(n, strips, w, x, ld, y);
+        return;
+    }
+    for (int i = 0; i < n; i++, x += ld) {
+        for (int c = 0; c < strips * w; c += RLHF_LANES)
+            __builtin_prefetch(x + K_ROWS_AHEAD * ld + c);
+        for (int s = 0; s < strips; s++)
+            for (int c = 0; c < w; c += V_WIDTH)
+                v_store(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w + c,
+                        v_load(x + s * w + c));
+    }
+}
+
+K_FN void k_v_adam(int64_t n, float *p, float *g, float *m, float *v, const k_adam *a) {
     v16 b1 = v16_set(a->beta1), b2 = v16_set(a->beta2), clip = v16_set(a->clip);
     v16 c1 = v16_set(a->rest1), c2 = v16_set(a->rest2), eps = v16_set(a->eps);
     v16 f1 = v16_set(a->fix1), f2 = v16_set(a->fix2), lr = v16_set(-a->lr), dc = v16_set(a->decay);
@@ -1731,6 +1996,7 @@ K_FN void k_v_adam(int64_t n, float *p, const float *g, float *m, float *v, cons
         v16_put(v + i, w, v1);
         v16 step = v16_div(v16_mul(m1, f1), root);
         v16_put(p + i, w, v16_fma(lr, step, v16_mul(v16_get(p + i, w, 0), dc)));
+        v16_put(g + i, w, v16_set(0));
     }
 }
 #endif
@@ -1774,26 +2040,30 @@ static int k_draw(const k_table *k, int n, const float *x, float scale, float ls
 
 /* ============================================================================================
  * MARK: - 08 GEMM (gemm_)
- * C[m][n] = sum_k A[m][k] B[k][n], the only place that knows about packing and tiles. B lies in
- * panels: sixteen columns wide, k after k, padded with zeros. A is read in place through two
- * strides, so every transpose is one driver; where its columns lie far apart it may be packed into
- * tiles first. A tile keeps its outputs in registers over all of k, in order, with fused
- * multiply-adds: every output is the same chain for any tile, thread or instruction set. An edge in
- * n goes through a stack tile, an edge in m has a tile of its height.
+ * C[m][n] = sum_k A[m][k] B[k][n], the only place that knows about packing, tiles and cache blocks.
+ * A tile keeps its outputs in registers over k, in order, with fused multiply-adds: every output is
+ * the same chain for any tile, block, thread or instruction set. B is read in panels: sixteen
+ * columns wide, k after k, padded with zeros. A is read in place through two strides, so every
+ * transpose is one driver. An edge in n goes through a stack tile, an edge in m has a tile of its
+ * height.
  *
- * Panels and register tiles are those of Goto and van de Geijn (2008), "Anatomy of high-performance
- * matrix multiplication", with one difference: k is never blocked. A cut chain would pass through
- * memory, and at the widths trained here a panel of all k stays in the second-level cache.
+ * Blocks are those of Goto and van de Geijn (2008), "Anatomy of high-performance matrix
+ * multiplication": a block of A fills half of the second-level cache, and each thread packs the
+ * panels of B that it is about to use, so that no packed copy passes through memory. Where the sum
+ * is cut, C carries the chain from one part of k to the next: a float in memory is the float in the
+ * register, and no bit depends on the cut. Panels that many products of few rows share (decoding)
+ * are packed once, by gemm_pack.
  *
  * Entry: gemm_run (threads), gemm_block (one thread).   Tests: test/test_gemm.c
+ * Bench: rlhf bench gemm
  * ============================================================================================ */
 
 enum {
     GEMM_STORE = 0,
     GEMM_ACC = 1, /* the chain starts at C: C + a0 b0 + a1 b1 ... */
-    GEMM_ADD = 2, /* the finished sum is added to C: a residual connection */
-    GEMM_MAX_ROWS = 12,
-    GEMM_MAX_PANELS = 6
+    GEMM_MAX_ROWS = 8,
+    GEMM_MAX_PANELS = 6,
+    GEMM_DEPTH = 1024 /* longest part of k that a block of A and a group of panels have */
 };
 
 /* One tile's operands; all strides count floats. The driver sets a, b, c and bias to the tile's
@@ -1802,29 +2072,31 @@ typedef struct gemm_tile_args {
     int k; /* length of every sum */
     const float *a;
     size_t rs, cs;  /* A element (m, k) is a[m * rs + k * cs] */
-    const float *b; /* panels of B, each [k][16] */
+    const float *b; /* panels of B, each [k][16]; null: packed on the way (gemm_args.src) */
     size_t bs;      /* floats from one panel to the next */
     float *c;       /* [rows][ldc], overwritten or added to as mode says */
     size_t ldc;
-    int mode;          /* GEMM_STORE, GEMM_ACC or GEMM_ADD */
+    int mode;          /* GEMM_STORE or GEMM_ACC */
     const float *bias; /* added after the sum; null = none */
+    const float *add;  /* [rows][ldc], added after that, a residual connection; may be c; or null */
 } gemm_tile_args;
 
 /* A whole product, its epilogue and its size. */
 typedef struct gemm_args {
     int m, n; /* rows and columns of C */
     gemm_tile_args t;
-    size_t ms; /* floats of A for each row from one tile to the next; 0: t.rs, A is not packed */
-    k_map_fn *act; /* y = act(c), row by row while the block is in cache; null = none */
-    float *y;      /* [m][ldy] */
+    const float *src; /* B element (k, n) is src[k * ks + n * ns], where t.b is null */
+    size_t ks, ns;    /* one of them is 1 */
+    size_t ms;        /* floats of A for each row from one tile to the next; 0: t.rs */
+    k_map_fn *act;    /* y = act(c), row by row while the block is in cache; null = none */
+    float *y;         /* [m][ldy] */
     size_t ldy;
 } gemm_args;
 
 /* ---- tiles ---- */
 
 /* The plain-C tile, and what defines a tile of `rows` rows and `panels` panels: one fmaf chain for
- * each output, from 0 or C, then the bias, then C if mode is GEMM_ADD. Writes sixteen columns a
- * panel. */
+ * each output, from 0 or C, then the bias, then `add`. Writes sixteen columns a panel. */
 static void gemm_r_tile(int rows, int panels, const gemm_tile_args *t) {
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < panels; p++)
@@ -1835,7 +2107,7 @@ static void gemm_r_tile(int rows, int panels, const gemm_tile_args *t) {
                 for (int k = 0; k < t->k; k++)
                     sum = fmaf(a[(size_t)k * t->cs], b[(size_t)k * RLHF_LANES], sum);
                 if (t->bias) sum += t->bias[p * RLHF_LANES + l];
-                *c = t->mode == GEMM_ADD ? *c + sum : sum;
+                *c = t->add ? t->add[(size_t)r * t->ldc + (size_t)(p * RLHF_LANES + l)] + sum : sum;
             }
 }
 
@@ -1848,6 +2120,10 @@ static void gemm_r_tile(int rows, int panels, const gemm_tile_args *t) {
 #endif
 
 #if V_SIMD
+/* Panels that a low tile reads faster than they are needed come from memory: each step asks for
+ * what it will read this many floats later. */
+enum { GEMM_AHEAD = 40 * RLHF_LANES };
+
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
  * v16 are twelve of AVX2's sixteen registers. What does not fit beside them is read by the fused
  * multiply-add itself. */
@@ -1860,12 +2136,19 @@ V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
             sum[r][p] = t->mode == GEMM_ACC ? v16_load(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
                                             : v16_set(0);
     }
+    /* The rows below are the next tile's: on their way to the cache while these sums are made. */
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++)
+            __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k: P loads, R broadcasts, R P fused multiply-adds. */
     const float *a = t->a, *b = t->b;
     for (int k = t->k; k > 0; k--) {
         v16 col[4];
         GEMM_UNROLL
-        for (int p = 0; p < P; p++) col[p] = v16_load(b + (size_t)p * t->bs);
+        for (int p = 0; p < P; p++) {
+            if (R <= 3) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD);
+            col[p] = v16_load(b + (size_t)p * t->bs);
+        }
         GEMM_UNROLL
         for (int r = 0; r < R; r++) {
             v16 x = v16_set(a[(size_t)r * t->rs]);
@@ -1882,25 +2165,31 @@ V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
             float *c = t->c + (size_t)r * t->ldc + p * RLHF_LANES;
             v16 s = sum[r][p];
             if (t->bias) s = v16_add(s, v16_load(t->bias + p * RLHF_LANES));
-            if (t->mode == GEMM_ADD) s = v16_add(v16_load(c), s);
+            if (t->add) s = v16_add(v16_load(t->add + (c - t->c)), s);
             v16_store(c, s);
         }
     }
 }
 
-/* Shapes that a k_table's panels list names, and one panel for what is left. */
+/* Every height with every width up to what the k_table's list of panels says. */
 K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
+#define GEMM_V(R, P)                                                                               \
+    case (R)*8 + (P): gemm_v_body(R, P, t); return;
     switch (rows * 8 + panels) {
-    case 6 * 8 + 1: gemm_v_body(6, 1, t); return;
-    case 5 * 8 + 1: gemm_v_body(5, 1, t); return;
-    case 4 * 8 + 1: gemm_v_body(4, 1, t); return;
-    case 3 * 8 + 1: gemm_v_body(3, 1, t); return;
-    case 3 * 8 + 2: gemm_v_body(3, 2, t); return;
-    case 2 * 8 + 1: gemm_v_body(2, 1, t); return;
-    case 2 * 8 + 3: gemm_v_body(2, 3, t); return;
-    case 1 * 8 + 1: gemm_v_body(1, 1, t); return;
-    default: gemm_v_body(1, 4, t); return;
+        GEMM_V(6, 1)
+        GEMM_V(5, 1)
+        GEMM_V(4, 1)
+        GEMM_V(3, 1)
+        GEMM_V(3, 2)
+        GEMM_V(2, 1)
+        GEMM_V(2, 2)
+        GEMM_V(2, 3)
+        GEMM_V(1, 1)
+        GEMM_V(1, 2)
+        GEMM_V(1, 3)
+        GEMM_V(1, 4)
     }
+#undef GEMM_V
 }
 #endif
 
@@ -1919,12 +2208,19 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const gemm_til
                             ? _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
                             : _mm512_setzero_ps();
     }
-    /* One step of k, as in gemm_v_body; the three blocks are sums, steps, results. */
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++)
+            __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
+    /* One step of k, as in gemm_v_body; the blocks are sums, next rows, steps, results. */
     const float *a = t->a, *b = t->b;
+#pragma GCC unroll 4
     for (int k = t->k; k > 0; k--) {
         __m512 col[GEMM_MAX_PANELS];
         GEMM_UNROLL
-        for (int p = 0; p < P; p++) col[p] = _mm512_loadu_ps(b + (size_t)p * t->bs);
+        for (int p = 0; p < P; p++) {
+            if (R <= 4) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD);
+            col[p] = _mm512_loadu_ps(b + (size_t)p * t->bs);
+        }
         GEMM_UNROLL
         for (int r = 0; r < R; r++) {
             __m512 x = _mm512_set1_ps(a[(size_t)r * t->rs]);
@@ -1941,44 +2237,36 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const gemm_til
             float *c = t->c + (size_t)r * t->ldc + p * RLHF_LANES;
             __m512 s = sum[r][p];
             if (t->bias) s = _mm512_add_ps(s, _mm512_loadu_ps(t->bias + p * RLHF_LANES));
-            if (t->mode == GEMM_ADD) s = _mm512_add_ps(_mm512_loadu_ps(c), s);
+            if (t->add) s = _mm512_add_ps(_mm512_loadu_ps(t->add + (c - t->c)), s);
             _mm512_storeu_ps(c, s);
         }
     }
 }
 
-/* Tall tiles are two panels wide, low ones up to six: 24 sums where the height divides 24. */
+/* Tall tiles are three panels wide, low ones up to six. Eight rows by three panels leave registers
+ * for the columns of B and need the fewest loads for a multiply-add. */
 GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t) {
-    if (panels == 1) {
-        switch (rows) {
-        case 12: gemm_512_body(12, 1, t); return;
-        case 11: gemm_512_body(11, 1, t); return;
-        case 10: gemm_512_body(10, 1, t); return;
-        case 9: gemm_512_body(9, 1, t); return;
-        case 8: gemm_512_body(8, 1, t); return;
-        case 7: gemm_512_body(7, 1, t); return;
-        case 6: gemm_512_body(6, 1, t); return;
-        case 5: gemm_512_body(5, 1, t); return;
-        case 4: gemm_512_body(4, 1, t); return;
-        case 3: gemm_512_body(3, 1, t); return;
-        case 2: gemm_512_body(2, 1, t); return;
-        default: gemm_512_body(1, 1, t); return;
-        }
+#define GEMM_P(R, P)                                                                               \
+    case (R)*8 + (P):                                                                              \
+        gemm_512_body(R, P, t);                                                                    \
+        return;
+#define GEMM_P3(R) GEMM_P(R, 1) GEMM_P(R, 2) GEMM_P(R, 3)
+#define GEMM_P4(R) GEMM_P3(R) GEMM_P(R, 4)
+#define GEMM_P6(R) GEMM_P4(R) GEMM_P(R, 5) GEMM_P(R, 6)
+    switch (rows * 8 + panels) {
+        GEMM_P3(8)
+        GEMM_P3(7)
+        GEMM_P4(6)
+        GEMM_P4(5)
+        GEMM_P6(4)
+        GEMM_P6(3)
+        GEMM_P6(2)
+        GEMM_P6(1)
     }
-    switch (rows) {
-    case 12: gemm_512_body(12, 2, t); return;
-    case 11: gemm_512_body(11, 2, t); return;
-    case 10: gemm_512_body(10, 2, t); return;
-    case 9: gemm_512_body(9, 2, t); return;
-    case 8: gemm_512_body(8, 3, t); return;
-    case 7: gemm_512_body(7, 3, t); return;
-    case 6: gemm_512_body(6, 4, t); return;
-    case 5: gemm_512_body(5, 4, t); return;
-    case 4: gemm_512_body(4, 6, t); return;
-    case 3: gemm_512_body(3, 6, t); return;
-    case 2: gemm_512_body(2, 6, t); return;
-    default: gemm_512_body(1, 6, t); return;
-    }
+#undef GEMM_P
+#undef GEMM_P3
+#undef GEMM_P4
+#undef GEMM_P6
 }
 #endif
 
@@ -2015,8 +2303,8 @@ static const k_table k_avx2 = {.name = "avx2",
 static const k_table k_avx512 = {.name = "avx512",
                                  .available = gemm_has_avx512,
                                  .tile = gemm_512_tile,
-                                 .rows = 12,
-                                 .panels = {0, 6, 6, 6, 6, 4, 4, 3, 3, 2, 2, 2, 2},
+                                 .rows = 8,
+                                 .panels = {0, 6, 6, 6, 6, 4, 4, 3, 3},
                                  K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table *const k_tables[] = {&k_avx512, &k_avx2, &k_ref};
 #elif RLHF_NEON
@@ -2042,30 +2330,14 @@ static size_t gemm_packed_size(int k, int n) { return gemm_panels(n) * RLHF_LANE
 
 /* What is packed from where. */
 typedef struct gemm_pack_args {
+    const k_table *kt;
     const float *b;
     size_t ks, ns; /* B element (k, n) is b[k * ks + n * ns]; one of them is 1 */
     int k, n;
     float *out;
 } gemm_pack_args;
 
-/* n floats; the usual counts as constants, so that no call is left. */
-RLHF_INLINE void gemm_copy(float *to, const float *from, int n) {
-    if (n == RLHF_LANES) memcpy(to, from, RLHF_LANES * sizeof *to);
-    else if (n == 12) memcpy(to, from, 12 * sizeof *to);
-    else if (n == 6) memcpy(to, from, 6 * sizeof *to);
-    else memcpy(to, from, (size_t)n * sizeof *to);
-}
-
-enum { GEMM_GROUP = 8 }; /* panels or tiles packed side by side: each k reads whole cache lines */
-
-/* Panels [p0, p1) of a B whose rows lie in memory as they are. */
-static void gemm_pack_rows(const gemm_pack_args *g, int p0, int p1) {
-    for (int k = 0; k < g->k; k++)
-        for (int p = p0; p < p1; p++)
-            gemm_copy(g->out + ((size_t)p * (size_t)g->k + (size_t)k) * RLHF_LANES,
-                      g->b + (size_t)k * g->ks + (size_t)p * RLHF_LANES,
-                      base_min(RLHF_LANES, g->n - p * RLHF_LANES));
-}
+enum { GEMM_GROUP = 8 }; /* panels or tiles packed side by side */
 
 /* Packs panels [lo, hi). A source whose rows are contiguous (ns 1) is copied by rows of sixteen,
  * one whose columns are (ks 1) is transposed. */
@@ -2075,21 +2347,16 @@ static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
     if (hi == (int64_t)gemm_panels(g->n) && g->n % RLHF_LANES) /* missing columns are zeros */
         memset(g->out + (size_t)(hi - 1) * RLHF_LANES * (size_t)g->k, 0,
                (size_t)g->k * RLHF_LANES * sizeof *g->out);
-    for (int p = (int)lo; g->ns == 1 && p < hi; p += GEMM_GROUP)
-        gemm_pack_rows(g, p, base_min(p + GEMM_GROUP, (int)hi));
-    for (int p = (int)lo; g->ns != 1 && p < hi; p++) {
+    int whole = g->ns == 1 ? base_min((int)hi, g->n / RLHF_LANES) : (int)lo;
+    for (int p = (int)lo; p < whole; p += GEMM_GROUP)
+        g->kt->strips(g->k, base_min(GEMM_GROUP, whole - p), RLHF_LANES, g->b + p * RLHF_LANES,
+                      g->ks, g->out + (size_t)p * RLHF_LANES * (size_t)g->k);
+    for (int p = base_max((int)lo, whole); p < hi; p++) {
         int n0 = p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
-        float *out = g->out + (size_t)n0 * (size_t)g->k;
         const float *b = g->b + (size_t)n0 * g->ns;
-        /* Blocks of k keep the source lines and the destination in the first-level cache. */
-        for (int k0 = 0; k0 < g->k; k0 += 64) {
-            int k1 = base_min(k0 + 64, g->k);
-            for (int l = 0; l < w; l++) {
-                const float *src = b + (size_t)l * g->ns;
-                for (int k = k0; k < k1; k++)
-                    out[(size_t)k * RLHF_LANES + l] = src[(size_t)k * g->ks];
-            }
-        }
+        float *out = g->out + (size_t)n0 * (size_t)g->k;
+        if (w == RLHF_LANES && g->ks == 1) g->kt->panel(g->k, b, g->ns, out);
+        else k_panel_part(w, g->k, b, g->ks, g->ns, out);
     }
 }
 
@@ -2097,139 +2364,203 @@ static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
  * [n][k] as y = x W^T wants it: ks = 1, ns = k. */
 static void gemm_pack(rlhf_ctx *ctx, const float *b, size_t ks, size_t ns, int k, int n,
                       float *out) {
-    gemm_pack_args g = {b, ks, ns, k, n, out};
+    gemm_pack_args g = {ctx->k, b, ks, ns, k, n, out};
     int64_t panels = (int64_t)gemm_panels(n);
     par_for(ctx, panels, par_grain((int64_t)RLHF_LANES * k), gemm_pack_range, &g);
 }
 
-/* The same for A. */
-typedef struct gemm_pack_a_args {
-    const float *a;
-    size_t ks; /* A element (m, k) is a[k * ks + m] */
-    int m, k, rows;
-    float *out;
-} gemm_pack_a_args;
-
-/* Packs groups [lo, hi) of GEMM_GROUP tiles. */
-static void gemm_pack_a_range(void *arg, int64_t lo, int64_t hi, int thread) {
-    const gemm_pack_a_args *g = arg;
-    (void)thread;
-    for (int64_t i = lo; i < hi; i++) {
-        int m0 = (int)i * GEMM_GROUP * g->rows;
-        int m1 = base_min(g->m, m0 + GEMM_GROUP * g->rows);
-        for (int k = 0; k < g->k; k++)
-            for (int m = m0; m < m1; m += g->rows)
-                gemm_copy(g->out + (size_t)m * (size_t)g->k + (size_t)k * (size_t)g->rows,
-                          g->a + (size_t)k * g->ks + m, base_min(g->rows, g->m - m));
-    }
-}
-
-/* Floats that A[m][k] takes when packed into tiles. */
-static size_t gemm_packed_a_size(const k_table *kt, int m, int k) {
-    return base_round_up((size_t)m, (size_t)kt->rows) * (size_t)k;
-}
-
-/* Packs A, stored with m running fastest, into tiles out[m / rows][k][rows], for a gemm_args with
- * t.rs 1, t.cs rows and ms k. Read in place, each step of k would touch another page, and steps of
- * a power of two another line of the same set. */
-static void gemm_pack_a(rlhf_ctx *ctx, const float *a, size_t ks, int m, int k, float *out) {
-    gemm_pack_a_args g = {a, ks, m, k, ctx->k->rows, out};
-    int group = GEMM_GROUP * g.rows;
-    par_for(ctx, (m + group - 1) / group, par_grain((int64_t)group * k), gemm_pack_a_range, &g);
+/* Packs A, whose m rows run fastest (element (m, k) is a[k * ks + m]), into tiles out[m /
+ * rows][k][rows], for a gemm_args with t.rs 1, t.cs rows and ms k. Read in place, each step of k
+ * would touch another page, and steps of a power of two the same cache set. */
+static void gemm_pack_a(const k_table *kt, const float *a, size_t ks, int m, int k, float *out) {
+    int rows = kt->rows, tiles = m / rows;
+    for (int t = 0; t < tiles; t += GEMM_GROUP)
+        kt->strips(k, base_min(GEMM_GROUP, tiles - t), rows, a + t * rows, ks,
+                   out + (size_t)(t * rows) * (size_t)k);
+    /* The last, lower tile keeps the distance of a full one from k to k. */
+    for (int i = 0; m % rows && i < k; i++)
+        memcpy(out + (size_t)(tiles * rows) * (size_t)k + (size_t)(i * rows),
+               a + (size_t)i * ks + tiles * rows, (size_t)(m % rows) * sizeof *out);
 }
 
 /* ---- driver ---- */
 
+/* Rows [m0, m1) and panels [p0, p1) of a product, as a product of its own. */
+static gemm_args gemm_part(const gemm_args *g, int m0, int m1, int p0, int p1) {
+    gemm_args s = *g;
+    size_t row = (size_t)m0, col = (size_t)p0 * RLHF_LANES;
+    s.m = m1 - m0;
+    s.n = base_min(g->n, p1 * RLHF_LANES) - (int)col;
+    s.t.a += row * (g->ms ? g->ms : g->t.rs);
+    if (s.t.b) s.t.b += (size_t)p0 * g->t.bs;
+    else s.src += col * g->ns;
+    s.t.c += row * g->t.ldc + col;
+    if (s.t.bias) s.t.bias += col;
+    if (s.t.add) s.t.add += row * g->t.ldc + col;
+    if (s.act) s.y += row * g->ldy + col;
+    return s;
+}
+
 /* One tile whose last panel is n < 16 columns wide: computed in a full stack tile, from which the
  * valid columns are copied. The sums are the same chains, since the panel is padded with zeros. */
 static void gemm_edge(const k_table *kt, int rows, int n, const gemm_tile_args *t) {
-    float c[GEMM_MAX_ROWS * RLHF_LANES] = {0}, bias[RLHF_LANES] = {0};
+    float c[GEMM_MAX_ROWS * RLHF_LANES] = {0}, add[GEMM_MAX_ROWS * RLHF_LANES] = {0};
+    float bias[RLHF_LANES] = {0};
     gemm_tile_args e = *t;
     e.c = c;
     e.ldc = RLHF_LANES;
     if (t->bias) e.bias = memcpy(bias, t->bias, (size_t)n * sizeof *bias);
-    /* What the chain starts from, or the sum is added to. */
-    if (t->mode != GEMM_STORE)
-        for (int r = 0; r < rows; r++)
+    if (t->add) e.add = add;
+    /* What the chain starts from, and what the sum is added to. */
+    for (int r = 0; r < rows; r++) {
+        if (t->mode == GEMM_ACC)
             memcpy(c + r * RLHF_LANES, t->c + (size_t)r * t->ldc, (size_t)n * sizeof *c);
+        if (t->add)
+            memcpy(add + r * RLHF_LANES, t->add + (size_t)r * t->ldc, (size_t)n * sizeof *add);
+    }
     kt->tile(rows, 1, &e);
     for (int r = 0; r < rows; r++)
         memcpy(t->c + (size_t)r * t->ldc, c + r * RLHF_LANES, (size_t)n * sizeof *c);
 }
 
-/* Rows [m0, m1) and panels [p0, p1) of the product, on the calling thread; then act on what it
- * wrote. The order of tiles decides what stays in the cache, never a bit of the result. */
-static void gemm_block(const k_table *kt, const gemm_args *g, int m0, int m1, int p0, int p1) {
-    int whole = g->n / RLHF_LANES, n0 = p0 * RLHF_LANES;
-    /* Tiles of a full height share their panels while these are in the first-level cache. */
-    int height = base_min(kt->rows, m1 - m0), step = kt->panels[height];
-    for (int p = p0; p < p1;) {
-        int w = p + step <= base_min(p1, whole) ? step : 1;
-        for (int m = m0; m < m1; m += kt->rows) {
-            int rows = base_min(kt->rows, m1 - m);
-            gemm_tile_args t = g->t;
-            t.a += (size_t)m * (g->ms ? g->ms : t.rs);
-            t.b += (size_t)p * t.bs;
-            t.c += (size_t)m * t.ldc + (size_t)p * RLHF_LANES;
-            if (t.bias) t.bias += (size_t)p * RLHF_LANES;
-            if (p >= whole) {
-                gemm_edge(kt, rows, g->n - p * RLHF_LANES, &t);
-                continue;
-            }
-            /* The last rows have a lower tile, whose width may differ from the others'. */
-            for (int done = 0; done < w;) {
-                int wide = kt->panels[rows] <= w - done ? kt->panels[rows] : 1;
-                kt->tile(rows, wide, &t);
-                done += wide;
-                t.b += (size_t)wide * t.bs;
-                t.c += (size_t)wide * RLHF_LANES;
-                if (t.bias) t.bias += (size_t)wide * RLHF_LANES;
-            }
-        }
-        p += w;
-    }
-    int n1 = base_min(p1 * RLHF_LANES, g->n);
-    if (g->act)
-        for (int m = m0; m < m1; m++)
-            g->act(n1 - n0, g->t.c + (size_t)m * g->t.ldc + n0, g->y + (size_t)m * g->ldy + n0);
+/* Width of the next tile of `rows` rows where `left` panels are left: as wide as there is, in
+ * equal pieces. */
+static int gemm_width(const k_table *kt, int rows, int left) {
+    int pieces = (left + kt->panels[rows] - 1) / kt->panels[rows];
+    return (left + pieces - 1) / pieces;
 }
 
-/* The product cut into a grid of blocks for par_for. */
+/* The product on the calling thread, B in panels (t.b); then act on what it wrote. Tiles of a full
+ * height share their panels while these are near. The order of tiles decides what stays in the
+ * cache, never a bit of the result. */
+static void gemm_block(const k_table *kt, const gemm_args *g) {
+    int whole = g->n / RLHF_LANES, height = base_min(kt->rows, g->m);
+    for (int p = 0, w; p < (int)gemm_panels(g->n); p += w) {
+        w = p < whole ? gemm_width(kt, height, whole - p) : 1;
+        for (int m = 0; m < g->m; m += kt->rows) {
+            int rows = base_min(kt->rows, g->m - m);
+            gemm_args tile = gemm_part(g, m, m + rows, p, p + w);
+            if (p < whole) kt->tile(rows, w, &tile.t);
+            else gemm_edge(kt, rows, tile.n, &tile.t);
+        }
+    }
+    for (int m = 0; g->act && m < g->m; m++)
+        g->act(g->n, g->t.c + (size_t)m * g->t.ldc, g->y + (size_t)m * g->ldy);
+}
+
+/* The product cut into a grid of blocks for par_for, and the scratch of one thread: a block of A,
+ * a group of panels of B, a block of C where the sum is cut and C is not its place. */
 typedef struct gemm_job {
     const k_table *kt;
     const gemm_args *g;
-    int rows, panels, across; /* size of a block; blocks in one row of blocks */
+    int rows, panels, down; /* size of a block; blocks in one column of blocks */
+    int depth;              /* of a part of the sum */
+    size_t a, b, c;         /* floats for each; a 0: A is read in place */
+    float *scratch;
 } gemm_job;
 
-/* Blocks [lo, hi) of the grid, counted along its rows. */
-static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
-    const gemm_job *j = arg;
-    (void)thread;
-    for (int64_t i = lo; i < hi; i++) {
-        int m = (int)(i / j->across) * j->rows, p = (int)(i % j->across) * j->panels;
-        gemm_block(j->kt, j->g, m, base_min(m + j->rows, j->g->m), p,
-                   base_min(p + j->panels, (int)gemm_panels(j->g->n)));
+/* One part of the sum of one block; k0 is its place in src. Packs what is not packed. */
+static void gemm_job_part(const gemm_job *j, gemm_args *s, float *scratch) {
+    if (j->a) {
+        gemm_pack_a(j->kt, s->t.a, s->t.cs, s->m, s->t.k, scratch);
+        s->t.a = scratch;
+        s->t.cs = (size_t)j->kt->rows;
+        s->ms = (size_t)s->t.k;
+    }
+    int panels = (int)gemm_panels(s->n), height = base_min(j->kt->rows, s->m);
+    for (int p = 0, w; p < panels; p += w) {
+        w = s->t.b ? panels : gemm_width(j->kt, height, panels - p);
+        gemm_args group = gemm_part(s, 0, s->m, p, p + w);
+        if (!s->t.b) {
+            gemm_pack_args pack = {j->kt, group.src, s->ks, s->ns, s->t.k, group.n, scratch + j->a};
+            gemm_pack_range(&pack, 0, w, 0);
+            group.t.b = pack.out;
+            group.t.bs = (size_t)s->t.k * RLHF_LANES;
+        }
+        gemm_block(j->kt, &group);
     }
 }
 
-/* The whole product, over the context's threads: four blocks for each, so that a late thread delays
- * the others little, but none smaller than one tile. */
-static void gemm_run(rlhf_ctx *ctx, const gemm_args *g) {
+/* One block: the parts of its sum in order. C carries the chain, or scratch where C holds what the
+ * sum is to be added to. */
+static void gemm_job_block(const gemm_job *j, const gemm_args *block, float *scratch) {
+    int k = block->t.k;
+    gemm_args part = *block;
+    if (j->c) {
+        part.t.c = scratch + j->a + j->b;
+        part.t.ldc = (size_t)j->panels * RLHF_LANES;
+    }
+    for (int k0 = 0; k0 == 0 || k0 < k; k0 += j->depth) {
+        gemm_args s = part;
+        s.t.k = base_min(j->depth, k - k0);
+        s.t.a += (size_t)k0 * part.t.cs;
+        if (s.t.b) s.t.b += (size_t)k0 * RLHF_LANES;
+        else s.src += (size_t)k0 * part.ks;
+        /* What follows the sum follows its last part. */
+        if (k0) s.t.mode = GEMM_ACC;
+        if (k0 + j->depth < k) s.t.bias = NULL;
+        if (k0 + j->depth < k || j->c) s.t.add = NULL, s.act = NULL;
+        gemm_job_part(j, &s, scratch);
+    }
+    for (int m = 0; j->c && m < block->m; m++) {
+        float *c = block->t.c + (size_t)m * block->t.ldc;
+        j->kt->add(block->n, part.t.c + (size_t)m * part.t.ldc, c);
+        if (block->act) block->act(block->n, c, block->y + (size_t)m * block->ldy);
+    }
+}
+
+/* Blocks [lo, hi) of the grid, counted down its columns: a thread's blocks share their panels. */
+static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    const gemm_job *j = arg;
+    for (int64_t i = lo; i < hi; i++) {
+        int m = (int)(i % j->down) * j->rows, p = (int)(i / j->down) * j->panels;
+        gemm_args block = gemm_part(j->g, m, base_min(m + j->rows, j->g->m), p,
+                                    base_min(p + j->panels, (int)gemm_panels(j->g->n)));
+        gemm_job_block(j, &block, j->scratch + (size_t)thread * (j->a + j->b + j->c));
+    }
+}
+
+/* Cuts the product into blocks: rows by the cache, then columns and if need be rows again until
+ * every thread has as many blocks as any other. Returns their number. */
+static int gemm_cut(rlhf_ctx *ctx, gemm_job *j) {
+    const gemm_args *g = j->g;
+    int panels = (int)gemm_panels(g->n), step = j->kt->panels[base_min(j->kt->rows, g->m)];
+    int fit = (int)(ctx->cache / 2 / sizeof(float) / (size_t)base_max(j->depth, 1));
+    int down = (g->m + base_max(fit, 96) - 1) / base_max(fit, 96), across = ctx->threads;
+    if (g->t.b && !j->a) down = (g->m + 95) / 96; /* nothing is packed twice */
+    across /= base_gcd(across, down);
+    across = base_max(1, base_min(across, (panels + step - 1) / step));
+    while (down * across % ctx->threads && g->m >= 64 * down) down++;
+    /* Blocks of equal size, in whole tiles. */
+    j->rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)j->kt->rows);
+    j->panels = (panels + across - 1) / across;
+    if (panels >= 4 * step * across) j->panels = (j->panels + step - 1) / step * step;
+    j->down = (g->m + j->rows - 1) / j->rows;
+    return j->down * ((panels + j->panels - 1) / j->panels);
+}
+
+/* The whole product, over the context's threads; scratch comes from ws. */
+static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     if (g->m <= 0 || g->n <= 0) return;
     const k_table *kt = ctx->k;
-    int panels = (int)gemm_panels(g->n);
-    int rows = base_min(g->m, 96); /* rows of A that stay in the second-level cache */
-    int down = (g->m + rows - 1) / rows, across = 1;
-    if ((double)g->m * g->n * g->t.k < 262144.0) { /* a fork costs more than the work */
-        gemm_block(kt, g, 0, g->m, 0, panels);
-        return;
-    }
-    /* 96 rows are whole tiles of every height, which packed tiles of A ask for. */
-    if (ctx->threads > 1) across = (4 * ctx->threads + down - 1) / down;
-    int wide = base_max((panels + across - 1) / across, kt->panels[base_min(rows, kt->rows)]);
-    across = (panels + wide - 1) / wide;
-    gemm_job job = {kt, g, rows, wide, across};
-    par_for(ctx, (int64_t)down * across, 1, gemm_job_range, &job);
+    int k = g->t.k,
+        small = (double)g->m * g->n * k < 262144.0; /* a fork costs more than the work */
+    gemm_job j = {.kt = kt, .g = g, .rows = g->m, .panels = (int)gemm_panels(g->n), .down = 1};
+    /* Panels that are ready run over all of k; so does what has no more than twice the depth. */
+    int parts = g->t.b ? 1 : base_max(1, k / GEMM_DEPTH);
+    j.depth = base_max(1, (k + parts - 1) / parts);
+    /* A's columns are packed unless there are too few tiles for that to pay. */
+    int by_columns = g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4;
+    j.a = by_columns;
+    int blocks = small ? 1 : gemm_cut(ctx, &j);
+    if (j.a) j.a = base_round_up((size_t)j.rows, (size_t)kt->rows) * (size_t)j.depth;
+    if (!g->t.b) j.b = (size_t)GEMM_MAX_PANELS * RLHF_LANES * (size_t)j.depth;
+    if (parts > 1 && g->t.add == g->t.c) j.c = (size_t)j.rows * (size_t)j.panels * RLHF_LANES;
+    arena_mark mark = arena_save(ws);
+    j.scratch = arena_floats(ws, j.a + j.b + j.c, (size_t)(blocks > 1 ? ctx->threads : 1));
+    if (blocks > 1) par_for(ctx, blocks, 1, gemm_job_range, &j);
+    else gemm_job_range(&j, 0, 1, 0);
+    arena_restore(ws, mark);
 }
 
 /* ============================================================================================
@@ -2328,8 +2659,8 @@ static void op_norm_bwd(op_env *e, op_norm *o) {
 /* ---- linear ---- */
 
 /* y = x W^T + b with W [n][k], as PyTorch's Linear holds it. packed is W^T in panels
- * [gemm_packed_size(k, n)], kept by the model; gw [n][k] and gb [n] are null where nothing is
- * trained. */
+ * [gemm_packed_size(k, n)], kept by the model for products of few rows, or null; gw [n][k] and gb
+ * [n] are null where nothing is trained. */
 typedef struct op_weight {
     int n, k;
     int ld; /* floats from one row of y or dy to the next; 0: n */
@@ -2339,12 +2670,12 @@ typedef struct op_weight {
 
 static size_t op_ld(const op_weight *w) { return (size_t)(w->ld ? w->ld : w->n); }
 
-/* y [m][n] = x [m][k] W^T + b; mode GEMM_ADD adds that to y, a residual connection. act, if not
- * null, also writes z [m][n] = act(y). */
-static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y, int mode,
-                      k_map_fn *act, float *z) {
+/* y [m][n] = x [m][k] W^T + b, and then add [m][n], a residual connection, unless it is null (it
+ * may be y). act, if not null, also writes z [m][n] = act(y). */
+static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y,
+                      const float *add, k_map_fn *act, float *z) {
     gemm_args g = {.m = m, .n = w->n, .act = act, .y = z, .ldy = op_ld(w)};
-    /* A is x as it lies, B the packed W^T. */
+    /* A is x as it lies, B is W^T. */
     g.t = (gemm_tile_args){.k = w->k,
                            .a = x,
                            .rs = (size_t)w->k,
@@ -2353,9 +2684,10 @@ static void op_linear(op_env *e, const op_weight *w, int m, const float *x, floa
                            .bs = (size_t)w->k * RLHF_LANES,
                            .c = y,
                            .ldc = op_ld(w),
-                           .mode = mode,
-                           .bias = w->b};
-    gemm_run(e->ctx, &g);
+                           .bias = w->b,
+                           .add = add};
+    g.src = w->w, g.ks = 1, g.ns = (size_t)w->k;
+    gemm_run(e->ctx, e->ws, &g);
 }
 
 /* Column sums: y [n] += sum over rows of x [rows][n]. */
@@ -2374,62 +2706,30 @@ static void op_cols_range(void *arg, int64_t lo, int64_t hi, int thread) {
         o->k->add((int)(hi - lo), o->x + (size_t)r * (size_t)o->n + lo, o->y + lo);
 }
 
-/* gw [n][k] += dy^T x and gb [n] += column sums of dy, over m rows. x becomes B, packed with rows
- * as k; the sum over rows is then a GEMM_ACC chain that continues what gw holds. */
+/* gw [n][k] += dy^T x and gb [n] += column sums of dy, over m rows: A is dy^T, B is x, and the sum
+ * over rows a GEMM_ACC chain that continues what gw holds. */
 static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x, const float *dy) {
     if (!w->gw) return;
-    arena_mark mark = arena_save(e->ws);
-    float *packed = arena_floats(e->ws, gemm_packed_size(m, w->k), 1);
-    gemm_pack(e->ctx, x, (size_t)w->k, 1, m, w->k, packed);
-    gemm_args g = {.m = w->n, .n = w->k};
-    const float *a = dy;
-    size_t cs = op_ld(w);
-    /* dy's columns are A's rows: packed, unless there are too few tiles for that to pay. */
-    if (w->n > 4 * e->ctx->k->rows) {
-        float *tiles = arena_floats(e->ws, gemm_packed_a_size(e->ctx->k, w->n, m), 1);
-        gemm_pack_a(e->ctx, dy, cs, w->n, m, tiles);
-        a = tiles;
-        cs = (size_t)e->ctx->k->rows;
-        g.ms = (size_t)m;
-    }
+    gemm_args g = {.m = w->n, .n = w->k, .src = x, .ks = (size_t)w->k, .ns = 1};
     g.t = (gemm_tile_args){.k = m,
-                           .a = a,
+                           .a = dy,
                            .rs = 1,
-                           .cs = cs,
-                           .b = packed,
-                           .bs = (size_t)m * RLHF_LANES,
+                           .cs = op_ld(w),
                            .c = w->gw,
                            .ldc = (size_t)w->k,
                            .mode = GEMM_ACC};
-    gemm_run(e->ctx, &g);
-    arena_restore(e->ws, mark);
+    gemm_run(e->ctx, e->ws, &g);
     if (!w->gb) return;
     op_cols o = {e->ctx->k, dy, w->gb, m, (int)op_ld(w)};
     par_for(e->ctx, w->n, op_col_grain(m), op_cols_range, &o);
 }
 
-/* dx [m][k] = dy [m][n] W, overwritten. packed_w is W in panels [gemm_packed_size(n, k)], or null:
- * packed here. A caller with several chunks of rows packs once. */
-static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *dy, float *dx,
-                            const float *packed_w) {
-    arena_mark mark = arena_save(e->ws);
-    if (!packed_w) {
-        float *p = arena_floats(e->ws, gemm_packed_size(w->n, w->k), 1);
-        gemm_pack(e->ctx, w->w, (size_t)w->k, 1, w->n, w->k, p);
-        packed_w = p;
-    }
-    gemm_args g = {.m = m, .n = w->k};
-    /* A is dy as it lies, B the packed W. */
-    g.t = (gemm_tile_args){.k = w->n,
-                           .a = dy,
-                           .rs = op_ld(w),
-                           .cs = 1,
-                           .b = packed_w,
-                           .bs = (size_t)w->n * RLHF_LANES,
-                           .c = dx,
-                           .ldc = (size_t)w->k};
-    gemm_run(e->ctx, &g);
-    arena_restore(e->ws, mark);
+/* dx [m][k] = dy [m][n] W, overwritten: A is dy as it lies, B is W. */
+static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *dy, float *dx) {
+    gemm_args g = {.m = m, .n = w->k, .src = w->w, .ks = (size_t)w->k, .ns = 1};
+    g.t =
+        (gemm_tile_args){.k = w->n, .a = dy, .rs = op_ld(w), .cs = 1, .c = dx, .ldc = (size_t)w->k};
+    gemm_run(e->ctx, e->ws, &g);
 }
 
 /* ---- embedding ---- */
@@ -2563,7 +2863,7 @@ typedef struct op_attn {
     float *o;                   /* [rows][heads hd] */
     float *lse;                 /* [rows][heads]; null where no backward follows */
     const float *dout;          /* [rows][heads hd] */
-    float *dqkv;                /* as qkv, zeroed by the caller */
+    float *dqkv;                /* as qkv, overwritten */
     const float *cosine, *sine; /* [positions][hd/2]; null: no rotary positions */
     const int32_t *pos;         /* [rows] */
     float sign;                 /* of the rotation */
@@ -2616,6 +2916,8 @@ static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
             a->qkv + (size_t)(s->row + r) * (size_t)op_attn_width(a) + (size_t)(a->heads + g) * hd;
         const float *v = k + (size_t)a->kv_heads * hd;
         float *out = kp + pos / RLHF_LANES * hd * RLHF_LANES + pos % RLHF_LANES;
+        /* A product reads whole panels of keys: those to come are zeros, and take no part. */
+        if (pos % RLHF_LANES == 0) memset(out, 0, hd * RLHF_LANES * sizeof *out);
         for (size_t j = 0; j < hd; j++) out[j * RLHF_LANES] = k[j];
         for (size_t j = 0; j < hd; j++)
             vp[j / RLHF_LANES * cap * RLHF_LANES + pos * RLHF_LANES + j % RLHF_LANES] = v[j];
@@ -2655,7 +2957,7 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
                                 .bs = (size_t)hd * RLHF_LANES,
                                 .c = sc,
                                 .ldc = OP_KEYS};
-        gemm_block(a->kt, &ga, 0, n, 0, (int)gemm_panels(keys));
+        gemm_block(a->kt, &ga);
         /* Query r sees keys up to its own position; the rest of its row becomes 0. */
         for (int r = 0; r < n; r++) {
             int see = base_max(0, base_min(keys, s->past + q0 + r + 1 - k0));
@@ -2677,7 +2979,7 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
                                 .c = o,
                                 .ldc = ldo,
                                 .mode = GEMM_ACC};
-        gemm_block(a->kt, &gv, 0, n, 0, (int)gemm_panels(hd));
+        gemm_block(a->kt, &gv);
     }
     /* The division by the sum comes last: one for each output. */
     for (int r = 0; r < n; r++) {
@@ -2747,8 +3049,9 @@ static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
 }
 
 /* Packs B[k][n] on the calling thread. */
-static void op_pack_here(const float *b, size_t ks, size_t ns, int k, int n, float *out) {
-    gemm_pack_args g = {b, ks, ns, k, n, out};
+static void op_pack_here(const k_table *kt, const float *b, size_t ks, size_t ns, int k, int n,
+                         float *out) {
+    gemm_pack_args g = {kt, b, ks, ns, k, n, out};
     gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
 }
 
@@ -2776,13 +3079,13 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
                             .bs = (size_t)hd * RLHF_LANES,
                             .c = b->p,
                             .ldc = OP_KEYS};
-    gemm_block(a->kt, &ga, 0, nq, 0, np);
+    gemm_block(a->kt, &ga);
     /* dP = dO V^T */
     ga.t.a = a->dout + (size_t)(s->row + q0) * ldo + qcol;
     ga.t.rs = ldo;
     ga.t.b = b->vk + (size_t)k0 * (size_t)hd;
     ga.t.c = b->dp;
-    gemm_block(a->kt, &ga, 0, nq, 0, np);
+    gemm_block(a->kt, &ga);
     /* P and dS, 0 where the query does not see the key. */
     for (int r = 0; r < nq; r++) {
         int see = base_max(0, base_min(nk, q0 + r + 1 - k0));
@@ -2793,7 +3096,6 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
         memset(p + see, 0, (size_t)(nk - see) * sizeof *p);
         memset(dp + see, 0, (size_t)(nk - see) * sizeof *dp);
     }
-    int hp = (int)gemm_panels(hd);
     gemm_args gq = {.m = nq, .n = hd}; /* for dQ */
     gq.t = (gemm_tile_args){.k = nk,
                             .a = b->dp,
@@ -2804,8 +3106,8 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
                             .c = a->dqkv + (size_t)(s->row + q0) * ldq + qcol,
                             .ldc = ldq,
                             .mode = GEMM_ACC};
-    gemm_block(a->kt, &gq, 0, nq, 0, hp); /* dQ += dS K */
-    gemm_args gk = {.m = nk, .n = hd};    /* for dK, then dV */
+    gemm_block(a->kt, &gq);            /* dQ += dS K */
+    gemm_args gk = {.m = nk, .n = hd}; /* for dK, then dV */
     gk.t = (gemm_tile_args){.k = nq,
                             .a = b->dp,
                             .rs = 1,
@@ -2815,17 +3117,18 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
                             .c = a->dqkv + (size_t)(s->row + k0) * ldq + kcol,
                             .ldc = ldq,
                             .mode = GEMM_ACC};
-    gemm_block(a->kt, &gk, 0, nk, 0, hp); /* dK += dS^T Q */
+    gemm_block(a->kt, &gk); /* dK += dS^T Q */
     gk.t.a = b->p;
     gk.t.b = b->dout + (size_t)q0 * RLHF_LANES;
     gk.t.c = a->dqkv + (size_t)(s->row + k0) * ldq + vcol;
-    gemm_block(a->kt, &gk, 0, nk, 0, hp); /* dV += P^T dO */
+    gemm_block(a->kt, &gk); /* dV += P^T dO */
 }
 
 /* Packs B[k][n] whose panels are `rows` long rather than k. */
-static void op_pack_rows(const float *b, size_t ks, int k, int n, size_t rows, float *out) {
+static void op_pack_rows(const k_table *kt, const float *b, size_t ks, int k, int n, size_t rows,
+                         float *out) {
     for (int p = 0; p < (int)gemm_panels(n); p++)
-        op_pack_here(b + p * RLHF_LANES, ks, 1, k, base_min(RLHF_LANES, n - p * RLHF_LANES),
+        op_pack_here(kt, b + p * RLHF_LANES, ks, 1, k, base_min(RLHF_LANES, n - p * RLHF_LANES),
                      out + (size_t)p * rows * RLHF_LANES);
 }
 
@@ -2842,14 +3145,21 @@ static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
         op_attn_bwd_scratch b =
             op_attn_bwd_layout(s->n, hd, a->scratch + (size_t)thread * a->scratch_size);
         const float *x = a->qkv + (size_t)s->row * ldq, *k = x + (a->heads + g) * hd;
+        /* The group's columns of the gradient, which the tiles add to. */
+        for (int r = 0; r < s->n; r++) {
+            float *d = a->dqkv + (size_t)(s->row + r) * ldq;
+            memset(d + g * of * hd, 0, (size_t)(of * hd) * sizeof *d);
+            memset(d + (a->heads + g) * hd, 0, (size_t)hd * sizeof *d);
+            memset(d + (a->heads + a->kv_heads + g) * hd, 0, (size_t)hd * sizeof *d);
+        }
         /* V^T and K, once for the group; then Q, dO and D for each of its heads. */
-        op_pack_here(k + a->kv_heads * hd, 1, ldq, hd, s->n, b.vk);
-        op_pack_rows(k, ldq, s->n, hd, rows, b.kv);
+        op_pack_here(a->kt, k + a->kv_heads * hd, 1, ldq, hd, s->n, b.vk);
+        op_pack_rows(a->kt, k, ldq, s->n, hd, rows, b.kv);
         for (int h = g * of; h < (g + 1) * of; h++) {
             const float *dout = a->dout + (size_t)s->row * ldo + h * hd;
             const float *o = a->o + (size_t)s->row * ldo + h * hd;
-            op_pack_rows(x + h * hd, ldq, s->n, hd, rows, b.q);
-            op_pack_rows(dout, ldo, s->n, hd, rows, b.dout);
+            op_pack_rows(a->kt, x + h * hd, ldq, s->n, hd, rows, b.q);
+            op_pack_rows(a->kt, dout, ldo, s->n, hd, rows, b.dout);
             for (int r = 0; r < s->n; r++)
                 b.d[r] = a->kt->dot(hd, dout + (size_t)r * ldo, o + (size_t)r * ldo);
             for (int q = 0; q < s->n; q += OP_QUERIES)
@@ -2859,7 +3169,7 @@ static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* dqkv += from dout, for whole sequences (past 0) whose forward pass kept qkv, o, lse and keys in
+/* dqkv from dout, for whole sequences (past 0) whose forward pass kept qkv, o, lse and keys in
  * kv; before op_rope with sign -1. Scratch grows with the longest sequence, not with its square. */
 static void op_attn_bwd(op_env *e, op_attn *a) {
     arena_mark mark = arena_save(e->ws);
@@ -2898,11 +3208,12 @@ typedef struct op_vocab {
     float *lse, *coef, *kl, *other_logp; /* [rows of the chunk] */
 } op_vocab;
 
-/* Rows of logits held at once: about 4 MiB, so that they stay near the cores; a multiple of the
- * tallest tile. Part of no result: a row's numbers do not depend on its neighbours. */
-static int op_vocab_chunk(int vocab) {
-    int rows = (1 << 20) / vocab / 12 * 12;
-    return base_max(24, base_min(rows, 480));
+/* Rows of logits held at once: at most 64 MiB and 512 rows, in equal chunks. A chunk reads W and
+ * its gradient once, from memory; more rows share that. Part of no result: a row's numbers do not
+ * depend on its neighbours. */
+static int op_vocab_chunk(int vocab, int rows) {
+    int most = base_max(24, base_min((1 << 24) / vocab, 512)), chunks = (rows + most - 1) / most;
+    return chunks ? (int)base_round_up((size_t)((rows + chunks - 1) / chunks), 8) : 1;
 }
 
 /* Log-probability, entropy and hit of rows [lo, hi), and what compares them with `other`. */
@@ -2959,22 +3270,16 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
                          const int32_t *target, float scale, const op_rows *out, op_coef_fn *coef,
                          void *user, float *dx) {
     arena_mark mark = arena_save(e->ws);
-    int chunk = base_min(op_vocab_chunk(w->n), base_max(rows, 1));
+    int chunk = op_vocab_chunk(w->n, rows);
     op_weight lw = op_vocab_weight(w);
     op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale};
     v.logits = arena_floats(e->ws, (size_t)chunk, v.ld);
     v.lse = arena_floats(e->ws, (size_t)chunk, 2);
     v.coef = v.lse + chunk;
-    /* Every chunk's dx needs W in panels of the other kind. */
-    float *packed = NULL;
-    if (coef) {
-        packed = arena_floats(e->ws, gemm_packed_size(w->n, w->k), 1);
-        gemm_pack(e->ctx, w->w, (size_t)w->k, 1, w->n, w->k, packed);
-    }
     for (int r = 0; r < rows; r += chunk) {
         int n = base_min(chunk, rows - r);
         const float *xr = x + (size_t)r * (size_t)w->k;
-        op_linear(e, &lw, n, xr, v.logits, GEMM_STORE, NULL, NULL);
+        op_linear(e, &lw, n, xr, v.logits, NULL, NULL, NULL);
         v.target = target + r;
         v.out = op_rows_at(out, r);
         par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_stats, &v);
@@ -2982,7 +3287,7 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
         if (!coef) continue;
         coef(user, r, n, &v.out, v.coef);
         par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_grad, &v);
-        op_linear_bwd_x(e, &lw, n, v.logits, dx + (size_t)r * (size_t)w->k, packed);
+        op_linear_bwd_x(e, &lw, n, v.logits, dx + (size_t)r * (size_t)w->k);
         op_linear_bwd_w(e, &lw, n, xr, v.logits);
     }
     arena_restore(e->ws, mark);
@@ -2995,7 +3300,7 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
                              const float *x2, int rows, const int32_t *target, float scale,
                              const op_rows *out, float *kl, float *other_logp) {
     arena_mark mark = arena_save(e->ws);
-    int chunk = base_min(op_vocab_chunk(w->n), base_max(rows, 1));
+    int chunk = op_vocab_chunk(w->n, rows);
     op_weight lw = op_vocab_weight(w), lw2 = op_vocab_weight(w2);
     op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale};
     v.logits = arena_floats(e->ws, (size_t)chunk, v.ld);
@@ -3004,8 +3309,8 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
     /* Both models' logits of the same rows side by side. */
     for (int r = 0; r < rows; r += chunk) {
         int n = base_min(chunk, rows - r);
-        op_linear(e, &lw, n, x + (size_t)r * (size_t)w->k, v.logits, GEMM_STORE, NULL, NULL);
-        op_linear(e, &lw2, n, x2 + (size_t)r * (size_t)w2->k, v.other, GEMM_STORE, NULL, NULL);
+        op_linear(e, &lw, n, x + (size_t)r * (size_t)w->k, v.logits, NULL, NULL, NULL);
+        op_linear(e, &lw2, n, x2 + (size_t)r * (size_t)w2->k, v.other, NULL, NULL, NULL);
         v.target = target + r;
         v.out = op_rows_at(out, r);
         v.kl = kl ? kl + r : NULL;
@@ -3039,8 +3344,8 @@ typedef struct io_file {
 } io_file;
 
 /* Throws "PATH: cannot VERB: reason"; error is an errno. */
-__attribute__((noreturn))
-static void io_fail(rlhf_ctx *ctx, const char *verb, const char *path, int error) {
+__attribute__((noreturn)) static void io_fail(rlhf_ctx *ctx, const char *verb, const char *path,
+                                              int error) {
     err_throw(ctx, RLHF_ERR_IO, "%s: cannot %s: %s", path, verb, strerror(error));
 }
 
@@ -3080,9 +3385,7 @@ static void io_mkdirs(rlhf_ctx *ctx, const char *dir) {
 }
 
 /* For err_defer, as are io_unmap and io_discard. */
-static void io_close_gz(void *gz) {
-    gzclose((gzFile)gz);
-}
+static void io_close_gz(void *gz) { gzclose((gzFile)gz); }
 
 /* The whole file as a NUL-terminated block of *len bytes; gzip is recognised by its first bytes.
  * More than limit bytes (unpacked) are an error. */
@@ -3232,9 +3535,7 @@ static json_src json_source(rlhf_ctx *ctx, const char *file) {
 }
 
 /* For err_defer. */
-static void json_drop(void *value) {
-    json_decref(value);
-}
+static void json_drop(void *value) { json_decref(value); }
 
 /* Gives the reference to the defer stack. null, jansson's only error when building, is thrown. */
 static json_t *json_hold(rlhf_ctx *ctx, json_t *value) {
@@ -3290,9 +3591,8 @@ static const char *json_place(const json_src *src, char *out, size_t size) {
 }
 
 /* Throws: the key is missing (found null) or has the wrong value. */
-__attribute__((noreturn))
-static void json_bad(const json_src *src, const char *key, const json_t *found,
-                     const char *expected) {
+__attribute__((noreturn)) static void json_bad(const json_src *src, const char *key,
+                                               const json_t *found, const char *expected) {
     char place[512], value[80];
     json_place(src, place, sizeof place);
     if (!found || json_is_null(found))
@@ -3423,27 +3723,27 @@ static void json_write_file(rlhf_ctx *ctx, const char *path, const json_t *value
  * ============================================================================================ */
 
 enum {
-    TOK_CACHE = 1 << 15,   /* words whose ids are remembered; a power of two */
-    TOK_CACHE_KEY = 26,    /* longest such word in bytes, and its longest ids: 64 bytes an entry */
+    TOK_CACHE = 1 << 15, /* words whose ids are remembered; a power of two */
+    TOK_CACHE_KEY = 26,  /* longest such word in bytes, and its longest ids: 64 bytes an entry */
     TOK_CACHE_IDS = 9,
-    TOK_MAX_ID = 1 << 24,  /* ids beyond are a damaged file, not a vocabulary */
-    TOK_MAX_STEPS = 256,   /* of a tokenizer: encoding recurses once for each */
-    TOK_MIN_PAIRS = 2,     /* training merges no pair that occurs less often */
-    TOK_BYTE_CPS = 324     /* one more than the largest character that stands for a byte */
+    TOK_MAX_ID = 1 << 24, /* ids beyond are a damaged file, not a vocabulary */
+    TOK_MAX_STEPS = 256,  /* of a tokenizer: encoding recurses once for each */
+    TOK_MIN_PAIRS = 2,    /* training merges no pair that occurs less often */
+    TOK_BYTE_CPS = 324    /* one more than the largest character that stands for a byte */
 };
 
 /* Kinds of steps. Encoding: text is cut (ADDED, SPLIT) or rewritten. Decoding: lists of tokens. */
 enum {
-    TOK_ADDED,     /* cut out added tokens; mode: 0 those matched as written, 1 the normalized */
-    TOK_SPLIT,     /* cut at matches of re; mode: behavior; flag: at what does not match */
-    TOK_UNICODE,   /* mode: utf8proc's options for the normal form */
-    TOK_REPLACE,   /* matches of re by text; decoding: in each token */
-    TOK_PREFIX,    /* put text before; mode: always, unless there, also only at the start */
-    TOK_BYTES,     /* decode: characters that stand for bytes */
-    TOK_FALLBACK,  /* decode: <0xHH> tokens */
-    TOK_FUSE,      /* decode: all tokens become one */
-    TOK_STRIP,     /* decode: text off the ends, at most mode and flag times */
-    TOK_METASPACE  /* decode: text is a space; mode: it vanishes from the first token */
+    TOK_ADDED,    /* cut out added tokens; mode: 0 those matched as written, 1 the normalized */
+    TOK_SPLIT,    /* cut at matches of re; mode: behavior; flag: at what does not match */
+    TOK_UNICODE,  /* mode: utf8proc's options for the normal form */
+    TOK_REPLACE,  /* matches of re by text; decoding: in each token */
+    TOK_PREFIX,   /* put text before; mode: always, unless there, also only at the start */
+    TOK_BYTES,    /* decode: characters that stand for bytes */
+    TOK_FALLBACK, /* decode: <0xHH> tokens */
+    TOK_FUSE,     /* decode: all tokens become one */
+    TOK_STRIP,    /* decode: text off the ends, at most mode and flag times */
+    TOK_METASPACE /* decode: text is a space; mode: it vanishes from the first token */
 };
 enum { TOK_ALWAYS, TOK_UNLESS, TOK_FIRST };
 enum { TOK_ISOLATED, TOK_REMOVED, TOK_CONTIGUOUS, TOK_WITH_PREVIOUS, TOK_WITH_NEXT };
@@ -3491,9 +3791,18 @@ typedef struct tok_cached {
 _Static_assert(sizeof(tok_cached) == 64, "one cache line");
 
 /* Entries of stb_ds's tables. */
-typedef struct tok_word_id { char *key; int32_t value; } tok_word_id;
-typedef struct tok_char_id { uint32_t key; int32_t value; } tok_char_id;
-typedef struct tok_pair_rank { uint64_t key; int32_t value; } tok_pair_rank;
+typedef struct tok_word_id {
+    char *key;
+    int32_t value;
+} tok_word_id;
+typedef struct tok_char_id {
+    uint32_t key;
+    int32_t value;
+} tok_char_id;
+typedef struct tok_pair_rank {
+    uint64_t key;
+    int32_t value;
+} tok_pair_rank;
 
 /* Everything is fixed once tok_parse returns, except the cache. */
 struct rlhf_tokenizer {
@@ -3501,27 +3810,27 @@ struct rlhf_tokenizer {
     char *json, *config, *jinja; /* the files as read; saved as they were. null: there was none */
     size_t json_len, config_len, jinja_len;
     pcre2_general_context *pcre;
-    tok_piece *pieces;           /* [vocab_size] */
-    int vocab_size;              /* largest id + 1 */
-    char *blob;                  /* texts of the model's pieces */
-    tok_word_id *words;          /* stb_ds: text -> id, of the model's pieces */
-    tok_char_id *chars;          /* stb_ds: code point -> id, of pieces of one character */
-    tok_pair_rank *ranks;        /* stb_ds: (left id << 32 | right id) -> index in rules */
+    tok_piece *pieces;    /* [vocab_size] */
+    int vocab_size;       /* largest id + 1 */
+    char *blob;           /* texts of the model's pieces */
+    tok_word_id *words;   /* stb_ds: text -> id, of the model's pieces */
+    tok_char_id *chars;   /* stb_ds: code point -> id, of pieces of one character */
+    tok_pair_rank *ranks; /* stb_ds: (left id << 32 | right id) -> index in rules */
     tok_rule *rules;
-    tok_added *added;            /* stb_ds; those of mode 0, then 1; by first byte, longest first */
-    int bucket[2][257];          /* where each first byte begins in added */
-    tok_step *steps, *decoders;  /* stb_ds */
-    char **texts;                /* stb_ds: strings that steps point at */
-    int32_t *before, *after;     /* stb_ds: ids the post-processor adds */
-    int32_t byte_id[256];        /* of the byte's character, or of <0xHH> */
-    uint16_t byte_cp[256];       /* the character that stands for a byte (GPT-2) */
+    tok_added *added;           /* stb_ds; those of mode 0, then 1; by first byte, longest first */
+    int bucket[2][257];         /* where each first byte begins in added */
+    tok_step *steps, *decoders; /* stb_ds */
+    char **texts;               /* stb_ds: strings that steps point at */
+    int32_t *before, *after;    /* stb_ds: ids the post-processor adds */
+    int32_t byte_id[256];       /* of the byte's character, or of <0xHH> */
+    uint16_t byte_cp[256];      /* the character that stands for a byte (GPT-2) */
     int16_t cp_byte[TOK_BYTE_CPS];
     int byte_level, byte_fallback, fuse_unk, ignore_merges;
-    int unk, eos, bos;           /* -1: none */
-    int longest;                 /* bytes of the longest piece */
-    int cut;                     /* no merge joins anything with a U+2581 after it */
-    int chat;                    /* index in tok_chats; -1: a template that is not known here */
-    tok_cached *cache;           /* [TOK_CACHE], by hash */
+    int unk, eos, bos; /* -1: none */
+    int longest;       /* bytes of the longest piece */
+    int cut;           /* no merge joins anything with a U+2581 after it */
+    int chat;          /* index in tok_chats; -1: a template that is not known here */
+    tok_cached *cache; /* [TOK_CACHE], by hash */
 };
 
 /* Growable ids. The memory is blocks of the context: it belongs to the call that made it. */
@@ -3696,8 +4005,8 @@ static pcre2_code *tok_compile(rlhf_tokenizer *t, const json_src *src, const cha
     pcre2_compile_context *cc = pcre2_compile_context_create(t->pcre);
     if (!cc) err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a pattern");
     uint32_t flags = PCRE2_UTF | PCRE2_NO_UTF_CHECK | (literal ? PCRE2_LITERAL : PCRE2_UCP);
-    pcre2_code *re = pcre2_compile((PCRE2_SPTR)text, literal ? n : strlen(text), flags, &error, &at,
-                                   cc);
+    pcre2_code *re =
+        pcre2_compile((PCRE2_SPTR)text, literal ? n : strlen(text), flags, &error, &at, cc);
     pcre2_compile_context_free(cc);
     mem_free(text);
     if (!re && error == PCRE2_ERROR_HEAP_FAILED)
@@ -3733,7 +4042,10 @@ typedef struct tok_heap {
 } tok_heap;
 
 /* A word of the training text and how often it occurs. */
-typedef struct tok_count { char *key; int64_t value; } tok_count;
+typedef struct tok_count {
+    char *key;
+    int64_t value;
+} tok_count;
 
 /* The state of one call. */
 typedef struct tok_enc {
@@ -3751,10 +4063,10 @@ typedef struct tok_enc {
 typedef struct tok_cursor {
     const char *s;
     size_t n;
-    size_t at, search;      /* given out up to at; matches are sought from search on */
-    size_t m_lo, m_hi;      /* a match that is not yet given out */
+    size_t at, search; /* given out up to at; matches are sought from search on */
+    size_t m_lo, m_hi; /* a match that is not yet given out */
     int m_id, found;
-    size_t r_lo, r_hi;      /* a part read ahead, when held */
+    size_t r_lo, r_hi; /* a part read ahead, when held */
     int r_flag, held;
     size_t lo, hi;
     int id;
@@ -3784,8 +4096,7 @@ static int tok_next_raw(tok_enc *e, const tok_step *st, tok_cursor *c) {
         if (c->at == c->n) return 0;
         c->found = 1;
         c->m_lo = c->m_hi = c->n;
-        if (c->search < c->n &&
-            tok_match(e, st->re, c->s, c->n, c->search, &c->m_lo, &c->m_hi)) {
+        if (c->search < c->n && tok_match(e, st->re, c->s, c->n, c->search, &c->m_lo, &c->m_hi)) {
             uint32_t cp;
             c->search = c->m_hi;
             if (c->m_lo == c->m_hi && c->search < c->n)
@@ -4259,8 +4570,10 @@ static int tok_byte_token(const char *s, size_t n) {
     if (n != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>') return -1;
     int v = 0;
     for (int i = 3; i < 5; i++) {
-        int c = s[i], d = c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                        : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+        int c = s[i], d = c >= '0' && c <= '9'   ? c - '0'
+                          : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                          : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                                                 : -1;
         if (d < 0) return -1;
         v = v * 16 + d;
     }
@@ -4430,8 +4743,8 @@ static void tok_free(void *tokenizer) {
 }
 
 /* Throws RLHF_ERR_UNSUPPORTED about a key's value. */
-__attribute__((noreturn))
-static void tok_unsupported(const json_src *src, const char *key, const json_t *value) {
+__attribute__((noreturn)) static void tok_unsupported(const json_src *src, const char *key,
+                                                      const json_t *value) {
     char text[80];
     err_throw(src->ctx, RLHF_ERR_UNSUPPORTED, "%s: key \"%s%s\": %s is not supported", src->file,
               src->at, key, json_show(value, text, sizeof text));
@@ -4448,8 +4761,8 @@ static const char *tok_keep(rlhf_tokenizer *t, const char *s, size_t n) {
 /* Appends a step. The pointer is good until the next one is appended. */
 static tok_step *tok_add_step(tok_step **steps, int kind, int mode, int flag) {
     if (stbds_arrlen(*steps) >= TOK_MAX_STEPS)
-        err_throw(base_current, RLHF_ERR_UNSUPPORTED,
-                  "more than %d normalizers and pre-tokenizers", (int)TOK_MAX_STEPS);
+        err_throw(base_current, RLHF_ERR_UNSUPPORTED, "more than %d normalizers and pre-tokenizers",
+                  (int)TOK_MAX_STEPS);
     stbds_arrput(*steps, ((tok_step){.kind = kind, .mode = mode, .flag = flag, .text = ""}));
     return &stbds_arrlast(*steps);
 }
@@ -4479,10 +4792,10 @@ static int tok_choice(const char *name, const char *const *names) {
 /* "normalizer": unicode normal forms, Prepend, Replace, and lists of them; null is none. */
 static void tok_load_normalizer(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
     static const char *const forms[] = {"NFC", "NFD", "NFKC", "NFKD", NULL};
-    static const int options[] = {
-        UTF8PROC_STABLE | UTF8PROC_COMPOSE, UTF8PROC_STABLE | UTF8PROC_DECOMPOSE,
-        UTF8PROC_STABLE | UTF8PROC_COMPOSE | UTF8PROC_COMPAT,
-        UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | UTF8PROC_COMPAT};
+    static const int options[] = {UTF8PROC_STABLE | UTF8PROC_COMPOSE,
+                                  UTF8PROC_STABLE | UTF8PROC_DECOMPOSE,
+                                  UTF8PROC_STABLE | UTF8PROC_COMPOSE | UTF8PROC_COMPAT,
+                                  UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | UTF8PROC_COMPAT};
     /* utf8proc's options; STABLE forbids compositions that later Unicode versions brought. */
     if (!v) return;
     const char *type = json_need_str(src, v, "type");
@@ -4530,7 +4843,7 @@ static void tok_load_metaspace(rlhf_tokenizer *t, const json_src *src, const jso
 
 /* "pre_tokenizer": ByteLevel, Split, Digits, Metaspace, and lists of them. */
 static void tok_load_pre(rlhf_tokenizer *t, const json_src *src, const json_t *v) {
-    static const char *const behaviors[] = {"Isolated", "Removed", "Contiguous",
+    static const char *const behaviors[] = {"Isolated",           "Removed",        "Contiguous",
                                             "MergedWithPrevious", "MergedWithNext", NULL};
     if (!v) return;
     const char *type = json_need_str(src, v, "type");
@@ -4716,7 +5029,8 @@ static void tok_load_merges(rlhf_tokenizer *t, const json_src *src, const json_t
         if (r.left < 0 || r.right < 0 || r.id < 0)
             err_throw(t->ctx, src->status,
                       "%s: key \"model.merges\", number %zu: \"%.*s\" + \"%s\" is not in the "
-                      "vocabulary", src->file, i, (int)n_left, left, right);
+                      "vocabulary",
+                      src->file, i, (int)n_left, left, right);
         t->rules[i] = r;
         stbds_hmput(t->ranks, tok_pair(r.left, r.right), (int32_t)i);
     }
@@ -4833,8 +5147,8 @@ static int tok_find(rlhf_tokenizer *t, const char *text) {
 static int tok_special(rlhf_tokenizer *t, const json_src *src, const json_t *config,
                        const char *key, const char *const *usual) {
     const json_t *v = json_get(config, key);
-    const char *name = json_is_object(v) ? json_need_str(src, v, "content")
-                                         : json_opt_str(src, config, key, NULL);
+    const char *name =
+        json_is_object(v) ? json_need_str(src, v, "content") : json_opt_str(src, config, key, NULL);
     /* A config that says null means that there is none. */
     if (!name && json_object_get(config, key)) return -1;
     if (name) return tok_find(t, name);
@@ -4864,7 +5178,8 @@ typedef struct tok_chat {
     int trim;
 } tok_chat;
 
-#define TOK_ROLES {"system", "user", "assistant"}
+#define TOK_ROLES                                                                                  \
+    { "system", "user", "assistant" }
 /* In the order of TOK_CHAT_NAMES. The first two have no tokens of their own (data_chat_is_text). */
 static const tok_chat tok_chats[] = {
     {"plain", "", "", "", "", "", "", "\n", NULL, "", {"", "", ""}, 0},
@@ -4898,7 +5213,7 @@ static int tok_chat_detect(const char *jinja) {
         return tok_chat_named(strstr(jinja, "Cutting Knowledge Date") ? "llama-3.2" : "llama-3");
     /* Thinking templates drop earlier thoughts: the turns are not independent. */
     if (strstr(jinja, "<|im_start|>"))
-        return strstr(jinja, "think")                     ? -1
+        return strstr(jinja, "think")                         ? -1
                : strstr(jinja, "created by Alibaba Cloud")    ? tok_chat_named("qwen2.5")
                : strstr(jinja, "named SmolLM")                ? tok_chat_named("smollm2")
                : strstr(jinja, "You are a helpful assistant") ? tok_chat_named("qwen2")
@@ -5086,7 +5401,10 @@ typedef struct tok_pair_stat {
     int32_t *words; /* stb_ds */
     int round;      /* the merge that last made it more frequent */
 } tok_pair_stat;
-typedef struct tok_pair_entry { uint64_t key; tok_pair_stat value; } tok_pair_entry;
+typedef struct tok_pair_entry {
+    uint64_t key;
+    tok_pair_stat value;
+} tok_pair_entry;
 
 /* A distinct word of the training text. */
 typedef struct tok_train_word {
@@ -5098,15 +5416,15 @@ typedef struct tok_train_word {
 /* The state of a training: the vocabulary so far, and the words as they are merged by now. */
 typedef struct tok_trainer {
     rlhf_ctx *ctx;
-    char **texts;           /* stb_ds: id -> text */
-    tok_word_id *ids;       /* stb_ds: text -> id */
-    int32_t (*merges)[2];   /* stb_ds */
+    char **texts;         /* stb_ds: id -> text */
+    tok_word_id *ids;     /* stb_ds: text -> id */
+    int32_t (*merges)[2]; /* stb_ds */
     tok_train_word *words;
     int n_words;
-    tok_pair_entry *pairs;  /* stb_ds */
-    ptrdiff_t *risen;       /* stb_ds: pairs that became more frequent in this round */
+    tok_pair_entry *pairs; /* stb_ds */
+    ptrdiff_t *risen;      /* stb_ds: pairs that became more frequent in this round */
     int round;
-    tok_heap heap;          /* (-count, pair): most frequent first, then the smaller pair of ids */
+    tok_heap heap; /* (-count, pair): most frequent first, then the smaller pair of ids */
 } tok_trainer;
 
 /* The id of a text, a new one if need be. */
@@ -5261,17 +5579,14 @@ static char *tok_train_json(tok_trainer *r, size_t *len) {
         tok_must(r->ctx, json_array_append_new(merges, both));
     }
     json_t *root = json_pack(
-        format, "version", "1.0", "truncation", "padding",
-        "added_tokens", "id", n, "content", TOK_END_OF_TEXT, "single_word", 0, "lstrip", 0,
-        "rstrip", 0, "normalized", 0, "special", 1, "normalizer",
-        "pre_tokenizer", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1,
-        "use_regex", 1,
-        "post_processor", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1,
-        "use_regex", 1,
-        "decoder", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets", 1, "use_regex", 1,
-        "model", "type", "BPE", "dropout", "unk_token", "continuing_subword_prefix",
-        "end_of_word_suffix", "fuse_unk", 0, "byte_fallback", 0, "ignore_merges", 0,
-        "vocab", json_incref(vocab), "merges", json_incref(merges));
+        format, "version", "1.0", "truncation", "padding", "added_tokens", "id", n, "content",
+        TOK_END_OF_TEXT, "single_word", 0, "lstrip", 0, "rstrip", 0, "normalized", 0, "special", 1,
+        "normalizer", "pre_tokenizer", "type", "ByteLevel", "add_prefix_space", 0, "trim_offsets",
+        1, "use_regex", 1, "post_processor", "type", "ByteLevel", "add_prefix_space", 0,
+        "trim_offsets", 1, "use_regex", 1, "decoder", "type", "ByteLevel", "add_prefix_space", 0,
+        "trim_offsets", 1, "use_regex", 1, "model", "type", "BPE", "dropout", "unk_token",
+        "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", 0, "byte_fallback", 0,
+        "ignore_merges", 0, "vocab", json_incref(vocab), "merges", json_incref(merges));
     json_hold(r->ctx, root);
     char *text = json_text(r->ctx, root, JSON_INDENT(1), len);
     for (int i = 0; i < 3; i++) err_release(r->ctx);
@@ -5324,7 +5639,6 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
     mem_free(r.heap.e);
     return t;
 }
-
 
 /* ============================================================================================
  * MARK: - 14 MODEL (model_)
@@ -5783,22 +6097,28 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
 
 /* ---- pieces of a pass ---- */
 
-/* A matrix ready for op_linear: its forward panels are packed when they are stale, which is once
- * for each optimizer step that changed it. bias P_COUNT: none. */
-static op_weight model_weight(rlhf_model *m, int p, int bias, int layer) {
+/* From so many rows on, a product packs what it reads of W itself: that costs a few percent of its
+ * time. Below, the panels of W are kept, since packing would cost as much as the product. */
+enum { MODEL_MANY_ROWS = 96 };
+
+/* A matrix ready for op_linear on `rows` rows. Panels that are kept are packed again when the
+ * weights have changed. bias P_COUNT: none. */
+static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int rows) {
     size_t i = (size_t)layer * P_COUNT + (size_t)p;
     const model_slot *s = m->slot + p;
     float *w = model_w(m, p, layer);
-    if (!m->packed[i]) m->packed[i] = arena_floats(&m->keep, gemm_packed_size(s->cols, s->rows), 1);
+    int keep = rows < MODEL_MANY_ROWS;
+    if (keep && !m->packed[i])
+        m->packed[i] = arena_floats(&m->keep, gemm_packed_size(s->cols, s->rows), 1);
     /* y = x W^T wants W^T as B: its columns are W's rows. */
-    if (m->packed_version[i] != m->version) {
+    if (keep && m->packed_version[i] != m->version) {
         gemm_pack(m->ctx, w, 1, (size_t)s->cols, s->cols, s->rows, m->packed[i]);
         m->packed_version[i] = m->version;
     }
     op_weight o = {.n = s->rows,
                    .k = s->cols,
                    .w = w,
-                   .packed = m->packed[i],
+                   .packed = keep ? m->packed[i] : NULL,
                    .gw = model_g(m, p, layer)};
     if (bias != P_COUNT) {
         o.b = model_w(m, bias, layer);
@@ -5808,9 +6128,9 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer) {
 }
 
 /* The matrix from normed states to logits [vocab][d], or to the score [1][d]. */
-static op_weight model_head_weight(rlhf_model *m) {
-    if (m->c.head == RLHF_HEAD_SCORE) return model_weight(m, P_SCORE, P_COUNT, 0);
-    return model_weight(m, m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0);
+static op_weight model_head_weight(rlhf_model *m, int rows) {
+    if (m->c.head == RLHF_HEAD_SCORE) return model_weight(m, P_SCORE, P_COUNT, 0, rows);
+    return model_weight(m, m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0, rows);
 }
 
 /* The norm whose weight is p, for rows; the caller sets x, y and the like. */
@@ -5883,12 +6203,11 @@ typedef struct model_run {
     float *x;                 /* out: residual stream behind the last layer, [rows][d] */
 } model_run;
 
-/* Empty keys and values for cap positions, in ws. Zeros, so that what a product of whole panels
- * reads behind the last position is defined; it takes no part in any result. */
+/* Keys and values for cap positions, in ws; undefined until they are appended. */
 static op_kv model_kv_new(rlhf_model *m, arena *ws, int cap) {
     op_kv kv = {.cap = (int)base_round_up((size_t)cap, RLHF_LANES)};
-    kv.k = arena_zeros(ws, op_kv_k_size(m->c.kv_heads, m->c.hd, kv.cap), 1);
-    kv.v = arena_zeros(ws, op_kv_v_size(m->c.kv_heads, m->c.hd, kv.cap), 1);
+    kv.k = arena_floats(ws, op_kv_k_size(m->c.kv_heads, m->c.hd, kv.cap), 1);
+    kv.v = arena_floats(ws, op_kv_v_size(m->c.kv_heads, m->c.hd, kv.cap), 1);
     return kv;
 }
 
@@ -5957,7 +6276,6 @@ static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run)
 static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer, model_acts *a) {
     const model_cfg *c = &m->c;
     int n = run->rows;
-    size_t bytes = (size_t)n * (size_t)c->d * sizeof(float);
     /* Keys and values: the caller's caches, or new ones (one set for all layers where nothing is
      * kept). */
     for (int s = 0; s < run->seqs; s++) {
@@ -5968,27 +6286,25 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     op_norm n1 = model_norm(m, P_LN1_W, layer, n);
     n1.x = a->x1, n1.y = a->h1, n1.mean = a->mean1, n1.rstd = a->rstd1;
     op_norm_fwd(e, &n1);
-    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer),
-              o = model_weight(m, P_O_W, P_O_B, layer);
-    op_linear(e, &qkv, n, a->h1, a->qkv, GEMM_STORE, NULL, NULL);
+    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer, n),
+              o = model_weight(m, P_O_W, P_O_B, layer, n);
+    op_linear(e, &qkv, n, a->h1, a->qkv, NULL, NULL, NULL);
     op_attn at = model_attn(m, run, a);
     op_rope(e, &at);
     op_attn_fwd(e, &at);
-    if (run->save) memcpy(a->x2, a->x1, bytes);
-    op_linear(e, &o, n, a->o, a->x2, GEMM_ADD, NULL, NULL);
+    op_linear(e, &o, n, a->o, a->x2, a->x1, NULL, NULL);
     /* MLP: norm, up with its activation, down added to x. */
     op_norm n2 = model_norm(m, P_LN2_W, layer, n);
     n2.x = a->x2, n2.y = a->h2, n2.mean = a->mean2, n2.rstd = a->rstd2;
     op_norm_fwd(e, &n2);
-    op_weight up = model_weight(m, P_UP_W, P_UP_B, layer);
-    op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer);
-    op_linear(e, &up, n, a->h2, a->up, GEMM_STORE, c->glu ? NULL : m->ctx->k->gelu, a->act);
+    op_weight up = model_weight(m, P_UP_W, P_UP_B, layer, n);
+    op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer, n);
+    op_linear(e, &up, n, a->h2, a->up, NULL, c->glu ? NULL : m->ctx->k->gelu, a->act);
     if (c->glu) {
         op_glu glu = {.k = m->ctx->k, .ff = c->ff, .up = a->up, .y = a->act};
         par_for(m->ctx, n, par_grain(4 * c->ff), op_glu_rows, &glu);
     }
-    if (run->save) memcpy(run->x, a->x2, bytes);
-    op_linear(e, &down, n, a->act, run->x, GEMM_ADD, NULL, NULL);
+    op_linear(e, &down, n, a->act, run->x, a->x2, NULL, NULL);
 }
 
 /* Runs the batch through all layers: run->x becomes the residual stream behind the last one,
@@ -6040,15 +6356,15 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     arena_mark mark = arena_save(e->ws);
     int n = run->rows, wide = c->ff * (1 + c->glu);
     size_t rows = (size_t)n;
-    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer),
-              o = model_weight(m, P_O_W, P_O_B, layer);
-    op_weight up = model_weight(m, P_UP_W, P_UP_B, layer);
-    op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer);
+    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer, INT_MAX),
+              o = model_weight(m, P_O_W, P_O_B, layer, INT_MAX);
+    op_weight up = model_weight(m, P_UP_W, P_UP_B, layer, INT_MAX);
+    op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer, INT_MAX);
 
     /* MLP branch. */
     op_linear_bwd_w(e, &down, n, a->act, dx);
     float *dact = arena_floats(e->ws, rows, (size_t)c->ff), *dup = dact;
-    op_linear_bwd_x(e, &down, n, dx, dact, NULL);
+    op_linear_bwd_x(e, &down, n, dx, dact);
     if (c->glu) {
         dup = arena_floats(e->ws, rows, (size_t)wide);
         op_glu glu = {.k = m->ctx->k, .ff = c->ff, .up = a->up, .dy = dact, .dup = dup};
@@ -6059,7 +6375,7 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     }
     op_linear_bwd_w(e, &up, n, a->h2, dup);
     float *dh = arena_floats(e->ws, rows, (size_t)c->d);
-    op_linear_bwd_x(e, &up, n, dup, dh, NULL);
+    op_linear_bwd_x(e, &up, n, dup, dh);
     /* Both norms add to dx, which still holds what the residual connection passes on. */
     op_norm n2 = model_norm(m, P_LN2_W, layer, n);
     n2.x = a->x2, n2.mean = a->mean2, n2.rstd = a->rstd2, n2.dy = dh, n2.dx = dx;
@@ -6068,10 +6384,10 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     /* Attention branch. */
     op_linear_bwd_w(e, &o, n, a->o, dx);
     float *dout = arena_floats(e->ws, rows, (size_t)(c->heads * c->hd));
-    op_linear_bwd_x(e, &o, n, dx, dout, NULL);
+    op_linear_bwd_x(e, &o, n, dx, dout);
     op_attn at = model_attn(m, run, a);
     at.dout = dout;
-    at.dqkv = arena_zeros(e->ws, rows, (size_t)op_attn_width(&at));
+    at.dqkv = arena_floats(e->ws, rows, (size_t)op_attn_width(&at));
     op_attn_bwd(e, &at);
     /* The rotation undone on the gradients of queries and keys. */
     op_attn back = at;
@@ -6079,7 +6395,7 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     back.sign = -1;
     op_rope(e, &back);
     op_linear_bwd_w(e, &qkv, n, a->h1, at.dqkv);
-    op_linear_bwd_x(e, &qkv, n, at.dqkv, dh, NULL);
+    op_linear_bwd_x(e, &qkv, n, at.dqkv, dh);
     op_norm n1 = model_norm(m, P_LN1_W, layer, n);
     n1.x = a->x1, n1.mean = a->mean1, n1.rstd = a->rstd1, n1.dy = dh, n1.dx = dx;
     op_norm_bwd(e, &n1);
@@ -6149,19 +6465,19 @@ static float *model_top_bwd(rlhf_model *m, arena *ws, const model_top *t, const 
 /* Raw scores [n] of the chosen rows. */
 static void model_scores(rlhf_model *m, arena *ws, const model_top *t, float *score) {
     op_env e = {m->ctx, ws};
-    op_weight w = model_head_weight(m);
-    op_linear(&e, &w, t->n, t->h, score, GEMM_STORE, NULL, NULL);
+    op_weight w = model_head_weight(m, t->n);
+    op_linear(&e, &w, t->n, t->h, score, NULL, NULL, NULL);
 }
 
 /* Backward of model_scores and everything below it, given dscore = d loss / d score [n]. */
 static void model_scores_bwd(rlhf_model *m, arena *ws, const model_run *run, const model_top *t,
                              const float *dscore) {
     op_env e = {m->ctx, ws};
-    op_weight w = model_head_weight(m);
+    op_weight w = model_head_weight(m, t->n);
     /* dh is the head's input gradient; from there as for a language model. */
     float *dh = arena_floats(ws, (size_t)t->n, (size_t)m->c.d);
     op_linear_bwd_w(&e, &w, t->n, t->h, dscore);
-    op_linear_bwd_x(&e, &w, t->n, dscore, dh, NULL);
+    op_linear_bwd_x(&e, &w, t->n, dscore, dh);
     model_backward(m, ws, run, model_top_bwd(m, ws, t, dh, run->rows));
 }
 
@@ -6801,6 +7117,7 @@ typedef struct opt {
     float *embed[OPT_MODELS]; /* of a matrix with two uses: one chain of sums for each use, so that
                                  cutting a batch into micro-batches changes no bit; else null */
     int64_t step;             /* steps done: t of the bias corrections */
+    int clean;                /* all gradients are zero */
     double beta1, beta2, eps, weight_decay, max_norm;
     opt_chunk *chunk;
     double *part; /* one sum of squares for each chunk */
@@ -6901,8 +7218,12 @@ static void opt_zero_range(void *arg, int64_t lo, int64_t hi, int thread) {
         if (o->embed[i]) memset(o->embed[i], 0, o->model[i]->slot[P_WTE].n * sizeof(float));
 }
 
-/* Zeroes all gradients; before the first batch of a step. */
-static void opt_zero(opt *o) { par_for(o->ctx, o->chunks, 1, opt_zero_range, o); }
+/* Makes all gradients zero, before the first batch of a step. A step that succeeds leaves them so;
+ * one that fails does not. */
+static void opt_zero(opt *o) {
+    if (!o->clean) par_for(o->ctx, o->chunks, 1, opt_zero_range, o);
+    o->clean = 0;
+}
 
 /* Sums of squares of chunks [lo, hi). */
 static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -6983,6 +7304,7 @@ static double opt_step(opt *o, const double *lr) {
         o->now[i][1].decay = (float)(1.0 - lr[i] * o->weight_decay);
     }
     par_for(o->ctx, o->chunks, 1, opt_step_range, o);
+    o->clean = 1;
     for (int i = 0; i < o->models; i++) o->model[i]->version++;
     return norm;
 }
@@ -7639,13 +7961,13 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
     /* Only the last row of each sequence meets the vocabulary. */
     model_forward(m, ws, &run);
     model_top top = model_top_fwd(m, ws, run.x, last, n);
-    op_weight w = model_head_weight(m);
+    op_weight w = model_head_weight(m, n);
     op_env e = {m->ctx, ws};
     gen_rows g = {.k = m->ctx->k, .c = c, .item = live->item, .vocab = m->c.vocab};
     g.logits = arena_floats(ws, (size_t)n, (size_t)m->c.vocab);
     g.token = arena_alloc(ws, (size_t)n * sizeof *g.token);
     g.logp = arena_floats(ws, (size_t)n, 1);
-    op_linear(&e, &w, n, top.h, g.logits, GEMM_STORE, NULL, NULL);
+    op_linear(&e, &w, n, top.h, g.logits, NULL, NULL, NULL);
     if (c->temperature > 0 && ((c->top_k > 0 && c->top_k < m->c.vocab) || c->top_p < 1)) {
         float *sorted = arena_floats(ws, (size_t)m->c.vocab, 1);
         for (int i = 0; i < n; i++)
@@ -8460,7 +8782,7 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
         op_rows out = {.logp = arena_floats(ws, (size_t)rows.n, 1),
                        .entropy = arena_floats(ws, (size_t)rows.n, 1),
                        .hit = arena_alloc(ws, (size_t)rows.n)};
-        op_weight w = model_head_weight(m);
+        op_weight w = model_head_weight(m, rows.n);
         op_env e = {m->ctx, ws};
         /* Log-probabilities in chunks; their gradient in the same pass. */
         float coef = (float)-scale,
@@ -8911,7 +9233,7 @@ static void ppo_reference(rlhf_trainer *t, roll_row *const *row, int n) {
         memcpy(hidden + (size_t)at * d, row[i]->hidden, (size_t)row[i]->n * d * sizeof(float));
     /* f: logp, entropy, kl, ref_logp, [total] each. */
     op_rows out = {.logp = f, .entropy = f + total};
-    op_weight w = model_head_weight(p), w2 = model_head_weight(ref);
+    op_weight w = model_head_weight(p, total), w2 = model_head_weight(ref, total);
     op_env e = {t->ctx, ws};
     op_vocab_compare(&e, &w, hidden, &w2, top.h, total, target, 1.0f / (float)t->u.ppo.temperature,
                      &out, f + 2 * total, f + 3 * total);
@@ -9134,7 +9456,7 @@ static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_po
     model_top top = model_top_fwd(m, ws, run.x, state, total);
     /* The loss enters as d loss / d logp, chunk by chunk, once the log-probabilities are known. */
     op_rows out = {.logp = f + 2 * total, .entropy = f + 3 * total};
-    op_weight w = model_head_weight(m);
+    op_weight w = model_head_weight(m, total);
     op_env e = {t->ctx, ws};
     float *dh = arena_floats(ws, (size_t)total, (size_t)m->c.d);
     op_vocab_run(&e, &w, total, top.h, target, 1.0f / (float)t->u.ppo.temperature, &out,
@@ -9351,7 +9673,7 @@ static double eval_kl_pass(rlhf_model *m, rlhf_model *ref, arena *ws, const data
         model_top top = model_top_fwd(m, ws, run.x, rows.row, rows.n);
         model_forward(ref, ws, &other);
         model_top top2 = model_top_fwd(ref, ws, other.x, rows.row, rows.n);
-        op_weight w = model_head_weight(m), w2 = model_head_weight(ref);
+        op_weight w = model_head_weight(m, rows.n), w2 = model_head_weight(ref, rows.n);
         op_env e = {m->ctx, ws};
         op_rows out = {0};
         float *kl = arena_floats(ws, (size_t)rows.n, 1);
@@ -9557,6 +9879,17 @@ const char *rlhf_status_text(rlhf_status status) {
 /* Hooks of a host that gives none. */
 static void *api_default_alloc(void *user, size_t size) {
     (void)user;
+#ifdef MADV_HUGEPAGE
+    /* Arrays that fill large pages get them where the system leaves it to the program: fewer page
+     * faults, and strided reads that need no walk of the page table. */
+    const size_t page = (size_t)1 << 21;
+    void *p;
+    if (size >= 2 * page) {
+        if (posix_memalign(&p, page, size)) return NULL;
+        madvise(p, size / page * page, MADV_HUGEPAGE);
+        return p;
+    }
+#endif
     return malloc(size);
 }
 
@@ -9592,6 +9925,12 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
     c->hooks = o.hooks;
     c->threads = o.threads ? o.threads : base_min(par_default_threads(), RLHF_MAX_THREADS);
     c->k = k;
+    c->cache = par_cache_size();
+    c->team = par_new(c);
+    if (!c->team) {
+        o.hooks.free(o.hooks.user, c, sizeof *c);
+        return RLHF_ERR_MEMORY;
+    }
     *ctx = c;
     return RLHF_OK;
 }
@@ -9601,6 +9940,7 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
 void rlhf_close(rlhf_ctx *ctx) {
     if (!ctx) return;
     while (ctx->blocks) mem_free(ctx->blocks + 1);
+    par_free(ctx);
     rlhf_hooks h = ctx->hooks;
     h.free(h.user, ctx, sizeof *ctx);
 }
@@ -9836,9 +10176,9 @@ rlhf_status rlhf_model_logits(rlhf_model *model, const int32_t *ids, int n, floa
     API_ENTER(model->ctx);
     model_need_lm(model);
     model_top top = api_states(model, ids, n, 0);
-    op_weight w = model_head_weight(model);
+    op_weight w = model_head_weight(model, n);
     op_env e = {api_ctx, &model->ws};
-    op_linear(&e, &w, n, top.h, logits, GEMM_STORE, NULL, NULL);
+    op_linear(&e, &w, n, top.h, logits, NULL, NULL, NULL);
     API_LEAVE();
 }
 
@@ -9847,7 +10187,7 @@ rlhf_status rlhf_model_logprobs(rlhf_model *model, const int32_t *ids, int n, fl
     API_ENTER(model->ctx);
     model_need_lm(model);
     model_top top = api_states(model, ids, n, 1);
-    op_weight w = model_head_weight(model);
+    op_weight w = model_head_weight(model, n);
     op_env e = {api_ctx, &model->ws};
     op_rows out = {.logp = logprobs};
     op_vocab_run(&e, &w, n - 1, top.h, ids + 1, 1.0f, &out, NULL, NULL, NULL);
@@ -10307,8 +10647,8 @@ typedef struct bench_gemm_arg {
 
 static void bench_gemm_run(void *arg) {
     bench_gemm_arg *g = arg;
-    if (g->what == 0) op_linear(&g->e, &g->w, g->m, g->x, g->y, GEMM_STORE, NULL, NULL);
-    if (g->what == 1) op_linear_bwd_x(&g->e, &g->w, g->m, g->y, g->x, NULL);
+    if (g->what == 0) op_linear(&g->e, &g->w, g->m, g->x, g->y, NULL, NULL, NULL);
+    if (g->what == 1) op_linear_bwd_x(&g->e, &g->w, g->m, g->y, g->x);
     if (g->what == 2) op_linear_bwd_w(&g->e, &g->w, g->m, g->x, g->y);
 }
 
@@ -11501,19 +11841,8 @@ static int cli_open(cli *c) {
     return status ? cli_fail(c, "%s", rlhf_status_text(status)) : 0;
 }
 
-/* Threads that wait spin for some microseconds, then sleep. The OpenMP runtimes' default of
- * milliseconds costs whole time slices wherever other programs run; they read it before main, hence
- * the second start. */
-static void cli_be_patient(char **argv) {
-    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME")) return;
-    setenv("GOMP_SPINCOUNT", "2000", 1);
-    setenv("KMP_BLOCKTIME", "0", 1);
-    execv("/proc/self/exe", argv); /* where there is no such file, the default stays */
-}
-
 int main(int argc, char **argv) {
     cli c = {0};
-    cli_be_patient(argv);
     if (argc < 2) return cli_usage(stderr);
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "help") || !strcmp(argv[1], "-h"))
         return cli_usage(stdout);

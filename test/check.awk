@@ -359,6 +359,8 @@ function enter(text,    name) {
         if (code ~ /^[ ]*#[ ]*pragma +omp/ || $0 ~ /_Pragma[ ]*[(][ ]*"omp/)
             complain(FNR, "OpenMP pragmas stand in PAR only")
         else if (code ~ (START "omp_[a-z]")) complain(FNR, "OpenMP calls stand in PAR only")
+        else if (code ~ (START "(pthread_create|pthread_mutex_|pthread_cond_|atomic_)"))
+            complain(FNR, "threads and atomics stand in PAR only")
     }
     if (code ~ (START "omp_set_num_threads"))
         complain(FNR, "omp_set_num_threads changes the host: use num_threads")

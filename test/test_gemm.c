@@ -5,9 +5,11 @@
 #include "../rlhf.c"
 #include "test.h"
 
+enum { ADD = 2 }; /* the sum is added to C: gemm_tile_args.add is C itself */
+
 /* One product. Leading dimensions exceed the rows, and what lies between is poison. */
 typedef struct prod {
-    int m, n, k, mode;
+    int m, n, k, mode; /* GEMM_STORE, GEMM_ACC or ADD */
     bool ta, tb; /* A is stored as [k][m], B as [n][k] */
     bool bias, act;
     size_t lda, ldb, ldc, ldy;
@@ -34,7 +36,7 @@ static float prod_chain(const prod *p, int i, int j) {
     float old = p->c[(size_t)i * p->ldc + (size_t)j], sum = p->mode == GEMM_ACC ? old : 0;
     for (int k = 0; k < p->k; k++) sum = fmaf(prod_a(p, i, k), prod_b(p, k, j), sum);
     if (p->bias) sum += p->v[j];
-    return p->mode == GEMM_ADD ? old + sum : sum;
+    return p->mode == ADD ? old + sum : sum;
 }
 
 /* The same in double precision; *size becomes the sum of the terms' magnitudes. */
@@ -95,7 +97,11 @@ static gemm_args prod_args(rlhf_ctx *ctx, const prod *p, const float *packed, fl
     g.t = (gemm_tile_args){.k = p->k, .a = p->a, .rs = p->ta ? 1 : p->lda,
                            .cs = p->ta ? p->lda : 1, .b = packed,
                            .bs = (size_t)p->k * RLHF_LANES, .c = c, .ldc = p->ldc,
-                           .mode = p->mode, .bias = p->bias ? p->v : NULL};
+                           .mode = p->mode == GEMM_ACC, .bias = p->bias ? p->v : NULL,
+                           .add = p->mode == ADD ? c : NULL};
+    g.src = p->b;
+    g.ks = p->tb ? 1 : p->ldb;
+    g.ns = p->tb ? p->ldb : 1;
     if (p->act) {
         g.act = ctx->k->gelu;
         g.y = y;
@@ -104,21 +110,32 @@ static gemm_args prod_args(rlhf_ctx *ctx, const prod *p, const float *packed, fl
     return g;
 }
 
-/* Runs it in ctx and compares: the outputs, what lies between their rows, and around them. */
+static void run(rlhf_ctx *ctx, const gemm_args *g) {
+    arena ws = {.ctx = ctx};
+    gemm_run(ctx, &ws, g);
+    arena_free(&ws);
+}
+
+/* Runs it in ctx and compares: the outputs, what lies between their rows, and around them. Once
+ * with panels packed before, once with panels packed on the way. */
 static void prod_check(rlhf_ctx *ctx, const prod *p) {
     size_t nc = (size_t)p->m * p->ldc, ny = (size_t)p->m * p->ldy;
     float *packed = prod_pack(ctx, p), *c = test_floats(nc), *y = test_floats(ny);
-    memcpy(c, p->c, nc * sizeof *c);
-    gemm_args g = prod_args(ctx, p, packed, c, y);
-    int before = test_failures;
-    gemm_run(ctx, &g);
-    CHECK_BITS(c, p->want, nc);
-    CHECK_BITS(y, p->wanty, ny);
-    CHECK(test_margins(c, nc) && test_margins(y, ny));
-    if (test_failures > before)
-        test_fail(__FILE__, __LINE__, "above: %s, %d threads, m %d n %d k %d, mode %d, %s%s%s%s",
-                  ctx->k->name, ctx->threads, p->m, p->n, p->k, p->mode, p->ta ? "A' " : "",
-                  p->tb ? "B' " : "", p->bias ? "bias " : "", p->act ? "gelu" : "");
+    for (int ready = 0; ready < 2; ready++) {
+        memcpy(c, p->c, nc * sizeof *c);
+        gemm_args g = prod_args(ctx, p, ready ? packed : NULL, c, y);
+        int before = test_failures;
+        run(ctx, &g);
+        CHECK_BITS(c, p->want, nc);
+        CHECK_BITS(y, p->wanty, ny);
+        CHECK(test_margins(c, nc) && test_margins(y, ny));
+        if (test_failures > before)
+            test_fail(__FILE__, __LINE__,
+                      "above: %s, %d threads, m %d n %d k %d, mode %d, %s%s%s%s%s", ctx->k->name,
+                      ctx->threads, p->m, p->n, p->k, p->mode, p->ta ? "A' " : "",
+                      p->tb ? "B' " : "", p->bias ? "bias " : "", p->act ? "gelu " : "",
+                      ready ? "packed" : "");
+    }
     test_floats_free(packed);
     test_floats_free(c);
     test_floats_free(y);
@@ -236,7 +253,7 @@ TEST(large_with_threads) {
 /* Any part of the rows gives the rows of the whole. */
 TEST(row_alone) {
     contexts c = open_all(2);
-    prod p = prod_new(31, 75, 90, GEMM_ADD, 12);
+    prod p = prod_new(31, 75, 90, ADD, 12);
     for (int t = 0; t < c.n; t++)
         for (int height = 1; height <= 31; height += height < 14 ? 1 : 6)
             for (int m = 0; m + height <= p.m; m += height) {
@@ -248,7 +265,7 @@ TEST(row_alone) {
                 memcpy(c0, p.c + (size_t)m * p.ldc, (size_t)height * p.ldc * sizeof *c0);
                 float *packed = prod_pack(c.ctx[t], &part);
                 gemm_args g = prod_args(c.ctx[t], &part, packed, c0, y0);
-                gemm_run(c.ctx[t], &g);
+                run(c.ctx[t], &g);
                 CHECK_BITS(c0, p.want + (size_t)m * p.ldc, (size_t)height * p.ldc);
                 CHECK_BITS(y0, p.wanty + (size_t)m * p.ldy, (size_t)height * p.ldy);
                 test_floats_free(packed);
@@ -275,7 +292,7 @@ TEST(sum_in_parts) {
                 part.b += (size_t)k * p.ldb;
                 float *packed = prod_pack(c.ctx[t], &part);
                 gemm_args g = prod_args(c.ctx[t], &part, packed, out, NULL);
-                gemm_run(c.ctx[t], &g);
+                run(c.ctx[t], &g);
                 test_floats_free(packed);
             }
             CHECK_BITS(out, p.want, nc);
@@ -285,7 +302,8 @@ TEST(sum_in_parts) {
     close_all(&c);
 }
 
-/* Panels may lie in a longer buffer, and a block of them is computed alone: as attention does. */
+/* Panels may lie in a longer buffer, and a part of the product is computed alone: as attention
+ * does. */
 TEST(block_of_panels) {
     contexts c = open_all(1);
     prod p = prod_new(14, 107, 21, GEMM_STORE, 4);
@@ -300,7 +318,8 @@ TEST(block_of_panels) {
                 float *out = test_floats(nc), *want = test_floats(nc);
                 gemm_args g = prod_args(c.ctx[t], &p, wide, out, NULL);
                 g.t.bs = bs;
-                gemm_block(c.ctx[t]->k, &g, 2, 13, p0, p1);
+                gemm_args part = gemm_part(&g, 2, 13, p0, p1);
+                gemm_block(c.ctx[t]->k, &part);
                 int n0 = p0 * RLHF_LANES, n1 = base_min(p1 * RLHF_LANES, p.n);
                 for (size_t r = 2; r < 13; r++)
                     memcpy(want + r * p.ldc + n0, p.want + r * p.ldc + n0,
@@ -316,6 +335,27 @@ TEST(block_of_panels) {
     close_all(&c);
 }
 
+/* Sums longer than GEMM_DEPTH are cut, with C or scratch between the parts; blocks of rows follow
+ * the cache. */
+TEST(long_sums) {
+    static const struct { int m, n, k; } shapes[] = {
+        {9, 50, 2 * GEMM_DEPTH}, {100, 35, 3 * GEMM_DEPTH + 1}, {33, 70, 2 * GEMM_DEPTH + 17}};
+    for (int i = 0; i < (test_quick() ? 1 : 3); i++)
+        for (int mode = 0; mode < 3; mode++)
+            for (unsigned flags = 0; flags < 16; flags += 5) {
+                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode, flags);
+                for (int threads = 1; threads <= 3; threads += 2) {
+                    contexts c = open_all(threads);
+                    for (int t = 0; t < c.n; t++) {
+                        c.ctx[t]->cache = threads == 1 ? 1 << 20 : 1 << 15;
+                        prod_check(c.ctx[t], &p);
+                    }
+                    close_all(&c);
+                }
+                prod_free(&p);
+            }
+}
+
 /* Infinities, NaN and zeros of both signs go where arithmetic sends them. */
 TEST(special_values) {
     static const float special[] = {0.0f, -0.0f, INFINITY, -INFINITY, FLT_MAX, FLT_MIN, 1e-45f, 1};
@@ -329,7 +369,7 @@ TEST(special_values) {
         size_t nc = (size_t)p.m * p.ldc;
         float *out = test_floats(nc);
         gemm_args g = prod_args(c.ctx[t], &p, packed, out, NULL);
-        gemm_run(c.ctx[t], &g);
+        run(c.ctx[t], &g);
         for (int i = 0; i < p.m; i++)
             for (int j = 0; j < p.n; j++) {
                 float x = out[(size_t)i * p.ldc + (size_t)j], w = prod_chain(&p, i, j);
@@ -348,9 +388,9 @@ TEST(nothing_to_do) {
     for (int t = 0; t < c.n; t++) {
         float *out = test_floats(4);
         gemm_args g = {.m = 0, .n = 4, .t = {.k = 3, .c = out, .ldc = 4}};
-        gemm_run(c.ctx[t], &g);
+        run(c.ctx[t], &g);
         g.m = 1, g.n = 0;
-        gemm_run(c.ctx[t], &g);
+        run(c.ctx[t], &g);
         CHECK(test_poisoned(out, 4) && test_margins(out, 4));
         test_floats_free(out);
     }
@@ -359,4 +399,4 @@ TEST(nothing_to_do) {
 
 TEST_MAIN(CASE(pack_layout), CASE(every_m_and_n), CASE(every_k), CASE(every_tile),
           CASE(large_with_threads), CASE(row_alone), CASE(sum_in_parts), CASE(block_of_panels),
-          CASE(special_values), CASE(nothing_to_do))
+          CASE(long_sums), CASE(special_values), CASE(nothing_to_do))

@@ -384,7 +384,7 @@ static void ppo_policy_logp(rlhf_trainer *t, roll_row *const *row, int n) {
     int32_t *target = ppo_targets(ws, row, n, total);
     model_forward(t->model, ws, &run);
     model_top top = model_top_fwd(t->model, ws, run.x, state, total);
-    op_weight w = model_head_weight(t->model);
+    op_weight w = model_head_weight(t->model, total);
     op_env e = {t->ctx, ws};
     op_rows out = {.logp = arena_floats(ws, (size_t)total, 1)};
     op_vocab_run(&e, &w, total, top.h, target, 1.0f / (float)t->u.ppo.temperature, &out, NULL, NULL,

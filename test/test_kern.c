@@ -236,8 +236,30 @@ static void c_ds(const k_table *k, call *c) { k->ds(c->n, c->in[0], c->out[1], 0
 static void c_adam(const k_table *k, call *c) {
     k_adam a = {.lr = 1e-2f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .decay = 0.999f,
                 .rest1 = 0.1f, .rest2 = 1e-3f, .fix1 = 2.5f, .fix2 = 130.0f, .clip = 0.8f};
-    for (int i = 0; i < c->n; i++) c->out[0][i] = fabsf(c->out[0][i]); /* second moments */
-    k->adam(c->n, c->out[1], c->in[0], c->out[2], c->out[0], &a);
+    float *v = c->out[0], *g = v + c->n;
+    for (int i = 0; i < c->n; i++) v[i] = fabsf(v[i]); /* second moments */
+    k->adam(c->n, c->out[1], g, c->out[2], v, &a);
+    for (int i = 0; i < c->n; i++) CHECK(g[i] == 0);
+}
+
+/* Shapes of its own: n numbers, whatever n is, as rows that overlap or as rows of one number. */
+static void c_panel(const k_table *k, call *c) {
+    float y[RLHF_LANES * 41];
+    int n = c->n / RLHF_LANES < 41 ? c->n / RLHF_LANES : 41;
+    k->panel(n, c->in[0], (size_t)n, y);
+    memcpy(c->out[1], y, (size_t)(n * RLHF_LANES) * sizeof *y);
+    for (int i = 0; i < n; i++)
+        for (int l = 0; l < RLHF_LANES; l++)
+            CHECK(c->out[1][i * RLHF_LANES + l] == c->in[0][l * n + i]);
+}
+static void c_strips(const k_table *k, call *c) {
+    static const int widths[] = {RLHF_LANES, 8, 6, 5};
+    int w = widths[c->n % 4], strips = 1 + c->n % 3, rows = c->n / (w * strips);
+    k->strips(rows, strips, w, c->in[1], (size_t)(w * strips), c->out[2]);
+    for (int i = 0; i < rows * strips * w; i++) {
+        int row = i / (w * strips), strip = i / w % strips;
+        CHECK(c->out[2][(strip * rows + row) * w + i % w] == c->in[1][i]);
+    }
 }
 
 static const struct { const char *name; call_fn *run; } calls[] = {
@@ -247,7 +269,7 @@ static const struct { const char *name; call_fn *run; } calls[] = {
     {"norm_dw", c_norm_dw}, {"gelu_bwd", c_gelu_bwd}, {"glu", c_glu},       {"glu_bwd", c_glu_bwd},
     {"rope", c_rope},       {"stats", c_stats},   {"ce", c_ce},             {"kl", c_kl},
     {"softmax", c_softmax}, {"prob", c_prob},     {"ds", c_ds},             {"scale", c_scale},
-    {"adam", c_adam}};
+    {"adam", c_adam},       {"panel", c_panel},   {"strips", c_strips}};
 
 /* Every kernel has a line above: the table's functions, less the tile, which test_gemm.c tests. */
 _Static_assert(sizeof calls / sizeof *calls - 1 ==
@@ -464,7 +486,9 @@ TEST(adam_formula) {
                         .fix1 = (float)(1 / (1 - pow(b1, step))),
                         .fix2 = (float)(1 / (1 - pow(b2, step)))};
             test_fill(g, N, -1, 1);
-            k_r_adam(N, p, g, m, v, &a);
+            float used[N];
+            memcpy(used, g, sizeof used);
+            k_r_adam(N, p, used, m, v, &a);
             for (int i = 0; i < N; i++) {
                 double u = clip * (double)g[i];
                 M[i] = b1 * M[i] + (1 - b1) * u;

@@ -150,7 +150,7 @@ static void pass_lm(pass *p, arena *ws, model_run *run) {
             target[n++] = p->b->ids[s][t + 1];
         }
     model_top top = model_top_fwd(p->m, ws, run->x, row, n);
-    op_weight w = model_head_weight(p->m);
+    op_weight w = model_head_weight(p->m, n);
     op_rows found = {.logp = p->out};
     float *dh = arena_floats(ws, (size_t)n, (size_t)p->m->c.d);
     op_vocab_run(&e, &w, n, top.h, target, 1, &found, p->back ? pass_coef : NULL, p, dh);
@@ -600,7 +600,7 @@ static void decode_step(decode *d, arena *ws, const op_kv *kv, int *done, const 
                    (size_t)seq[s].n * w);
     op_env e = {m->ctx, ws};
     model_top top = model_top_fwd(m, ws, run.x, row, chosen);
-    op_weight head = model_head_weight(m);
+    op_weight head = model_head_weight(m, chosen);
     op_rows out = {.logp = logp};
     op_vocab_run(&e, &head, chosen, top.h, target, 1, &out, NULL, NULL, NULL);
     CHECK_BITS(logp, want, chosen);

@@ -188,9 +188,9 @@ static void linear_run(rlhf_ctx *ctx, const void *data, float *out) {
     op_weight w = {.n = c->n, .k = c->k, .w = c->w, .b = c->b, .packed = packed,
                    .gw = gw, .gb = gb};
     gemm_pack(ctx, c->w, 1, k, c->k, c->n, packed);
-    op_linear(&e, &w, c->m, c->x, y, c->add ? GEMM_ADD : GEMM_STORE, NULL, NULL);
+    op_linear(&e, &w, c->m, c->x, y, c->add ? y : NULL, NULL, NULL);
     op_linear_bwd_w(&e, &w, c->m, c->x, c->dy);
-    op_linear_bwd_x(&e, &w, c->m, c->dy, dx, NULL);
+    op_linear_bwd_x(&e, &w, c->m, c->dy, dx);
     w.gw = NULL;
     op_linear_bwd_w(&e, &w, c->m, c->x, c->dy); /* frozen: nothing happens */
     arena_free(&ws);
@@ -776,10 +776,11 @@ TEST(vocabulary) {
 
 /* More rows than a chunk holds. */
 TEST(vocabulary_chunks) {
-    CHECK_EQ_I(op_vocab_chunk(130), 480);
-    vocab_check(test_quick() ? 490 : 1000, 130, 12, 1.25f);
-    CHECK_EQ_I(op_vocab_chunk(200000), 24);
-    CHECK(op_vocab_chunk(1 << 24) == 24 && op_vocab_chunk(1) == 480);
+    CHECK_EQ_I(op_vocab_chunk(130, 600), 304);
+    vocab_check(test_quick() ? 520 : 1100, 130, 12, 1.25f);
+    CHECK_EQ_I(op_vocab_chunk(200000, 1000), 80);
+    CHECK(op_vocab_chunk(1 << 24, 100) == 24 && op_vocab_chunk(1, 512) == 512);
+    CHECK(op_vocab_chunk(100, 1) == 8 && op_vocab_chunk(100, 0) == 1);
 }
 
 /* The parts of a batch give what the batch gives; gradients of weights continue each other. The

@@ -23,19 +23,20 @@
  *   13 VOCAB (tok_)            tokenizer.json in and out, chat templates, training a vocabulary
  *   14 MODEL (model_)          architectures, parameter table, forward, backward, decoding
  *   15 CKPT (ckpt_)            safetensors and Hugging Face directories
- *   16 OPT (opt_)              AdamW, clipping, schedules
- *   17 DATA (data_)            records, loss spans, orders
- *   18 GEN (gen_)              sampling and batched generation
- *   19 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
- *   20 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
- *   21 SFT (sft_)              supervised fine-tuning
- *   22 RM (rm_)                the reward model
- *   23 PPO (ppo_)              proximal policy optimisation
- *   24 EVAL (eval_)            perplexity, KL, preference accuracy by slice
- *   25 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
- *   26 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   27 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   28 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
+ *   16 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
+ *   17 OPT (opt_)              AdamW, clipping, schedules
+ *   18 DATA (data_)            records, loss spans, orders
+ *   19 GEN (gen_)              sampling and batched generation
+ *   20 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
+ *   21 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
+ *   22 SFT (sft_)              supervised fine-tuning
+ *   23 RM (rm_)                the reward model
+ *   24 PPO (ppo_)              proximal policy optimisation
+ *   25 EVAL (eval_)            perplexity, KL, preference accuracy by slice
+ *   26 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
+ *   27 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
+ *   28 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   29 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -3750,10 +3751,11 @@ enum { TOK_ISOLATED, TOK_REMOVED, TOK_CONTIGUOUS, TOK_WITH_PREVIOUS, TOK_WITH_NE
 
 #define TOK_GPT2_PATTERN                                                                           \
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+#define TOK_DIGIT_PATTERN "\\p{N}"
 #define TOK_END_OF_TEXT "<|endoftext|>"
 #define TOK_SPACE "\xE2\x96\x81" /* U+2581, SentencePiece's visible space */
 
-/* One step; fields that its kind does not name are unused. */
+/* One step; fields that its kind does not name are unused. A TOK_SPLIT's text is its pattern. */
 typedef struct tok_step {
     int kind, mode, flag;
     pcre2_code *re;
@@ -3816,10 +3818,12 @@ struct rlhf_tokenizer {
     tok_word_id *words;   /* stb_ds: text -> id, of the model's pieces */
     tok_char_id *chars;   /* stb_ds: code point -> id, of pieces of one character */
     tok_pair_rank *ranks; /* stb_ds: (left id << 32 | right id) -> index in rules */
-    tok_rule *rules;
+    tok_rule *rules;            /* [n_rules] */
+    int n_rules;
     tok_added *added;           /* stb_ds; those of mode 0, then 1; by first byte, longest first */
     int bucket[2][257];         /* where each first byte begins in added */
     tok_step *steps, *decoders; /* stb_ds */
+    const char *chat_template;  /* Jinja; null: none */
     char **texts;               /* stb_ds: strings that steps point at */
     int32_t *before, *after;    /* stb_ds: ids the post-processor adds */
     int32_t byte_id[256];       /* of the byte's character, or of <0xHH> */
@@ -4780,6 +4784,7 @@ static void tok_step_pattern(rlhf_tokenizer *t, const json_src *src, tok_step *s
     const char *literal = json_opt_str(src, pattern, "String", NULL);
     const char *s = literal ? literal : json_need_str(src, pattern, "Regex");
     st->re = tok_compile(t, src, s, strlen(s), literal != NULL);
+    tok_step_text(t, st, s);
 }
 
 /* Index of name in a null-terminated list, or -1. */
@@ -4860,6 +4865,7 @@ static void tok_load_pre(rlhf_tokenizer *t, const json_src *src, const json_t *v
         if (!json_opt_bool(src, v, "use_regex", 1)) return;
         tok_step *st = tok_add_step(&t->steps, TOK_SPLIT, TOK_ISOLATED, 0);
         st->re = tok_compile(t, src, TOK_GPT2_PATTERN, sizeof TOK_GPT2_PATTERN - 1, 0);
+        st->text = TOK_GPT2_PATTERN;
     } else if (strcmp(type, "Split") == 0) {
         int behavior = tok_choice(json_need_str(src, v, "behavior"), behaviors);
         if (behavior < 0) tok_unsupported(src, "behavior", json_get(v, "behavior"));
@@ -4868,7 +4874,8 @@ static void tok_load_pre(rlhf_tokenizer *t, const json_src *src, const json_t *v
     } else if (strcmp(type, "Digits") == 0) {
         int mode = json_opt_bool(src, v, "individual_digits", 0) ? TOK_ISOLATED : TOK_CONTIGUOUS;
         tok_step *st = tok_add_step(&t->steps, TOK_SPLIT, mode, 0);
-        st->re = tok_compile(t, src, "\\p{N}", 5, 0);
+        st->re = tok_compile(t, src, TOK_DIGIT_PATTERN, sizeof TOK_DIGIT_PATTERN - 1, 0);
+        st->text = TOK_DIGIT_PATTERN;
     } else if (strcmp(type, "Metaspace") == 0) tok_load_metaspace(t, src, v);
     else tok_unsupported(src, "type", json_get(v, "type"));
 }
@@ -5008,6 +5015,7 @@ static int32_t tok_piece_id(rlhf_tokenizer *t, const char *text) {
 static void tok_load_merges(rlhf_tokenizer *t, const json_src *src, const json_t *merges) {
     size_t n = json_array_size(merges);
     t->rules = mem_alloc(t->ctx, base_mul(t->ctx, n ? n : 1, sizeof *t->rules));
+    t->n_rules = (int)n;
     tok_buf b = {t->ctx, NULL, 0, 0};
     for (size_t i = 0; i < n; i++) {
         const json_t *m = json_array_get(merges, i);
@@ -5318,7 +5326,8 @@ static void tok_load_config(rlhf_tokenizer *t, const char *file) {
         if (strcmp(json_opt_str(&src, one, "name", ""), "default") == 0)
             jinja = json_opt_str(&src, one, "template", NULL);
     }
-    t->chat = jinja && *jinja ? tok_chat_detect(jinja) : TOK_CHAT_HH;
+    t->chat_template = jinja && *jinja ? tok_keep(t, jinja, strlen(jinja)) : NULL;
+    t->chat = t->chat_template ? tok_chat_detect(jinja) : TOK_CHAT_HH;
     if (config) err_release(t->ctx);
 }
 
@@ -7079,7 +7088,546 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
 }
 
 /* ============================================================================================
- * MARK: - 16 OPT (opt_)
+ * MARK: - 16 GGUF (gguf_)
+ * A language model and its tokenizer as one file that llama.cpp loads. A family is a row of
+ * gguf_archs, a tensor's name a row of gguf_names. What llama.cpp would compute or cut in another
+ * way is refused, or named in the log where it concerns few texts: an f32 file gives the greedy
+ * tokens that section 19 gives.
+ *
+ * A GGUF file, version 3, is little-endian as the processors of 01: "GGUF", the version, how many
+ * tensors and keys; the keys with typed values; each tensor's name, sizes (that of a row first),
+ * type and place; then the tensors. All of them begin at multiples of 32 bytes.
+ *
+ * Entry: gguf_save.
+ * Tests: test/test_export.c
+ * ============================================================================================ */
+
+/* Types of values. */
+enum { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY };
+
+/* What a token is. */
+enum { GGUF_NORMAL = 1, GGUF_UNKNOWN, GGUF_CONTROL, GGUF_USER, GGUF_UNUSED, GGUF_BYTE };
+
+enum { GGUF_VERSION = 3, GGUF_ALIGN = 32, GGUF_BLOCK = 32 };
+
+#define GGUF_KINDS "f32|f16|bf16|q8_0"
+
+/* How a tensor's numbers are stored. A block of q8_0 is a scale and 32 bytes. */
+typedef struct gguf_kind {
+    const char *name;
+    uint32_t type, file_type;  /* in a tensor's entry, and of a file of mostly such tensors */
+    size_t block, block_bytes; /* numbers, and bytes of so many */
+} gguf_kind;
+
+static const gguf_kind gguf_f32 = {"f32", 0, 0, 1, 4}, gguf_f16 = {"f16", 1, 1, 1, 2},
+                       gguf_bf16 = {"bf16", 30, 32, 1, 2},
+                       gguf_q8 = {"q8_0", 8, 7, GGUF_BLOCK, GGUF_BLOCK + 2};
+
+/* What llama.cpp calls a family. llama: it rotates neighbours of a head, not its halves, so the
+ * rows of queries and keys are sorted accordingly; it also knows slowed frequencies and heads whose
+ * sizes do not add up to the width. */
+static const struct {
+    const char *family, *arch;
+    int llama;
+} gguf_archs[] = {
+    {"gpt2", "gpt2", 0}, {"llama", "llama", 1}, {"mistral", "llama", 1}, {"qwen2", "qwen2", 0}};
+
+/* Names of tensors, %d stands for the layer. */
+static const struct {
+    uint8_t param, part;
+    const char *name;
+} gguf_names[] = {{P_WTE, PART_ALL, "token_embd.weight"},
+                  {P_WPE, PART_ALL, "position_embd.weight"},
+                  {P_LN1_W, PART_ALL, "blk.%d.attn_norm.weight"},
+                  {P_LN1_B, PART_ALL, "blk.%d.attn_norm.bias"},
+                  {P_QKV_W, PART_ALL, "blk.%d.attn_qkv.weight"},
+                  {P_QKV_B, PART_ALL, "blk.%d.attn_qkv.bias"},
+                  {P_QKV_W, PART_Q, "blk.%d.attn_q.weight"},
+                  {P_QKV_W, PART_K, "blk.%d.attn_k.weight"},
+                  {P_QKV_W, PART_V, "blk.%d.attn_v.weight"},
+                  {P_QKV_B, PART_Q, "blk.%d.attn_q.bias"},
+                  {P_QKV_B, PART_K, "blk.%d.attn_k.bias"},
+                  {P_QKV_B, PART_V, "blk.%d.attn_v.bias"},
+                  {P_O_W, PART_ALL, "blk.%d.attn_output.weight"},
+                  {P_O_B, PART_ALL, "blk.%d.attn_output.bias"},
+                  {P_LN2_W, PART_ALL, "blk.%d.ffn_norm.weight"},
+                  {P_LN2_B, PART_ALL, "blk.%d.ffn_norm.bias"},
+                  {P_UP_W, PART_ALL, "blk.%d.ffn_up.weight"},
+                  {P_UP_B, PART_ALL, "blk.%d.ffn_up.bias"},
+                  {P_UP_W, PART_GATE, "blk.%d.ffn_gate.weight"},
+                  {P_UP_W, PART_UP, "blk.%d.ffn_up.weight"},
+                  {P_UP_B, PART_GATE, "blk.%d.ffn_gate.bias"},
+                  {P_UP_B, PART_UP, "blk.%d.ffn_up.bias"},
+                  {P_DOWN_W, PART_ALL, "blk.%d.ffn_down.weight"},
+                  {P_DOWN_B, PART_ALL, "blk.%d.ffn_down.bias"},
+                  {P_LNF_W, PART_ALL, "output_norm.weight"},
+                  {P_LNF_B, PART_ALL, "output_norm.bias"},
+                  {P_HEAD, PART_ALL, "output.weight"}};
+
+/* Words as pre-tokenizers cut them, and what llama.cpp calls those. merges 0: words that are pieces
+ * are taken whole (ignore_merges). */
+#define GGUF_CONTRACTIONS "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+#define GGUF_LETTERS "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
+#define GGUF_REST "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define GGUF_UPPER "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
+#define GGUF_LOWER "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+static const struct {
+    const char *first, *second; /* patterns of one or two cuts */
+    int merges;
+    const char *name;
+} gguf_pres[] = {{TOK_GPT2_PATTERN, NULL, 1, "gpt-2"},
+                 {TOK_DIGIT_PATTERN, TOK_GPT2_PATTERN, 1, "smollm"},
+                 {GGUF_CONTRACTIONS GGUF_LETTERS "\\p{N}" GGUF_REST, NULL, 1, "qwen2"},
+                 {GGUF_CONTRACTIONS GGUF_LETTERS "\\p{N}{1,3}" GGUF_REST, NULL, 0, "llama-bpe"},
+                 {GGUF_CONTRACTIONS GGUF_LETTERS "\\p{N}{1,3}" GGUF_REST, NULL, 1, "smaug-bpe"},
+                 {"[^\\r\\n\\p{L}\\p{N}]?" GGUF_UPPER "*" GGUF_LOWER
+                  "+|[^\\r\\n\\p{L}\\p{N}]?" GGUF_UPPER "+" GGUF_LOWER
+                  "*|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+                  NULL, 0, "tekken"}};
+
+/* One tensor of the file: rows of a parameter, head dimension hd where they are to be sorted,
+ * else 0. */
+typedef struct gguf_tensor {
+    char name[64];
+    const gguf_kind *kind;
+    const float *w;
+    size_t rows, cols, hd;
+    int one_dim;
+} gguf_tensor;
+
+/* The file before its tensors. */
+typedef struct gguf_head {
+    rlhf_ctx *ctx;
+    const char *arch;
+    tok_buf keys, infos;
+    uint64_t n_keys, n_tensors, size; /* size: bytes of tensors so far */
+} gguf_head;
+
+/* ---- keys ---- */
+
+/* Integers and texts as the file has them. */
+static void gguf_u32(tok_buf *b, uint32_t v) { tok_put(b, (const char *)&v, sizeof v); }
+static void gguf_u64(tok_buf *b, uint64_t v) { tok_put(b, (const char *)&v, sizeof v); }
+static void gguf_text(tok_buf *b, const char *s, size_t n) {
+    gguf_u64(b, n);
+    tok_put(b, s, n);
+}
+
+/* "group.name" and the type of the value, which the caller appends. */
+static tok_buf *gguf_key(gguf_head *h, const char *group, const char *name, uint32_t type) {
+    char key[96];
+    snprintf(key, sizeof key, "%s.%s", group, name);
+    gguf_text(&h->keys, key, strlen(key));
+    gguf_u32(&h->keys, type);
+    h->n_keys++;
+    return &h->keys;
+}
+
+/* The start of a list of n values of one type. */
+static tok_buf *gguf_list(gguf_head *h, const char *name, uint32_t type, int n) {
+    tok_buf *b = gguf_key(h, "tokenizer.ggml", name, GGUF_ARRAY);
+    gguf_u32(b, type);
+    gguf_u64(b, (uint64_t)n);
+    return b;
+}
+
+/* Whole keys: sizes of the model, numbers, and what concerns the tokenizer. */
+static void gguf_key_size(gguf_head *h, const char *name, int v) {
+    gguf_u32(gguf_key(h, h->arch, name, GGUF_U32), (uint32_t)v);
+}
+static void gguf_key_real(gguf_head *h, const char *name, float v) {
+    gguf_u32(gguf_key(h, h->arch, name, GGUF_F32), (uint32_t)v_int1(v));
+}
+static void gguf_key_id(gguf_head *h, const char *name, int id) {
+    if (id >= 0) gguf_u32(gguf_key(h, "tokenizer.ggml", name, GGUF_U32), (uint32_t)id);
+}
+static void gguf_key_flag(gguf_head *h, const char *name, int v) {
+    tok_put(gguf_key(h, "tokenizer.ggml", name, GGUF_BOOL), v ? "\1" : "\0", 1);
+}
+static void gguf_key_text(gguf_head *h, const char *group, const char *name, const char *s) {
+    gguf_text(gguf_key(h, group, name, GGUF_STRING), s, strlen(s));
+}
+
+/* ---- tokenizer ---- */
+
+/* The name of the pre-tokenizer that cuts words as a byte-level tokenizer does. llama.cpp does not
+ * compose characters before that; nearly all text is composed. */
+static const char *gguf_pre(const rlhf_tokenizer *t) {
+    const char *cut[2] = {NULL, NULL};
+    const int nfc = UTF8PROC_STABLE | UTF8PROC_COMPOSE;
+    int n = 0, odd = 0, form = 0;
+    for (int i = 0; i < (int)stbds_arrlen(t->steps); i++) {
+        const tok_step *st = &t->steps[i];
+        int isolated = st->mode == TOK_ISOLATED ? !st->flag : st->mode == TOK_REMOVED && st->flag;
+        if (st->kind == TOK_SPLIT && isolated && n < 2) cut[n++] = st->text;
+        else if (st->kind == TOK_UNICODE) form = st->mode;
+        else odd |= st->kind != TOK_ADDED;
+    }
+    if (form == nfc)
+        log_at(t->ctx, RLHF_LOG_INFO,
+               "llama.cpp does not compose characters (NFC) as this tokenizer does: texts with "
+               "decomposed ones get other tokens there");
+    odd |= form && form != nfc;
+    for (size_t i = 0; n && !odd && i < sizeof gguf_pres / sizeof *gguf_pres; i++) {
+        const char *second = gguf_pres[i].second;
+        if (!strcmp(cut[0], gguf_pres[i].first) && !second == (n == 1) &&
+            (n == 1 || !strcmp(cut[1], second)) && gguf_pres[i].merges == !t->ignore_merges)
+            return gguf_pres[i].name;
+    }
+    err_throw(t->ctx, RLHF_ERR_UNSUPPORTED,
+              "the tokenizer cuts words%s%.60s%s in a way that llama.cpp has no pre-tokenizer for; "
+              "known are those of GPT-2, SmolLM, Qwen2, Llama 3 and Tekken",
+              n ? " by \"" : "", n ? cut[n - 1] : "", n ? "...\"" : "");
+}
+
+/* Whether a SentencePiece-style tokenizer puts a space before its text; anything else that
+ * llama.cpp's counterpart does not do is refused. */
+static int gguf_space_prefix(const rlhf_tokenizer *t) {
+    int prefix = 0, spaces = 0, odd = t->ignore_merges;
+    for (int i = 0; i < (int)stbds_arrlen(t->steps); i++) {
+        const tok_step *st = &t->steps[i];
+        if (st->kind == TOK_PREFIX && !strcmp(st->text, TOK_SPACE)) prefix = 1 + st->mode;
+        else if (st->kind == TOK_REPLACE && !strcmp(st->text, TOK_SPACE)) spaces = 1;
+        else odd |= st->kind != TOK_ADDED && !(st->kind == TOK_SPLIT && st->mode == TOK_WITH_NEXT);
+    }
+    for (int b = 0; b < 256; b++) odd |= t->byte_id[b] < 0;
+    if (odd || !spaces)
+        err_throw(t->ctx, RLHF_ERR_UNSUPPORTED,
+                  "llama.cpp reads tokenizers with byte-level words, or with \"" TOK_SPACE
+                  "\" for spaces and a token for each byte; this one has neither");
+    if (prefix > 1)
+        log_at(t->ctx, RLHF_LOG_WARNING,
+               "llama.cpp puts a space before every piece of text between special tokens; this "
+               "tokenizer %s",
+               prefix == 1 + TOK_FIRST ? "only before the first" : "not before another space");
+    return prefix > 0;
+}
+
+/* llama.cpp merges whatever makes a piece, the piece of the highest score first: the rank of the
+ * first merge that makes it stands for that, if every pair that makes a piece is a merge. */
+static void gguf_key_scores(gguf_head *h, rlhf_tokenizer *t, const int *type, int n) {
+    float *score = mem_zalloc(h->ctx, (size_t)n, sizeof *score);
+    for (int i = t->n_rules - 1; i >= 0; i--) score[t->rules[i].id] = -(float)i;
+    tok_buf left = {h->ctx, NULL, 0, 0};
+    for (int id = 0; id < t->vocab_size; id++) {
+        const char *text = t->pieces[id].text;
+        for (int k = 1; type[id] == GGUF_NORMAL && k < t->pieces[id].len; k++) {
+            left.n = 0;
+            tok_put(&left, text, (size_t)k);
+            int32_t a = tok_piece_id(t, left.p), b = a < 0 ? -1 : tok_piece_id(t, text + k);
+            if (b >= 0 && stbds_hmgeti(t->ranks, tok_pair(a, b)) < 0)
+                err_throw(h->ctx, RLHF_ERR_UNSUPPORTED,
+                          "the tokenizer does not merge \"%s\" and \"%s\"; llama.cpp would, since "
+                          "\"%s\" is a piece",
+                          left.p, text + k, text);
+        }
+    }
+    tok_put(gguf_list(h, "scores", GGUF_F32, n), (const char *)score, (size_t)n * sizeof *score);
+    mem_free(left.p);
+    mem_free(score);
+}
+
+/* The texts of n ids and what they are; scores or merges. Ids without a text get one, since
+ * llama.cpp wants all of them to differ. */
+static void gguf_key_tokens(gguf_head *h, rlhf_tokenizer *t, int n) {
+    const char **text = mem_zalloc(h->ctx, (size_t)n, sizeof *text);
+    int *type = mem_zalloc(h->ctx, (size_t)n, sizeof *type);
+    for (int i = 0; i < n; i++) {
+        text[i] = i < t->vocab_size ? t->pieces[i].text : NULL;
+        type[i] = text[i] ? GGUF_NORMAL : GGUF_UNUSED;
+    }
+    for (int b = 0; b < 256 && !t->byte_level; b++) type[t->byte_id[b]] = GGUF_BYTE;
+    for (int i = 0; i < (int)stbds_arrlen(t->added); i++) {
+        const tok_added *a = &t->added[i];
+        text[a->id] = a->content;
+        type[a->id] = t->pieces[a->id].special ? GGUF_CONTROL : GGUF_USER;
+    }
+    if (t->unk >= 0) type[t->unk] = GGUF_UNKNOWN;
+
+    tok_buf *b = gguf_list(h, "tokens", GGUF_STRING, n);
+    for (int i = 0; i < n; i++) {
+        char pad[24];
+        snprintf(pad, sizeof pad, "[PAD%d]", i);
+        gguf_text(b, text[i] ? text[i] : pad, strlen(text[i] ? text[i] : pad));
+    }
+    tok_put(gguf_list(h, "token_type", GGUF_I32, n), (const char *)type, (size_t)n * sizeof *type);
+    if (!t->byte_level) gguf_key_scores(h, t, type, n);
+    else b = gguf_list(h, "merges", GGUF_STRING, t->n_rules);
+    for (int i = 0; i < t->n_rules && t->byte_level; i++) {
+        const tok_piece *l = &t->pieces[t->rules[i].left], *r = &t->pieces[t->rules[i].right];
+        gguf_u64(b, (uint64_t)l->len + (uint64_t)r->len + 1);
+        tok_put(b, l->text, (size_t)l->len);
+        tok_put(b, " ", 1);
+        tok_put(b, r->text, (size_t)r->len);
+    }
+    mem_free(text);
+    mem_free(type);
+}
+
+/* Tokens with a part of their own. A text ends with the tokenizer's end token if it does here, too,
+ * a turn with the chat template's; a further end token of the model takes the place that is left.
+ * llama.cpp knows other usual end tokens by their text. */
+static void gguf_key_special(gguf_head *h, const rlhf_model *m, rlhf_tokenizer *t) {
+    int n_before = (int)stbds_arrlen(t->before), n_after = (int)stbds_arrlen(t->after);
+    int bos = n_before ? t->before[0] : t->bos >= 0 ? t->bos : m->bos;
+    int eos = m->n_eos && !model_is_eos(m, t->eos) ? m->eos[0] : t->eos, eot = -1, eom = -1;
+    const char *close = t->chat >= 0 && t->chat_template ? tok_chats[t->chat].close : "";
+    if (*close) eot = tok_find(t, close);
+    for (int i = 0; i < m->n_eos; i++) {
+        if (m->eos[i] == eos || m->eos[i] == eot) continue;
+        if (eot < 0) eot = m->eos[i];
+        else if (eom < 0) eom = m->eos[i];
+    }
+    if (n_before > 1 || n_after > 1 || (n_after && t->after[0] != eos))
+        err_throw(h->ctx, RLHF_ERR_UNSUPPORTED,
+                  "the tokenizer adds more to a text than llama.cpp can: %d tokens before it, %d "
+                  "after it",
+                  n_before, n_after);
+    if (eos < 0)
+        log_at(h->ctx, RLHF_LOG_WARNING,
+               "neither model nor tokenizer has an end-of-text token; llama.cpp assumes one");
+    gguf_key_id(h, "bos_token_id", bos);
+    gguf_key_id(h, "eos_token_id", eos);
+    gguf_key_id(h, "eot_token_id", eot);
+    gguf_key_id(h, "eom_token_id", eom);
+    gguf_key_id(h, "unknown_token_id", t->unk);
+    gguf_key_flag(h, "add_bos_token", n_before > 0);
+    gguf_key_flag(h, "add_eos_token", n_after > 0);
+}
+
+/* Everything about the tokenizer; null: the file says that there is none. */
+static void gguf_key_tokenizer(gguf_head *h, const rlhf_model *m, rlhf_tokenizer *t) {
+    static const char group[] = "tokenizer.ggml";
+    if (!t) {
+        gguf_key_text(h, group, "model", "none");
+        return;
+    }
+    if (t->vocab_size > m->c.vocab)
+        err_throw(h->ctx, RLHF_ERR_ARG,
+                  "the tokenizer has %d ids, the model %d: is this the model's tokenizer?",
+                  t->vocab_size, m->c.vocab);
+    gguf_key_text(h, group, "model", t->byte_level ? "gpt2" : "llama");
+    if (t->byte_level) gguf_key_text(h, group, "pre", gguf_pre(t));
+    else gguf_key_text(h, group, "pre", "default");
+    if (!t->byte_level) gguf_key_flag(h, "add_space_prefix", gguf_space_prefix(t));
+    gguf_key_tokens(h, t, m->c.vocab);
+    gguf_key_special(h, m, t);
+    if (t->chat_template) gguf_key_text(h, "tokenizer", "chat_template", t->chat_template);
+}
+
+/* ---- model ---- */
+
+/* The row of gguf_archs, after checks that a model of its family may fail. */
+static int gguf_find_arch(const rlhf_model *m) {
+    const model_cfg *c = &m->c;
+    const size_t n = sizeof gguf_archs / sizeof *gguf_archs;
+    size_t i = 0;
+    while (i < n && strcmp(gguf_archs[i].family, m->family->type)) i++;
+    if (c->head == RLHF_HEAD_SCORE)
+        err_throw(m->ctx, RLHF_ERR_UNSUPPORTED,
+                  "a reward model has no counterpart in llama.cpp; language models have");
+    if (i == n)
+        err_throw(
+            m->ctx, RLHF_ERR_UNSUPPORTED,
+            "\"model_type\" \"%s\" is not written as GGUF; gpt2, llama, mistral and qwen2 are",
+            m->family->type);
+    if (!gguf_archs[i].llama && (c->rope_factor != 0 || c->heads * c->hd != c->d))
+        err_throw(m->ctx, RLHF_ERR_UNSUPPORTED,
+                  "llama.cpp computes scaled rotary positions, and heads that do not add up to "
+                  "hidden_size, for llama and mistral only, not for %s",
+                  m->family->type);
+    return (int)i;
+}
+
+/* Sizes and constants. */
+static void gguf_key_model(gguf_head *h, const rlhf_model *m, const gguf_kind *kind) {
+    const model_cfg *c = &m->c;
+    gguf_key_text(h, "general", "architecture", h->arch);
+    gguf_u32(gguf_key(h, "general", "file_type", GGUF_U32), kind->file_type);
+    if (kind == &gguf_q8) gguf_u32(gguf_key(h, "general", "quantization_version", GGUF_U32), 2);
+    gguf_key_size(h, "vocab_size", c->vocab);
+    gguf_key_size(h, "context_length", c->positions);
+    gguf_key_size(h, "embedding_length", c->d);
+    gguf_key_size(h, "block_count", c->layers);
+    gguf_key_size(h, "feed_forward_length", c->ff);
+    gguf_key_size(h, "attention.head_count", c->heads);
+    gguf_key_size(h, "attention.head_count_kv", c->kv_heads);
+    gguf_key_real(
+        h, c->layer_norm ? "attention.layer_norm_epsilon" : "attention.layer_norm_rms_epsilon",
+        c->eps);
+    if (c->learned_pos) return;
+    gguf_key_size(h, "attention.key_length", c->hd);
+    gguf_key_size(h, "attention.value_length", c->hd);
+    gguf_key_size(h, "rope.dimension_count", c->hd);
+    gguf_key_real(h, "rope.freq_base", c->theta);
+}
+
+/* Completes a tensor whose rows and name are set, and its entry in the head. */
+static void gguf_place(gguf_head *h, gguf_tensor *t, const gguf_kind *kind) {
+    t->kind = t->one_dim ? &gguf_f32 : t->cols % kind->block ? &gguf_f16 : kind;
+    gguf_text(&h->infos, t->name, strlen(t->name));
+    gguf_u32(&h->infos, t->one_dim ? 1 : 2);
+    if (!t->one_dim) gguf_u64(&h->infos, t->cols);
+    gguf_u64(&h->infos, t->rows);
+    gguf_u32(&h->infos, t->kind->type);
+    gguf_u64(&h->infos, h->size);
+    size_t bytes = t->rows * t->cols / t->kind->block * t->kind->block_bytes;
+    h->size += base_round_up(bytes, GGUF_ALIGN);
+    h->n_tensors++;
+}
+
+/* All tensors in the order of the family's list, a block; *n becomes their number. Positions are
+ * added, not multiplied: they stay exact, as norms and biases do. */
+static gguf_tensor *gguf_tensors(gguf_head *h, const rlhf_model *m, const gguf_kind *kind,
+                                 int llama, int *n) {
+    int cap = 1;
+    for (const model_tensor *t = m->family->tensors; t->name; t++)
+        cap += model_param_layers(m, t->param);
+    gguf_tensor *list = mem_zalloc(h->ctx, (size_t)cap, sizeof *list), *o = list;
+    for (const model_tensor *t = m->family->tensors; t->name; t++)
+        for (int l = 0; l < model_param_layers(m, t->param); l++, o++) {
+            size_t i = 0, count = sizeof gguf_names / sizeof *gguf_names;
+            while (i < count && (gguf_names[i].param != t->param || gguf_names[i].part != t->part))
+                i++;
+            if (i == count)
+                err_throw(m->ctx, RLHF_ERR_UNSUPPORTED,
+                          "tensor \"%s%s\" has no counterpart in llama.cpp", m->family->prefix,
+                          t->name);
+            const char *name = gguf_names[i].name, *mark = strstr(name, "%d");
+            if (mark)
+                snprintf(o->name, sizeof o->name, "%.*s%d%s", (int)(mark - name), name, l,
+                         mark + 2);
+            else snprintf(o->name, sizeof o->name, "%s", name);
+            ckpt_slice s = ckpt_slice_of(m, t, l);
+            o->w = s.w, o->rows = s.rows, o->cols = s.cols, o->one_dim = s.one_dim;
+            int sorted = llama && (t->part == PART_Q || t->part == PART_K);
+            o->hd = sorted ? (size_t)m->c.hd : 0;
+            gguf_place(h, o, t->param == P_WPE ? &gguf_f32 : kind);
+        }
+    *n = (int)(o - list);
+    return list;
+}
+
+/* By what llama.cpp divides each frequency, as a tensor at the end of the list; w becomes a block.
+ * Needed where frequencies are slowed. */
+static void gguf_add_factors(gguf_head *h, const rlhf_model *m, gguf_tensor *o) {
+    model_cfg plain = m->c;
+    plain.rope_factor = 0;
+    int half = m->c.hd / 2;
+    float *factor = mem_alloc(h->ctx, (size_t)half * sizeof *factor);
+    for (int j = 0; j < half; j++)
+        factor[j] = model_rope_frequency(&plain, j) / model_rope_frequency(&m->c, j);
+    *o = (gguf_tensor){"rope_freqs.weight", NULL, factor, (size_t)half, 1, 0, 1};
+    gguf_place(h, o, &gguf_f32);
+}
+
+/* ---- numbers ---- */
+
+/* The nearest half-precision number, the even one of two; beyond the largest is infinity. */
+static uint16_t gguf_half(float f) {
+    uint32_t x = (uint32_t)v_int1(f), sign = x >> 16 & 0x8000, a = x & 0x7fffffff;
+    if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (a >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+    /* Half the unit of 1/2 is that of denormals: the addition rounds to it. */
+    if (a < 0x38800000)
+        return (uint16_t)(sign | (uint32_t)(v_int1(v_bits1((int32_t)a) + 0.5f) - v_int1(0.5f)));
+    return (uint16_t)(sign | (a + 0xfff + (a >> 13 & 1) - 0x38000000) >> 13);
+}
+
+/* The nearest number of half the bits and the same exponents, the even one of two. */
+static uint16_t gguf_brain(float f) {
+    uint32_t x = (uint32_t)v_int1(f);
+    if ((x & 0x7fffffff) > 0x7f800000) return (uint16_t)(x >> 16 | 64);
+    return (uint16_t)((x + 0x7fff + (x >> 16 & 1)) >> 16);
+}
+
+/* One block of q8_0: the largest number is 127, of either sign. Returns its scale in half
+ * precision; with one that is not finite there is no block. */
+static uint16_t gguf_pack_block(const float *w, unsigned char *out) {
+    float most = 0;
+    for (int i = 0; i < GGUF_BLOCK; i++) {
+        if (isnan(w[i])) return 0x7e00;
+        most = fabsf(w[i]) > most ? fabsf(w[i]) : most;
+    }
+    float scale = most / 127.0f, inverse = scale >= FLT_MIN ? 1.0f / scale : 0;
+    uint16_t half = gguf_half(scale);
+    memcpy(out, &half, sizeof half);
+    for (int i = 0; i < GGUF_BLOCK && half < 0x7c00; i++)
+        out[2 + i] = (unsigned char)(int8_t)roundf(w[i] * inverse);
+    return half;
+}
+
+/* n numbers as the kind stores them, n a multiple of its block. Returns 0 if one is beyond its
+ * range. */
+static int gguf_pack(const gguf_kind *kind, const float *w, size_t n, unsigned char *out) {
+    uint16_t v = 0, over = 0;
+    if (kind == &gguf_f32) memcpy(out, w, n * sizeof *w);
+    for (size_t i = 0; kind != &gguf_f32 && i < n; i += kind->block, out += kind->block_bytes) {
+        v = kind == &gguf_q8    ? gguf_pack_block(w + i, out)
+            : kind == &gguf_f16 ? gguf_half(w[i])
+                                : gguf_brain(w[i]);
+        if (kind != &gguf_q8) memcpy(out, &v, sizeof v);
+        over |= kind != &gguf_bf16 && (v & 0x7c00) == 0x7c00;
+    }
+    return !over;
+}
+
+/* Writes the numbers of one tensor and the gap behind them. Sorting: row 2 j + half of a head is
+ * its row half hd / 2 + j here. */
+static void gguf_write_tensor(io_file *f, const gguf_tensor *t) {
+    static const char zeros[GGUF_ALIGN];
+    size_t row_bytes = t->cols / t->kind->block * t->kind->block_bytes, bytes = t->rows * row_bytes;
+    unsigned char *row = mem_alloc(f->ctx, row_bytes);
+    for (size_t r = 0; r < t->rows; r++) {
+        size_t in = t->hd ? r % t->hd : 0, from = t->hd ? r - in + in % 2 * t->hd / 2 + in / 2 : r;
+        if (!gguf_pack(t->kind, t->w + from * t->cols, t->cols, row))
+            err_throw(f->ctx, RLHF_ERR_NUMERIC,
+                      "tensor \"%s\" has numbers beyond half precision; f32 and bf16 hold them",
+                      t->name);
+        io_write(f, row, row_bytes);
+    }
+    io_write(f, zeros, base_round_up(bytes, GGUF_ALIGN) - bytes);
+    mem_free(row);
+}
+
+/* Writes the file; t may be null. The same model and tokenizer give the same bytes. */
+static void gguf_save(const rlhf_model *m, rlhf_tokenizer *t, const char *path, const char *type) {
+    static const gguf_kind *const kinds[] = {&gguf_f32, &gguf_f16, &gguf_bf16, &gguf_q8};
+    rlhf_ctx *ctx = m->ctx;
+    const gguf_kind *kind = NULL;
+    for (int i = 0; i < 4; i++)
+        if (!strcmp(kinds[i]->name, type)) kind = kinds[i];
+    if (!kind) err_throw(ctx, RLHF_ERR_ARG, "type is \"%s\", expected one of " GGUF_KINDS, type);
+    int arch = gguf_find_arch(m), n;
+    gguf_head h = {.ctx = ctx, .arch = gguf_archs[arch].arch};
+    h.keys.ctx = h.infos.ctx = ctx;
+    gguf_key_model(&h, m, kind);
+    gguf_key_tokenizer(&h, m, t);
+    gguf_tensor *list = gguf_tensors(&h, m, kind, gguf_archs[arch].llama, &n);
+    if (m->c.rope_factor != 0) gguf_add_factors(&h, m, list + n++);
+
+    tok_buf start = {ctx, NULL, 0, 0};
+    tok_put(&start, "GGUF", 4);
+    gguf_u32(&start, GGUF_VERSION);
+    gguf_u64(&start, h.n_tensors);
+    gguf_u64(&start, h.n_keys);
+    io_file *f = io_create(ctx, path);
+    io_write(f, start.p, start.n);
+    io_write(f, h.keys.p, h.keys.n);
+    io_write(f, h.infos.p, h.infos.n);
+    size_t head = start.n + h.keys.n + h.infos.n;
+    io_write(f, (const char[GGUF_ALIGN]){0}, base_round_up(head, GGUF_ALIGN) - head);
+    for (int i = 0; i < n; i++) gguf_write_tensor(f, list + i);
+    io_commit(f);
+    if (m->c.rope_factor != 0) mem_free((float *)(uintptr_t)list[n - 1].w);
+    mem_free(start.p);
+    mem_free(h.keys.p);
+    mem_free(h.infos.p);
+    mem_free(list);
+}
+
+/* ============================================================================================
+ * MARK: - 17 OPT (opt_)
  * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm is
  * summed in double over chunks that the problem fixes, in order.
  *
@@ -7310,7 +7858,7 @@ static double opt_step(opt *o, const double *lr) {
 }
 
 /* ============================================================================================
- * MARK: - 17 DATA (data_)
+ * MARK: - 18 DATA (data_)
  * Records of every kind, read by one loader for every stage. A record becomes token sequences whose
  * tokens are marked where they bear loss: assistant turns with their end, completions, or all of a
  * plain text. Text is tokenised whole; where a part begins is found as the longest common prefix
@@ -7803,7 +8351,7 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
 }
 
 /* ============================================================================================
- * MARK: - 18 GEN (gen_)
+ * MARK: - 19 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
  * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
@@ -8050,7 +8598,7 @@ static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
 }
 
 /* ============================================================================================
- * MARK: - 19 ROLL (roll_)
+ * MARK: - 20 ROLL (roll_)
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
  * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
  * ragged; a mean over tokens is a sum over all of them by their number.
@@ -8146,9 +8694,9 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 }
 
 /* ============================================================================================
- * MARK: - 20 TRAIN (train_)
+ * MARK: - 21 TRAIN (train_)
  * The loop that every trainer runs in: schedule, step, metrics, evaluation, checkpoints, resume. A
- * trainer supplies what a step is (21, 22, 23). metrics.jsonl holds no times, so that two equal
+ * trainer supplies what a step is (22, 23, 24). metrics.jsonl holds no times, so that two equal
  * runs write equal files.
  *
  * An optimizer step changes the weights whole or not at all: whatever may fail, fails before it.
@@ -8156,12 +8704,13 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
  * holds
  *     run.json                          the configuration, without "resume"
  *     metrics.jsonl                     a line every logging_steps and for every evaluation
+ *     runs/events.out.tfevents.*        the same for TensorBoard, with times; a file for each start
  *     checkpoint/trainer_state.json     where the run stands, and which of a and b counts
  *     checkpoint/a, checkpoint/b        weights and optimizer, written in turn
  *     config.json, model.safetensors    and the tokenizer's files: the model, in the end
  *
  * Entry: train_new, train_step, train_run, train_put.
- * Invariant: a resumed run writes the bytes of one that was never stopped.
+ * Invariant: a resumed run writes the bytes of one that was never stopped, but for runs/.
  * Tests: test/test_train.c
  * ============================================================================================ */
 
@@ -8334,6 +8883,7 @@ struct rlhf_trainer {
                          part: what an error interrupted is made up for by the next call */
     train_metric metric[TRAIN_METRICS];
     int metrics;
+    char events[192]; /* the event file's name in runs/; "" until there is one */
 };
 
 /* Sets the newest value of a metric. */
@@ -8575,6 +9125,124 @@ static void train_trim_metrics(rlhf_trainer *t, const char *path) {
     mem_free(text);
 }
 
+/* ---- TensorBoard ---- */
+
+/* An event file is a list of records: the length in 8 bytes, a checksum of those, the data, a
+ * checksum of it. The data are a message in protocol buffers' wire format: fields as number << 3 |
+ * kind, then the value. Only these kinds of values occur. */
+enum { TRAIN_WIRE_INT = 0, TRAIN_WIRE_DOUBLE = 1, TRAIN_WIRE_BYTES = 2, TRAIN_WIRE_FLOAT = 5 };
+
+/* Fields of an Event, of the Summary in it, and of one of its values. */
+enum { TRAIN_EVENT_TIME = 1, TRAIN_EVENT_STEP, TRAIN_EVENT_VERSION, TRAIN_EVENT_SUMMARY = 5 };
+enum { TRAIN_EVENT_SESSION = 7, TRAIN_SUMMARY_VALUE = 1, TRAIN_VALUE_TAG = 1, TRAIN_VALUE_SIMPLE };
+
+/* CRC-32C (Castagnoli), rotated and offset as the format wants it, so that a checksum of data that
+ * hold checksums is no special number. A line of metrics has a few hundred bytes: no table. */
+static uint32_t train_crc(const void *data, size_t n) {
+    const unsigned char *p = data;
+    uint32_t c = 0xffffffff;
+    for (size_t i = 0; i < n; i++) {
+        c ^= p[i];
+        for (int k = 0; k < 8; k++) c = c >> 1 ^ (c & 1 ? 0x82f63b78 : 0);
+    }
+    c = ~c;
+    return (c >> 15 | c << 17) + 0xa282ead8;
+}
+
+/* A field of kind TRAIN_WIRE_INT; field 0: the bare number. */
+static void train_wire_int(tok_buf *b, int field, uint64_t v) {
+    if (field) train_wire_int(b, 0, (uint64_t)field << 3 | TRAIN_WIRE_INT);
+    for (; v > 127; v >>= 7) tok_put(b, (const char[]){(char)(v | 128)}, 1);
+    tok_put(b, (const char[]){(char)v}, 1);
+}
+
+/* A field whose value lies in n bytes; those of kind TRAIN_WIRE_BYTES are preceded by their
+ * number. */
+static void train_wire(tok_buf *b, int field, int kind, const void *data, size_t n) {
+    train_wire_int(b, 0, (uint64_t)field << 3 | (uint64_t)kind);
+    if (kind == TRAIN_WIRE_BYTES) train_wire_int(b, 0, n);
+    tok_put(b, data, n);
+}
+
+/* The value of one metric, in the summary. Names are grouped as transformers does it: eval_loss is
+ * eval/loss, everything else stands under train/. */
+static void train_wire_metric(tok_buf *summary, const train_metric *metric) {
+    char tag[64];
+    int eval = !strncmp(metric->name, "eval_", 5);
+    snprintf(tag, sizeof tag, "%s%s", eval ? "eval/" : "train/", metric->name + 5 * eval);
+    float number = (float)metric->value;
+    tok_buf value = {summary->ctx, NULL, 0, 0};
+    train_wire(&value, TRAIN_VALUE_TAG, TRAIN_WIRE_BYTES, tag, strlen(tag));
+    train_wire(&value, TRAIN_VALUE_SIMPLE, TRAIN_WIRE_FLOAT, &number, sizeof number);
+    train_wire(summary, TRAIN_SUMMARY_VALUE, TRAIN_WIRE_BYTES, value.p, value.n);
+    mem_free(value.p);
+}
+
+/* Appends a record: an event of this moment and a step with one more field. */
+static void train_put_event(const rlhf_trainer *t, FILE *f, int64_t step, int field,
+                            const void *data, size_t n) {
+    struct timespec ts;
+    clock_gettime(CLOCK_REALTIME, &ts);
+    double now = (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
+    tok_buf event = {t->ctx, NULL, 0, 0}, record = event;
+    train_wire(&event, TRAIN_EVENT_TIME, TRAIN_WIRE_DOUBLE, &now, sizeof now);
+    train_wire_int(&event, TRAIN_EVENT_STEP, (uint64_t)step);
+    train_wire(&event, field, TRAIN_WIRE_BYTES, data, n);
+    uint64_t size = event.n;
+    uint32_t head = train_crc(&size, sizeof size), body = train_crc(event.p, event.n);
+    tok_put(&record, (const char *)&size, sizeof size);
+    tok_put(&record, (const char *)&head, sizeof head);
+    tok_put(&record, event.p, event.n);
+    tok_put(&record, (const char *)&body, sizeof body);
+    if (fwrite(record.p, 1, record.n, f) != record.n || fflush(f))
+        io_fail(t->ctx, "write", ckpt_path(t->ctx, train_dir(t), "runs"), errno);
+    mem_free(record.p);
+    mem_free(event.p);
+}
+
+/* For err_defer; what was flushed is safe from errors of closing. */
+static void train_close_file(void *file) { fclose(file); }
+
+/* The event file of this start, deferred until err_release. The first time it gets a name that no
+ * other has, the format's version, and the mark of a start, at which TensorBoard drops what earlier
+ * starts wrote of the coming steps. */
+static FILE *train_open_events(rlhf_trainer *t) {
+    rlhf_ctx *ctx = t->ctx;
+    char *dir = ckpt_path(ctx, train_dir(t), "runs"), host[65] = "localhost", name[192];
+    int fresh = !t->events[0];
+    FILE *f = NULL;
+    if (fresh) io_mkdirs(ctx, dir);
+    if (fresh && gethostname(host, sizeof host - 1) != 0) snprintf(host, sizeof host, "localhost");
+    for (int i = 0; fresh && !f; i++) {
+        snprintf(name, sizeof name, "events.out.tfevents.%010lld.%s.%ld.%d", (long long)time(NULL),
+                 host, (long)getpid(), i);
+        f = fopen(ckpt_path(ctx, dir, name), "wbx");
+        if (!f && errno != EEXIST) io_fail(ctx, "write", ckpt_path(ctx, dir, name), errno);
+    }
+    if (!fresh) f = fopen(ckpt_path(ctx, dir, t->events), "ab");
+    if (!f) io_fail(ctx, "write", ckpt_path(ctx, dir, t->events), errno);
+    err_defer(ctx, train_close_file, f);
+    if (!fresh) return f;
+    static const char start[] = {TRAIN_WIRE_INT | 1 << 3, 1}; /* a SessionLog: status START */
+    train_put_event(t, f, 0, TRAIN_EVENT_VERSION, "brain.Event:2", 13);
+    train_put_event(t, f, t->step + 1, TRAIN_EVENT_SESSION, start, sizeof start);
+    memcpy(t->events, name, sizeof name);
+    return f;
+}
+
+/* One event with the metrics put since the last line. */
+static void train_log_events(rlhf_trainer *t) {
+    FILE *f = train_open_events(t);
+    tok_buf summary = {t->ctx, NULL, 0, 0};
+    for (int i = 0; i < t->metrics; i++)
+        if (t->metric[i].fresh) train_wire_metric(&summary, t->metric + i);
+    if (summary.n) train_put_event(t, f, t->step, TRAIN_EVENT_SUMMARY, summary.p, summary.n);
+    mem_free(summary.p);
+    err_release(t->ctx);
+}
+
+/* ---- opening and logging ---- */
+
 /* First contact with the run directory: its configuration, an empty metrics.jsonl, or the state to
  * go on from. If it fails, the next step tries again. */
 static void train_open_dir(rlhf_trainer *t) {
@@ -8604,11 +9272,10 @@ static void train_open_dir(rlhf_trainer *t) {
     json_object_set_new(j, "rlhf_version", json_string(RLHF_VERSION));
     json_write_file(ctx, ckpt_path(ctx, train_dir(t), "run.json"), j);
     err_release(ctx);
+    (void)train_open_events(t);
+    err_release(ctx);
     t->fresh = 0;
 }
-
-/* For err_defer; what was flushed is safe from errors of closing. */
-static void train_close_file(void *file) { fclose(file); }
 
 /* One line of metrics, if `line`, for the file and the progress hook, which is called after every
  * step. Returns 0 if the hook asks to stop. The file is opened for each line: a run of days holds
@@ -8622,6 +9289,7 @@ static int train_log(rlhf_trainer *t, int line) {
         err_release(ctx);
     }
     if (line && train_dir(t)) {
+        train_log_events(t); /* before the line, which must not be written twice */
         char *path = ckpt_path(ctx, train_dir(t), "metrics.jsonl");
         FILE *f = fopen(path, "ab");
         if (!f) io_fail(ctx, "open", path, errno);
@@ -8709,7 +9377,7 @@ static int train_run(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 21 SFT (sft_)
+ * MARK: - 22 SFT (sft_)
  * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
  * micro-batches of an optimizer step:
  *     L = -1/N sum over marked t of log p(x_t | x_<t),    N the marked tokens of the whole step
@@ -8869,7 +9537,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
 }
 
 /* ============================================================================================
- * MARK: - 22 RM (rm_)
+ * MARK: - 23 RM (rm_)
  * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood
  * (Bradley and Terry 1952; Stiennon et al. 2020): P(chosen beats rejected) = sigmoid(r_c - r_r).
  * Over the pairs of an optimizer step, w the weight and m the margin of a pair,
@@ -9098,7 +9766,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
 }
 
 /* ============================================================================================
- * MARK: - 23 PPO (ppo_)
+ * MARK: - 24 PPO (ppo_)
  * Proximal policy optimisation with a per-token KL penalty (Schulman et al. 2017; Ziegler et al.
  * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
@@ -9110,7 +9778,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
  *     reference        ppo_reference        log p_ref,t, KL, entropy
  *     values           ppo_values           V_t
  *     scores           ppo_score            one number for the answer
- *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (19)
+ *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (20)
  *     optimisation     ppo_minibatch        loss = policy(A_t, log p_t) + vf_coef value(R_t, V_t)
  *
  * The reference is the policy as it was when the trainer was opened. Log-probabilities are those of
@@ -9651,7 +10319,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
 }
 
 /* ============================================================================================
- * MARK: - 24 EVAL (eval_)
+ * MARK: - 25 EVAL (eval_)
  * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy overall
  * and by domain, kind of annotator and annotator. Results are JSON objects.
  *
@@ -9836,7 +10504,7 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
 }
 
 /* ============================================================================================
- * MARK: - 25 API (rlhf_ api_)
+ * MARK: - 26 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
  *
@@ -10132,6 +10800,14 @@ rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const 
     API_ENTER(model->ctx);
     ckpt_save(model, dir);
     if (tokenizer) tok_save(tokenizer, dir);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_model_save_gguf(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *path,
+                                 const char *type) {
+    if (!model || !path || !type) return RLHF_ERR_ARG;
+    API_ENTER(model->ctx);
+    gguf_save(model, tokenizer, path, type);
     API_LEAVE();
 }
 
@@ -10459,7 +11135,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 26 BENCH (bench_)
+ * MARK: - 27 BENCH (bench_)
  * How fast this machine does the work of RLHF, against its own limits: the tile's peak and the
  * memory's bandwidth, measured first. Random weights of named shapes, nothing is downloaded. Equal
  * weight hashes at the end mean that two machines did the same work.
@@ -10877,7 +11553,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 27 CLI (cli_)
+ * MARK: - 28 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -10899,6 +11575,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
     X(prompt, "TEXT", "the prompt; default: one prompt a line from standard input")                \
     X(train, "FILE", "text to learn the vocabulary from; more files may follow")                   \
     X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
+    X(gguf, "TYPE", "how numbers are stored: " GGUF_KINDS " (norms and biases always f32)")        \
     X(type, "KIND", "text or preference; default: what the model is for")                          \
     X(chat_template, "NAME", "how conversations are rendered (default auto)")                      \
     X(quick, NULL, "fewer shapes and repetitions (default off)")                                   \
@@ -11269,7 +11946,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 28 COMMAND (cli_ main)
+ * MARK: - 29 COMMAND (cli_ main)
  * What each command does: it opens what its options name, calls the public functions of rlhf.h
  * and prints what they found. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
@@ -11699,6 +12376,26 @@ static int cli_tokenizer(cli *c) {
                                     (json_int_t)total, "out", c->v[O_out]));
 }
 
+static int cli_export(cli *c) {
+    rlhf_model *m;
+    rlhf_tokenizer *tok;
+    CLI_NEED(model);
+    CLI_NEED(gguf);
+    CLI_NEED(out);
+    if (!base_is_choice(GGUF_KINDS, c->v[O_gguf]))
+        return cli_fail(c, "--gguf: \"%s\", expected one of " GGUF_KINDS, c->v[O_gguf]), 2;
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    CLI_TRY(rlhf_model_save_gguf(m, tok, c->v[O_out], c->v[O_gguf]));
+    struct stat st = {0};
+    stat(c->v[O_out], &st);
+    json_t *j =
+        json_pack("{s:s,s:I,s:I}", "out", c->v[O_out], "parameters",
+                  (json_int_t)rlhf_model_get_shape(m).n_params, "bytes", (json_int_t)st.st_size);
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
 static int cli_info(cli *c) {
     char *text;
     CLI_TRY(rlhf_info(c->ctx, &text));
@@ -11805,6 +12502,10 @@ static const cli_command cli_commands[] = {
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(ref) |
          CLI_BIT(type) | CLI_BIT(chat_template),
      -1, cli_eval},
+    {"export", "the model and its tokenizer as a file for llama.cpp",
+     "--model DIR --gguf TYPE --out FILE.gguf",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(out), -1,
+     cli_export},
     {"tokenize", "lines of standard input to token ids", "--tokenizer DIR < text",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer), -1, cli_tokenize},
     {"tokenizer", "learn a byte-level BPE vocabulary from text",

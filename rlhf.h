@@ -251,6 +251,14 @@ rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **cop
  * one. */
 rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir);
 
+/* Writes a language model and its tokenizer as one GGUF file, which llama.cpp loads; beside its
+ * place and renamed, too. type, how matrices are stored: "f32", "f16", "bf16" or "q8_0". tokenizer
+ * may be null: such a file takes and gives token ids only. RLHF_ERR_UNSUPPORTED for a model or
+ * tokenizer that llama.cpp would compute in another way, RLHF_ERR_NUMERIC for a weight beyond the
+ * type's range. */
+rlhf_status rlhf_model_save_gguf(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *path,
+                                 const char *type);
+
 /* Null is allowed. After the trainers that use it. */
 void rlhf_model_close(rlhf_model *model);
 

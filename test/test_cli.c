@@ -300,6 +300,15 @@ TEST(other_commands) {
     CHECK_EQ_S(text_of("head"), "lm");
     RUN("$R info --model $D/rm --json", 0);
     CHECK_EQ_S(text_of("head"), "score");
+    RUN("$R export --model $D/lm --gguf q8_0 --out $D/lm.gguf --json", 0);
+    check_keys(__LINE__, "out parameters bytes");
+    size_t bytes = 0;
+    char *file = slurp(test_path("lm.gguf"), &bytes);
+    CHECK(bytes > 4 && memcmp(file, "GGUF", 4) == 0);
+    CHECK_NEAR(number("bytes"), (double)bytes, 0);
+    free(file);
+    REFUSE("$R export --model $D/rm --gguf f32 --out $D/rm.gguf", 1, "reward model", NULL, NULL);
+    CHECK(!exists("rm.gguf"));
     RUN("$R info --model test/golden/gpt2", 0);
     CHECK(strstr(out, "gpt2") != NULL);
 }
@@ -311,7 +320,7 @@ TEST(help_lists_every_option) {
     NEED_PROGRAM();
     RUN("$R --help", 0);
     static const char *const commands[] = {"sft",      "rm",        "ppo",  "generate", "score",
-                                           "tokenize", "tokenizer", "eval", "info"};
+                                           "tokenize", "tokenizer", "eval", "export",   "info"};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         if (!strstr(out, commands[i])) test_fail(__FILE__, __LINE__, "no %s", commands[i]);
 #define ROW(kind, name, def, lo, hi, help) ROW_##kind(name, def, help)
@@ -379,6 +388,8 @@ TEST(usage_errors) {
     REFUSE("$R sft --init x --data y --out $D/out", 2, "--tokenizer", NULL, NULL);
     REFUSE("$R ppo --model x --data y --out $D/out", 2, "--reward", NULL, NULL);
     REFUSE("$R tokenizer --out $D/out", 2, "--train", NULL, NULL);
+    REFUSE("$R export --model x --out y", 2, "--gguf", "missing", NULL);
+    REFUSE("$R export --model x --out y --gguf q4", 2, "q4", "f32|f16|bf16|q8_0", NULL);
     REFUSE("$R sft --model", 2, "--model needs a value", NULL, NULL);
     REFUSE("$R sft --learning_rate", 2, "--learning_rate needs a value", NULL, NULL);
     REFUSE("$R sft --model --data y", 2, "--model needs a value", NULL, NULL);

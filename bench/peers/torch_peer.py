@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
 """The work of `rlhf bench` in PyTorch, as somebody who knows PyTorch writes it for a CPU.
 
-    torch_peer.py --threads 2 train/llama-8m/8x128/f32 generate/llama-8m/batch8/f32 ...
+    torch_peer.py --threads 2 train/llama-8m/8x128/f32 generate/llama-8m/batch8/bf16 ...
     torch_peer.py --check
 
-Arguments are names of results of `rlhf bench --json`; the last line of standard output is a JSON
-object with results of those names. Shapes, tokens and mathematics are those of rlhf.c, section
-BENCH. Plain modules in eager mode; what is done for speed:
+common.py tells of names and results. Sizes and mathematics are those of rlhf.c, section BENCH.
+Plain modules in eager mode; what is done for speed:
 
     one product for q, k, v and one for gate and up; scaled_dot_product_attention
     no dropout, no padding, no masks: all sequences of a batch are equally long
@@ -15,19 +14,17 @@ BENCH. Plain modules in eager mode; what is done for speed:
     generation under inference_mode with a cache allocated once; only last rows meet the vocabulary
     PPO: log-probabilities of the policy come from the sampling; only states of the answer meet the
     vocabulary; the temperature divides hidden states instead of logits
+    grouped key and value heads by scaled_dot_product_attention itself, which beats repeating them
+
+Names that end in /bf16: training under autocast with masters in fp32; generation, rollouts and the
+frozen models of PPO with weights in bf16. Probabilities and losses are fp32 throughout.
 
 bench/run.py adds an allocator that keeps its pages (jemalloc or tcmalloc), where there is one.
 """
 
-import argparse
 import copy
-import json
 import math
-import re
-import sys
-import time
 import warnings
-from dataclasses import dataclass
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
 
@@ -35,62 +32,45 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import POSITIONS, SHAPES, main, median_time
+
 # ---- Models --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    kind: str
-    d: int
-    layers: int
-    heads: int
-    ff: int
-    vocab: int
-
-
-SHAPES = {
-    "gpt2": Shape("gpt2", 768, 12, 12, 3072, 50257),
-    "gpt2-14m": Shape("gpt2", 384, 6, 6, 1536, 8192),
-    "llama-8m": Shape("llama", 288, 6, 6, 768, 8192),
-    "llama-15m": Shape("llama", 288, 6, 6, 768, 32000),
-}
-POSITIONS = 1024  # both kinds: enough for every item
 
 
 class Cache:
     """Keys and values of all layers, [layers][batch][heads][length][head size]."""
 
-    def __init__(self, s, batch, length):
-        shape = (s.layers, batch, s.heads, length, s.d // s.heads)
-        self.k = torch.empty(shape)
-        self.v = torch.empty(shape)
+    def __init__(self, s, batch, length, dtype):
+        shape = (s.layers, batch, s.groups, length, s.d // s.heads)
+        self.k = torch.empty(shape, dtype=dtype)
+        self.v = torch.empty(shape, dtype=dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, s):
         super().__init__()
         bias = s.kind == "gpt2"
-        self.heads = s.heads
-        self.qkv = nn.Linear(s.d, 3 * s.d, bias=bias)
+        self.heads, self.groups = s.heads, s.groups
+        self.qkv = nn.Linear(s.d, s.d + 2 * s.groups * (s.d // s.heads), bias=bias or s.bias)
         self.o = nn.Linear(s.d, s.d, bias=bias)
 
     def forward(self, x, rope, past, cache, layer):
         b, t, d = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        if rope is None:
-            q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))
-        else:
+        qkv = self.qkv(x).view(b, t, self.heads + 2 * self.groups, d // self.heads)
+        qk, v = qkv[:, :, :-self.groups], qkv[:, :, -self.groups:].transpose(1, 2)
+        if rope is not None:
             # Queries and keys turn in one go. Neighbours form a pair, where Llama's checkpoints
             # pair the halves of a head: the order of rows in the matrix, nothing else.
-            pairs = torch.view_as_complex(qkv[:, :, :2].unflatten(-1, (-1, 2)))
-            q, k = torch.view_as_real(pairs * rope).flatten(-2).transpose(1, 3).unbind(2)
-            v = qkv[:, :, 2].transpose(1, 2)
+            pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
+            qk = torch.view_as_real(pairs * rope).flatten(-2).to(qkv.dtype)
+        q, k = qk.transpose(1, 2).split((self.heads, self.groups), 1)
         if cache is not None:
             cache.k[layer, :, :, past:past + t] = k
             cache.v[layer, :, :, past:past + t] = v
             k = cache.k[layer, :, :, :past + t]
             v = cache.v[layer, :, :, :past + t]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1,
+                                           enable_gqa=self.groups < self.heads)
         return self.o(y.transpose(1, 2).reshape(b, t, d))
 
 
@@ -145,7 +125,7 @@ class Model(nn.Module):
         else:
             half = s.d // s.heads // 2
             freq = 10000.0 ** (-torch.arange(half) / half)
-            angle = torch.outer(torch.arange(POSITIONS), freq)[:, None, None]  # over q|k and heads
+            angle = torch.outer(torch.arange(POSITIONS), freq)[:, None]  # the same for all heads
             self.register_buffer("turn", torch.polar(torch.ones(()), angle), persistent=False)
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
         self.norm = (nn.LayerNorm(s.d, eps=1e-5) if gpt else nn.RMSNorm(s.d, eps=1e-6))
@@ -173,10 +153,10 @@ class Model(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden):
-        return F.linear(hidden, self.tokens.weight)
+        return F.linear(hidden, self.tokens.weight).float()
 
     def scores(self, hidden):
-        return self.score(hidden).squeeze(-1)
+        return self.score(hidden).squeeze(-1).float()
 
 
 def random_ids(model, batch, length):
@@ -191,6 +171,11 @@ def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
 
 
+def mixed(bf16):
+    """Around forward passes whose masters are fp32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+
+
 def update(parameters, optimizer):
     nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
     optimizer.step()
@@ -200,16 +185,18 @@ def update(parameters, optimizer):
 class Training:
     """Every token but the first bears loss, as in `rlhf sft` on unmasked records."""
 
-    def __init__(self, name, batch, length, lr=2e-5):
+    def __init__(self, name, batch, length, bf16=False, lr=2e-5):
         self.model = Model(name)
+        self.bf16 = bf16
         self.ids = random_ids(self.model, batch, length)
         self.parameters = list(self.model.parameters())
         self.optimizer = adamw(self.parameters, lr)
 
     def step(self):
-        hidden = self.model(self.ids[:, :-1])
-        logits = self.model.logits(hidden.flatten(0, 1))
-        loss = F.cross_entropy(logits, self.ids[:, 1:].flatten())
+        with mixed(self.bf16):
+            hidden = self.model(self.ids[:, :-1])
+            logits = self.model.logits(hidden.flatten(0, 1))
+            loss = F.cross_entropy(logits, self.ids[:, 1:].flatten())
         del hidden, logits
         loss.backward()
         update(self.parameters, self.optimizer)
@@ -232,7 +219,7 @@ def draw(logits):
 def generate(model, prompts, new, temperature=1.0):
     """[batch][new] ids and their log-probabilities; temperature 0 takes the most likely ones."""
     batch, length = prompts.shape
-    cache = Cache(model.shape, batch, length + new)
+    cache = Cache(model.shape, batch, length + new, model.tokens.weight.dtype)
     ids = torch.empty(batch, new, dtype=torch.long)
     logp = torch.empty(batch, new)
     feed, past = prompts, 0
@@ -269,11 +256,16 @@ class Ppo:
     EPOCHS, MINIBATCHES, TEMPERATURE = 4, 4, 0.7
     KL, CLIP, VALUE_CLIP, VALUE_COEF = 0.05, 0.2, 0.2, 0.1
 
-    def __init__(self, name, batch, prompt, new, lr=3e-6):
+    def __init__(self, name, batch, prompt, new, bf16=False, lr=3e-6):
         self.policy = Model(name)
         self.reward = Model(name, score=True).requires_grad_(False)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.value = copy.deepcopy(self.reward).requires_grad_(True)
+        self.bf16, self.sampler = bf16, self.policy
+        if bf16:  # the sampler's weights are copied from the policy's before each rollout
+            self.sampler = copy.deepcopy(self.reference).bfloat16()
+            self.reference.bfloat16()
+            self.reward.bfloat16()
         self.prompts = random_ids(self.policy, batch, prompt)
         self.batch, self.prompt, self.new = batch, prompt, new
         self.parameters = [*self.policy.parameters(), *self.value.parameters()]
@@ -297,11 +289,14 @@ class Ppo:
 
     @torch.no_grad()
     def rollout(self):
-        answers, logp = generate(self.policy, self.prompts, self.new, self.TEMPERATURE)
+        if self.bf16:
+            torch._foreach_copy_([*self.sampler.parameters()], [*self.policy.parameters()])
+        answers, logp = generate(self.sampler, self.prompts, self.new, self.TEMPERATURE)
         answers, logp = answers.clone(), logp.clone()  # ordinary tensors: autograd may save them
         ids = torch.cat((self.prompts, answers), 1)
         reference = self.logp(self.reference, ids)
-        values = self.values(ids)
+        with mixed(self.bf16):
+            values = self.values(ids)
         rewards = -self.KL * (logp - reference)
         rewards[:, -1] += self.reward.scores(self.reward(ids)[:, -1])
         rewards[:, -1] += torch.arange(self.batch) % 2  # what the bench's reward function adds
@@ -310,10 +305,12 @@ class Ppo:
         return ids, logp, values, adv, returns
 
     def minibatch(self, ids, logp, values, adv, returns):
-        ratio = (self.logp(self.policy, ids) - logp).exp()
+        with mixed(self.bf16):
+            ratio = (self.logp(self.policy, ids) - logp).exp()
         bound = ratio.clamp(1 - self.CLIP, 1 + self.CLIP)
         torch.max(-adv * ratio, -adv * bound).mean().backward()
-        v = self.values(ids)
+        with mixed(self.bf16):
+            v = self.values(ids)
         near = torch.clamp(v, values - self.VALUE_CLIP, values + self.VALUE_CLIP)
         loss = torch.max((v - returns) ** 2, (near - returns) ** 2).mean()
         (0.5 * self.VALUE_COEF * loss).backward()
@@ -335,69 +332,39 @@ class Ppo:
 # ---- Measuring -----------------------------------------------------------------------------------
 
 
-def median_time(run, quick):
-    """Median seconds of a call, counted as `rlhf bench` counts: at least three, about a second."""
-    run()
-    times, begun = [], time.perf_counter()
-    while len(times) < 64 and (len(times) < (2 if quick else 3)
-                               or time.perf_counter() - begun < (0.3 if quick else 1.0)):
-        at = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - at)
-    times.sort()
-    return 0.5 * (times[len(times) // 2] + times[(len(times) - 1) // 2])
-
-
-def forget_peak():
-    try:
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-    except OSError:
-        pass
-
-
-def peak_mb():
-    try:
-        with open("/proc/self/status") as f:
-            return int(re.search(r"VmHWM:\s*(\d+)", f.read())[1]) / 1024
-    except (OSError, TypeError):
-        return 0
-
-
-def measure(name, quick):
-    """(value, unit) of one result's name, None for work that has no counterpart here."""
-    found = re.fullmatch(r"(train|generate|ppo)/([^/]+)/([^/]+)/f32", name)
-    if not found or found[2] not in SHAPES:
-        return None
-    what, model, size = found.groups()
-    numbers = [int(x) for x in re.findall(r"\d+", size)]
-    if what == "train":
+def measure(work, model, numbers, bf16, a):
+    if work == "train":
         batch, length = numbers
-        training = Training(model, batch, length)
-        return batch * length / median_time(training.step, quick), "tok/s"
-    if what == "generate":
+        training = Training(model, batch, length, bf16)
+        return batch * length / median_time(training.step, a.quick), "tok/s"
+    if work == "generate":
         batch, = numbers
         m = Model(model).requires_grad_(False)
+        m = m.bfloat16() if bf16 else m
         prompts = random_ids(m, batch, 64)
         # The prompt and the first token are taken off.
-        s = median_time(lambda: generate(m, prompts, 64), quick)
-        s -= median_time(lambda: generate(m, prompts, 1), quick)
+        s = median_time(lambda: generate(m, prompts, 64), a.quick)
+        s -= median_time(lambda: generate(m, prompts, 1), a.quick)
         return batch * 63 / s, "tok/s"
-    ppo = Ppo(model, *numbers)
-    return 1e3 * median_time(ppo.step, quick), "ms"
+    return 1e3 * median_time(Ppo(model, *numbers, bf16).step, a.quick), "ms"
 
 
 # ---- Checking ------------------------------------------------------------------------------------
 
 
-def check():
-    """Whether this does the work that it says it does. About a minute."""
-    failed = 0
-
-    def report(ok, text):
-        nonlocal failed
-        failed += not ok
-        print(("ok    " if ok else "FAILED") + " " + text, flush=True)
+def check(report, _):
+    """About a minute."""
+    def greedy(name):
+        m = Model(name).requires_grad_(False)
+        for p in m.parameters():  # sharper, so that no two tokens are nearly as likely
+            if p.dim() > 1:
+                p.mul_(5)
+        prompts = random_ids(m, 3, 9)
+        ids, _ = generate(m, prompts, 12, temperature=0)
+        whole = torch.cat((prompts, ids), 1)
+        again = m.logits(m(whole[:, :-1])[:, 8:]).argmax(-1)
+        report(torch.equal(ids, again), f"{name}: greedy with cache = argmax of a whole pass")
+        return m, whole
 
     for name, millions in (("gpt2-14m", 13.79), ("llama-8m", 8.34), ("llama-15m", 15.19)):
         t = Training(name, 2, 32, lr=1e-3)
@@ -408,22 +375,31 @@ def check():
         report(abs(losses[0] - start) < 0.3 and losses[-1] < losses[0] - 1,
                f"{name}: loss {losses[0]:.3f} (ln vocab {start:.3f}) falls to {losses[-1]:.3f}")
 
-        m = Model(name).requires_grad_(False)
-        for p in m.parameters():  # sharper, so that no two tokens are nearly as likely
-            if p.dim() > 1:
-                p.mul_(5)
-        prompts = random_ids(m, 3, 9)
-        ids, _ = generate(m, prompts, 12, temperature=0)
-        whole = torch.cat((prompts, ids), 1)
-        again = m.logits(m(whole[:, :-1])[:, 8:]).argmax(-1)
-        report(torch.equal(ids, again), f"{name}: greedy with cache = argmax of a whole pass")
+        m, whole = greedy(name)
+        for bf16, most in ((False, 1e-3), (True, 0.1)):
+            p = Ppo(name, 8, 5, 7, bf16)
+            before = p.policy.tokens.weight.detach().clone()
+            off = (p.step() - 1).abs().max().item()
+            kind = "bf16: " if bf16 else ""
+            report(off < most, f"{name}: {kind}ratios before the first step are 1 within {off:.1e}")
+            moved = (p.policy.tokens.weight - before).abs().max().item()
+            report(moved > 0, f"{name}: {kind}PPO moves the policy, by at most {moved:.1e}")
 
-        p = Ppo(name, 8, 5, 7)
-        ratio = p.step()
-        off = (ratio - 1).abs().max().item()
-        report(off < 1e-3, f"{name}: ratios before the first step are 1 within {off:.1e}")
-        moved = (p.policy.tokens.weight - p.reference.tokens.weight).abs().max().item()
-        report(moved > 0, f"{name}: PPO moves the policy, by at most {moved:.1e}")
+        t = Training(name, 2, 32, bf16=True, lr=1e-3)
+        halves = [t.step() for _ in range(6)]
+        off = max(abs(a - b) for a, b in zip(losses, halves))
+        report(off < 0.02 * start, f"{name}: bf16 losses within {off:.1e} of fp32's")
+        full = m.logits(m(whole)).log_softmax(-1)
+        low = m.bfloat16()
+        off = (low.logits(low(whole)).log_softmax(-1) - full).abs().mean().item()
+        report(off < 0.05, f"{name}: bf16 log-probabilities within {off:.1e} of fp32's on average")
+
+    for name, count in (("smollm2-135m", 134515008), ("qwen2.5-0.5b", 494032768),
+                        ("llama3.2-1b", 1235814400)):
+        with torch.device("meta"):
+            n = sum(p.numel() for p in Model(name).parameters())
+        report(n == count, f"{name}: {n} parameters")
+    greedy("smollm2-135m")
 
     r, v = torch.randn(2, 5), torch.randn(2, 5)
     _, returns = advantages(r, v, gamma=1.0, lam=1.0)
@@ -434,32 +410,14 @@ def check():
     share = torch.bincount(ids[:, 0], minlength=6) / 40000
     report((share - logits.softmax(-1)[0]).abs().max() < 0.015, "draws follow the probabilities")
     report(torch.allclose(logp, logits.log_softmax(-1)[0][ids], atol=1e-5), "and say them")
-    return failed
 
 
-def main():
-    a = argparse.ArgumentParser(description="The work of `rlhf bench` in PyTorch.")
-    a.add_argument("names", nargs="*", metavar="NAME", help="as in train/llama-8m/8x128/f32")
-    a.add_argument("--threads", type=int, default=0, help="default: what PyTorch takes")
-    a.add_argument("--quick", action="store_true", help="fewer repetitions")
-    a.add_argument("--check", action="store_true", help="check the work instead of timing it")
-    a = a.parse_args()
-    if a.threads:
-        torch.set_num_threads(a.threads)
+def setup(threads):
+    if threads:
+        torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     torch.set_flush_denormal(True)
-    if a.check:
-        sys.exit(check() > 0)
-    results = []
-    for name in a.names:
-        forget_peak()
-        found = measure(name, a.quick)
-        if found:
-            results.append({"name": name, "value": found[0], "unit": found[1],
-                            "peak_rss_mb": peak_mb()})
-    print(json.dumps({"peer": "torch " + torch.__version__.split("+")[0],
-                      "threads": torch.get_num_threads(), "results": results}))
 
 
 if __name__ == "__main__":
-    main()
+    main("torch " + torch.__version__.split("+")[0], setup, measure, check)

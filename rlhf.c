@@ -98,7 +98,11 @@
 /* The baseline of either architecture is all that the compiler may assume; functions that use more
  * carry RLHF_TARGET. On aarch64 NEON is the baseline, so that there it is empty. */
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 #define RLHF_X86 1
 #define RLHF_TARGET __attribute__((target("avx2,fma,f16c")))
 #define RLHF_PAUSE() __builtin_ia32_pause()
@@ -919,6 +923,16 @@ RLHF_INLINE int32_t v_int1(float f) {
     return i;
 }
 
+/* The nearest bfloat16, the upper half of a float's bits, the even one of two; NaN stays NaN. */
+RLHF_INLINE uint16_t v_half1(float f) {
+    uint32_t x = (uint32_t)v_int1(f);
+    if ((x & 0x7fffffff) > 0x7f800000) return (uint16_t)(x >> 16 | 64);
+    return (uint16_t)((x + 0x7fff + (x >> 16 & 1)) >> 16);
+}
+
+/* The float that a bfloat16 is. */
+RLHF_INLINE float v_wide1(uint16_t h) { return v_bits1((int32_t)((uint32_t)h << 16)); }
+
 /* e^x: x = n ln 2 + r, |r| <= ln 2 / 2; 2^n in two factors, so that results go down to the smallest
  * denormal and up to infinity without a branch. NaN stays NaN: both bounds are written so that the
  * comparison fails on it. */
@@ -1057,6 +1071,15 @@ V_OP vi vi_shl(vi a, int n) { return _mm256_slli_epi32(a, n); }
 V_OP vi vi_round(vf a) { return _mm256_cvtps_epi32(a); } /* to nearest, ties to even */
 V_OP vf v_from(vi a) { return _mm256_cvtepi32_ps(a); }   /* the same number */
 V_OP vi vi_equal(vi a, vi b) { return _mm256_cmpeq_epi32(a, b); }
+/* V_WIDTH bfloat16 as floats; the upper halves of V_WIDTH numbers. */
+V_OP vf v_widen(const uint16_t *p) {
+    return v_of(vi_shl(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+V_OP void v_store_upper(uint16_t *p, vi a) {
+    __m256i x = _mm256_srli_epi32(a, 16);
+    x = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(x));
+}
 /* Joins the lanes of one register: 4, 2, 1. */
 V_OP float v_sum(vf a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -1140,6 +1163,12 @@ V_OP vi vi_shl(vi a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
 V_OP vi vi_round(vf a) { return vcvtnq_s32_f32(a); }
 V_OP vf v_from(vi a) { return vcvtq_f32_s32(a); }
 V_OP vi vi_equal(vi a, vi b) { return vreinterpretq_s32_u32(vceqq_s32(a, b)); }
+V_OP vf v_widen(const uint16_t *p) {
+    return v_of(vshll_n_s16(vreinterpret_s16_u16(vld1_u16(p)), 16));
+}
+V_OP void v_store_upper(uint16_t *p, vi a) {
+    vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_s32(a), 16));
+}
 /* Joins the lanes of one register: 2, 1. */
 V_OP float v_sum(vf a) {
     float32x2_t x = vadd_f32(vget_low_f32(a), vget_high_f32(a));
@@ -1235,6 +1264,16 @@ V_OP void v_sincos(vf x, vf *sine, vf *cosine) {
     vf a = v_pick(odd, c, s), b = v_pick(odd, s, c);
     *sine = v_xor(a, v_of(vi_shl(vi_and(q, two), 30)));
     *cosine = v_xor(b, v_of(vi_shl(vi_and(vi_add(q, one), two), 30)));
+}
+
+/* The bits of v_half1 in the upper half, zeros below. */
+V_OP vi vi_half(vf x) {
+    vi u = vi_of(x), odd = vi_and(vi_shr(u, 16), vi_set(1));
+    vi r = vi_add(u, vi_add(odd, vi_set(0x7fff)));
+    vi number = vi_of(v_equal(x, x)),
+       quiet = vi_add(u, vi_sub(vi_set(0x400000), vi_and(u, vi_set(0x400000))));
+    r = vi_of(v_pick(v_of(number), v_of(r), v_of(quiet)));
+    return vi_and(r, vi_set((int32_t)0xffff0000));
 }
 
 /* ---- sixteen lanes ---- */
@@ -1406,6 +1445,8 @@ typedef void k_ds_fn(int n, const float *p, float *dp, float d, float scale);
 typedef void k_scale_fn(int n, float *x, float a);
 typedef void k_panel_fn(int n, const float *x, size_t ld, float *y);
 typedef void k_strips_fn(int n, int strips, int w, const float *x, size_t ld, float *y);
+typedef void k_half_fn(int n, const float *x, size_t step, uint16_t *y);
+typedef void k_pairs_fn(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y);
 typedef void k_adam_fn(int64_t n, float *p, float *g, float *m, float *v, const k_adam *a);
 
 /* Product tiles (08): rows of A against panels of B. */
@@ -1440,7 +1481,17 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(ds, k_ds_fn)                                                                                 \
     X(panel, k_panel_fn)                                                                           \
     X(strips, k_strips_fn)                                                                         \
+    X(half, k_half_fn)                                                                             \
+    X(pairs, k_pairs_fn)                                                                           \
     X(adam, k_adam_fn)
+
+/* The tiles (08) for one kind of product. */
+typedef struct k_tiles {
+    k_tile_fn *tile;
+    int rows;           /* height of the full tile */
+    uint8_t panels[33]; /* panels[r]: widest tile of r rows, in panels of sixteen columns */
+    void (*begin)(void), (*end)(void); /* around a block of tiles; null: nothing to do */
+} k_tiles;
 
 /* The kernels of one instruction set. */
 typedef struct k_table {
@@ -1449,9 +1500,8 @@ typedef struct k_table {
 #define K_MEMBER(name, type) type *name;
     K_KERNELS(K_MEMBER)
 #undef K_MEMBER
-    k_tile_fn *tile;    /* 08: computes rows x panels, both from the list below */
-    int rows;           /* height of the full tile */
-    uint8_t panels[13]; /* panels[r]: widest tile of r rows, in panels of sixteen columns */
+    k_tiles f32, bf16;
+    int blocks; /* bf16 reads A in squares of sixteen rows by sixteen pairs */
 } k_table;
 
 #define K_GELU_A 0.7978845608028654f /* sqrt(2 / pi) */
@@ -1691,6 +1741,31 @@ static void k_r_strips(int n, int strips, int w, const float *x, size_t ld, floa
         for (int s = 0; s < strips; s++)
             memcpy(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w,
                    x + (size_t)i * ld + (size_t)(s * w), (size_t)w * sizeof *y);
+}
+
+/* n floats as bfloat16. Every 32 of them, the output goes on `step` halves behind where those
+ * began; it is filled with zeros up to a multiple of 16. */
+static void k_r_half(int n, const float *x, size_t step, uint16_t *y) {
+    for (int i = 0; i < (n + 15) / 16 * 16; i++)
+        y[(size_t)(i / 32) * step + (size_t)(i % 32)] = i < n ? v_half1(x[i]) : 0;
+}
+
+/* w columns of n numbers, element (k, l) at b[k ld + l], as bfloat16 in pairs (k, k + 1), the first
+ * in the lower half: out[pairs][at most w], `stride` apart. Zeros stand for what lies behind n. */
+static void k_pairs_part(int n, int pairs, int w, const float *b, size_t ld, float *out,
+                         size_t stride) {
+    for (int p = 0; p < pairs; p++)
+        for (int l = 0; l < w; l++) {
+            const float *x = b + (size_t)(2 * p) * ld + l;
+            uint32_t lo = 2 * p < n ? v_half1(x[0]) : 0, hi = 2 * p + 1 < n ? v_half1(x[ld]) : 0;
+            out[(size_t)p * stride + (size_t)l] = v_bits1((int32_t)(lo | hi << 16));
+        }
+}
+
+/* As k_r_strips, with pairs of rows as bfloat16: y[strips][pairs][w], pairs >= n / 2. */
+static void k_r_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y) {
+    for (int s = 0; s < strips; s++)
+        k_pairs_part(n, pairs, w, x + s * w, ld, y + (size_t)s * (size_t)(pairs * w), (size_t)w);
 }
 
 /* AdamW (Loshchilov and Hutter 2019): decoupled decay, both moments corrected, eps outside the
@@ -1983,6 +2058,38 @@ K_FN void k_v_strips(int n, int strips, int w, const float *x, size_t ld, float 
     }
 }
 
+K_FN void k_v_half(int n, const float *x, size_t step, uint16_t *y) {
+    for (int at = 0; at < n; at += RLHF_LANES) {
+        v16 v = v16_get(x + at, n - at, 0);
+        uint16_t *out = y + (size_t)(at / 32) * step + at % 32;
+        V_EACH(v_store_upper(out + i * V_WIDTH, vi_half(v.r[i])));
+    }
+}
+
+K_FN void k_v_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y) {
+    if (w % V_WIDTH) {
+        k_r_pairs(n, pairs, strips, w, x, ld, y);
+        return;
+    }
+    vi low = vi_set(0xffff);
+    for (int p = 0; p < n / 2; p++, x += 2 * ld) {
+        for (int c = 0; c < strips * w; c += RLHF_LANES) {
+            __builtin_prefetch(x + K_ROWS_AHEAD * ld + c);
+            __builtin_prefetch(x + (K_ROWS_AHEAD + 1) * ld + c);
+        }
+        for (int s = 0; s < strips; s++)
+            for (int c = 0; c < w; c += V_WIDTH) {
+                vi a = vi_half(v_load(x + s * w + c)), b = vi_half(v_load(x + ld + s * w + c));
+                a = vi_add(vi_and(vi_shr(a, 16), low), b);
+                v_store(y + ((size_t)s * (size_t)pairs + (size_t)p) * (size_t)w + c, v_of(a));
+            }
+    }
+    /* A last row without a partner, and the zeros behind it. */
+    for (int s = 0; s < strips && n / 2 < pairs; s++)
+        k_pairs_part(n % 2, pairs - n / 2, w, x + s * w, ld,
+                     y + ((size_t)s * (size_t)pairs + (size_t)(n / 2)) * (size_t)w, (size_t)w);
+}
+
 K_FN void k_v_adam(int64_t n, float *p, float *g, float *m, float *v, const k_adam *a) {
     v16 b1 = v16_set(a->beta1), b2 = v16_set(a->beta2), clip = v16_set(a->clip);
     v16 c1 = v16_set(a->rest1), c2 = v16_set(a->rest2), eps = v16_set(a->eps);
@@ -2055,6 +2162,11 @@ static int k_draw(const k_table *k, int n, const float *x, float scale, float ls
  * register, and no bit depends on the cut. Panels that many products of few rows share (decoding)
  * are packed once, by gemm_pack.
  *
+ * A product may be of bfloat16 numbers (`half`): both operands are rounded where they are packed,
+ * sums stay in single precision. Two neighbours along k make one 32-bit element, a pair, and
+ * everything above holds for pairs. How a pair is added is the instruction set's: its bits are the
+ * same for any threads and batch, but not on another machine.
+ *
  * Entry: gemm_run (threads), gemm_block (one thread).   Tests: test/test_gemm.c
  * Bench: rlhf bench gemm
  * ============================================================================================ */
@@ -2062,15 +2174,17 @@ static int k_draw(const k_table *k, int n, const float *x, float scale, float ls
 enum {
     GEMM_STORE = 0,
     GEMM_ACC = 1, /* the chain starts at C: C + a0 b0 + a1 b1 ... */
-    GEMM_MAX_ROWS = 8,
+    GEMM_MAX_ROWS = 32,
+    GEMM_SUMS = 8, /* rows of a tile that keeps its sums in vector registers */
     GEMM_MAX_PANELS = 6,
+    GEMM_BLOCK = 256, /* elements of a square of pairs */
     GEMM_DEPTH = 1024 /* longest part of k that a block of A and a group of panels have */
 };
 
 /* One tile's operands; all strides count floats. The driver sets a, b, c and bias to the tile's
  * corner, the caller of the driver to the product's. */
 typedef struct gemm_tile_args {
-    int k; /* length of every sum */
+    int k; /* length of every sum, in pairs where the product is of bfloat16 */
     const float *a;
     size_t rs, cs;  /* A element (m, k) is a[m * rs + k * cs] */
     const float *b; /* panels of B, each [k][16]; null: packed on the way (gemm_args.src) */
@@ -2086,6 +2200,7 @@ typedef struct gemm_tile_args {
 typedef struct gemm_args {
     int m, n; /* rows and columns of C */
     gemm_tile_args t;
+    int half;         /* of bfloat16; t.b, if not null, is panels of pairs */
     const float *src; /* B element (k, n) is src[k * ks + n * ns], where t.b is null */
     size_t ks, ns;    /* one of them is 1 */
     size_t ms;        /* floats of A for each row from one tile to the next; 0: t.rs */
@@ -2112,6 +2227,30 @@ static void gemm_r_tile(int rows, int panels, const gemm_tile_args *t) {
             }
 }
 
+/* The numbers of a pair. */
+RLHF_INLINE float gemm_low(float pair) { return v_bits1((int32_t)((uint32_t)v_int1(pair) << 16)); }
+RLHF_INLINE float gemm_high(float pair) {
+    return v_bits1((int32_t)((uint32_t)v_int1(pair) & 0xffff0000u));
+}
+
+/* The same for pairs, where the processor knows none: two steps of the chain. */
+static void gemm_r_pair_tile(int rows, int panels, const gemm_tile_args *t) {
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < panels; p++)
+            for (int l = 0; l < RLHF_LANES; l++) {
+                const float *a = t->a + (size_t)r * t->rs, *b = t->b + (size_t)p * t->bs + l;
+                size_t at = (size_t)r * t->ldc + (size_t)(p * RLHF_LANES + l);
+                float sum = t->mode == GEMM_ACC ? t->c[at] : 0;
+                for (int k = 0; k < t->k; k++) {
+                    float x = a[(size_t)k * t->cs], y = b[(size_t)k * RLHF_LANES];
+                    sum = fmaf(gemm_low(x), gemm_low(y), sum);
+                    sum = fmaf(gemm_high(x), gemm_high(y), sum);
+                }
+                if (t->bias) sum += t->bias[p * RLHF_LANES + l];
+                t->c[at] = t->add ? t->add[at] + sum : sum;
+            }
+}
+
 /* The loops over R and P are unrolled at any optimisation level: only then are the sums
  * registers. */
 #if defined(__clang__)
@@ -2127,8 +2266,8 @@ enum { GEMM_AHEAD = 40 * RLHF_LANES };
 
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
  * v16 are twelve of AVX2's sixteen registers. What does not fit beside them is read by the fused
- * multiply-add itself. */
-V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
+ * multiply-add itself. half, a constant too: pairs, as in gemm_r_pair_tile. */
+V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_args *t) {
     v16 sum[6][4];
     GEMM_UNROLL
     for (int r = 0; r < R; r++) {
@@ -2150,11 +2289,21 @@ V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
             if (R <= 3) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD);
             col[p] = v16_load(b + (size_t)p * t->bs);
         }
+        v16 high[4];
+        GEMM_UNROLL
+        for (int p = 0; half && p < P; p++) {
+            V_EACH(high[p].r[i] = v_and(col[p].r[i], v_of(vi_set((int32_t)0xffff0000))));
+            V_EACH(col[p].r[i] = v_of(vi_shl(vi_of(col[p].r[i]), 16)));
+        }
         GEMM_UNROLL
         for (int r = 0; r < R; r++) {
-            v16 x = v16_set(a[(size_t)r * t->rs]);
+            float e = a[(size_t)r * t->rs];
+            v16 x = v16_set(half ? gemm_low(e) : e);
             GEMM_UNROLL
             for (int p = 0; p < P; p++) sum[r][p] = v16_fma(x, col[p], sum[r][p]);
+            if (half) x = v16_set(gemm_high(e));
+            GEMM_UNROLL
+            for (int p = 0; half && p < P; p++) sum[r][p] = v16_fma(x, high[p], sum[r][p]);
         }
         a += t->cs;
         b += RLHF_LANES;
@@ -2175,7 +2324,7 @@ V_OP void gemm_v_body(const int R, const int P, const gemm_tile_args *t) {
 /* Every height with every width up to what the k_table's list of panels says. */
 K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
 #define GEMM_V(R, P)                                                                               \
-    case (R)*8 + (P): gemm_v_body(R, P, t); return;
+    case (R)*8 + (P): gemm_v_body(R, P, 0, t); return;
     switch (rows * 8 + panels) {
         GEMM_V(6, 1)
         GEMM_V(5, 1)
@@ -2192,15 +2341,32 @@ K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
     }
 #undef GEMM_V
 }
+
+K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
+#define GEMM_V(R, P)                                                                               \
+    case (R)*8 + (P): gemm_v_body(R, P, 1, t); return;
+    switch (rows * 8 + panels) {
+        GEMM_V(4, 1)
+        GEMM_V(3, 1)
+        GEMM_V(2, 1)
+        GEMM_V(2, 2)
+        GEMM_V(1, 1)
+        GEMM_V(1, 2)
+        GEMM_V(1, 3)
+    }
+#undef GEMM_V
+}
 #endif
 
 #if RLHF_X86
-/* The attribute allows 512-bit registers in these functions only; row kernels stay at 256 bits. */
-#define GEMM_512 __attribute__((target("avx512f,avx2,fma")))
+/* The attribute allows 512-bit registers in these functions only; row kernels stay at 256 bits. The
+ * instructions of bfloat16 are used where `half` asks for them, and nowhere else. */
+#define GEMM_512 __attribute__((target("avx512f,avx512bf16,avx2,fma")))
 
 /* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. */
-RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const gemm_tile_args *t) {
-    __m512 sum[GEMM_MAX_ROWS][GEMM_MAX_PANELS];
+RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half,
+                                        const gemm_tile_args *t) {
+    __m512 sum[GEMM_SUMS][GEMM_MAX_PANELS];
     GEMM_UNROLL
     for (int r = 0; r < R; r++) {
         GEMM_UNROLL
@@ -2226,7 +2392,9 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const gemm_til
         for (int r = 0; r < R; r++) {
             __m512 x = _mm512_set1_ps(a[(size_t)r * t->rs]);
             GEMM_UNROLL
-            for (int p = 0; p < P; p++) sum[r][p] = _mm512_fmadd_ps(x, col[p], sum[r][p]);
+            for (int p = 0; p < P; p++)
+                sum[r][p] = half ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
+                                 : _mm512_fmadd_ps(x, col[p], sum[r][p]);
         }
         a += t->cs;
         b += RLHF_LANES;
@@ -2246,28 +2414,103 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const gemm_til
 
 /* Tall tiles are three panels wide, low ones up to six. Eight rows by three panels leave registers
  * for the columns of B and need the fewest loads for a multiply-add. */
-GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t) {
 #define GEMM_P(R, P)                                                                               \
     case (R)*8 + (P):                                                                              \
-        gemm_512_body(R, P, t);                                                                    \
+        gemm_512_body(R, P, GEMM_HALF, t);                                                         \
         return;
 #define GEMM_P3(R) GEMM_P(R, 1) GEMM_P(R, 2) GEMM_P(R, 3)
 #define GEMM_P4(R) GEMM_P3(R) GEMM_P(R, 4)
 #define GEMM_P6(R) GEMM_P4(R) GEMM_P(R, 5) GEMM_P(R, 6)
-    switch (rows * 8 + panels) {
-        GEMM_P3(8)
-        GEMM_P3(7)
-        GEMM_P4(6)
-        GEMM_P4(5)
-        GEMM_P6(4)
-        GEMM_P6(3)
-        GEMM_P6(2)
-        GEMM_P6(1)
+#define GEMM_512_SHAPES                                                                            \
+    switch (rows * 8 + panels) {                                                                   \
+        GEMM_P3(8)                                                                                 \
+        GEMM_P3(7)                                                                                 \
+        GEMM_P4(6)                                                                                 \
+        GEMM_P4(5)                                                                                 \
+        GEMM_P6(4)                                                                                 \
+        GEMM_P6(3)                                                                                 \
+        GEMM_P6(2)                                                                                 \
+        GEMM_P6(1)                                                                                 \
     }
-#undef GEMM_P
-#undef GEMM_P3
-#undef GEMM_P4
-#undef GEMM_P6
+#define GEMM_HALF 0
+GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t){GEMM_512_SHAPES}
+#undef GEMM_HALF
+#define GEMM_HALF 1
+GEMM_512 static void gemm_512_pair_tile(int rows, int panels, const gemm_tile_args *t) {
+    GEMM_512_SHAPES
+}
+
+#define GEMM_AMX __attribute__((target("amx-tile,amx-bf16,avx512f")))
+
+/* Shapes of the tile registers: sums 0 to 3, A 4 and 5, B 6 and 7, all sixteen rows of 64 bytes. */
+GEMM_AMX static void gemm_amx_begin(void) {
+    static const struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&config);
+}
+
+GEMM_AMX static void gemm_amx_end(void) { _tile_release(); }
+
+/* One square of pairs: up to two by two products of sixteen rows and columns. Sixteen rows of A are
+ * t->k / 16 squares, one behind the other, and so is a panel of B. */
+GEMM_AMX static void gemm_amx_sums(const gemm_tile_args *t, int two_rows, int two_panels) {
+    const float *a = t->a, *a2 = a + (size_t)t->k * RLHF_LANES;
+    const float *b = t->b, *b2 = b + t->bs;
+    for (int k = 0; k < t->k; k += 16) {
+        size_t at = (size_t)k * RLHF_LANES;
+        _tile_loadd(4, a + at, 64);
+        _tile_loadd(6, b + at, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (two_panels) {
+            _tile_loadd(7, b2 + at, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (!two_rows) continue;
+        _tile_loadd(5, a2 + at, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        if (two_panels) _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+/* Up to 32 rows by two panels. Sums begin and end in a stack tile, through which chains that start
+ * at C, edges, bias and residual go. Rows of A beyond `rows` are zeros. */
+GEMM_AMX static void gemm_amx_tile(int rows, int panels, const gemm_tile_args *t) {
+    float sum[4][GEMM_BLOCK]; /* as the registers: [2 * half of the rows + panel] */
+    int two_rows = rows > RLHF_LANES, two_panels = panels > 1;
+    if (t->mode == GEMM_ACC) {
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < panels; p++)
+                _mm512_storeu_ps(sum[r / RLHF_LANES * 2 + p] + r % RLHF_LANES * RLHF_LANES,
+                                 _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p * RLHF_LANES));
+        _tile_loadd(0, sum[0], 64);
+        _tile_loadd(1, sum[1], 64);
+        _tile_loadd(2, sum[2], 64);
+        _tile_loadd(3, sum[3], 64);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < panels; p++)
+            __builtin_prefetch(t->c + (size_t)r * t->ldc + p * RLHF_LANES, 1);
+    gemm_amx_sums(t, two_rows, two_panels);
+    _tile_stored(0, sum[0], 64);
+    _tile_stored(1, sum[1], 64);
+    _tile_stored(2, sum[2], 64);
+    _tile_stored(3, sum[3], 64);
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < panels; p++) {
+            size_t at = (size_t)r * t->ldc + (size_t)(p * RLHF_LANES);
+            __m512 s = _mm512_loadu_ps(sum[r / RLHF_LANES * 2 + p] + r % RLHF_LANES * RLHF_LANES);
+            if (t->bias) s = _mm512_add_ps(s, _mm512_loadu_ps(t->bias + p * RLHF_LANES));
+            if (t->add) s = _mm512_add_ps(_mm512_loadu_ps(t->add + at), s);
+            _mm512_storeu_ps(t->c + at, s);
+        }
 }
 #endif
 
@@ -2279,12 +2522,17 @@ static int gemm_yes(void) { return 1; }
 
 #define GEMM_PLAIN_KERNEL(name, type) .name = k_r_##name,
 #define GEMM_VECTOR_KERNEL(name, type) .name = k_v_##name,
+#define GEMM_V_SHAPES                                                                              \
+    6, { 0, 4, 3, 2, 1, 1, 1 }
+#define GEMM_V_PAIR_SHAPES                                                                         \
+    4, { 0, 3, 2, 1, 1 }
+#define GEMM_512_LIST                                                                              \
+    8, { 0, 6, 6, 6, 6, 4, 4, 3, 3 }
 
 static const k_table k_ref = {.name = "ref",
                               .available = gemm_yes,
-                              .tile = gemm_r_tile,
-                              .rows = 6,
-                              .panels = {0, 4, 3, 2, 1, 1, 1},
+                              .f32 = {gemm_r_tile, GEMM_V_SHAPES, NULL, NULL},
+                              .bf16 = {gemm_r_pair_tile, GEMM_V_PAIR_SHAPES, NULL, NULL},
                               K_KERNELS(GEMM_PLAIN_KERNEL)};
 
 #if RLHF_X86
@@ -2295,25 +2543,54 @@ static int gemm_has_avx2(void) {
 
 static int gemm_has_avx512(void) { return gemm_has_avx2() && __builtin_cpu_supports("avx512f"); }
 
+static int gemm_has_bf16(void) { return gemm_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+/* Tile registers: the processor's bits (leaf 7, edx 22 and 24), and the system's leave, which a
+ * process asks for once and for all its threads. */
+static int gemm_has_amx(void) {
+#ifdef __linux__
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const unsigned need = 1u << 22 | 1u << 24;
+    const long ask = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    return gemm_has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & need) == need &&
+           syscall(SYS_arch_prctl, ask, tile_data) == 0;
+#else
+    return 0;
+#endif
+}
+
 static const k_table k_avx2 = {.name = "avx2",
                                .available = gemm_has_avx2,
-                               .tile = gemm_v_tile,
-                               .rows = 6,
-                               .panels = {0, 4, 3, 2, 1, 1, 1},
+                               .f32 = {gemm_v_tile, GEMM_V_SHAPES, NULL, NULL},
+                               .bf16 = {gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, NULL, NULL},
                                K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table k_avx512 = {.name = "avx512",
                                  .available = gemm_has_avx512,
-                                 .tile = gemm_512_tile,
-                                 .rows = 8,
-                                 .panels = {0, 6, 6, 6, 6, 4, 4, 3, 3},
+                                 .f32 = {gemm_512_tile, GEMM_512_LIST, NULL, NULL},
+                                 .bf16 = {gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, NULL, NULL},
                                  K_KERNELS(GEMM_VECTOR_KERNEL)};
-static const k_table *const k_tables[] = {&k_avx512, &k_avx2, &k_ref};
+static const k_table k_avx512bf16 = {.name = "avx512bf16",
+                                     .available = gemm_has_bf16,
+                                     .f32 = {gemm_512_tile, GEMM_512_LIST, NULL, NULL},
+                                     .bf16 = {gemm_512_pair_tile, GEMM_512_LIST, NULL, NULL},
+                                     K_KERNELS(GEMM_VECTOR_KERNEL)};
+static const k_table k_amx = {.name = "amx",
+                              .available = gemm_has_amx,
+                              .f32 = {gemm_512_tile, GEMM_512_LIST, NULL, NULL},
+                              .bf16 = {gemm_amx_tile,
+                                       32,
+                                       {0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
+                                        2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2},
+                                       gemm_amx_begin,
+                                       gemm_amx_end},
+                              .blocks = 1,
+                              K_KERNELS(GEMM_VECTOR_KERNEL)};
+static const k_table *const k_tables[] = {&k_amx, &k_avx512bf16, &k_avx512, &k_avx2, &k_ref};
 #elif RLHF_NEON
 static const k_table k_neon = {.name = "neon",
                                .available = gemm_yes,
-                               .tile = gemm_v_tile,
-                               .rows = 6,
-                               .panels = {0, 4, 3, 2, 1, 1, 1},
+                               .f32 = {gemm_v_tile, GEMM_V_SHAPES, NULL, NULL},
+                               .bf16 = {gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, NULL, NULL},
                                K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table *const k_tables[] = {&k_neon, &k_ref};
 #else
@@ -2326,15 +2603,28 @@ enum { K_TABLES = sizeof k_tables / sizeof *k_tables };
 /* Panels that n columns take; the last may be partly empty. */
 static size_t gemm_panels(int n) { return ((size_t)n + RLHF_LANES - 1) / RLHF_LANES; }
 
+/* Steps of a sum over k: k itself, or pairs, of which tile registers take whole squares. */
+static int gemm_steps(const k_table *kt, int half, int k) {
+    if (!half) return k;
+    return kt->blocks ? (k + 31) / 32 * 16 : (k + 1) / 2;
+}
+
+/* Floats of one panel of B[k][n]. */
+static size_t gemm_panel_size(const k_table *kt, int half, int k) {
+    return (size_t)gemm_steps(kt, half, k) * RLHF_LANES;
+}
+
 /* Floats that B[k][n] takes when packed. */
-static size_t gemm_packed_size(int k, int n) { return gemm_panels(n) * RLHF_LANES * (size_t)k; }
+static size_t gemm_packed_size(const k_table *kt, int half, int k, int n) {
+    return gemm_panels(n) * gemm_panel_size(kt, half, k);
+}
 
 /* What is packed from where. */
 typedef struct gemm_pack_args {
     const k_table *kt;
     const float *b;
     size_t ks, ns; /* B element (k, n) is b[k * ks + n * ns]; one of them is 1 */
-    int k, n;
+    int k, n, half;
     float *out;
 } gemm_pack_args;
 
@@ -2342,17 +2632,15 @@ enum { GEMM_GROUP = 8 }; /* panels or tiles packed side by side */
 
 /* Packs panels [lo, hi). A source whose rows are contiguous (ns 1) is copied by rows of sixteen,
  * one whose columns are (ks 1) is transposed. */
-static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
-    const gemm_pack_args *g = arg;
-    (void)thread;
-    if (hi == (int64_t)gemm_panels(g->n) && g->n % RLHF_LANES) /* missing columns are zeros */
+static void gemm_pack_plain(const gemm_pack_args *g, int lo, int hi) {
+    if (hi == (int)gemm_panels(g->n) && g->n % RLHF_LANES) /* missing columns are zeros */
         memset(g->out + (size_t)(hi - 1) * RLHF_LANES * (size_t)g->k, 0,
                (size_t)g->k * RLHF_LANES * sizeof *g->out);
-    int whole = g->ns == 1 ? base_min((int)hi, g->n / RLHF_LANES) : (int)lo;
-    for (int p = (int)lo; p < whole; p += GEMM_GROUP)
+    int whole = g->ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
+    for (int p = lo; p < whole; p += GEMM_GROUP)
         g->kt->strips(g->k, base_min(GEMM_GROUP, whole - p), RLHF_LANES, g->b + p * RLHF_LANES,
                       g->ks, g->out + (size_t)p * RLHF_LANES * (size_t)g->k);
-    for (int p = base_max((int)lo, whole); p < hi; p++) {
+    for (int p = base_max(lo, whole); p < hi; p++) {
         int n0 = p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
         const float *b = g->b + (size_t)n0 * g->ns;
         float *out = g->out + (size_t)n0 * (size_t)g->k;
@@ -2361,11 +2649,52 @@ static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Packs B[k][n] into panels at out[gemm_packed_size(k, n)], over the context's threads. For W
- * [n][k] as y = x W^T wants it: ks = 1, ns = k. */
-static void gemm_pack(rlhf_ctx *ctx, const float *b, size_t ks, size_t ns, int k, int n,
+/* One panel of pairs from w <= 16 rows of the source: rounded piece by piece, then transposed, a
+ * pair being one element of the transpose. */
+static void gemm_pack_pair_panel(const gemm_pack_args *g, const float *b, int w, float *out) {
+    enum { PIECE = 256 };
+    uint16_t rows[RLHF_LANES * PIECE] __attribute__((aligned(RLHF_ALIGN)));
+    int steps = gemm_steps(g->kt, 1, g->k);
+    for (int k = 0; k < g->k; k += PIECE) {
+        int n = base_min(PIECE, g->k - k);
+        if (n < PIECE || w < RLHF_LANES) memset(rows, 0, sizeof rows);
+        for (int l = 0; l < w; l++) g->kt->half(n, b + (size_t)l * g->ns + k, 32, rows + l * PIECE);
+        g->kt->panel(base_min(PIECE / 2, steps - k / 2), (const float *)(const void *)rows,
+                     PIECE / 2, out + (size_t)k / 2 * RLHF_LANES);
+    }
+}
+
+/* The same for products of bfloat16: panels of pairs. */
+static void gemm_pack_half(const gemm_pack_args *g, int lo, int hi) {
+    int steps = gemm_steps(g->kt, 1, g->k);
+    size_t size = (size_t)steps * RLHF_LANES;
+    int whole = g->ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
+    for (int p = lo; p < whole; p += GEMM_GROUP)
+        g->kt->pairs(g->k, steps, base_min(GEMM_GROUP, whole - p), RLHF_LANES,
+                     g->b + p * RLHF_LANES, g->ks, g->out + (size_t)p * size);
+    for (int p = base_max(lo, whole); p < hi; p++) {
+        int n0 = p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
+        float *out = g->out + (size_t)p * size;
+        if (g->ks == 1) gemm_pack_pair_panel(g, g->b + (size_t)n0 * g->ns, w, out);
+        else {
+            memset(out, 0, size * sizeof *out);
+            k_pairs_part(g->k, steps, w, g->b + n0, g->ks, out, RLHF_LANES);
+        }
+    }
+}
+
+static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    const gemm_pack_args *g = arg;
+    (void)thread;
+    if (g->half) gemm_pack_half(g, (int)lo, (int)hi);
+    else gemm_pack_plain(g, (int)lo, (int)hi);
+}
+
+/* Packs B[k][n] into panels at out[gemm_packed_size(...)], over the context's threads. For W [n][k]
+ * as y = x W^T wants it: ks = 1, ns = k. */
+static void gemm_pack(rlhf_ctx *ctx, int half, const float *b, size_t ks, size_t ns, int k, int n,
                       float *out) {
-    gemm_pack_args g = {ctx->k, b, ks, ns, k, n, out};
+    gemm_pack_args g = {ctx->k, b, ks, ns, k, n, half, out};
     int64_t panels = (int64_t)gemm_panels(n);
     par_for(ctx, panels, par_grain((int64_t)RLHF_LANES * k), gemm_pack_range, &g);
 }
@@ -2374,7 +2703,7 @@ static void gemm_pack(rlhf_ctx *ctx, const float *b, size_t ks, size_t ns, int k
  * rows][k][rows], for a gemm_args with t.rs 1, t.cs rows and ms k. Read in place, each step of k
  * would touch another page, and steps of a power of two the same cache set. */
 static void gemm_pack_a(const k_table *kt, const float *a, size_t ks, int m, int k, float *out) {
-    int rows = kt->rows, tiles = m / rows;
+    int rows = kt->f32.rows, tiles = m / rows;
     for (int t = 0; t < tiles; t += GEMM_GROUP)
         kt->strips(k, base_min(GEMM_GROUP, tiles - t), rows, a + t * rows, ks,
                    out + (size_t)(t * rows) * (size_t)k);
@@ -2382,6 +2711,58 @@ static void gemm_pack_a(const k_table *kt, const float *a, size_t ks, int m, int
     for (int i = 0; m % rows && i < k; i++)
         memcpy(out + (size_t)(tiles * rows) * (size_t)k + (size_t)(i * rows),
                a + (size_t)i * ks + tiles * rows, (size_t)(m % rows) * sizeof *out);
+}
+
+/* A of a product of bfloat16, as pairs: t's operand becomes out, its k the number of steps; returns
+ * what gemm_args.ms is to be. Rows that lie in memory stay rows; columns become tiles
+ * [steps][rows].
+ */
+static size_t gemm_pack_a_pairs(const k_table *kt, gemm_tile_args *t, int m, float *out) {
+    int k = t->k, rows = kt->bf16.rows, tiles = m / rows, steps = gemm_steps(kt, 1, k);
+    size_t row = base_round_up((size_t)k, RLHF_LANES) / 2, tile = (size_t)(steps * rows);
+    if (t->cs == 1) {
+        for (int r = 0; r < m; r++)
+            kt->half(k, t->a + (size_t)r * t->rs, 32, (uint16_t *)(void *)(out + (size_t)r * row));
+        t->rs = row;
+    } else {
+        for (int i = 0; i < tiles; i += GEMM_GROUP)
+            kt->pairs(k, steps, base_min(GEMM_GROUP, tiles - i), rows, t->a + i * rows, t->cs,
+                      out + (size_t)i * tile);
+        k_pairs_part(k, steps, m % rows, t->a + tiles * rows, t->cs, out + (size_t)tiles * tile,
+                     (size_t)rows);
+        t->rs = 1;
+        t->cs = (size_t)rows;
+    }
+    t->a = out;
+    t->k = steps;
+    return t->rs == 1 ? (size_t)steps : 0;
+}
+
+/* The same for tile registers: sixteen rows are squares [16][16 pairs], one behind the other. */
+static size_t gemm_pack_a_squares(const k_table *kt, gemm_tile_args *t, int m, float *out) {
+    enum { PIECE = 256 };
+    int k = t->k, steps = gemm_steps(kt, 1, k);
+    float turn[PIECE / 2 * RLHF_LANES] __attribute__((aligned(RLHF_ALIGN)));
+    for (int r0 = 0; r0 < m; r0 += RLHF_LANES) {
+        int rows = base_min(RLHF_LANES, m - r0);
+        float *to = out + (size_t)r0 * (size_t)steps;
+        if (rows < RLHF_LANES || k % 32) memset(to, 0, (size_t)steps * RLHF_LANES * sizeof *to);
+        for (int r = 0; t->cs == 1 && r < rows; r++)
+            kt->half(k, t->a + (size_t)(r0 + r) * t->rs, 2 * GEMM_BLOCK,
+                     (uint16_t *)(void *)(to + r * RLHF_LANES));
+        for (int k0 = 0; t->cs != 1 && k0 < k; k0 += PIECE) {
+            const float *a = t->a + (size_t)k0 * t->cs + r0;
+            int n = base_min(PIECE, k - k0), pairs = (n + 31) / 32 * 16;
+            if (rows == RLHF_LANES) kt->pairs(n, pairs, 1, RLHF_LANES, a, t->cs, turn);
+            else memset(turn, 0, sizeof turn), k_pairs_part(n, pairs, rows, a, t->cs, turn, 16);
+            for (int p = 0; p < pairs; p += RLHF_LANES)
+                kt->panel(RLHF_LANES, turn + p * RLHF_LANES, RLHF_LANES,
+                          to + (size_t)(k0 / 2 + p) * RLHF_LANES);
+        }
+    }
+    t->a = out;
+    t->k = steps;
+    return (size_t)steps;
 }
 
 /* ---- driver ---- */
@@ -2404,7 +2785,7 @@ static gemm_args gemm_part(const gemm_args *g, int m0, int m1, int p0, int p1) {
 
 /* One tile whose last panel is n < 16 columns wide: computed in a full stack tile, from which the
  * valid columns are copied. The sums are the same chains, since the panel is padded with zeros. */
-static void gemm_edge(const k_table *kt, int rows, int n, const gemm_tile_args *t) {
+static void gemm_edge(const k_tiles *tiles, int rows, int n, const gemm_tile_args *t) {
     float c[GEMM_MAX_ROWS * RLHF_LANES] = {0}, add[GEMM_MAX_ROWS * RLHF_LANES] = {0};
     float bias[RLHF_LANES] = {0};
     gemm_tile_args e = *t;
@@ -2419,32 +2800,40 @@ static void gemm_edge(const k_table *kt, int rows, int n, const gemm_tile_args *
         if (t->add)
             memcpy(add + r * RLHF_LANES, t->add + (size_t)r * t->ldc, (size_t)n * sizeof *add);
     }
-    kt->tile(rows, 1, &e);
+    tiles->tile(rows, 1, &e);
     for (int r = 0; r < rows; r++)
         memcpy(t->c + (size_t)r * t->ldc, c + r * RLHF_LANES, (size_t)n * sizeof *c);
 }
 
 /* Width of the next tile of `rows` rows where `left` panels are left: as wide as there is, in
  * equal pieces. */
-static int gemm_width(const k_table *kt, int rows, int left) {
-    int pieces = (left + kt->panels[rows] - 1) / kt->panels[rows];
+static int gemm_width(const k_tiles *tiles, int rows, int left) {
+    int pieces = (left + tiles->panels[rows] - 1) / tiles->panels[rows];
     return (left + pieces - 1) / pieces;
+}
+
+/* The tiles that a product is made of. */
+static const k_tiles *gemm_tiles(const k_table *kt, const gemm_args *g) {
+    return g->half ? &kt->bf16 : &kt->f32;
 }
 
 /* The product on the calling thread, B in panels (t.b); then act on what it wrote. Tiles of a full
  * height share their panels while these are near. The order of tiles decides what stays in the
  * cache, never a bit of the result. */
 static void gemm_block(const k_table *kt, const gemm_args *g) {
-    int whole = g->n / RLHF_LANES, height = base_min(kt->rows, g->m);
+    const k_tiles *tiles = gemm_tiles(kt, g);
+    int whole = g->n / RLHF_LANES, height = base_min(tiles->rows, g->m);
+    if (tiles->begin) tiles->begin();
     for (int p = 0, w; p < (int)gemm_panels(g->n); p += w) {
-        w = p < whole ? gemm_width(kt, height, whole - p) : 1;
-        for (int m = 0; m < g->m; m += kt->rows) {
-            int rows = base_min(kt->rows, g->m - m);
+        w = p < whole ? gemm_width(tiles, height, whole - p) : 1;
+        for (int m = 0; m < g->m; m += tiles->rows) {
+            int rows = base_min(tiles->rows, g->m - m);
             gemm_args tile = gemm_part(g, m, m + rows, p, p + w);
-            if (p < whole) kt->tile(rows, w, &tile.t);
-            else gemm_edge(kt, rows, tile.n, &tile.t);
+            if (p < whole) tiles->tile(rows, w, &tile.t);
+            else gemm_edge(tiles, rows, tile.n, &tile.t);
         }
     }
+    if (tiles->end) tiles->end();
     for (int m = 0; g->act && m < g->m; m++)
         g->act(g->n, g->t.c + (size_t)m * g->t.ldc, g->y + (size_t)m * g->ldy);
 }
@@ -2460,25 +2849,30 @@ typedef struct gemm_job {
     float *scratch;
 } gemm_job;
 
-/* One part of the sum of one block; k0 is its place in src. Packs what is not packed. */
+/* One part of the sum of one block. Packs what is not packed. */
 static void gemm_job_part(const gemm_job *j, gemm_args *s, float *scratch) {
-    if (j->a) {
-        gemm_pack_a(j->kt, s->t.a, s->t.cs, s->m, s->t.k, scratch);
+    const k_table *kt = j->kt;
+    const k_tiles *tiles = gemm_tiles(kt, s);
+    int k = s->t.k, panels = (int)gemm_panels(s->n), height = base_min(tiles->rows, s->m);
+    if (s->half && kt->blocks) s->ms = gemm_pack_a_squares(kt, &s->t, s->m, scratch);
+    else if (s->half) s->ms = gemm_pack_a_pairs(kt, &s->t, s->m, scratch);
+    else if (j->a) {
+        gemm_pack_a(kt, s->t.a, s->t.cs, s->m, k, scratch);
         s->t.a = scratch;
-        s->t.cs = (size_t)j->kt->rows;
-        s->ms = (size_t)s->t.k;
+        s->t.cs = (size_t)tiles->rows;
+        s->ms = (size_t)k;
     }
-    int panels = (int)gemm_panels(s->n), height = base_min(j->kt->rows, s->m);
     for (int p = 0, w; p < panels; p += w) {
-        w = s->t.b ? panels : gemm_width(j->kt, height, panels - p);
+        w = s->t.b ? panels : gemm_width(tiles, height, panels - p);
         gemm_args group = gemm_part(s, 0, s->m, p, p + w);
         if (!s->t.b) {
-            gemm_pack_args pack = {j->kt, group.src, s->ks, s->ns, s->t.k, group.n, scratch + j->a};
+            gemm_pack_args pack = {kt, group.src, s->ks,   s->ns,
+                                   k,  group.n,   s->half, scratch + j->a};
             gemm_pack_range(&pack, 0, w, 0);
             group.t.b = pack.out;
-            group.t.bs = (size_t)s->t.k * RLHF_LANES;
+            group.t.bs = gemm_panel_size(kt, s->half, k);
         }
-        gemm_block(j->kt, &group);
+        gemm_block(kt, &group);
     }
 }
 
@@ -2525,7 +2919,8 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
  * every thread has as many blocks as any other. Returns their number. */
 static int gemm_cut(rlhf_ctx *ctx, gemm_job *j) {
     const gemm_args *g = j->g;
-    int panels = (int)gemm_panels(g->n), step = j->kt->panels[base_min(j->kt->rows, g->m)];
+    const k_tiles *tiles = gemm_tiles(j->kt, g);
+    int panels = (int)gemm_panels(g->n), step = tiles->panels[base_min(tiles->rows, g->m)];
     int fit = (int)(ctx->cache / 2 / sizeof(float) / (size_t)base_max(j->depth, 1));
     int down = (g->m + base_max(fit, 96) - 1) / base_max(fit, 96), across = ctx->threads;
     if (g->t.b && !j->a) down = (g->m + 95) / 96; /* nothing is packed twice */
@@ -2533,7 +2928,7 @@ static int gemm_cut(rlhf_ctx *ctx, gemm_job *j) {
     across = base_max(1, base_min(across, (panels + step - 1) / step));
     while (down * across % ctx->threads && g->m >= 64 * down) down++;
     /* Blocks of equal size, in whole tiles. */
-    j->rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)j->kt->rows);
+    j->rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
     j->panels = (panels + across - 1) / across;
     if (panels >= 4 * step * across) j->panels = (j->panels + step - 1) / step * step;
     j->down = (g->m + j->rows - 1) / j->rows;
@@ -2543,20 +2938,19 @@ static int gemm_cut(rlhf_ctx *ctx, gemm_job *j) {
 /* The whole product, over the context's threads; scratch comes from ws. */
 static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     if (g->m <= 0 || g->n <= 0) return;
-    const k_table *kt = ctx->k;
     int k = g->t.k,
         small = (double)g->m * g->n * k < 262144.0; /* a fork costs more than the work */
-    gemm_job j = {.kt = kt, .g = g, .rows = g->m, .panels = (int)gemm_panels(g->n), .down = 1};
+    gemm_job j = {.kt = ctx->k, .g = g, .rows = g->m, .panels = (int)gemm_panels(g->n), .down = 1};
     /* Panels that are ready run over all of k; so does what has no more than twice the depth. */
     int parts = g->t.b ? 1 : base_max(1, k / GEMM_DEPTH);
-    j.depth = base_max(1, (k + parts - 1) / parts);
-    /* A's columns are packed unless there are too few tiles for that to pay. */
-    int by_columns = g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4;
-    j.a = by_columns;
+    j.depth = (int)base_round_up((size_t)base_max(1, (k + parts - 1) / parts), g->half ? 32 : 1);
+    /* A's columns are packed unless there are too few tiles for that to pay; pairs always are. */
+    j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
     int blocks = small ? 1 : gemm_cut(ctx, &j);
-    if (j.a) j.a = base_round_up((size_t)j.rows, (size_t)kt->rows) * (size_t)j.depth;
-    if (!g->t.b) j.b = (size_t)GEMM_MAX_PANELS * RLHF_LANES * (size_t)j.depth;
-    if (parts > 1 && g->t.add == g->t.c) j.c = (size_t)j.rows * (size_t)j.panels * RLHF_LANES;
+    size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth), rows = (size_t)j.rows;
+    if (j.a) j.a = base_round_up(rows, GEMM_MAX_ROWS) * steps;
+    if (!g->t.b) j.b = (size_t)GEMM_MAX_PANELS * RLHF_LANES * steps;
+    if (parts > 1 && g->t.add == g->t.c) j.c = rows * (size_t)j.panels * RLHF_LANES;
     arena_mark mark = arena_save(ws);
     j.scratch = arena_floats(ws, j.a + j.b + j.c, (size_t)(blocks > 1 ? ctx->threads : 1));
     if (blocks > 1) par_for(ctx, blocks, 1, gemm_job_range, &j);
@@ -2664,7 +3058,8 @@ static void op_norm_bwd(op_env *e, op_norm *o) {
  * [n] are null where nothing is trained. */
 typedef struct op_weight {
     int n, k;
-    int ld; /* floats from one row of y or dy to the next; 0: n */
+    int ld;   /* floats from one row of y or dy to the next; 0: n */
+    int half; /* products of bfloat16 */
     const float *w, *b, *packed;
     float *gw, *gb;
 } op_weight;
@@ -2675,14 +3070,14 @@ static size_t op_ld(const op_weight *w) { return (size_t)(w->ld ? w->ld : w->n);
  * may be y). act, if not null, also writes z [m][n] = act(y). */
 static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y,
                       const float *add, k_map_fn *act, float *z) {
-    gemm_args g = {.m = m, .n = w->n, .act = act, .y = z, .ldy = op_ld(w)};
+    gemm_args g = {.m = m, .n = w->n, .half = w->half, .act = act, .y = z, .ldy = op_ld(w)};
     /* A is x as it lies, B is W^T. */
     g.t = (gemm_tile_args){.k = w->k,
                            .a = x,
                            .rs = (size_t)w->k,
                            .cs = 1,
                            .b = w->packed,
-                           .bs = (size_t)w->k * RLHF_LANES,
+                           .bs = gemm_panel_size(e->ctx->k, w->half, w->k),
                            .c = y,
                            .ldc = op_ld(w),
                            .bias = w->b,
@@ -2711,7 +3106,7 @@ static void op_cols_range(void *arg, int64_t lo, int64_t hi, int thread) {
  * over rows a GEMM_ACC chain that continues what gw holds. */
 static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x, const float *dy) {
     if (!w->gw) return;
-    gemm_args g = {.m = w->n, .n = w->k, .src = x, .ks = (size_t)w->k, .ns = 1};
+    gemm_args g = {.m = w->n, .n = w->k, .half = w->half, .src = x, .ks = (size_t)w->k, .ns = 1};
     g.t = (gemm_tile_args){.k = m,
                            .a = dy,
                            .rs = 1,
@@ -2727,7 +3122,7 @@ static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x
 
 /* dx [m][k] = dy [m][n] W, overwritten: A is dy as it lies, B is W. */
 static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *dy, float *dx) {
-    gemm_args g = {.m = m, .n = w->k, .src = w->w, .ks = (size_t)w->k, .ns = 1};
+    gemm_args g = {.m = m, .n = w->k, .half = w->half, .src = w->w, .ks = (size_t)w->k, .ns = 1};
     g.t =
         (gemm_tile_args){.k = w->n, .a = dy, .rs = op_ld(w), .cs = 1, .c = dx, .ldc = (size_t)w->k};
     gemm_run(e->ctx, e->ws, &g);
@@ -3052,7 +3447,7 @@ static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
 /* Packs B[k][n] on the calling thread. */
 static void op_pack_here(const k_table *kt, const float *b, size_t ks, size_t ns, int k, int n,
                          float *out) {
-    gemm_pack_args g = {kt, b, ks, ns, k, n, out};
+    gemm_pack_args g = {kt, b, ks, ns, k, n, 0, out};
     gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
 }
 
@@ -3818,7 +4213,7 @@ struct rlhf_tokenizer {
     tok_word_id *words;   /* stb_ds: text -> id, of the model's pieces */
     tok_char_id *chars;   /* stb_ds: code point -> id, of pieces of one character */
     tok_pair_rank *ranks; /* stb_ds: (left id << 32 | right id) -> index in rules */
-    tok_rule *rules;            /* [n_rules] */
+    tok_rule *rules;      /* [n_rules] */
     int n_rules;
     tok_added *added;           /* stb_ds; those of mode 0, then 1; by first byte, longest first */
     int bucket[2][257];         /* where each first byte begins in added */
@@ -5751,6 +6146,7 @@ struct rlhf_model {
     float *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
     model_slot slot[P_COUNT];
     size_t layer_size; /* floats from one layer to the next */
+    int half;          /* products are of bfloat16 */
     uint64_t version;  /* changes with the weights */
     float **packed; /* [layers * P_COUNT]: forward panels of the matrices, made when first used */
     uint64_t *packed_version;
@@ -6118,16 +6514,18 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int row
     float *w = model_w(m, p, layer);
     int keep = rows < MODEL_MANY_ROWS;
     if (keep && !m->packed[i])
-        m->packed[i] = arena_floats(&m->keep, gemm_packed_size(s->cols, s->rows), 1);
+        m->packed[i] =
+            arena_floats(&m->keep, gemm_packed_size(m->ctx->k, m->half, s->cols, s->rows), 1);
     /* y = x W^T wants W^T as B: its columns are W's rows. */
     if (keep && m->packed_version[i] != m->version) {
-        gemm_pack(m->ctx, w, 1, (size_t)s->cols, s->cols, s->rows, m->packed[i]);
+        gemm_pack(m->ctx, m->half, w, 1, (size_t)s->cols, s->cols, s->rows, m->packed[i]);
         m->packed_version[i] = m->version;
     }
     op_weight o = {.n = s->rows,
                    .k = s->cols,
                    .w = w,
                    .packed = keep ? m->packed[i] : NULL,
+                   .half = m->half,
                    .gw = model_g(m, p, layer)};
     if (bias != P_COUNT) {
         o.b = model_w(m, bias, layer);
@@ -7534,13 +7932,6 @@ static uint16_t gguf_half(float f) {
     return (uint16_t)(sign | (a + 0xfff + (a >> 13 & 1) - 0x38000000) >> 13);
 }
 
-/* The nearest number of half the bits and the same exponents, the even one of two. */
-static uint16_t gguf_brain(float f) {
-    uint32_t x = (uint32_t)v_int1(f);
-    if ((x & 0x7fffffff) > 0x7f800000) return (uint16_t)(x >> 16 | 64);
-    return (uint16_t)((x + 0x7fff + (x >> 16 & 1)) >> 16);
-}
-
 /* One block of q8_0: the largest number is 127, of either sign. Returns its scale in half
  * precision; with one that is not finite there is no block. */
 static uint16_t gguf_pack_block(const float *w, unsigned char *out) {
@@ -7565,7 +7956,7 @@ static int gguf_pack(const gguf_kind *kind, const float *w, size_t n, unsigned c
     for (size_t i = 0; kind != &gguf_f32 && i < n; i += kind->block, out += kind->block_bytes) {
         v = kind == &gguf_q8    ? gguf_pack_block(w + i, out)
             : kind == &gguf_f16 ? gguf_half(w[i])
-                                : gguf_brain(w[i]);
+                                : v_half1(w[i]);
         if (kind != &gguf_q8) memcpy(out, &v, sizeof v);
         over |= kind != &gguf_bf16 && (v & 0x7c00) == 0x7c00;
     }
@@ -10618,7 +11009,11 @@ const char *rlhf_error(const rlhf_ctx *ctx) { return ctx ? ctx->error : ""; }
 /* Static texts: there is no context to hold one. */
 const char *rlhf_isas(void) {
 #if RLHF_X86
-    return gemm_has_avx512() ? "avx512 avx2 ref" : gemm_has_avx2() ? "avx2 ref" : "ref";
+    return gemm_has_amx()      ? "amx avx512bf16 avx512 avx2 ref"
+           : gemm_has_bf16()   ? "avx512bf16 avx512 avx2 ref"
+           : gemm_has_avx512() ? "avx512 avx2 ref"
+           : gemm_has_avx2()   ? "avx2 ref"
+                               : "ref";
 #elif RLHF_NEON
     return "neon ref";
 #else
@@ -11261,7 +11656,7 @@ enum { BENCH_PEAK_K = 192, BENCH_PEAK_FLOATS = 16384 };
 static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
     bench_peak *p = arg;
     float *a = p->mem + (size_t)thread * BENCH_PEAK_FLOATS, *b = a + 4096, *c = b + 8192;
-    int rows = p->k->rows, panels = p->k->panels[rows];
+    int rows = p->k->f32.rows, panels = p->k->f32.panels[rows];
     gemm_tile_args t = {.k = BENCH_PEAK_K,
                         .a = a,
                         .rs = BENCH_PEAK_K,
@@ -11270,7 +11665,7 @@ static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
                         .bs = BENCH_PEAK_K * RLHF_LANES,
                         .c = c,
                         .ldc = 64};
-    for (int64_t i = lo; i < hi; i++) p->k->tile(rows, panels, &t);
+    for (int64_t i = lo; i < hi; i++) p->k->f32.tile(rows, panels, &t);
 }
 
 /* All threads at once: the limit is the machine's, not one core's. */
@@ -11298,8 +11693,8 @@ static void bench_limits(bench *b) {
     size_t n = (size_t)b->ctx->threads * BENCH_PEAK_FLOATS;
     bench_peak p = {.k = k, .mem = mem_zalloc(b->ctx, n, sizeof(float)), .rounds = 100000};
     /* From the first-level cache: products of one tile, over and over. */
-    double flops =
-        2.0 * k->rows * k->panels[k->rows] * RLHF_LANES * BENCH_PEAK_K * (double)p.rounds;
+    double flops = 2.0 * k->f32.rows * k->f32.panels[k->f32.rows] * RLHF_LANES * BENCH_PEAK_K *
+                   (double)p.rounds;
     b->fma = flops / bench_time(b, bench_peak_run, &p) / 1e9;
     mem_free(p.mem);
     /* 256 MiB: more than any cache. */
@@ -11345,10 +11740,10 @@ static void bench_gemm(bench *b) {
                 err_defer(b->ctx, data_drop_store, &ws);
                 bench_gemm_arg g = {.e = {b->ctx, &ws}, .m = m, .what = what};
                 float *w = arena_zeros(&ws, (size_t)n, (size_t)k);
-                float *packed = arena_floats(&ws, gemm_packed_size(k, n), 1);
+                float *packed = arena_floats(&ws, gemm_packed_size(b->ctx->k, 0, k, n), 1);
                 g.w = (op_weight){.n = n, .k = k, .w = w, .packed = packed};
                 if (what == 2) g.w.gw = w;
-                gemm_pack(b->ctx, w, 1, (size_t)k, k, n, packed);
+                gemm_pack(b->ctx, 0, w, 1, (size_t)k, k, n, packed);
                 g.x = arena_zeros(&ws, (size_t)m, (size_t)k);
                 g.y = arena_zeros(&ws, (size_t)m, (size_t)n);
                 /* The roof of dX and dW is the tile's: both have many rows. */

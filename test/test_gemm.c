@@ -11,7 +11,7 @@ enum { ADD = 2 }; /* the sum is added to C: gemm_tile_args.add is C itself */
 typedef struct prod {
     int m, n, k, mode; /* GEMM_STORE, GEMM_ACC or ADD */
     bool ta, tb; /* A is stored as [k][m], B as [n][k] */
-    bool bias, act;
+    bool bias, act, half; /* half: of numbers rounded to bfloat16 */
     size_t lda, ldb, ldc, ldy;
     float *a, *b, *c, *y, *v; /* v: the bias */
     float *want, *wanty;
@@ -24,11 +24,13 @@ static float *matrix(int rows, int cols, size_t ld) {
 }
 
 static float prod_a(const prod *p, int i, int k) {
-    return p->ta ? p->a[(size_t)k * p->lda + (size_t)i] : p->a[(size_t)i * p->lda + (size_t)k];
+    float x = p->ta ? p->a[(size_t)k * p->lda + (size_t)i] : p->a[(size_t)i * p->lda + (size_t)k];
+    return p->half ? v_wide1(v_half1(x)) : x;
 }
 
 static float prod_b(const prod *p, int k, int j) {
-    return p->tb ? p->b[(size_t)j * p->ldb + (size_t)k] : p->b[(size_t)k * p->ldb + (size_t)j];
+    float x = p->tb ? p->b[(size_t)j * p->ldb + (size_t)k] : p->b[(size_t)k * p->ldb + (size_t)j];
+    return p->half ? v_wide1(v_half1(x)) : x;
 }
 
 /* The output by definition. */
@@ -55,7 +57,7 @@ static double prod_exact(const prod *p, int i, int j, double *size) {
 /* Draws the operands and computes what is to come out. */
 static prod prod_new(int m, int n, int k, int mode, unsigned flags) {
     prod p = {.m = m, .n = n, .k = k, .mode = mode, .ta = flags & 1, .tb = flags & 2,
-              .bias = flags & 4, .act = flags & 8};
+              .bias = flags & 4, .act = flags & 8, .half = flags & 16};
     p.lda = (size_t)(p.ta ? m : k) + 3;
     p.ldb = (size_t)(p.tb ? k : n) + 2;
     p.ldc = (size_t)n + 5;
@@ -85,18 +87,18 @@ static void prod_free(prod *p) {
 }
 
 static float *prod_pack(rlhf_ctx *ctx, const prod *p) {
-    size_t size = gemm_packed_size(p->k, p->n);
+    size_t size = gemm_packed_size(ctx->k, p->half, p->k, p->n);
     float *packed = test_floats(size);
-    gemm_pack(ctx, p->b, p->tb ? 1 : p->ldb, p->tb ? p->ldb : 1, p->k, p->n, packed);
+    gemm_pack(ctx, p->half, p->b, p->tb ? 1 : p->ldb, p->tb ? p->ldb : 1, p->k, p->n, packed);
     CHECK(test_margins(packed, size));
     return packed;
 }
 
 static gemm_args prod_args(rlhf_ctx *ctx, const prod *p, const float *packed, float *c, float *y) {
-    gemm_args g = {.m = p->m, .n = p->n};
+    gemm_args g = {.m = p->m, .n = p->n, .half = p->half};
     g.t = (gemm_tile_args){.k = p->k, .a = p->a, .rs = p->ta ? 1 : p->lda,
                            .cs = p->ta ? p->lda : 1, .b = packed,
-                           .bs = (size_t)p->k * RLHF_LANES, .c = c, .ldc = p->ldc,
+                           .bs = gemm_panel_size(ctx->k, p->half, p->k), .c = c, .ldc = p->ldc,
                            .mode = p->mode == GEMM_ACC, .bias = p->bias ? p->v : NULL,
                            .add = p->mode == ADD ? c : NULL};
     g.src = p->b;
@@ -356,6 +358,77 @@ TEST(long_sums) {
             }
 }
 
+/* ---- bfloat16 -------------------------------------------------------------------------------- */
+
+/* Whether the table's pairs are two steps of the chain, hence the bits of the definition. */
+static bool emulates(const k_table *k) {
+    return k->bf16.tile == k_ref.bf16.tile || k->bf16.tile == k_tables[K_TABLES - 2]->bf16.tile;
+}
+
+/* Every table against the definition: to the bit where pairs are emulated, else to the rounding of
+ * sums in single precision; and against itself, bit for bit, with other threads, and rows alone. */
+static void half_check(contexts *c, contexts *more, const prod *p) {
+    size_t nc = (size_t)p->m * p->ldc, ny = (size_t)p->m * p->ldy;
+    for (int t = 0; t < c->n; t++) {
+        float *packed = prod_pack(c->ctx[t], p), *y = test_floats(ny), *first = NULL;
+        if (emulates(c->ctx[t]->k)) prod_check(c->ctx[t], p);
+        for (int way = 0; way < 4; way++) {
+            float *out = test_floats(nc);
+            memcpy(out, p->c, nc * sizeof *out);
+            rlhf_ctx *ctx = way & 1 ? more->ctx[t] : c->ctx[t];
+            gemm_args g = prod_args(ctx, p, way & 2 ? packed : NULL, out, y);
+            run(ctx, &g);
+            CHECK(test_margins(out, nc));
+            for (int i = 0; i < p->m && way == 0; i++)
+                for (int j = 0; j < p->n; j++) {
+                    double size, exact = prod_exact(p, i, j, &size);
+                    CHECK_NEAR(out[(size_t)i * p->ldc + (size_t)j], exact,
+                               0x1p-23 * (p->k + 3) * size + 1e-30);
+                }
+            if (first) CHECK_BITS(out, first, nc);
+            if (first) test_floats_free(out);
+            else first = out;
+        }
+        /* One row alone. */
+        gemm_args g = prod_args(c->ctx[t], p, packed, y, y);
+        float *row = test_floats(p->ldc);
+        memcpy(row, p->c + (size_t)(p->m / 2) * p->ldc, p->ldc * sizeof *row);
+        gemm_args one = gemm_part(&g, p->m / 2, p->m / 2 + 1, 0, (int)gemm_panels(p->n));
+        one.t.c = row;
+        if (one.t.add) one.t.add = row;
+        one.act = NULL;
+        run(c->ctx[t], &one);
+        CHECK_BITS(row, first + (size_t)(p->m / 2) * p->ldc, p->n);
+        test_floats_free(row);
+        test_floats_free(first);
+        test_floats_free(packed);
+        test_floats_free(y);
+    }
+}
+
+TEST(half_products) {
+    static const struct { int m, n, k; } shapes[] = {
+        {1, 16, 32},   {1, 50, 33},  {3, 7, 1},     {5, 33, 64},   {16, 32, 31}, {17, 48, 96},
+        {31, 20, 257}, {32, 32, 32}, {33, 100, 65}, {70, 65, 300}, {97, 130, 70}, {20, 300, 513}};
+    contexts c = open_all(1), more = open_all(3);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int mode = 0; mode < 3; mode++)
+            for (unsigned flags = 0; flags < (test_quick() ? 4u : 8u); flags++) {
+                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode, flags | 16);
+                half_check(&c, &more, &p);
+                prod_free(&p);
+            }
+    /* Sums that are cut. */
+    for (unsigned flags = 16; flags < 20; flags++)
+        for (int mode = 0; mode < 3; mode++) {
+            prod p = prod_new(19, 40, 2 * GEMM_DEPTH + 35, mode, flags);
+            half_check(&c, &more, &p);
+            prod_free(&p);
+        }
+    close_all(&c);
+    close_all(&more);
+}
+
 /* Infinities, NaN and zeros of both signs go where arithmetic sends them. */
 TEST(special_values) {
     static const float special[] = {0.0f, -0.0f, INFINITY, -INFINITY, FLT_MAX, FLT_MIN, 1e-45f, 1};
@@ -399,4 +472,4 @@ TEST(nothing_to_do) {
 
 TEST_MAIN(CASE(pack_layout), CASE(every_m_and_n), CASE(every_k), CASE(every_tile),
           CASE(large_with_threads), CASE(row_alone), CASE(sum_in_parts), CASE(block_of_panels),
-          CASE(long_sums), CASE(special_values), CASE(nothing_to_do))
+          CASE(long_sums), CASE(half_products), CASE(special_values), CASE(nothing_to_do))

@@ -262,6 +262,37 @@ static void c_strips(const k_table *k, call *c) {
     }
 }
 
+static void c_half(const k_table *k, call *c) {
+    uint16_t y[4096];
+    int n = c->n < 2000 ? c->n : 2000, whole = (n + 15) / 16 * 16;
+    memset(y, 0xee, sizeof y);
+    k->half(n, c->in[0], 48, y);
+    for (int i = 0; i < whole; i++) {
+        uint16_t got = y[i / 32 * 48 + i % 32];
+        CHECK_EQ_I(got, i < n ? v_half1(c->in[0][i]) : 0);
+        float x = i < n ? fabsf(c->in[0][i]) : 0;
+        if (x > FLT_MIN && x < 1e38f) CHECK(fabsf(fabsf(v_wide1(got)) - x) <= x * 0x1p-8f);
+    }
+    for (int i = 32; i + 16 <= whole; i += 32) CHECK_EQ_I(y[i / 32 * 48 - 1], 0xeeee);
+}
+static void c_pairs(const k_table *k, call *c) {
+    static const int widths[] = {RLHF_LANES, 8, 5};
+    int w = widths[c->n % 3], strips = 1 + c->n % 2, rows = c->n / (w * strips), pairs = rows / 2 + 2;
+    float y[RLHF_LANES * 2 * 600];
+    if (pairs > 600) rows = 1100, pairs = 552;
+    k->pairs(rows, pairs, strips, w, c->in[1], (size_t)(w * strips), y);
+    for (int i = 0; i < strips * pairs * w; i++) {
+        int strip = i / (pairs * w), p = i / w % pairs, l = i % w;
+        uint32_t got = (uint32_t)v_int1(y[i]), want = 0;
+        for (int h = 0; h < 2; h++)
+            if (2 * p + h < rows) {
+                float x = c->in[1][((2 * p + h) * strips + strip) * w + l];
+                want |= (uint32_t)v_half1(x) << 16 * h;
+            }
+        CHECK_EQ_I(got, want);
+    }
+}
+
 static const struct { const char *name; call_fn *run; } calls[] = {
     {"exp", c_exp},         {"log", c_log},       {"tanh", c_tanh},         {"add", c_add},
     {"gelu", c_gelu},       {"gelu", c_gelu_here}, {"sincos", c_sincos},    {"dot", c_dot},
@@ -269,11 +300,12 @@ static const struct { const char *name; call_fn *run; } calls[] = {
     {"norm_dw", c_norm_dw}, {"gelu_bwd", c_gelu_bwd}, {"glu", c_glu},       {"glu_bwd", c_glu_bwd},
     {"rope", c_rope},       {"stats", c_stats},   {"ce", c_ce},             {"kl", c_kl},
     {"softmax", c_softmax}, {"prob", c_prob},     {"ds", c_ds},             {"scale", c_scale},
-    {"adam", c_adam},       {"panel", c_panel},   {"strips", c_strips}};
+    {"adam", c_adam},       {"panel", c_panel},   {"strips", c_strips},
+    {"half", c_half},       {"pairs", c_pairs}};
 
 /* Every kernel has a line above: the table's functions, less the tile, which test_gemm.c tests. */
 _Static_assert(sizeof calls / sizeof *calls - 1 ==
-                   (offsetof(k_table, tile) - offsetof(k_table, exp)) / sizeof(k_map_fn *),
+                   (offsetof(k_table, f32) - offsetof(k_table, exp)) / sizeof(k_map_fn *),
                "a kernel without a test");
 
 static bool any_nan(const float *x, int n) {

@@ -181,13 +181,13 @@ static void linear_run(rlhf_ctx *ctx, const void *data, float *out) {
     const linear_case *c = data;
     size_t m = (size_t)c->m, n = (size_t)c->n, k = (size_t)c->k;
     float *y = fill(out, m * n, BASE), *dx = y + m * n;
-    float *packed = test_floats(gemm_packed_size(c->k, c->n));
+    float *packed = test_floats(gemm_packed_size(ctx->k, 0, c->k, c->n));
     float *gw = fill(dx + m * k, n * k, BASE), *gb = fill(gw + n * k, n, BASE);
     arena ws = {.ctx = ctx};
     op_env e = {ctx, &ws};
     op_weight w = {.n = c->n, .k = c->k, .w = c->w, .b = c->b, .packed = packed,
                    .gw = gw, .gb = gb};
-    gemm_pack(ctx, c->w, 1, k, c->k, c->n, packed);
+    gemm_pack(ctx, 0, c->w, 1, k, c->k, c->n, packed);
     op_linear(&e, &w, c->m, c->x, y, c->add ? y : NULL, NULL, NULL);
     op_linear_bwd_w(&e, &w, c->m, c->x, c->dy);
     op_linear_bwd_x(&e, &w, c->m, c->dy, dx);
@@ -658,14 +658,14 @@ static void vocab_coef(void *user, int row, int n, const op_rows *found, float *
 
 static op_weight vocab_weight(rlhf_ctx *ctx, const vocab_case *c, const float *w, float *packed,
                               float *gw) {
-    gemm_pack(ctx, w, 1, (size_t)c->d, c->d, c->n, packed);
+    gemm_pack(ctx, 0, w, 1, (size_t)c->d, c->d, c->n, packed);
     return (op_weight){.n = c->n, .k = c->d, .w = w, .packed = packed, .gw = gw};
 }
 
 /* out: logp, entropy, hit; dx, gw; then compare: logp, kl, other_logp */
 static void vocab_run(rlhf_ctx *ctx, const void *data, float *out) {
     const vocab_case *c = data;
-    size_t n = (size_t)c->rows, d = (size_t)c->d, packed = gemm_packed_size(c->d, c->n);
+    size_t n = (size_t)c->rows, d = (size_t)c->d, packed = gemm_packed_size(ctx->k, 0, c->d, c->n);
     float *dx = out + 3 * n, *gw = fill(dx + n * d, (size_t)c->n * d, BASE);
     float *more = gw + (size_t)c->n * d, *p = test_floats(packed), *p2 = test_floats(packed);
     uint8_t *hit = malloc(n);
@@ -792,7 +792,7 @@ TEST(vocabulary_in_parts) {
     arena ws = {.ctx = ctx};
     op_env e = {ctx, &ws};
     float *whole = test_floats(m + x + w), *part = test_floats(m + x + w);
-    float *p = test_floats(gemm_packed_size(20, 70));
+    float *p = test_floats(gemm_packed_size(ctx->k, 0, 20, 70));
     for (int cut = 60; cut > 0; cut -= 15) {
         float *out = cut == 60 ? whole : part;
         op_weight weight = vocab_weight(ctx, &c, c.w, p, fill(out + m + x, w, BASE));

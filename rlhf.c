@@ -20,23 +20,24 @@
  *   10 IO (io_)                files: bounded reads, mapping, atomic writes, gzip
  *   11 JSON (json_)            schema helpers whose errors say file, line, key
  *   12 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
- *   13 VOCAB (tok_)            tokenizer.json in and out, chat templates, training a vocabulary
- *   14 MODEL (model_)          architectures, parameter table, forward, backward, decoding
- *   15 CKPT (ckpt_)            safetensors and Hugging Face directories
- *   16 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
- *   17 OPT (opt_)              AdamW, clipping, schedules
- *   18 DATA (data_)            records, loss spans, orders
- *   19 GEN (gen_)              sampling and batched generation
- *   20 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
- *   21 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
- *   22 SFT (sft_)              supervised fine-tuning
- *   23 RM (rm_)                the reward model
- *   24 PPO (ppo_)              proximal policy optimisation
- *   25 EVAL (eval_)            perplexity, KL, preference accuracy by slice
- *   26 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
- *   27 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   28 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   29 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
+ *   13 VOCAB (tok_)            tokenizer.json in and out, training a vocabulary
+ *   14 CHAT (chat_)            conversations as text: templates as data, spans that bear loss
+ *   15 MODEL (model_)          architectures, parameter table, forward, backward, decoding
+ *   16 CKPT (ckpt_)            safetensors and Hugging Face directories
+ *   17 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
+ *   18 OPT (opt_)              AdamW, clipping, schedules
+ *   19 DATA (data_)            records, loss spans, orders
+ *   20 GEN (gen_)              sampling and batched generation
+ *   21 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
+ *   22 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
+ *   23 SFT (sft_)              supervised fine-tuning
+ *   24 RM (rm_)                the reward model
+ *   25 PPO (ppo_)              proximal policy optimisation
+ *   26 EVAL (eval_)            perplexity, KL, preference accuracy by slice
+ *   27 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
+ *   28 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
+ *   29 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   30 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -4228,7 +4229,6 @@ struct rlhf_tokenizer {
     int unk, eos, bos; /* -1: none */
     int longest;       /* bytes of the longest piece */
     int cut;           /* no merge joins anything with a U+2581 after it */
-    int chat;          /* index in tok_chats; -1: a template that is not known here */
     tok_cached *cache; /* [TOK_CACHE], by hash */
 };
 
@@ -5093,8 +5093,8 @@ static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_s
 
 /* ============================================================================================
  * MARK: - 13 VOCAB (tok_)
- * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 12, chat
- * templates as data, files out, and the training of a byte-level BPE.
+ * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 12, files
+ * out, and the training of a byte-level BPE.
  *
  * Readers append steps in the order in which the reference applies them; each names the key of what
  * it does not know. The two usual kinds become, in the terms of 12,
@@ -5104,7 +5104,7 @@ static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_s
  * A tokenizer owns the texts of its files and writes them back unchanged, so that saving loses
  * nothing that is not understood here.
  *
- * Entry: tok_open, tok_parse, tok_train, tok_save, tok_render.
+ * Entry: tok_open, tok_parse, tok_train, tok_save.
  * Tests: test/test_tok.c
  * ============================================================================================ */
 
@@ -5562,146 +5562,6 @@ static int tok_special(rlhf_tokenizer *t, const json_src *src, const json_t *con
     return -1;
 }
 
-/* ---- chat templates ---- */
-
-/* A template as data: what stands around and between turns. A turn is
- *     between open ROLE mid | lead CONTENT close | after
- * and the part between the bars bears loss in turns of the assistant. */
-typedef struct tok_chat {
-    const char *name;
-    const char *begin;      /* before everything */
-    const char *open, *mid; /* around the role */
-    const char *lead;       /* before the content, part of it for the loss */
-    const char *close;      /* the end of a turn, part of it for the loss */
-    const char *after;      /* after the end of a turn */
-    const char *between;    /* between turns */
-    const char *system;     /* system text of a conversation that begins without; null: no turn */
-    const char *preamble;   /* before every system text that begins a conversation */
-    const char *roles[3];   /* names of system, user, assistant */
-    int trim;
-} tok_chat;
-
-#define TOK_ROLES                                                                                  \
-    { "system", "user", "assistant" }
-/* In the order of TOK_CHAT_NAMES. The first two have no tokens of their own (data_chat_is_text). */
-static const tok_chat tok_chats[] = {
-    {"plain", "", "", "", "", "", "", "\n", NULL, "", {"", "", ""}, 0},
-    {"hh", "", "\n\n", ":", " ", "", "", "", NULL, "", {"System", "Human", "Assistant"}, 0},
-    {"chatml", "", "<|im_start|>", "\n", "", "<|im_end|>", "\n", "", NULL, "", TOK_ROLES, 0},
-    {"qwen2", "", "<|im_start|>", "\n", "", "<|im_end|>", "\n", "", "You are a helpful assistant.",
-     "", TOK_ROLES, 0},
-    {"qwen2.5", "", "<|im_start|>", "\n", "", "<|im_end|>", "\n", "",
-     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "", TOK_ROLES, 0},
-    {"smollm2", "", "<|im_start|>", "\n", "", "<|im_end|>", "\n", "",
-     "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "", TOK_ROLES, 0},
-    {"llama-3", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "",
-     "<|eot_id|>", "", "", NULL, "", TOK_ROLES, 1},
-    {"llama-3.2", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "",
-     "<|eot_id|>", "", "", "", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
-     TOK_ROLES, 1},
-};
-#define TOK_CHAT_NAMES "plain|hh|chatml|qwen2|qwen2.5|smollm2|llama-3|llama-3.2"
-enum { TOK_CHAT_HH = 1, TOK_N_CHATS = sizeof tok_chats / sizeof *tok_chats };
-
-/* The index of a template by its name, or -1. */
-static int tok_chat_named(const char *name) {
-    for (int i = 0; i < TOK_N_CHATS; i++)
-        if (strcmp(tok_chats[i].name, name) == 0) return i;
-    return -1;
-}
-
-/* Which template a Jinja text is, by the words only it has; -1: none known here. */
-static int tok_chat_detect(const char *jinja) {
-    if (strstr(jinja, "<|start_header_id|>"))
-        return tok_chat_named(strstr(jinja, "Cutting Knowledge Date") ? "llama-3.2" : "llama-3");
-    /* Thinking templates drop earlier thoughts: the turns are not independent. */
-    if (strstr(jinja, "<|im_start|>"))
-        return strstr(jinja, "think")                         ? -1
-               : strstr(jinja, "created by Alibaba Cloud")    ? tok_chat_named("qwen2.5")
-               : strstr(jinja, "named SmolLM")                ? tok_chat_named("smollm2")
-               : strstr(jinja, "You are a helpful assistant") ? tok_chat_named("qwen2")
-                                                              : tok_chat_named("chatml");
-    return strstr(jinja, "Human:") && strstr(jinja, "Assistant:") ? TOK_CHAT_HH : -1;
-}
-
-/* One message. */
-typedef struct tok_message {
-    const char *role, *content;
-} tok_message;
-
-/* Bytes [start, end) of a rendered text. */
-typedef struct tok_span {
-    size_t start, end;
-} tok_span;
-
-/* One turn; the range that bears loss if it is the assistant's. */
-static tok_span tok_render_turn(tok_buf *b, const tok_chat *c, int role, const char *preamble,
-                                const char *content) {
-    size_t n = strlen(content);
-    while (c->trim && n && tok_is_space((unsigned char)content[0])) content++, n--;
-    while (c->trim && n && tok_is_space((unsigned char)content[n - 1])) n--;
-    if (b->n > strlen(c->begin)) tok_put(b, c->between, strlen(c->between));
-    tok_put(b, c->open, strlen(c->open));
-    tok_put(b, c->roles[role], strlen(c->roles[role]));
-    tok_put(b, c->mid, strlen(c->mid));
-    tok_span span = {b->n, 0};
-    tok_put(b, c->lead, strlen(c->lead));
-    tok_put(b, preamble, strlen(preamble));
-    tok_put(b, content, n);
-    tok_put(b, c->close, strlen(c->close));
-    span.end = b->n;
-    tok_put(b, c->after, strlen(c->after));
-    return span;
-}
-
-/* The index of the template to use: name, or for "auto" the tokenizer's own. */
-static int tok_chat_choose(rlhf_tokenizer *t, const char *name) {
-    int is_auto = strcmp(name, "auto") == 0, chat = is_auto ? t->chat : tok_chat_named(name);
-    if (chat < 0 && is_auto)
-        err_throw(t->ctx, RLHF_ERR_UNSUPPORTED,
-                  "the tokenizer's chat template is not known here; choose one of " TOK_CHAT_NAMES);
-    if (chat < 0)
-        err_throw(t->ctx, RLHF_ERR_ARG, "chat template \"%s\": expected auto|" TOK_CHAT_NAMES,
-                  name);
-    return chat;
-}
-
-/* Renders a conversation, a block. For each assistant turn, spans (room for n, or null) gets the
- * bytes that bear loss: the content and the token that ends the turn. The templates plain and hh
- * have no such token: whoever needs one appends the end-of-text id. generate: the text ends where
- * the assistant's next content begins. To be encoded with add_special 0, unless the template is
- * plain or hh. */
-static char *tok_render(rlhf_tokenizer *t, const char *template, const tok_message *messages, int n,
-                        int generate, tok_span *spans, int *n_spans, size_t *len) {
-    static const char *const roles[] = {"system", "user", "assistant", NULL};
-    const tok_chat *c = &tok_chats[tok_chat_choose(t, template)];
-    tok_buf b = {t->ctx, NULL, 0, 0};
-    int count = 0;
-    tok_put(&b, c->begin, strlen(c->begin));
-    if (c->system && (n == 0 || strcmp(messages[0].role, "system") != 0))
-        tok_render_turn(&b, c, 0, c->preamble, c->system);
-    for (int i = 0; i < n; i++) {
-        int role = tok_choice(messages[i].role, roles);
-        if (role < 0)
-            err_throw(t->ctx, RLHF_ERR_DATA, "role \"%s\": expected system, user or assistant",
-                      messages[i].role);
-        tok_span span = tok_render_turn(&b, c, role, i == 0 && role == 0 ? c->preamble : "",
-                                        messages[i].content);
-        if (role == 2 && spans) spans[count] = span;
-        count += role == 2;
-    }
-    /* The same head that a turn of the assistant would have. */
-    if (generate) {
-        if (b.n > strlen(c->begin)) tok_put(&b, c->between, strlen(c->between));
-        tok_put(&b, c->open, strlen(c->open));
-        tok_put(&b, c->roles[2], strlen(c->roles[2]));
-        tok_put(&b, c->mid, strlen(c->mid));
-    }
-    if (n_spans) *n_spans = count;
-    if (len) *len = b.n;
-    return b.p;
-}
-
 /* ---- files ---- */
 
 /* tokenizer_config.json and chat_template.jinja, as far as they matter here. */
@@ -5722,7 +5582,6 @@ static void tok_load_config(rlhf_tokenizer *t, const char *file) {
             jinja = json_opt_str(&src, one, "template", NULL);
     }
     t->chat_template = jinja && *jinja ? tok_keep(t, jinja, strlen(jinja)) : NULL;
-    t->chat = t->chat_template ? tok_chat_detect(jinja) : TOK_CHAT_HH;
     if (config) err_release(t->ctx);
 }
 
@@ -6045,7 +5904,343 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
 }
 
 /* ============================================================================================
- * MARK: - 14 MODEL (model_)
+ * MARK: - 14 CHAT (chat_)
+ * Conversations as text, as the checkpoint's own Jinja template would write them. A template is a
+ * row of data, known by words that only its Jinja text has; nothing here runs Jinja. Since the rows
+ * say where an answer begins and ends, so do the spans that bear loss.
+ *
+ * Two things differ from a template that has them: Llama 3.2's date is always 26 Jul 2024, so that
+ * equal data give equal ids on every day; and the text that some put behind a whole conversation is
+ * left away, since it is never predicted.
+ *
+ * Entry: chat_choose, chat_render.
+ * Tests: test/test_chat.c
+ * ============================================================================================ */
+
+enum { CHAT_SYSTEM, CHAT_USER, CHAT_ASSISTANT, CHAT_ROLE_COUNT };
+
+/* What a template does beyond writing one turn after the other. */
+enum {
+    CHAT_ALTERNATES = 1,   /* user and assistant take turns, the user begins; no system turn */
+    CHAT_SYSTEM_FIRST = 2, /* the system text opens the user's first turn */
+    CHAT_SYSTEM_LAST = 4,  /* the system text opens the user's last turn */
+    CHAT_THINKS = 8,       /* thoughts precede the answer to the last question, see chat_think */
+    CHAT_NO_THOUGHTS = 16  /* with THINKS: an empty thought belongs to what is generated from */
+};
+
+/* A template. Null texts are empty. A turn is
+ *     head[role] | lead CONTENT close[role] | after
+ * and the part between the bars bears loss in turns of the assistant. */
+typedef struct chat_template {
+    const char *name;
+    const char *marks[8];               /* words of its Jinja text; after '!': words it has not */
+    const char *begin;                  /* before everything */
+    const char *head[CHAT_ROLE_COUNT];  /* what names the role */
+    const char *lead;                   /* before the content, the assistant's only */
+    const char *close[CHAT_ROLE_COUNT]; /* the end of a turn */
+    const char *after;
+    const char *system;   /* system text of a conversation that begins without; null: no turn */
+    const char *preamble; /* before a system text that begins a conversation */
+    int trim;             /* roles, as bits, whose content loses the space around it */
+    int flags;
+} chat_template;
+
+#define CHAT_HEADS(open, close)                                                                    \
+    { open "system" close, open "user" close, open "assistant" close }
+#define CHAT_EACH(text)                                                                            \
+    { text, text, text }
+#define CHAT_ANY (1 << CHAT_SYSTEM | 1 << CHAT_USER | 1 << CHAT_ASSISTANT)
+#define CHAT_IM                                                                                    \
+    .head = CHAT_HEADS("<|im_start|>", "\n"), .close = CHAT_EACH("<|im_end|>"), .after = "\n"
+#define CHAT_NO_THOUGHT "<think>\n\n</think>\n\n"
+
+/* In the order of CHAT_NAMES. A Jinja text is the first row whose marks it bears. */
+static const chat_template chat_templates[] = {
+    {.name = "plain", .after = "\n"},
+    {.name = "hh",
+     .marks = {"Human:", "Assistant:", "!<|"},
+     .head = {"\n\nSystem: ", "\n\nHuman: ", "\n\nAssistant:"},
+     .lead = " "},
+    /* A system text that the row does not know would be lost: "You are a ..." and the like. */
+    {.name = "chatml",
+     .marks = {"<|im_start|>", "<|im_end|>", "!think", "!bos_token", "!You are a", "!'You are",
+               "!system\\nYou", "!Please reason"},
+     CHAT_IM},
+    {.name = "qwen2",
+     .marks = {"<|im_start|>", "You are a helpful assistant", "!created by", "!think"},
+     CHAT_IM,
+     .system = "You are a helpful assistant."},
+    {.name = "qwen2.5",
+     .marks = {"<|im_start|>", "You are Qwen, created by Alibaba Cloud. You are", "!think"},
+     CHAT_IM,
+     .system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},
+    /* Those that always think, or think in every turn, are others. */
+    {.name = "qwen3",
+     .marks = {"<|im_start|>", "if loop.index0 > ns.last_query_index", "!'<think>\\n' }}",
+               "!assistant\\n<think>"},
+     CHAT_IM,
+     .flags = CHAT_THINKS},
+    {.name = "qwen3-nothink", CHAT_IM, .flags = CHAT_THINKS | CHAT_NO_THOUGHTS},
+    {.name = "smollm2",
+     .marks = {"<|im_start|>", "You are a helpful AI assistant named SmolLM", "!think"},
+     CHAT_IM,
+     .system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
+    {.name = "llama-3",
+     .marks = {"<|start_header_id|>", "<|eot_id|>", "!Cutting Knowledge", "!You are", "!think"},
+     .begin = "<|begin_of_text|>",
+     .head = CHAT_HEADS("<|start_header_id|>", "<|end_header_id|>\n\n"),
+     .close = CHAT_EACH("<|eot_id|>"),
+     .trim = CHAT_ANY},
+    {.name = "llama-3.2",
+     .marks = {"<|start_header_id|>", "Cutting Knowledge Date: December 2023", "26 Jul 2024"},
+     .begin = "<|begin_of_text|>",
+     .head = CHAT_HEADS("<|start_header_id|>", "<|end_header_id|>\n\n"),
+     .close = CHAT_EACH("<|eot_id|>"),
+     .system = "",
+     .preamble = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+     .trim = CHAT_ANY},
+    {.name = "mistral-v0.1",
+     .marks = {" [INST] ", " [/INST]", "!<<SYS>>", "![SYSTEM_PROMPT]"},
+     .begin = "<s>",
+     .head = {NULL, " [INST] ", NULL},
+     .lead = " ",
+     .close = {NULL, " [/INST]", "</s>"},
+     .flags = CHAT_ALTERNATES | CHAT_SYSTEM_FIRST},
+    {.name = "mistral-v0.3",
+     .marks = {"[INST] ", "[/INST]", "! [INST]", "! [/INST]", "![SYSTEM_PROMPT]", "!<<SYS>>"},
+     .begin = "<s>",
+     .head = {NULL, "[INST] ", NULL},
+     .lead = " ",
+     .close = {NULL, "[/INST]", "</s>"},
+     .trim = 1 << CHAT_ASSISTANT,
+     .flags = CHAT_ALTERNATES | CHAT_SYSTEM_LAST},
+    {.name = "gemma",
+     .marks = {"<start_of_turn>", "System role not supported"},
+     .begin = "<bos>",
+     .head = {NULL, "<start_of_turn>user\n", "<start_of_turn>model\n"},
+     .close = CHAT_EACH("<end_of_turn>"),
+     .after = "\n",
+     .trim = CHAT_ANY,
+     .flags = CHAT_ALTERNATES},
+    {.name = "gemma-3",
+     .marks = {"<start_of_turn>", "first_user_prefix"},
+     .begin = "<bos>",
+     .head = {NULL, "<start_of_turn>user\n", "<start_of_turn>model\n"},
+     .close = CHAT_EACH("<end_of_turn>"),
+     .after = "\n",
+     .trim = CHAT_ANY,
+     .flags = CHAT_ALTERNATES | CHAT_SYSTEM_FIRST},
+    {.name = "phi-3",
+     .marks = {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "!bos_token", "!You are"},
+     .head = CHAT_HEADS("<|", "|>\n"),
+     .close = CHAT_EACH("<|end|>"),
+     .after = "\n"},
+    {.name = "zephyr",
+     .marks = {"<|system|>", "<|user|>", "<|assistant|>", "eos_token }}\n", "!<|end|>", "!You are"},
+     .head = CHAT_HEADS("<|", "|>\n"),
+     .close = CHAT_EACH("</s>"),
+     .after = "\n"},
+};
+#define CHAT_NAMES                                                                                 \
+    "plain|hh|chatml|qwen2|qwen2.5|qwen3|qwen3-nothink|smollm2|llama-3|llama-3.2|mistral-v0.1|"    \
+    "mistral-v0.3|gemma|gemma-3|phi-3|zephyr"
+enum { CHAT_TEMPLATES = sizeof chat_templates / sizeof *chat_templates };
+
+/* One message. */
+typedef struct chat_message {
+    const char *role, *content;
+} chat_message;
+
+/* Bytes [start, end) of a rendered text. */
+typedef struct chat_span {
+    size_t start, end;
+} chat_span;
+
+/* ---- choosing ---- */
+
+/* The template of that name, or null. */
+static const chat_template *chat_named(const char *name) {
+    for (int i = 0; i < CHAT_TEMPLATES; i++)
+        if (!strcmp(chat_templates[i].name, name)) return &chat_templates[i];
+    return NULL;
+}
+
+/* Whether a Jinja text bears all the marks of a template that has some. */
+static int chat_matches(const chat_template *c, const char *jinja) {
+    for (size_t i = 0; i < sizeof c->marks / sizeof *c->marks && c->marks[i]; i++) {
+        int absent = c->marks[i][0] == '!';
+        if ((strstr(jinja, c->marks[i] + absent) != NULL) == absent) return 0;
+    }
+    return c->marks[0] != NULL;
+}
+
+/* The template that a Jinja text is, or null. Its end of turn has to be a token of the tokenizer:
+ * else it is the text of a relative with another one. */
+static const chat_template *chat_detect(rlhf_tokenizer *t, const char *jinja) {
+    for (int i = 0; i < CHAT_TEMPLATES; i++) {
+        const chat_template *c = &chat_templates[i];
+        const char *end = c->close[CHAT_ASSISTANT];
+        if (chat_matches(c, jinja)) return !end || tok_find(t, end) >= 0 ? c : NULL;
+    }
+    return NULL;
+}
+
+/* The template to use: name, or for "auto" the tokenizer's own; one that has none speaks as the
+ * transcripts of hh-rlhf do. */
+static const chat_template *chat_choose(rlhf_tokenizer *t, const char *name) {
+    int is_auto = !strcmp(name, "auto");
+    const chat_template *c = !is_auto            ? chat_named(name)
+                             : !t->chat_template ? chat_named("hh")
+                                                 : chat_detect(t, t->chat_template);
+    if (!c && is_auto)
+        err_throw(t->ctx, RLHF_ERR_UNSUPPORTED,
+                  "the tokenizer's chat_template is none of those known here; say which one it is "
+                  "like with --chat_template (rlhf_data_config.chat_template): " CHAT_NAMES);
+    if (!c)
+        err_throw(t->ctx, RLHF_ERR_ARG, "chat template \"%s\": expected auto|" CHAT_NAMES, name);
+    return c;
+}
+
+/* ---- rendering ---- */
+
+/* The role of that name, or -1. */
+static int chat_role(const char *name) {
+    static const char *const roles[] = {"system", "user", "assistant", NULL};
+    return tok_choice(name, roles);
+}
+
+/* What keeps a conversation from being rendered, or null. A system text begins it, if at all, where
+ * the template has no turn for it. */
+static const char *chat_check(const chat_template *c, const chat_message *m, int n) {
+    for (int i = 0; i < n; i++)
+        if (chat_role(m[i].role) < 0) return "a role is none of system, user and assistant";
+    if (!(c->flags & CHAT_ALTERNATES)) return NULL;
+    int system = n > 0 && chat_role(m[0].role) == CHAT_SYSTEM;
+    if (system && !(c->flags & (CHAT_SYSTEM_FIRST | CHAT_SYSTEM_LAST)))
+        return "the chat template has no system turn; put its text into the user's first one";
+    for (int i = system; i < n; i++)
+        if (chat_role(m[i].role) != ((i - system) % 2 ? CHAT_ASSISTANT : CHAT_USER))
+            return "the chat template wants turns of user and assistant in alternation, the user's "
+                   "first";
+    return system && n == 1 ? "the chat template wants a user's turn after the system text" : NULL;
+}
+
+/* Appends s, which may be null. */
+static void chat_put(tok_buf *b, const char *s) {
+    if (s) tok_put(b, s, strlen(s));
+}
+
+/* What Jinja's trim takes away: white space, and four separators that Python counts to it. */
+static int chat_is_space(uint32_t c) { return tok_is_space(c) || (c >= 0x1c && c <= 0x1f); }
+
+/* The text without the white space around it; *n is its length. */
+static const char *chat_trim(const char *s, size_t *n) {
+    uint32_t cp = 0;
+    for (size_t k; *n && (k = (size_t)tok_char(s, *n, &cp), chat_is_space(cp)); s += k) *n -= k;
+    while (*n) {
+        size_t at = *n - 1;
+        while (at && ((unsigned char)s[at] & 0xc0) == 0x80) at--;
+        tok_char(s + at, *n - at, &cp);
+        if (!chat_is_space(cp)) break;
+        *n = at;
+    }
+    return s;
+}
+
+/* s without newlines at its start. */
+static const char *chat_skip_newlines(const char *s) { return s + strspn(s, "\n"); }
+
+/* The assistant's content as a thinking template writes it: in answers to the user's last turn the
+ * thoughts come first, empty ones in the last turn; in earlier turns they are left out. */
+static void chat_think(tok_buf *b, const char *content, int is_answer, int is_last) {
+    static const char open[] = "<think>", close[] = "</think>";
+    const char *end = strstr(content, close), *from = content, *answer = content, *p;
+    size_t n = 0;
+    if (end) {
+        for (p = content; (p = strstr(p, open)) && p < end; p += sizeof open - 1)
+            from = p + sizeof open - 1;
+        for (p = end; p; p = strstr(p, close)) answer = p += sizeof close - 1;
+        answer = chat_skip_newlines(answer);
+        from = chat_skip_newlines(from);
+        n = from < end ? (size_t)(end - from) : 0;
+        while (n && from[n - 1] == '\n') n--;
+    }
+    if (is_answer && (is_last || n)) {
+        chat_put(b, "<think>\n");
+        tok_put(b, from, n);
+        chat_put(b, "\n</think>\n\n");
+        answer = chat_skip_newlines(answer);
+    }
+    chat_put(b, answer);
+}
+
+/* One turn: `before` and `gap`, then the content. Returns what bears loss if it is the
+ * assistant's. */
+static chat_span chat_turn(tok_buf *b, const chat_template *c, int role, const char *before,
+                           const char *gap, const char *content) {
+    size_t n = strlen(content);
+    if (c->trim >> role & 1) content = chat_trim(content, &n);
+    chat_put(b, c->head[role]);
+    chat_span span = {b->n, 0};
+    if (role == CHAT_ASSISTANT) chat_put(b, c->lead);
+    chat_put(b, before);
+    chat_put(b, gap);
+    tok_put(b, content, n);
+    chat_put(b, c->close[role]);
+    span.end = b->n;
+    chat_put(b, c->after);
+    return span;
+}
+
+/* Renders a conversation, a block. For each assistant turn, spans (room for n, or null) gets the
+ * bytes that bear loss: the content and the token that ends the turn. The templates plain and hh
+ * have no such token: whoever needs one appends the end-of-text id. generate: the text ends where
+ * the assistant's next content begins. To be encoded with add_special 0, unless the template has no
+ * tokens of its own. */
+static char *chat_render(rlhf_tokenizer *t, const char *template, const chat_message *m, int n,
+                         int generate, chat_span *spans, int *n_spans) {
+    const chat_template *c = chat_choose(t, template);
+    const char *bad = chat_check(c, m, n);
+    if (bad) err_throw(t->ctx, RLHF_ERR_DATA, "%s: %s", c->name, bad);
+    tok_buf b = {t->ctx, NULL, 0, 0}, thought = b;
+    int count = 0, system = n > 0 && chat_role(m[0].role) == CHAT_SYSTEM, last_user = n - 1;
+    while (last_user > 0 && chat_role(m[last_user].role) != CHAT_USER) last_user--;
+    if (last_user < 0 || chat_role(m[last_user].role) != CHAT_USER) last_user = n - 1;
+    /* The turn that the system text opens, where it has none of its own. */
+    int joins = !system || !(c->flags & CHAT_ALTERNATES) ? -1
+                : c->flags & CHAT_SYSTEM_FIRST           ? 1
+                                                         : last_user;
+    chat_put(&b, c->begin);
+    if (c->system && !system) chat_turn(&b, c, CHAT_SYSTEM, c->preamble, NULL, c->system);
+    for (int i = joins >= 0; i < n; i++) {
+        int role = chat_role(m[i].role), thinks = role == CHAT_ASSISTANT && c->flags & CHAT_THINKS;
+        const char *content = m[i].content, *before = NULL;
+        if (i == joins) before = m[0].content;
+        else if (i == 0 && role == CHAT_SYSTEM) before = c->preamble;
+        if (thinks) {
+            thought.n = 0;
+            tok_put(&thought, "", 0);
+            chat_think(&thought, content, i > last_user, i == n - 1);
+            content = thought.p;
+        }
+        chat_span span = chat_turn(&b, c, role, before, i == joins ? "\n\n" : NULL, content);
+        if (c->flags & CHAT_NO_THOUGHTS && thinks &&
+            !strncmp(content, CHAT_NO_THOUGHT, sizeof CHAT_NO_THOUGHT - 1))
+            span.start += sizeof CHAT_NO_THOUGHT - 1;
+        if (role == CHAT_ASSISTANT && spans) spans[count] = span;
+        count += role == CHAT_ASSISTANT;
+    }
+    /* The same head that a turn of the assistant would have. */
+    if (generate) chat_put(&b, c->head[CHAT_ASSISTANT]);
+    if (generate && c->flags & CHAT_NO_THOUGHTS) chat_put(&b, CHAT_NO_THOUGHT);
+    tok_put(&b, "", 0);
+    mem_free(thought.p);
+    if (n_spans) *n_spans = count;
+    return b.p;
+}
+
+/* ============================================================================================
+ * MARK: - 15 MODEL (model_)
  * A decoder. A family is data: a reader for its config.json and a list that maps its tensors onto
  * one table of parameters; forward, backward and decoding are written once for all. All weights lie
  * in one array, gradients and moments in arrays of the same layout. Sampling with a cache of keys
@@ -6986,7 +7181,7 @@ static uint64_t model_hash(const rlhf_model *m) {
 }
 
 /* ============================================================================================
- * MARK: - 15 CKPT (ckpt_)
+ * MARK: - 16 CKPT (ckpt_)
  * safetensors files and Hugging Face model directories, in and out. Every offset and shape of a
  * file is checked before a byte is used; a tensor that is missing, unexpected or of another shape
  * is an error that names it.
@@ -7486,11 +7681,11 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
 }
 
 /* ============================================================================================
- * MARK: - 16 GGUF (gguf_)
+ * MARK: - 17 GGUF (gguf_)
  * A language model and its tokenizer as one file that llama.cpp loads. A family is a row of
  * gguf_archs, a tensor's name a row of gguf_names. What llama.cpp would compute or cut in another
  * way is refused, or named in the log where it concerns few texts: an f32 file gives the greedy
- * tokens that section 19 gives.
+ * tokens that section 20 gives.
  *
  * A GGUF file, version 3, is little-endian as the processors of 01: "GGUF", the version, how many
  * tensors and keys; the keys with typed values; each tensor's name, sizes (that of a row first),
@@ -7769,8 +7964,9 @@ static void gguf_key_special(gguf_head *h, const rlhf_model *m, rlhf_tokenizer *
     int n_before = (int)stbds_arrlen(t->before), n_after = (int)stbds_arrlen(t->after);
     int bos = n_before ? t->before[0] : t->bos >= 0 ? t->bos : m->bos;
     int eos = m->n_eos && !model_is_eos(m, t->eos) ? m->eos[0] : t->eos, eot = -1, eom = -1;
-    const char *close = t->chat >= 0 && t->chat_template ? tok_chats[t->chat].close : "";
-    if (*close) eot = tok_find(t, close);
+    const chat_template *chat = t->chat_template ? chat_detect(t, t->chat_template) : NULL;
+    const char *close = chat ? chat->close[CHAT_ASSISTANT] : NULL;
+    if (close) eot = tok_find(t, close);
     for (int i = 0; i < m->n_eos; i++) {
         if (m->eos[i] == eos || m->eos[i] == eot) continue;
         if (eot < 0) eot = m->eos[i];
@@ -8018,7 +8214,7 @@ static void gguf_save(const rlhf_model *m, rlhf_tokenizer *t, const char *path, 
 }
 
 /* ============================================================================================
- * MARK: - 17 OPT (opt_)
+ * MARK: - 18 OPT (opt_)
  * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm is
  * summed in double over chunks that the problem fixes, in order.
  *
@@ -8249,7 +8445,7 @@ static double opt_step(opt *o, const double *lr) {
 }
 
 /* ============================================================================================
- * MARK: - 18 DATA (data_)
+ * MARK: - 19 DATA (data_)
  * Records of every kind, read by one loader for every stage. A record becomes token sequences whose
  * tokens are marked where they bear loss: assistant turns with their end, completions, or all of a
  * plain text. Text is tokenised whole; where a part begins is found as the longest common prefix
@@ -8259,11 +8455,17 @@ static double opt_step(opt *o, const double *lr) {
  * Whole, because prompt and answer tokenised apart would differ from the text at the seam, where a
  * merge may cross it. A token that crosses belongs to the later part.
  *
- *     kind         members                                     a                     b
- *     SFT, SCORE   messages | prompt + completion | text       the whole             -
- *     PREFERENCE   chosen + rejected, with or without prompt   prompt and chosen     and rejected
- *     PROMPT       prompt                                      the prompt            -
- *     all          domain, annotator, annotator_type, weight, margin: optional
+ *     form                                         SFT, SCORE     PREFERENCE    PROMPT
+ *     text                                         all            -             -
+ *     messages | conversations                     all            by label      all but the answer
+ *     prompt | instruction + completion [+ label]  both           by label      prompt
+ *     [prompt +] chosen + rejected                 chosen (SFT)   the pair      prompt, or shared
+ *     prompt + responses + ranking | best          best (SFT)     its pairs     prompt
+ *     all: domain, annotator, annotator_type, weight, margin, each optional
+ *
+ * By label: each good answer is paired with each bad one to the same prompt; SFT leaves out what is
+ * labelled false. The pairs of one ranking, or of one prompt's labels, weigh as much as one record.
+ * A record is a, of a pair a (chosen) and b (rejected), each with its prompt.
  *
  * Entry: data_open, data_parse, data_order.
  * Invariant: everything that a record points at lies in its dataset's store.
@@ -8287,23 +8489,54 @@ typedef struct data_record {
     data_seq a, b;         /* the sequence, or the prompt; PREFERENCE: chosen and rejected */
 } data_record;
 
+/* Why a record is left out. */
+enum { DATA_LONG, DATA_FALSE, DATA_TIED, DATA_SINGLE, DATA_WHYS };
+static const char *const data_whys[DATA_WHYS] = {
+    "longer than", "labelled false", "no answer is better than another",
+    "no answer with the other label to the same prompt"};
+
 /* Usable records, in the order of the file. */
 struct rlhf_dataset {
     rlhf_ctx *ctx;
     rlhf_data_config config;
     data_record *record; /* in store, as is all they point at */
     int n, cap, dropped;
-    int64_t tokens; /* in all sequences */
+    int why[DATA_WHYS]; /* parts of dropped */
+    int64_t tokens;     /* in all sequences */
     arena store;
 };
+
+/* Answers to one prompt that have a label: bad ones and good ones, in the order of the file. */
+typedef struct data_loose {
+    struct data_loose *next;
+    data_record rec;
+    const char *place; /* file:line */
+} data_loose;
+typedef struct data_group {
+    data_loose *first[2], *last[2];
+    int n[2];
+} data_group;
+typedef struct data_prompt_group {
+    char *key;
+    data_group value;
+} data_prompt_group;
 
 /* The state of reading one file. */
 typedef struct data_reader {
     rlhf_dataset *d;
     rlhf_tokenizer *tok;
-    const char *chat; /* name of the chat template, or "auto" */
-    json_src src;     /* of the record at hand */
+    const char *chat;         /* name of the chat template, or "auto" */
+    json_src src;             /* of the record at hand */
+    data_prompt_group *loose; /* stb_ds: text of a prompt -> its labelled answers */
 } data_reader;
+
+/* A member of a record and its name, which stands in messages. v null: absent. */
+typedef struct data_member {
+    const char *key;
+    json_t *v;
+} data_member;
+
+enum { DATA_MAX_ANSWERS = 64 }; /* in one record */
 
 /* For err_defer: a dataset whose reading failed. */
 static void data_drop_store(void *store) { arena_free(store); }
@@ -8388,9 +8621,9 @@ static data_seq data_text_seq(const data_reader *r, const char *prompt, const ch
 
 /* ---- conversations ---- */
 
-/* A growing conversation; the texts stay the JSON value's. */
+/* A growing conversation; the texts stay the record's. */
 typedef struct data_chat {
-    tok_message *message;
+    chat_message *message;
     int n, cap;
 } data_chat;
 
@@ -8401,44 +8634,71 @@ static void data_chat_add(const data_reader *r, data_chat *c, const char *role,
         c->cap = c->cap ? 2 * c->cap : 8;
         c->message = mem_realloc(r->d->ctx, c->message, (size_t)c->cap * sizeof *c->message);
     }
-    c->message[c->n++] = (tok_message){role, content};
+    c->message[c->n++] = (chat_message){role, content};
 }
 
-/* Appends a list of {"role", "content"}, or a string as one turn of the assistant. key stands in
- * messages. */
-static void data_chat_read(const data_reader *r, data_chat *c, const char *key,
-                           const json_t *list) {
-    size_t i;
-    json_t *turn;
-    if (json_is_string(list)) {
-        data_chat_add(r, c, "assistant", json_string_value(list));
+/* The role of a turn {"role", "content"}, or of ShareGPT's {"from", "value"}. */
+static const char *data_role(const data_reader *r, const json_t *turn) {
+    static const char *const names[][2] = {{"system", "system"},       {"user", "user"},
+                                           {"assistant", "assistant"}, {"human", "user"},
+                                           {"gpt", "assistant"},       {"chatgpt", "assistant"},
+                                           {"bot", "assistant"},       {"model", "assistant"}};
+    const char *key = json_get(turn, "role") || !json_get(turn, "from") ? "role" : "from";
+    const char *role = json_need_str(&r->src, turn, key);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(role, names[i][0])) return names[i][1];
+    json_bad(&r->src, key, json_get(turn, key),
+             *key == 'r' ? "system, user or assistant" : "system, human or gpt");
+}
+
+/* Appends a list of turns, one turn, or a string as a turn of the assistant. */
+static void data_chat_read(const data_reader *r, data_chat *c, data_member m) {
+    size_t n = json_is_array(m.v) ? json_array_size(m.v) : 1;
+    if (json_is_string(m.v)) {
+        data_chat_add(r, c, "assistant", json_string_value(m.v));
         return;
     }
-    json_array_foreach((json_t *)(uintptr_t)list, i, turn) {
+    for (size_t i = 0; i < n; i++) {
+        const json_t *turn = json_is_array(m.v) ? json_array_get(m.v, i) : m.v;
         if (!json_is_object(turn))
-            json_bad(&r->src, key, turn, "a list of {\"role\", \"content\"}");
-        const char *role = json_need_str(&r->src, turn, "role");
-        if (strcmp(role, "system") && strcmp(role, "user") && strcmp(role, "assistant"))
-            json_bad(&r->src, "role", json_object_get(turn, "role"), "system, user or assistant");
-        data_chat_add(r, c, role, json_need_str(&r->src, turn, "content"));
+            json_bad(&r->src, m.key, turn, "a list of {\"role\", \"content\"}");
+        const char *key =
+            json_get(turn, "content") || !json_get(turn, "value") ? "content" : "value";
+        const char *role = data_role(r, turn);
+        data_chat_add(r, c, role, json_need_str(&r->src, turn, key));
     }
 }
 
-/* Templates without tokens of their own leave beginning and end of text to the tokenizer. */
+static int data_is_answer(const chat_message *m) { return !strcmp(m->role, "assistant"); }
+
+/* Templates without a token that ends a turn leave beginning and end of text to the tokenizer. */
 static int data_chat_is_text(const data_reader *r) {
-    return tok_chat_choose(r->tok, r->chat) <= TOK_CHAT_HH;
+    return !chat_choose(r->tok, r->chat)->close[CHAT_ASSISTANT];
+}
+
+/* The conversation as text, a block, see chat_render. */
+static char *data_chat_text(const data_reader *r, const data_chat *c, int generate, chat_span *span,
+                            int *spans) {
+    const chat_template *t = chat_choose(r->tok, r->chat);
+    const char *bad = chat_check(t, c->message, c->n);
+    char text[256];
+    if (bad) {
+        snprintf(text, sizeof text, "%s: %s", t->name, bad);
+        data_bad(r, text);
+    }
+    return chat_render(r->tok, r->chat, c->message, c->n, generate, span, spans);
 }
 
 /* The conversation as tokens. skip: assistant turns at its start that bear no loss, -1 = all but
  * the last. It ends with the last assistant turn's end. */
 static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip) {
     rlhf_ctx *ctx = r->d->ctx;
-    if (c->n == 0 || strcmp(c->message[c->n - 1].role, "assistant"))
+    if (c->n == 0 || !data_is_answer(&c->message[c->n - 1]))
         data_bad(r, "a conversation to learn from ends with a turn of the assistant");
-    tok_span *span = mem_alloc(ctx, (size_t)c->n * sizeof *span);
+    chat_span *span = mem_alloc(ctx, (size_t)c->n * sizeof *span);
     int spans = 0, special = data_chat_is_text(r);
     /* What a template puts behind the last turn is never predicted, and cut off. */
-    char *text = tok_render(r->tok, r->chat, c->message, c->n, 0, span, &spans, NULL);
+    char *text = data_chat_text(r, c, 0, span, &spans);
     text[span[spans - 1].end] = 0;
     tok_ids ids = {0};
     tok_encode(r->tok, text, strlen(text), special, &ids);
@@ -8453,80 +8713,66 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip
     return s;
 }
 
-/* ---- records ---- */
+/* ---- forms ---- */
 
-/* An optional text member, or null. */
-static const char *data_string(const data_reader *r, const json_t *j, const char *key) {
-    return json_opt_str(&r->src, j, key, NULL);
+/* What a record says, whatever its form: a whole text or conversation, or answers to a prompt. */
+typedef struct data_form {
+    data_member whole;  /* "text", or turns; then no answers */
+    data_member prompt; /* a text or turns; v null: none, or each answer holds it */
+    const char *system; /* text that begins the conversation, or null (ShareGPT, Alpaca) */
+    json_t *history;    /* earlier pairs of question and answer, or null (Alpaca) */
+    char *question;     /* instruction and input, a block in place of prompt, or null */
+    int label;          /* whether a single answer is good; -1: not said */
+    int n;              /* answers */
+    size_t shared;      /* bytes of two texts that are their prompt */
+    data_member answer[DATA_MAX_ANSWERS];
+    double rank[DATA_MAX_ANSWERS]; /* the lower, the better */
+} data_form;
+
+/* The first member of those names (null-terminated) that is there. */
+static data_member data_first(const json_t *j, const char *const *names) {
+    for (; *names; names++)
+        if (json_get(j, *names)) return (data_member){*names, json_get(j, *names)};
+    return (data_member){0};
 }
 
-/* Either of two members that stand for an answer. */
-static json_t *data_completion(const json_t *j) {
-    static const char *const names[] = {"completion", "response", "output", "answer"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (json_get(j, names[i])) return json_get(j, names[i]);
-    return NULL;
+/* Throws unless the member is a text without NUL, or turns. A NUL, which JSON allows, would cut the
+ * text: it is a C string from here on. */
+static void data_check(const data_reader *r, data_member m) {
+    int turn = json_is_object(m.v) && (json_get(m.v, "content") || json_get(m.v, "value"));
+    if (json_is_string(m.v) && strlen(json_string_value(m.v)) != json_string_length(m.v))
+        json_bad(&r->src, m.key, m.v, "a string without NUL characters");
+    if (!json_is_string(m.v) && !json_is_array(m.v) && !turn)
+        json_bad(&r->src, m.key, m.v, "a string or a list of turns");
 }
 
-/* What may stand for a prompt or an answer. */
-static int data_is_text_or_turns(const json_t *v) { return json_is_string(v) || json_is_array(v); }
-
-/* Kinds SFT and SCORE: "messages", or "prompt" with a completion (texts or turns), or "text". */
-static data_seq data_read_whole(data_reader *r, const json_t *j) {
-    json_t *text = json_get(j, "text"), *messages = json_get(j, "messages");
-    json_t *prompt = json_get(j, "prompt"), *completion = data_completion(j);
-    if (messages) {
-        if (!json_is_array(messages))
-            json_bad(&r->src, "messages", messages, "a list of {\"role\", \"content\"}");
-        data_chat c = {0};
-        data_chat_read(r, &c, "messages", messages);
-        data_seq s = data_chat_seq(r, &c, 0);
-        mem_free(c.message);
-        return s;
-    }
-    /* Two texts are joined as they are; turns on either side make it a conversation. */
-    if (prompt && completion) {
-        if (!data_is_text_or_turns(prompt))
-            json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
-        if (!data_is_text_or_turns(completion))
-            json_bad(&r->src, "completion", completion, "a string or a list of turns");
-        if (json_is_string(prompt) && json_is_string(completion))
-            return data_text_seq(r, json_string_value(prompt), json_string_value(completion), 0);
-        data_chat c = {0};
-        if (json_is_string(prompt)) data_chat_add(r, &c, "user", json_string_value(prompt));
-        else data_chat_read(r, &c, "prompt", prompt);
-        int skip = 0;
-        for (int i = 0; i < c.n; i++) skip += !strcmp(c.message[i].role, "assistant");
-        data_chat_read(r, &c, "completion", completion);
-        data_seq s = data_chat_seq(r, &c, skip);
-        mem_free(c.message);
-        return s;
-    }
-    if (text) return data_text_seq(r, "", json_need_str(&r->src, j, "text"), 1);
-    if (prompt) data_bad(r, "missing \"completion\" beside \"prompt\"");
-    data_bad(r, "expected \"text\", \"messages\", or \"prompt\" and \"completion\"");
+/* Adds an answer. */
+static void data_add_answer(const data_reader *r, data_form *f, const char *key, json_t *v,
+                            double rank) {
+    data_member m = {key, v};
+    data_check(r, m);
+    f->answer[f->n] = m;
+    f->rank[f->n++] = rank;
 }
 
-/* One answer of a pair after an explicit prompt (may be null: the answer holds the whole
- * conversation). Of two texts without a prompt the first `shared` bytes are it. Only the answer
- * bears loss. */
-static data_seq data_read_answer(data_reader *r, const json_t *prompt, const char *key,
-                                 const json_t *answer, size_t shared) {
-    if (json_is_string(answer) && !json_is_array(prompt)) {
-        const char *a = json_string_value(answer);
-        if (json_is_string(prompt)) return data_text_seq(r, json_string_value(prompt), a, 0);
-        char *head = mem_strndup(r->d->ctx, a, shared);
-        data_seq s = data_text_seq(r, head, a + shared, 0);
-        mem_free(head);
-        return s;
+/* "responses" with their "ranking", one place each of which 1 is the best and equal ones are ties,
+ * or with the index of the "best" one. */
+static void data_read_ranking(const data_reader *r, json_t *j, data_form *f) {
+    json_t *list = json_need_array(&r->src, j, "responses");
+    json_t *ranking = json_opt_array(&r->src, j, "ranking");
+    int n = (int)json_array_size(list), best = -1;
+    if (n < 2 || n > DATA_MAX_ANSWERS) json_bad(&r->src, "responses", list, "2 to 64 answers");
+    if (!ranking && !json_get(j, "best"))
+        data_bad(r, "\"responses\" need a \"ranking\" or the \"best\"");
+    if (!ranking) best = (int)json_need_int(&r->src, j, "best", 0, n - 1);
+    if (ranking && (int)json_array_size(ranking) != n)
+        json_bad(&r->src, "ranking", ranking, "a number for each of \"responses\"");
+    for (int i = 0; i < n; i++) {
+        json_t *place = json_array_get(ranking, (size_t)i);
+        if (ranking && !json_is_number(place)) json_bad(&r->src, "ranking", place, "numbers");
+        data_add_answer(r, f, "responses", json_array_get(list, (size_t)i),
+                        ranking ? json_number_value(place) : i != best);
     }
-    data_chat c = {0};
-    if (json_is_string(prompt)) data_chat_add(r, &c, "user", json_string_value(prompt));
-    else if (prompt) data_chat_read(r, &c, "prompt", prompt);
-    data_chat_read(r, &c, key, answer);
-    data_seq s = data_chat_seq(r, &c, -1);
-    mem_free(c.message);
-    return s;
 }
 
 /* Bytes that two transcripts share as their prompt: up to the last "\n\nAssistant:" before they
@@ -8543,49 +8789,179 @@ static size_t data_shared(const char *a, const char *b) {
     return n && a[n - 1] == ' ' ? n - 1 : n;
 }
 
-/* Kind PREFERENCE: "chosen" and "rejected", with or without "prompt". */
-static void data_read_pair(data_reader *r, const json_t *j, data_record *rec) {
-    json_t *prompt = json_get(j, "prompt"), *a = json_get(j, "chosen"),
-           *b = json_get(j, "rejected");
+/* "chosen" and "rejected". Answers that are whole conversations hold their prompt; two texts
+ * without a prompt share it. */
+static void data_read_pair(const data_reader *r, json_t *j, data_form *f) {
+    json_t *a = json_get(j, "chosen"), *b = json_get(j, "rejected");
     if (!a) data_bad(r, "missing \"chosen\"");
     if (!b) data_bad(r, "missing \"rejected\"");
-    if (!data_is_text_or_turns(a)) json_bad(&r->src, "chosen", a, "a string or a list of turns");
-    if (!data_is_text_or_turns(b)) json_bad(&r->src, "rejected", b, "a string or a list of turns");
-    if (prompt && !data_is_text_or_turns(prompt))
-        json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
-    /* Two transcripts without a prompt: what they share is it. */
-    size_t shared = 0;
-    if (!prompt && json_is_string(a) && json_is_string(b))
-        shared = data_shared(json_string_value(a), json_string_value(b));
-    rec->a = data_read_answer(r, prompt, "chosen", a, shared);
-    rec->b = data_read_answer(r, prompt, "rejected", b, shared);
+    data_add_answer(r, f, "chosen", a, 0);
+    data_add_answer(r, f, "rejected", b, 1);
+    const json_t *first = json_array_get(a, 0);
+    if (json_is_string(f->prompt.v) && first && strcmp(data_role(r, first), "assistant"))
+        f->prompt.v = NULL;
+    if (!f->prompt.v && !f->question && json_is_string(a) && json_is_string(b))
+        f->shared = data_shared(json_string_value(a), json_string_value(b));
 }
 
-/* Kind PROMPT: a text as it is, or turns rendered up to where the assistant's next one begins. */
-static void data_read_prompt(data_reader *r, const json_t *j, data_record *rec) {
-    json_t *prompt = json_get(j, "prompt");
-    tok_ids ids = {0};
-    char *text;
-    if (!prompt) data_bad(r, "missing \"prompt\"");
-    if (!data_is_text_or_turns(prompt))
-        json_bad(&r->src, "prompt", prompt, "a string or a list of turns");
-    if (json_is_string(prompt)) {
-        text = data_keep(r->d, json_string_value(prompt), strlen(json_string_value(prompt)));
-        tok_encode(r->tok, text, strlen(text), 1, &ids);
-    } else {
-        data_chat c = {0};
-        data_chat_read(r, &c, "prompt", prompt);
-        /* The template's tokens are in the text; whether the tokenizer adds its own depends on
-         * it. */
-        char *rendered = tok_render(r->tok, r->chat, c.message, c.n, 1, NULL, NULL, NULL);
-        text = data_keep(r->d, rendered, strlen(rendered));
-        mem_free(rendered);
-        mem_free(c.message);
-        tok_encode(r->tok, text, strlen(text), data_chat_is_text(r), &ids);
+/* Alpaca's "instruction", "input", "system" and "history". */
+static void data_read_question(const data_reader *r, json_t *j, data_form *f) {
+    const char *input = json_opt_str(&r->src, j, "input", "");
+    const char *text = json_need_str(&r->src, j, "instruction");
+    f->question = mem_printf(r->d->ctx, "%s%s%s", text, *input ? "\n" : "", input);
+    f->system = json_opt_str(&r->src, j, "system", NULL);
+    f->history = json_opt_array(&r->src, j, "history");
+}
+
+/* Whether the last of the turns is the assistant's. */
+static int data_is_answered(const data_reader *r, const json_t *turns) {
+    size_t n = json_array_size(turns);
+    const json_t *last = n ? json_array_get(turns, n - 1) : NULL;
+    return json_is_object(last) && !strcmp(data_role(r, last), "assistant");
+}
+
+/* A label is true or false, or 1 or 0. */
+static int data_label(const data_reader *r, const json_t *j) {
+    const json_t *v = json_get(j, "label");
+    if (json_is_integer(v)) return (int)json_need_int(&r->src, j, "label", 0, 1);
+    return v ? json_opt_bool(&r->src, j, "label", 0) : -1;
+}
+
+/* Finds out what a record says. Where members of several forms stand side by side, the kind says
+ * which of them counts. */
+static void data_read_form(const data_reader *r, json_t *j, data_form *f) {
+    static const char *const answers[] = {"completion", "response", "output", "answer", NULL};
+    static const char *const talks[] = {"messages", "conversations", NULL};
+    static const char *const prompts[] = {"prompt", NULL};
+    rlhf_data_kind kind = r->d->config.kind;
+    data_member talk = data_first(j, talks), one = data_first(j, answers);
+    int many = json_get(j, "chosen") || json_get(j, "rejected") || json_get(j, "responses");
+    memset(f, 0, offsetof(data_form, answer));
+    f->label = -1;
+    f->prompt = data_first(j, prompts);
+    if (f->prompt.v) data_check(r, f->prompt);
+    /* Further members of a prompt are the reward function's. */
+    if (kind == RLHF_DATA_PROMPT && f->prompt.v) return;
+    if (talk.v && !json_is_array(talk.v))
+        json_bad(&r->src, talk.key, talk.v, "a list of {\"role\", \"content\"}");
+    if (talk.v && *talk.key == 'c') f->system = json_opt_str(&r->src, j, "system", NULL);
+    int is_whole = !many || kind == RLHF_DATA_PROMPT ||
+                   (kind != RLHF_DATA_PREFERENCE && data_is_answered(r, talk.v));
+    if (talk.v && is_whole) f->whole = talk;
+    else if (talk.v && !f->prompt.v) f->prompt = talk;
+    else if (json_get(j, "instruction") && !f->prompt.v) data_read_question(r, j, f);
+    if (f->whole.v) f->label = data_label(r, j);
+    else if (json_get(j, "responses")) data_read_ranking(r, j, f);
+    else if (many) data_read_pair(r, j, f);
+    else if (one.v && (f->prompt.v || f->question)) {
+        data_add_answer(r, f, one.key, one.v, 0);
+        f->label = data_label(r, j);
+    } else if (json_get(j, "text") && kind != RLHF_DATA_PROMPT && kind != RLHF_DATA_PREFERENCE) {
+        json_need_str(&r->src, j, "text");
+        f->whole = (data_member){"text", json_get(j, "text")};
     }
-    rec->prompt = text;
-    rec->a = data_seq_new(r, &ids, 0);
-    mem_free(ids.ids);
+}
+
+/* ---- prompts and answers ---- */
+
+/* Appends the turns of the prompt; a text is the user's. */
+static void data_prompt_turns(const data_reader *r, const data_form *f, data_chat *c) {
+    size_t i;
+    json_t *pair;
+    if (f->system) data_chat_add(r, c, "system", f->system);
+    json_array_foreach(f->history, i, pair) {
+        const char *q = json_string_value(json_array_get(pair, 0));
+        const char *a = json_string_value(json_array_get(pair, 1));
+        if (!q || !a) json_bad(&r->src, "history", pair, "pairs of texts");
+        data_chat_add(r, c, "user", q);
+        data_chat_add(r, c, "assistant", a);
+    }
+    if (f->question) data_chat_add(r, c, "user", f->question);
+    else if (json_is_string(f->prompt.v))
+        data_chat_add(r, c, "user", json_string_value(f->prompt.v));
+    else if (f->prompt.v) data_chat_read(r, c, f->prompt);
+}
+
+/* Answer i after the prompt: two texts are joined as they are, turns on either side make it a
+ * conversation. Only the answer bears loss, of a whole conversation its last turn. */
+static data_seq data_answer(const data_reader *r, const data_form *f, int i) {
+    const json_t *v = f->answer[i].v;
+    int has_prompt = f->prompt.v || f->question || f->system, skip = 0;
+    if (json_is_string(v) && !f->question && !json_is_array(f->prompt.v)) {
+        const char *text = json_string_value(v);
+        if (f->prompt.v) return data_text_seq(r, json_string_value(f->prompt.v), text, 0);
+        if (f->n != 2) data_bad(r, "missing \"prompt\"");
+        char *head = mem_strndup(r->d->ctx, text, f->shared);
+        data_seq s = data_text_seq(r, head, text + f->shared, 0);
+        mem_free(head);
+        return s;
+    }
+    data_chat c = {0};
+    data_prompt_turns(r, f, &c);
+    for (int k = 0; k < c.n; k++) skip += data_is_answer(&c.message[k]);
+    data_chat_read(r, &c, f->answer[i]);
+    data_seq s = data_chat_seq(r, &c, has_prompt ? skip : -1);
+    mem_free(c.message);
+    return s;
+}
+
+/* A whole text or conversation; in the latter only turns of the assistant bear loss, of one that is
+ * judged as an answer the last. */
+static data_seq data_whole(const data_reader *r, const data_form *f, int is_answer) {
+    if (json_is_string(f->whole.v)) return data_text_seq(r, "", json_string_value(f->whole.v), 1);
+    data_chat c = {0};
+    if (f->system) data_chat_add(r, &c, "system", f->system);
+    data_chat_read(r, &c, f->whole);
+    data_seq s = data_chat_seq(r, &c, is_answer ? -1 : 0);
+    mem_free(c.message);
+    return s;
+}
+
+/* The text of the prompt, a block: a text as it is, or turns up to where the assistant's next one
+ * begins. *special: as in tok_encode. */
+static char *data_prompt_text(const data_reader *r, const data_form *f, int *special) {
+    rlhf_ctx *ctx = r->d->ctx;
+    data_chat c = {0}, other = {0};
+    *special = 1;
+    if (json_is_string(f->prompt.v)) return mem_strdup(ctx, json_string_value(f->prompt.v));
+    if (f->shared) return mem_strndup(ctx, json_string_value(f->answer[0].v), f->shared);
+    if (f->whole.v && f->system) data_chat_add(r, &c, "system", f->system);
+    if (f->whole.v) data_chat_read(r, &c, f->whole);
+    else data_prompt_turns(r, f, &c);
+    if (f->whole.v && c.n && data_is_answer(&c.message[c.n - 1])) c.n--;
+    /* The turns with which all of the conversations begin. */
+    if (!c.n && f->n > 1 && json_is_array(f->answer[0].v)) {
+        data_chat_read(r, &c, f->answer[0]);
+        for (int i = 1; i < f->n; i++) {
+            int k = 0;
+            other.n = 0;
+            data_chat_read(r, &other, f->answer[i]);
+            while (k < c.n && k < other.n && !strcmp(c.message[k].role, other.message[k].role) &&
+                   !strcmp(c.message[k].content, other.message[k].content))
+                k++;
+            c.n = k;
+        }
+    }
+    if (!c.n) data_bad(r, "missing \"prompt\"");
+    *special = data_chat_is_text(r);
+    char *text = data_chat_text(r, &c, 1, NULL, NULL);
+    mem_free(c.message);
+    mem_free(other.message);
+    return text;
+}
+
+/* ---- records ---- */
+
+/* Leaves out the record at hand, or one from `place`. */
+static void data_drop(data_reader *r, const char *place, int why, int tokens) {
+    char here[512];
+    if (!place) place = json_place(&r->src, here, sizeof here);
+    r->d->dropped++;
+    r->d->why[why]++;
+    if (why == DATA_LONG)
+        log_at(r->d->ctx, RLHF_LOG_DEBUG, "%s: dropped: %d tokens, max_length is %d", place, tokens,
+               r->d->config.max_length);
+    else log_at(r->d->ctx, RLHF_LOG_DEBUG, "%s: dropped: %s", place, data_whys[why]);
 }
 
 /* Room for one record behind the last. Growing copies within the store: outgrown arrays stay
@@ -8601,57 +8977,153 @@ static data_record *data_next_slot(rlhf_dataset *d) {
     return d->record + d->n;
 }
 
-/* The same, copied into the store. */
-static const char *data_keep_string(const data_reader *r, const json_t *j, const char *key) {
-    const char *s = data_string(r, j, key);
-    return s ? data_keep(r->d, s, strlen(s)) : NULL;
-}
-
-/* Texts are C strings from here on: a NUL inside one, which JSON allows, would cut it. */
-static void data_check_texts(const data_reader *r, const json_t *j) {
-    static const char *const texts[] = {"prompt",   "chosen", "rejected", "completion",
-                                        "response", "output", "answer"};
-    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
-        if (json_is_string(json_get(j, texts[i]))) json_need_str(&r->src, j, texts[i]);
-}
-
-/* Reads one record into the dataset, or drops it; d->n counts it last, when it is whole. */
-static void data_read_record(data_reader *r, const json_t *j) {
+/* Appends a record unless it is too long or there are enough. place: null, or where it stands, if
+ * that is not the line at hand. */
+static void data_add(data_reader *r, const data_record *rec, const char *place) {
     rlhf_dataset *d = r->d;
-    if (!json_is_object(j)) data_bad(r, "expected an object");
-    data_record *rec = data_next_slot(d);
-    memset(rec, 0, sizeof *rec);
-    /* Columns of any kind. */
-    rec->domain = data_keep_string(r, j, "domain");
-    rec->annotator = data_keep_string(r, j, "annotator");
-    rec->annotator_type = data_keep_string(r, j, "annotator_type");
-    rec->weight = json_opt_real(&r->src, j, "weight", 1);
-    rec->margin = json_opt_real(&r->src, j, "margin", 0);
-    if (!(rec->weight >= 0)) data_bad(r, "\"weight\" is negative");
-    data_check_texts(r, j);
-    switch (d->config.kind) {
-    case RLHF_DATA_SFT:
-    case RLHF_DATA_SCORE: rec->a = data_read_whole(r, j); break;
-    case RLHF_DATA_PREFERENCE: data_read_pair(r, j, rec); break;
-    case RLHF_DATA_PROMPT: data_read_prompt(r, j, rec); break;
-    }
-    /* Too long: the slot is used again for the next record. */
-    int longest = base_max(rec->a.n, rec->b.n);
+    int longest = base_max(rec->a.n, rec->b.n), bears = 0;
+    if (d->config.max_records >= 0 && d->n >= d->config.max_records) return;
     if (rec->a.n < 1 || (d->config.kind == RLHF_DATA_PREFERENCE && rec->b.n < 1))
         data_bad(r, "the record has no tokens");
     if (longest > d->config.max_length) {
-        d->dropped++;
+        data_drop(r, place, DATA_LONG, longest);
         return;
     }
-    int bears = 0;
     for (int t = 1; t < rec->a.n; t++) bears |= rec->a.loss[t];
     if (d->config.kind == RLHF_DATA_SFT && !bears) data_bad(r, "no token of the record bears loss");
-    size_t len;
-    char *line = json_text(d->ctx, j, JSON_COMPACT, &len);
-    rec->line = data_keep(d, line, len);
-    mem_free(line);
+    *data_next_slot(d) = *rec;
     d->tokens += rec->a.n + rec->b.n;
     d->n++;
+}
+
+/* Kinds SFT and SCORE: a whole, the answer, or for SFT the best one of several, and none that is
+ * labelled false. */
+static void data_read_one(data_reader *r, const data_form *f, data_record *rec) {
+    int best = 0, is_sft = r->d->config.kind == RLHF_DATA_SFT;
+    if (!f->whole.v && !f->n)
+        data_bad(r, f->question   ? "missing \"output\" beside \"instruction\""
+                    : f->prompt.v ? "missing \"completion\" beside \"prompt\""
+                                  : "expected \"text\", \"messages\", or \"prompt\" and "
+                                    "\"completion\"");
+    if (f->n > 1 && !is_sft) data_bad(r, "several answers; a score is asked for one in a record");
+    if (is_sft && f->label == 0) {
+        data_drop(r, NULL, DATA_FALSE, 0);
+        return;
+    }
+    for (int i = 1; i < f->n; i++)
+        if (f->rank[i] < f->rank[best]) best = i;
+    rec->a = f->whole.v ? data_whole(r, f, 0) : data_answer(r, f, best);
+    data_add(r, rec, NULL);
+}
+
+/* Kind PREFERENCE, several answers: every pair of which one ranks higher. Those that fit share the
+ * record's weight, so that it counts once. */
+static void data_read_pairs(data_reader *r, const data_form *f, data_record *rec) {
+    data_seq seq[DATA_MAX_ANSWERS];
+    int most = r->d->config.max_length, pairs = 0, fit = 0;
+    for (int i = 0; i < f->n; i++) seq[i] = data_answer(r, f, i);
+    for (int i = 0; i < f->n * f->n; i++) {
+        int a = i / f->n, b = i % f->n, is_pair = f->rank[a] < f->rank[b];
+        pairs += is_pair;
+        fit += is_pair && seq[a].n <= most && seq[b].n <= most;
+    }
+    rec->weight /= base_max(fit, 1);
+    for (int i = 0; i < f->n * f->n; i++) {
+        int a = i / f->n, b = i % f->n;
+        if (!(f->rank[a] < f->rank[b])) continue;
+        rec->a = seq[a];
+        rec->b = seq[b];
+        data_add(r, rec, NULL);
+    }
+    if (!pairs) data_drop(r, NULL, DATA_TIED, 0);
+}
+
+/* Kind PREFERENCE, one answer with a label: kept until all answers to its prompt are known. */
+static void data_read_loose(data_reader *r, const data_form *f, data_record *rec) {
+    char place[512];
+    int special;
+    if (f->label < 0)
+        data_bad(r, "expected \"chosen\" and \"rejected\", \"responses\" with a \"ranking\", or an "
+                    "answer with a \"label\"");
+    rec->a = f->whole.v ? data_whole(r, f, 1) : data_answer(r, f, 0);
+    char *prompt = data_prompt_text(r, f, &special);
+    data_loose *loose = arena_alloc(&r->d->store, sizeof *loose);
+    json_place(&r->src, place, sizeof place);
+    *loose = (data_loose){.rec = *rec, .place = data_keep(r->d, place, strlen(place))};
+    ptrdiff_t at = stbds_shgeti(r->loose, prompt);
+    if (at < 0) {
+        stbds_shput(r->loose, prompt, (data_group){0});
+        at = stbds_shgeti(r->loose, prompt);
+    }
+    data_group *g = &r->loose[at].value;
+    if (g->n[f->label]++) g->last[f->label]->next = loose;
+    else g->first[f->label] = loose;
+    g->last[f->label] = loose;
+    mem_free(prompt);
+}
+
+/* Pairs every good answer with every bad one to the same prompt, as if the prompt's answers had
+ * been ranked in one record: its pairs share one weight. */
+static void data_pair_up(data_reader *r) {
+    for (ptrdiff_t i = 0; i < stbds_shlen(r->loose); i++) {
+        const data_group *g = &r->loose[i].value;
+        for (const data_loose *a = g->first[1]; a; a = a->next)
+            for (const data_loose *b = g->first[0]; b; b = b->next) {
+                data_record rec = a->rec;
+                rec.b = b->rec.a;
+                rec.weight /= (double)g->n[0] * g->n[1];
+                data_add(r, &rec, a->place);
+            }
+        for (int label = 0; label < 2 && !(g->n[0] && g->n[1]); label++)
+            for (const data_loose *a = g->first[label]; a; a = a->next)
+                data_drop(r, a->place, DATA_SINGLE, 0);
+    }
+    stbds_shfree(r->loose);
+}
+
+/* Kind PROMPT. */
+static void data_read_prompt(data_reader *r, const data_form *f, data_record *rec) {
+    tok_ids ids = {0};
+    int special;
+    char *text = data_prompt_text(r, f, &special);
+    rec->prompt = data_keep(r->d, text, strlen(text));
+    tok_encode(r->tok, text, strlen(text), special, &ids);
+    rec->a = data_seq_new(r, &ids, 0);
+    data_add(r, rec, NULL);
+    mem_free(ids.ids);
+    mem_free(text);
+}
+
+/* An optional text member, copied into the store, or null. */
+static const char *data_keep_string(const data_reader *r, const json_t *j, const char *key) {
+    const char *s = json_opt_str(&r->src, j, key, NULL);
+    return s ? data_keep(r->d, s, strlen(s)) : NULL;
+}
+
+/* Reads one JSON value: into records of the dataset, or drops it. */
+static void data_read_record(data_reader *r, json_t *j) {
+    rlhf_dataset *d = r->d;
+    data_record rec = {0};
+    data_form f;
+    if (!json_is_object(j)) data_bad(r, "expected an object");
+    /* Columns of any kind. */
+    rec.domain = data_keep_string(r, j, "domain");
+    rec.annotator = data_keep_string(r, j, "annotator");
+    rec.annotator_type = data_keep_string(r, j, "annotator_type");
+    rec.weight = json_opt_real(&r->src, j, "weight", 1);
+    rec.margin = json_opt_real(&r->src, j, "margin", 0);
+    if (!(rec.weight >= 0)) data_bad(r, "\"weight\" is negative");
+    size_t len;
+    char *line = json_text(d->ctx, j, JSON_COMPACT, &len);
+    rec.line = data_keep(d, line, len);
+    mem_free(line);
+    /* What stands in it, and what the kind makes of that. */
+    data_read_form(r, j, &f);
+    if (d->config.kind == RLHF_DATA_PROMPT) data_read_prompt(r, &f, &rec);
+    else if (d->config.kind != RLHF_DATA_PREFERENCE) data_read_one(r, &f, &rec);
+    else if (f.n > 1) data_read_pairs(r, &f, &rec);
+    else data_read_loose(r, &f, &rec);
+    mem_free(f.question);
 }
 
 /* JSON lines; empty ones are skipped, but counted for messages. A number of records ends it
@@ -8673,6 +9145,28 @@ static void data_read_lines(data_reader *r, const char *text, size_t len) {
     }
 }
 
+/* Says what was dropped and why: a warning for each reason, or an error if nothing is left. */
+static void data_report(const data_reader *r, const char *name) {
+    rlhf_dataset *d = r->d;
+    char text[400] = "";
+    for (int i = 0; i < DATA_WHYS; i++) {
+        size_t at = strlen(text);
+        char bound[40] = "";
+        if (!d->why[i]) continue;
+        if (i == DATA_LONG) snprintf(bound, sizeof bound, " %d tokens", d->config.max_length);
+        snprintf(text + at, sizeof text - at, "%s%d %s%s", at ? ", " : "", d->why[i], data_whys[i],
+                 bound);
+        if (d->n)
+            log_at(d->ctx, RLHF_LOG_WARNING, "%s: %d of %d records dropped: %s%s", name, d->why[i],
+                   d->n + d->dropped, data_whys[i], bound);
+    }
+    if (d->n) return;
+    if (!d->dropped) err_throw(d->ctx, RLHF_ERR_DATA, "%s: no records", name);
+    err_throw(d->ctx, RLHF_ERR_DATA, "%s: none of %d records can be used: %s%s", name, d->dropped,
+              text,
+              d->why[DATA_SINGLE] ? "; alone they serve fine-tuning (if true) and as prompts" : "");
+}
+
 /* Reads JSON lines, or one JSON array, from memory. name stands for the file in messages. A dataset
  * without a usable record is an error. */
 static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, const char *name,
@@ -8685,7 +9179,8 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     data_reader r = {.d = d,
                      .tok = tok,
                      .chat = config->chat_template ? config->chat_template : "auto"};
-    if (strcmp(r.chat, "auto")) tok_chat_choose(tok, r.chat);
+    if (strcmp(r.chat, "auto")) chat_choose(tok, r.chat);
+    stbds_sh_new_strdup(r.loose);
     r.src = json_source(ctx, name);
     r.src.status = RLHF_ERR_DATA;
     /* A '[' that opens the text makes it one array; lines hold objects. */
@@ -8705,14 +9200,8 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     } else {
         data_read_lines(&r, text, len);
     }
-    if (d->n == 0 && d->dropped == 0) err_throw(ctx, RLHF_ERR_DATA, "%s: no records", name);
-    if (d->n == 0)
-        err_throw(ctx, RLHF_ERR_DATA, "%s: all %d records are longer than max_length %d tokens",
-                  name, d->dropped, config->max_length);
-    if (d->dropped)
-        log_at(ctx, RLHF_LOG_WARNING,
-               "%s: %d of %d records are longer than %d tokens and were dropped", name, d->dropped,
-               d->n + d->dropped, config->max_length);
+    data_pair_up(&r);
+    data_report(&r, name);
     err_keep(ctx);
     return d;
 }
@@ -8742,7 +9231,7 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
 }
 
 /* ============================================================================================
- * MARK: - 19 GEN (gen_)
+ * MARK: - 20 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
  * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
@@ -8989,7 +9478,7 @@ static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
 }
 
 /* ============================================================================================
- * MARK: - 20 ROLL (roll_)
+ * MARK: - 21 ROLL (roll_)
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
  * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
  * ragged; a mean over tokens is a sum over all of them by their number.
@@ -9085,7 +9574,7 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 }
 
 /* ============================================================================================
- * MARK: - 21 TRAIN (train_)
+ * MARK: - 22 TRAIN (train_)
  * The loop that every trainer runs in: schedule, step, metrics, evaluation, checkpoints, resume. A
  * trainer supplies what a step is (22, 23, 24). metrics.jsonl holds no times, so that two equal
  * runs write equal files.
@@ -9768,7 +10257,7 @@ static int train_run(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 22 SFT (sft_)
+ * MARK: - 23 SFT (sft_)
  * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
  * micro-batches of an optimizer step:
  *     L = -1/N sum over marked t of log p(x_t | x_<t),    N the marked tokens of the whole step
@@ -9928,7 +10417,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
 }
 
 /* ============================================================================================
- * MARK: - 23 RM (rm_)
+ * MARK: - 24 RM (rm_)
  * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood
  * (Bradley and Terry 1952; Stiennon et al. 2020): P(chosen beats rejected) = sigmoid(r_c - r_r).
  * Over the pairs of an optimizer step, w the weight and m the margin of a pair,
@@ -10157,7 +10646,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
 }
 
 /* ============================================================================================
- * MARK: - 24 PPO (ppo_)
+ * MARK: - 25 PPO (ppo_)
  * Proximal policy optimisation with a per-token KL penalty (Schulman et al. 2017; Ziegler et al.
  * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
@@ -10710,7 +11199,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
 }
 
 /* ============================================================================================
- * MARK: - 25 EVAL (eval_)
+ * MARK: - 26 EVAL (eval_)
  * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy overall
  * and by domain, kind of annotator and annotator. Results are JSON objects.
  *
@@ -10895,7 +11384,7 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
 }
 
 /* ============================================================================================
- * MARK: - 26 API (rlhf_ api_)
+ * MARK: - 27 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
  *
@@ -11119,7 +11608,7 @@ rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind) {
                               .chat_template = "auto"};
 }
 
-const char *rlhf_chat_templates(void) { return "auto|" TOK_CHAT_NAMES; }
+const char *rlhf_chat_templates(void) { return "auto|" CHAT_NAMES; }
 
 rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tokenizer,
                               const rlhf_data_config *config, rlhf_dataset **dataset) {
@@ -11530,7 +12019,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 27 BENCH (bench_)
+ * MARK: - 28 BENCH (bench_)
  * How fast this machine does the work of RLHF, against its own limits: the tile's peak and the
  * memory's bandwidth, measured first. Random weights of named shapes, nothing is downloaded. Equal
  * weight hashes at the end mean that two machines did the same work.
@@ -11948,7 +12437,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 28 CLI (cli_)
+ * MARK: - 29 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -11962,7 +12451,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
     X(model, "DIR", "Hugging Face model directory")                                                \
     X(init, "FILE", "config.json of a new model with random weights (default: --model)")           \
     X(tokenizer, "DIR", "tokenizer directory; default: the model's")                               \
-    X(data, "FILE", "records, .jsonl (or .gz), one JSON object a line")                            \
+    X(data, "FILE", "records: .jsonl, one object a line, or .json, an array; also .gz")            \
     X(eval_data, "FILE", "records for evaluation (default none)")                                  \
     X(out, "PATH", "directory or file of the result (generate, score: default standard output)")   \
     X(reward, "DIR", "reward model directory")                                                     \
@@ -11972,7 +12461,8 @@ static void bench_run(bench *b, const char *what, const char *model) {
     X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
     X(gguf, "TYPE", "how numbers are stored: " GGUF_KINDS " (norms and biases always f32)")        \
     X(type, "KIND", "text or preference; default: what the model is for")                          \
-    X(chat_template, "NAME", "how conversations are rendered (default auto)")                      \
+    X(chat_template, "NAME", "how conversations are rendered; see below (default auto)")           \
+    X(dry_run, NULL, "show the first records, what bears loss, what is dropped; write nothing")    \
     X(quick, NULL, "fewer shapes and repetitions (default off)")                                   \
     X(config, "FILE", "JSON object with options; the command line wins (default none)")            \
     X(threads, "N", "worker threads; the result does not depend on it (default: all processors)")  \
@@ -11997,6 +12487,8 @@ static const struct {
     CLI_OPTIONS(CLI_ROW)
 #undef CLI_ROW
 };
+
+enum { CLI_DROPS = 20 }; /* dropped records that --dry_run lists */
 
 #define CLI_BIT(name) (1u << O_##name)
 #define CLI_COMMON                                                                                 \
@@ -12029,6 +12521,7 @@ typedef struct cli {
     json_t *file; /* --config */
     rlhf_ctx *ctx;
     int tty, line; /* a progress line stands on the terminal */
+    int drops;     /* records that --dry_run told of */
     double shown;
 } cli;
 
@@ -12071,6 +12564,8 @@ static int cli_error(cli *c, rlhf_status status) {
 static void cli_log(void *user, rlhf_level level, const char *text) {
     cli *c = user;
     if (c->v[O_quiet]) return;
+    if (level == RLHF_LOG_DEBUG && (!c->v[O_dry_run] || c->drops > CLI_DROPS)) return;
+    if (level == RLHF_LOG_DEBUG && c->drops++ == CLI_DROPS) text = "further ones are not listed";
     cli_clear(c);
     fprintf(stderr, "rlhf: %s%s\n", level == RLHF_LOG_WARNING ? "warning: " : "", text);
 }
@@ -12133,6 +12628,16 @@ static int cli_results(cli *c, json_t *j) {
 
 /* ---- help ---- */
 
+/* How the stages read forms of records that were not made for them; by rlhf_config_kind. */
+static const char *const cli_notes[RLHF_CONFIG_GENERATE + 1] = {
+    "Records: text, messages, prompt + completion and the other forms that README lists. Of\n"
+    "answers with a label those that say true are learnt; of a ranking or a pair, the best one.\n",
+    "Records: chosen + rejected, with or without prompt; prompt + responses + ranking (or best):\n"
+    "all pairs of a ranking, which together weigh as much as one record; answers with a label:\n"
+    "each true one is paired with each false one to the same prompt, others are dropped.\n",
+    "Records: a prompt, or any other form: then what precedes its last answer is the prompt.\n",
+    NULL};
+
 static void cli_print_default(const rlhf_field *f, char *out, size_t size) {
     if (f->kind == 'S') snprintf(out, size, "%s", f->text[0] ? f->text : "\"\"");
     else if (f->kind == 'B') snprintf(out, size, "%s", f->def != 0 ? "true" : "false");
@@ -12169,6 +12674,9 @@ static void cli_help(const cli_command *cmd) {
         printf("  %-34s %s%s%s%s\n", left, f[i].help, f[i].choices ? " (" : "",
                f[i].choices ? f[i].choices : "", f[i].choices ? ")" : "");
     }
+    if (cmd->config >= 0 && cli_notes[cmd->config]) printf("\n%s", cli_notes[cmd->config]);
+    if (cmd->options & 1u << O_chat_template)
+        printf("\nChat templates: %s\n", rlhf_chat_templates());
 }
 
 /* ---- options ---- */
@@ -12341,7 +12849,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 29 COMMAND (cli_ main)
+ * MARK: - 30 COMMAND (cli_ main)
  * What each command does: it opens what its options name, calls the public functions of rlhf.h
  * and prints what they found. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
@@ -12448,6 +12956,144 @@ static void cli_print_object(cli *c, const json_t *j) {
     }
 }
 
+/* ---- dry run ---- */
+
+enum { CLI_EXAMPLES = 3 }; /* shown by --dry_run */
+
+/* The positions that config.json gives the model; its weights are not looked at. */
+static rlhf_status cli_positions(cli *c, int64_t *positions) {
+    API_ENTER(c->ctx);
+    char *path = c->v[O_init] ? mem_strdup(c->ctx, c->v[O_init])
+                              : io_join(c->ctx, c->v[O_model], "config.json");
+    json_src src = json_source(c->ctx, path);
+    json_t *config = json_read(&src);
+    model_cfg cfg = {0};
+    model_find_family(&src, config)->read(&src, config, &cfg);
+    *positions = cfg.positions;
+    err_release(c->ctx);
+    mem_free(path);
+    API_LEAVE();
+}
+
+/* Prints a part of a text; what would steer the terminal is shown as \xNN. */
+static void cli_show_text(const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        unsigned char b = (unsigned char)s[i];
+        if ((b < 0x20 && b != '\n' && b != '\t') || b == 0x7f) printf("\\x%02x", b);
+        else putchar(b);
+    }
+}
+
+/* Prints a sequence as text, what bears loss in colour on a terminal and in [[ ]] elsewhere. A
+ * token's text may depend on what precedes it, hence the texts of whole beginnings. */
+static rlhf_status cli_show_seq(cli *c, rlhf_tokenizer *tok, const data_seq *s) {
+    int colour = isatty(1) && !getenv("NO_COLOR");
+    const char *on = colour ? "\033[32m" : "[[", *off = colour ? "\033[0m" : "]]";
+    char *text, *part;
+    size_t len, n, at = 0;
+    rlhf_status status = rlhf_decode(tok, s->ids, s->n, 0, &text, &len);
+    for (int t = 1; t <= s->n && !status; t++) {
+        if (t < s->n && s->loss[t] == s->loss[t - 1]) continue;
+        status = rlhf_decode(tok, s->ids, t, 0, &part, &n);
+        if (status) break;
+        /* A beginning that ends inside a character has another text there. */
+        size_t same = 0;
+        while (same < n && same < len && part[same] == text[same]) same++;
+        while (same > at && same < len && ((unsigned char)text[same] & 0xc0) == 0x80) same--;
+        rlhf_free(c->ctx, part);
+        if (s->loss[t - 1]) printf("%s", on);
+        cli_show_text(text + at, same - at);
+        if (s->loss[t - 1]) printf("%s", off);
+        at = same;
+    }
+    if (!status) rlhf_free(c->ctx, text);
+    printf("\n");
+    return status;
+}
+
+static int cli_loss_tokens(const data_seq *s) {
+    int n = 0;
+    for (int t = 0; t < s->n; t++) n += s->loss[t];
+    return n;
+}
+
+/* Prints the first records of a dataset. */
+static rlhf_status cli_show_examples(cli *c, rlhf_tokenizer *tok, const rlhf_dataset *d) {
+    rlhf_status status = RLHF_OK;
+    for (int i = 0; i < d->n && i < CLI_EXAMPLES; i++)
+        for (int k = 0; k < 2 && !status; k++) {
+            const data_seq *s = k ? &d->record[i].b : &d->record[i].a;
+            if (!s->n) continue;
+            printf("---- example %d%s: %d tokens, %d bear loss ----\n", i + 1,
+                   d->config.kind != RLHF_DATA_PREFERENCE ? ""
+                   : k                                    ? ", rejected"
+                                                          : ", chosen",
+                   s->n, cli_loss_tokens(s));
+            status = cli_show_seq(c, tok, s);
+        }
+    return status;
+}
+
+/* What is known of a dataset, its names with the prefix. */
+static void cli_describe(json_t *j, const char *prefix, const rlhf_dataset *d) {
+    static const char *const whys[DATA_WHYS] = {"dropped_too_long", "dropped_labelled_false",
+                                                "dropped_tied", "dropped_single"};
+    int64_t loss = 0, sequences = 0;
+    int longest = 0;
+    for (int i = 0; i < d->n; i++) {
+        const data_record *rec = &d->record[i];
+        loss += cli_loss_tokens(&rec->a) + cli_loss_tokens(&rec->b);
+        sequences += 1 + (rec->b.n > 0);
+        longest = base_max(longest, base_max(rec->a.n, rec->b.n));
+    }
+    const struct {
+        const char *name;
+        int64_t value;
+    } rows[] = {{"records", d->n},
+                {"dropped", d->dropped},
+                {"tokens", d->tokens},
+                {"tokens_with_loss", loss},
+                {"mean_length", d->n ? d->tokens / sequences : 0},
+                {"longest", longest},
+                {"max_length", d->config.max_length}};
+    char name[64];
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        snprintf(name, sizeof name, "%s%s", prefix, rows[i].name);
+        json_object_set_new(j, name, json_integer(rows[i].value));
+    }
+    for (int i = 0; i < DATA_WHYS; i++) {
+        snprintf(name, sizeof name, "%s%s", prefix, whys[i]);
+        if (d->why[i]) json_object_set_new(j, name, json_integer(d->why[i]));
+    }
+}
+
+/* What a stage would read: examples, counts, and through cli_log what is dropped. Neither weights
+ * nor trainers are made, nothing is written. room: positions that a prompt leaves to its answer. */
+static int cli_dry_run(cli *c, rlhf_data_kind kind, int64_t max_length, int64_t room) {
+    rlhf_tokenizer *tok;
+    int64_t positions;
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    CLI_TRY(cli_positions(c, &positions));
+    if (positions - room < max_length) max_length = positions - room;
+    if (max_length < 1)
+        return cli_fail(c, "the model's %d positions leave no room for a prompt", (int)positions);
+    rlhf_data_config config = cli_data_config(c, kind, max_length);
+    json_t *j = json_object();
+    for (int i = 0; i < 2; i++) {
+        const char *path = c->v[i ? O_eval_data : O_data];
+        rlhf_dataset *d;
+        if (!path) continue;
+        CLI_TRY(rlhf_dataset_open(c->ctx, path, tok, &config, &d));
+        if (i == 0 && !c->v[O_quiet]) CLI_TRY(cli_show_examples(c, tok, d));
+        cli_describe(j, i ? "eval_" : "", d);
+        rlhf_dataset_close(d);
+    }
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+/* ---- training ---- */
+
 static int cli_sft(cli *c) {
     rlhf_sft_config *cfg = &c->config.sft;
     rlhf_model *m;
@@ -12457,6 +13103,7 @@ static int cli_sft(cli *c) {
     if (!c->v[O_init]) CLI_NEED(model);
     else CLI_NEED(tokenizer);
     CLI_NEED(data);
+    if (c->v[O_dry_run]) return cli_dry_run(c, RLHF_DATA_SFT, cfg->max_length, 0);
     if (!c->v[O_out] && cfg->output_dir[0]) c->v[O_out] = cfg->output_dir;
     CLI_NEED(out);
     cfg->output_dir = c->v[O_out];
@@ -12485,6 +13132,7 @@ static int cli_rm(cli *c) {
     rlhf_trainer *t;
     CLI_NEED(model);
     CLI_NEED(data);
+    if (c->v[O_dry_run]) return cli_dry_run(c, RLHF_DATA_PREFERENCE, cfg->max_length, 0);
     if (!c->v[O_out] && cfg->output_dir[0]) c->v[O_out] = cfg->output_dir;
     CLI_NEED(out);
     cfg->output_dir = c->v[O_out];
@@ -12521,8 +13169,10 @@ static int cli_ppo(cli *c) {
     rlhf_dataset *prompts;
     rlhf_trainer *t;
     CLI_NEED(model);
-    CLI_NEED(reward);
     CLI_NEED(data);
+    if (c->v[O_dry_run])
+        return cli_dry_run(c, RLHF_DATA_PROMPT, cfg->max_length, cfg->response_length);
+    CLI_NEED(reward);
     if (!c->v[O_out] && cfg->output_dir[0]) c->v[O_out] = cfg->output_dir;
     CLI_NEED(out);
     cfg->output_dir = c->v[O_out];
@@ -12871,16 +13521,16 @@ static int cli_bench(cli *c) {
 static const cli_command cli_commands[] = {
     {"sft", "supervised fine-tuning", "--model DIR --data train.jsonl --out DIR",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(init) | CLI_BIT(tokenizer) | CLI_BIT(data) |
-         CLI_BIT(eval_data) | CLI_BIT(out) | CLI_BIT(chat_template),
+         CLI_BIT(eval_data) | CLI_BIT(out) | CLI_BIT(chat_template) | CLI_BIT(dry_run),
      RLHF_CONFIG_SFT, cli_sft},
     {"rm", "train a reward model on preferences", "--model SFT_DIR --data prefs.jsonl --out DIR",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(eval_data) |
-         CLI_BIT(out) | CLI_BIT(chat_template),
+         CLI_BIT(out) | CLI_BIT(chat_template) | CLI_BIT(dry_run),
      RLHF_CONFIG_RM, cli_rm},
     {"ppo", "proximal policy optimisation against a reward model",
      "--model SFT_DIR --reward RM_DIR --data prompts.jsonl --out DIR",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) |
-         CLI_BIT(out) | CLI_BIT(chat_template),
+         CLI_BIT(out) | CLI_BIT(chat_template) | CLI_BIT(dry_run),
      RLHF_CONFIG_PPO, cli_ppo},
     {"generate", "continue prompts",
      "--model DIR [--prompt TEXT | --data prompts.jsonl --out answers.jsonl]",

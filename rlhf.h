@@ -64,7 +64,7 @@ typedef struct rlhf_model rlhf_model;
 typedef struct rlhf_trainer rlhf_trainer;
 
 /* How much a message matters; warnings tell of data that were left out or choices that were
- * ignored. */
+ * ignored, debug messages of each record that was. */
 typedef enum rlhf_level { RLHF_LOG_DEBUG, RLHF_LOG_INFO, RLHF_LOG_WARNING } rlhf_level;
 
 /* Where a long call stands. done and total count steps (trainers) or samples (generation); tokens
@@ -167,14 +167,24 @@ rlhf_status rlhf_decode(rlhf_tokenizer *tokenizer, const int32_t *ids, int n, in
 
 /* ---- Dataset ---- */
 
-/* What a record is read as, and the members that it has. */
+/* What a record is read as. Its form may be any of these, turns being lists of {"role", "content"}
+ * or of {"from", "value"}:
+ *     text
+ *     messages, or conversations
+ *     prompt + completion (or response, output, answer), texts or turns, with or without a label
+ *     instruction (+ input, system, history) + output
+ *     chosen + rejected, texts or turns, with or without prompt, or after conversations
+ *     prompt + responses[] + ranking[] (1 is the best, equal ones are ties), or best (an index)
+ */
 typedef enum rlhf_data_kind {
-    RLHF_DATA_SFT,        /* text | messages | prompt + completion */
-    RLHF_DATA_PREFERENCE, /* chosen + rejected, with or without prompt; strings or conversations */
-    RLHF_DATA_PROMPT, /* prompt (string or conversation), further columns go to the reward function
-                       */
-    RLHF_DATA_SCORE   /* prompt + completion | text | messages: whole answers to be scored or
-                         evaluated */
+    RLHF_DATA_SFT,        /* one text or conversation; of several answers the best one; what is
+                             labelled false is dropped */
+    RLHF_DATA_PREFERENCE, /* pairs; all those of a ranking, and of answers to one prompt that are
+                             labelled true and false, share one weight; an answer without
+                             counterpart is dropped */
+    RLHF_DATA_PROMPT,     /* what precedes the last answer; further members of a record with a
+                             prompt go to the reward function */
+    RLHF_DATA_SCORE       /* one whole answer, to be scored or evaluated */
 } rlhf_data_kind;
 
 /* How records become tokens. A trainer wants its kind: SFT, PREFERENCE (reward model), PROMPT
@@ -195,8 +205,9 @@ rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind);
 const char *rlhf_chat_templates(void);
 
 /* Reads a .jsonl file (plain or gzip), one record a line, or a JSON array. A record that cannot be
- * used is RLHF_ERR_DATA with file:line, as is a file without a usable record; one that is too long
- * is dropped and counted. The dataset keeps no pointer to the tokenizer. */
+ * used is RLHF_ERR_DATA with file:line, as is a file without a usable record; one that is too long,
+ * or of no use to the kind, is dropped and counted, and the log says why. The dataset keeps no
+ * pointer to the tokenizer. */
 rlhf_status rlhf_dataset_open(rlhf_ctx *ctx, const char *path, rlhf_tokenizer *tokenizer,
                               const rlhf_data_config *config, rlhf_dataset **dataset);
 
@@ -208,7 +219,7 @@ rlhf_status rlhf_dataset_parse(rlhf_ctx *ctx, const char *jsonl, size_t len, con
 /* Null is allowed. After the trainers that use it. */
 void rlhf_dataset_close(rlhf_dataset *dataset);
 int rlhf_dataset_count(const rlhf_dataset *dataset);   /* usable records */
-int rlhf_dataset_dropped(const rlhf_dataset *dataset); /* records longer than max_length */
+int rlhf_dataset_dropped(const rlhf_dataset *dataset); /* too long, or of no use to the kind */
 int64_t rlhf_dataset_tokens(const rlhf_dataset *dataset); /* in all usable records */
 
 /* Record i as it was read: one line of JSON, valid until the dataset is closed; null if i is out of

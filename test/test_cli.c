@@ -1,4 +1,4 @@
-/* The program (section 26), run as a user runs it: ./rlhf, or what RLHF_PROGRAM names. Every
+/* The program (sections 29, 30), run as a user runs it: ./rlhf, or what RLHF_PROGRAM names. Every
  * command on small models, its JSON line, help, exit codes, what it says about bad input and that
  * nothing half-written is left behind, and a run that is interrupted and goes on. */
 
@@ -507,6 +507,41 @@ TEST(containers_of_records) {
     CHECK_EQ_S(text_of("weights_hash"), want);
 }
 
+/* What a stage would read, without reading weights or writing anything. */
+TEST(dry_runs) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    test_write("mixed.jsonl",
+               "{\"prompt\":\"one\",\"completion\":\" two\",\"label\":false}\n"
+               "{\"prompt\":\"one\",\"completion\":\" and\\u001b[2J\",\"label\":true}\n"
+               "{\"text\":\"xyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyz\"}\n"
+               "{\"conversations\":[{\"from\":\"human\",\"value\":\"one\"},{\"from\":\"gpt\","
+               "\"value\":\"two\"}]}\n");
+    RUN("rm $D/lm/model.safetensors; $R sft --model $D/lm --data $D/mixed.jsonl --dry_run --json "
+        "--out $D/out --eval_data $D/text.jsonl",
+        0);
+    CHECK(strstr(out, "one[[ and\\x1b[2J<|endoftext|>]]") != NULL);
+    CHECK(strstr(out, "Human: one\n\nAssistant:[[ two<|endoftext|>]]") != NULL);
+    CHECK(strstr(out, "example 1: ") != NULL);
+    CHECK(strstr(err, "mixed.jsonl:1: dropped: labelled false") != NULL);
+    CHECK(strstr(err, "mixed.jsonl:3: dropped: ") && strstr(err, "max_length is 48"));
+    CHECK_NEAR(number("records"), 2, 0);
+    CHECK_NEAR(number("dropped"), 2, 0);
+    CHECK_NEAR(number("dropped_labelled_false"), 1, 0);
+    CHECK_NEAR(number("dropped_too_long"), 1, 0);
+    CHECK_NEAR(number("eval_records"), 5, 0);
+    CHECK_NEAR(number("max_length"), 48, 0);
+    CHECK(!exists("out"));
+    RUN("$R rm --model $D/lm --data $D/pairs.jsonl --dry-run", 0);
+    CHECK(strstr(out, "example 1, chosen") && strstr(out, "one and one is[[ two<|endoftext|>]]"));
+    CHECK(strstr(out, "example 1, rejected") && strstr(out, "one and one is[[ nine"));
+    RUN("$R ppo --model $D/lm --data $D/prompts.jsonl --response_length 8 --dry_run", 0);
+    CHECK(strstr(out, "the cat\n") != NULL);
+    REFUSE("$R ppo --model $D/lm --data $D/prompts.jsonl --response_length 48 --dry_run", 1,
+           "no room", NULL, NULL);
+    REFUSE("$R sft --model $D/lm --data $D/none.jsonl --dry_run", 1, "none.jsonl", NULL, NULL);
+}
+
 TEST(long_records_are_counted) {
     NEED_PROGRAM();
     REQUIRE(setup());
@@ -930,7 +965,8 @@ TEST(interrupted_while_it_reads) {
 
 TEST_MAIN(CASE(training_commands), CASE(other_commands), CASE(help_lists_every_option),
           CASE(usage_errors), CASE(options_in_every_form), CASE(config_file),
-          CASE(containers_of_records), CASE(long_records_are_counted), CASE(bad_records),
+          CASE(containers_of_records), CASE(dry_runs), CASE(long_records_are_counted),
+          CASE(bad_records),
           CASE(bad_weights), CASE(bad_model_directories), CASE(bad_tokenizers),
           CASE(wrong_kinds_of_models), CASE(context_overflow), CASE(unwritable_places),
           CASE(interrupted_sft), CASE(interrupted_rm), CASE(interrupted_ppo),

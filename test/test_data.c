@@ -1,4 +1,4 @@
-/* Records (section 17): every form of every kind, which tokens bear loss, what is kept of a record,
+/* Records (section 19): every form of every kind, which tokens bear loss, what is kept of a record,
  * what is dropped and counted, and what is refused with file:line.
  *
  * With a vocabulary of single bytes a record's tokens can be written as its text: '{' opens and
@@ -534,6 +534,180 @@ TEST(errors_in_arrays_name_the_record) {
     rlhf_close(ctx);
 }
 
+/* ---- further forms --------------------------------------------------------------------------- */
+
+/* A file of several records: how many are usable and how many dropped. */
+static rlhf_dataset *open_lines(int line, rlhf_ctx *ctx, rlhf_tokenizer *tok, rlhf_data_kind kind,
+                                const char *text, int n, int dropped) {
+    rlhf_data_config c = rlhf_data_config_default(kind);
+    rlhf_dataset *d = NULL;
+    if (parse(ctx, tok, &c, text, &d) != RLHF_OK)
+        test_fail(__FILE__, line, "%s: %s", text, rlhf_error(ctx));
+    test_eq_i(__FILE__, line, "records", "expected", rlhf_dataset_count(d), n);
+    test_eq_i(__FILE__, line, "dropped", "expected", rlhf_dataset_dropped(d), dropped);
+    return d;
+}
+
+TEST(sharegpt) {
+    static const char talk[] = "{'conversations':[{'from':'human','value':'a'},{'from':'gpt',"
+                               "'value':'b'},{'from':'human','value':'c'},{'from':'gpt',"
+                               "'value':'d'}],'system':'s'}";
+    SFT(talk, "\n\nSystem: s\n\nHuman: a\n\nAssistant:{ b}\n\nHuman: c\n\nAssistant:{ d$}");
+    PROMPT(talk, "\n\nSystem: s\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:");
+    /* A system turn of its own, and the other convention's names. */
+    SFT("{'conversations':[{'from':'system','value':'s'},{'role':'user','content':'a'},"
+        "{'from':'gpt','value':'b'}]}",
+        "\n\nSystem: s\n\nHuman: a\n\nAssistant:{ b$}");
+    PAIR("{'conversations':[{'from':'human','value':'a'}],'chosen':{'from':'gpt','value':'x'},"
+         "'rejected':{'from':'gpt','value':'y'}}",
+         "\n\nHuman: a\n\nAssistant:{ x$}", "\n\nHuman: a\n\nAssistant:{ y$}");
+    SFT("{'conversations':[{'from':'human','value':'a'}],'chosen':{'from':'gpt','value':'x'},"
+        "'rejected':{'from':'gpt','value':'y'}}",
+        "\n\nHuman: a\n\nAssistant:{ x$}");
+    NO_SFT("{'conversations':[{'from':'alien','value':'a'}]}", "'from': found 'alien'");
+    NO_SFT("{'conversations':['a']}", "'conversations': found 'a'");
+    NO_SFT("{'conversations':7}", "'conversations': found 7");
+}
+
+TEST(alpaca) {
+    SFT("{'instruction':'do','input':'','output':'x'}", "\n\nHuman: do\n\nAssistant:{ x$}");
+    SFT("{'instruction':'do','input':'it','output':'x','text':'all'}",
+        "\n\nHuman: do\nit\n\nAssistant:{ x$}");
+    SFT("{'instruction':'do','output':'x','system':'s','history':[['a','b']]}",
+        "\n\nSystem: s\n\nHuman: a\n\nAssistant: b\n\nHuman: do\n\nAssistant:{ x$}");
+    PROMPT("{'instruction':'do','input':'it','output':'x'}", "\n\nHuman: do\nit\n\nAssistant:");
+    PAIR("{'instruction':'do','chosen':'x','rejected':'y'}", "\n\nHuman: do\n\nAssistant:{ x$}",
+         "\n\nHuman: do\n\nAssistant:{ y$}");
+    NO_SFT("{'instruction':5,'output':'x'}", "'instruction': found 5");
+    NO_SFT("{'instruction':'do'}", "missing 'output'");
+    NO_SFT("{'instruction':'do','output':'x','history':[['a']]}", "'history'");
+}
+
+/* Transcripts and conversations without a prompt: what they share is it. */
+TEST(prompts_of_answers) {
+    static const char hh[] = "{'chosen':'\\n\\nHuman: a\\n\\nAssistant: I do',"
+                             "'rejected':'\\n\\nHuman: a\\n\\nAssistant: I will'}";
+    static const char turns[] =
+        "{'chosen':[{'role':'user','content':'a'},{'role':'assistant','content':'x'}],"
+        "'rejected':[{'role':'user','content':'a'},{'role':'assistant','content':'y'}]}";
+    PROMPT(hh, "\n\nHuman: a\n\nAssistant:");
+    SFT(hh, "\n\nHuman: a\n\nAssistant:{ I do$}");
+    PROMPT(turns, "\n\nHuman: a\n\nAssistant:");
+    SFT(turns, "\n\nHuman: a\n\nAssistant:{ x$}");
+    PROMPT("{'messages':[{'role':'user','content':'a'},{'role':'assistant','content':'b'}]}",
+           "\n\nHuman: a\n\nAssistant:");
+    PROMPT("{'messages':[{'role':'user','content':'a'}],'answer':3}", "\n\nHuman: a\n\nAssistant:");
+    /* A prompt beside whole conversations is said twice. */
+    PAIR("{'prompt':'a','chosen':[{'role':'user','content':'a'},{'role':'assistant',"
+         "'content':'x'}],'rejected':[{'role':'user','content':'a'},{'role':'assistant',"
+         "'content':'y'}],'messages':[]}",
+         "\n\nHuman: a\n\nAssistant:{ x$}", "\n\nHuman: a\n\nAssistant:{ y$}");
+    NO_PROMPT("{'chosen':'x','rejected':'y'}", "missing 'prompt'");
+}
+
+TEST(rankings) {
+    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_tokenizer *tok = train_tok(ctx, 257);
+    static const char four[] = "{'prompt':'p','responses':['a','b','c','d'],'ranking':[2,1,3,3],"
+                               "'weight':2}\n{'prompt':'p','responses':['e','f'],'best':1}\n"
+                               "{'prompt':'q','responses':['g','h'],'ranking':[1,1]}\n";
+    static const char *const pairs[][2] = {{"p{a$}", "p{c$}"}, {"p{a$}", "p{d$}"},
+                                           {"p{b$}", "p{a$}"}, {"p{b$}", "p{c$}"},
+                                           {"p{b$}", "p{d$}"}, {"p{f$}", "p{e$}"}};
+    rlhf_dataset *d = open_lines(__LINE__, ctx, tok, RLHF_DATA_PREFERENCE, four, 6, 1);
+    for (int i = 0; d && i < d->n; i++) {
+        CHECK_EQ_S(marked(ctx, tok, &d->record[i].a), pairs[i][0]);
+        CHECK_EQ_S(marked(ctx, tok, &d->record[i].b), pairs[i][1]);
+        CHECK_NEAR(d->record[i].weight, i < 5 ? 2.0 / 5 : 1, 1e-12);
+    }
+    rlhf_dataset_close(d);
+    d = open_lines(__LINE__, ctx, tok, RLHF_DATA_SFT, four, 3, 0);
+    if (d) CHECK_EQ_S(marked(ctx, tok, &d->record[0].a), "p{b$}");
+    if (d) CHECK_EQ_S(marked(ctx, tok, &d->record[1].a), "p{f$}");
+    rlhf_dataset_close(d);
+    PROMPT("{'prompt':'p','responses':['a','b'],'best':0}", "p");
+    /* What is too long takes its pairs with it; the others share the weight. */
+    rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_PREFERENCE);
+    c.max_length = 4;
+    OK(ctx, parse(ctx, tok, &c,
+                  "{'prompt':'p','responses':['a','bbbb','c'],'ranking':[1,2,3]}", &d));
+    CHECK_EQ_I(rlhf_dataset_count(d), 1);
+    CHECK_EQ_I(rlhf_dataset_dropped(d), 2);
+    if (d) CHECK_NEAR(d->record[0].weight, 1, 0);
+    rlhf_dataset_close(d);
+    rlhf_tokenizer_close(tok);
+    rlhf_close(ctx);
+    NO_PAIR("{'prompt':'p','responses':['a','b']}", "'ranking' or the 'best'");
+    NO_PAIR("{'prompt':'p','responses':['a','b'],'best':2}", "'best': found 2");
+    NO_PAIR("{'prompt':'p','responses':['a','b'],'ranking':[1]}", "'ranking'");
+    NO_PAIR("{'prompt':'p','responses':['a'],'best':0}", "'responses': found an array, expected 2");
+    NO_PAIR("{'prompt':'p','responses':['a',4],'best':0}", "'responses': found 4");
+    NO_PAIR("{'responses':['a','b','c'],'best':0}", "missing 'prompt'");
+}
+
+TEST(labels) {
+    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_tokenizer *tok = train_tok(ctx, 257);
+    static const char loose[] = "{'prompt':'p','completion':'a','label':true}\n"
+                                "{'prompt':'q','completion':'b','label':true}\n"
+                                "{'prompt':'p','completion':'c','label':false,'weight':3}\n"
+                                "{'prompt':'p','completion':'d','label':1,'domain':'law'}\n"
+                                "{'prompt':'x','chosen':'y','rejected':'z'}\n";
+    rlhf_dataset *d = open_lines(__LINE__, ctx, tok, RLHF_DATA_PREFERENCE, loose, 3, 1);
+    if (d && d->n == 3) {
+        CHECK_EQ_S(marked(ctx, tok, &d->record[0].a), "x{y$}");
+        CHECK_EQ_S(marked(ctx, tok, &d->record[1].a), "p{a$}");
+        CHECK_EQ_S(marked(ctx, tok, &d->record[1].b), "p{c$}");
+        CHECK_EQ_S(marked(ctx, tok, &d->record[2].a), "p{d$}");
+        CHECK_EQ_S(d->record[2].domain, "law");
+        CHECK_NEAR(d->record[1].weight, 0.5, 0);
+        CHECK_NEAR(d->record[2].weight, 0.5, 0);
+    }
+    rlhf_dataset_close(d);
+    d = open_lines(__LINE__, ctx, tok, RLHF_DATA_SFT, loose, 4, 1);
+    rlhf_dataset_close(d);
+    /* Conversations with a label: the last turn is the answer. */
+    d = open_lines(__LINE__, ctx, tok, RLHF_DATA_PREFERENCE,
+                   "[{'messages':[{'role':'user','content':'a'},{'role':'assistant','content':'b'}]"
+                   ",'label':false},{'conversations':[{'from':'human','value':'a'},{'from':'gpt',"
+                   "'value':'c'}],'label':true}]",
+                   1, 0);
+    if (d) CHECK_EQ_S(marked(ctx, tok, &d->record[0].a), "\n\nHuman: a\n\nAssistant:{ c$}");
+    rlhf_dataset_close(d);
+    /* Nothing to pair: which stages can use them. */
+    rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_PREFERENCE);
+    CHECK(parse(ctx, tok, &c, "{'prompt':'q','completion':'b','label':true}", &d) == RLHF_ERR_DATA);
+    CHECK(strstr(rlhf_error(ctx), "other label") && strstr(rlhf_error(ctx), "fine-tuning"));
+    rlhf_tokenizer_close(tok);
+    rlhf_close(ctx);
+    NO_PAIR("{'prompt':'p','completion':'a'}", "'label'");
+    NO_SFT("{'prompt':'p','completion':'a','label':'good'}", "'label': found 'good'");
+    NO_SFT("{'prompt':'p','completion':'a','label':2}", "'label': found 2");
+}
+
+/* Every allocation of a file with each form may fail. */
+TEST(forms_give_back_what_they_took) {
+    static const char text[] =
+        "{'instruction':'do','input':'it','chosen':'x','rejected':'y','history':[['a','b']]}\n"
+        "{'prompt':'p','responses':['a','b','c'],'ranking':[2,1,3]}\n"
+        "{'prompt':'p','completion':'a','label':true}\n"
+        "{'prompt':'p','completion':'b','label':false}\n"
+        "{'prompt':'q','completion':'b','label':false}\n";
+    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_tokenizer *tok = train_tok(ctx, 257);
+    rlhf_data_config c = rlhf_data_config_default(RLHF_DATA_PREFERENCE);
+    for (int64_t n = 0; test_next_oom(&n);) {
+        rlhf_dataset *d = NULL;
+        int64_t before = test_live();
+        rlhf_status status = parse(ctx, tok, &c, text, &d);
+        CHECK(status == RLHF_OK ? d != NULL : status == RLHF_ERR_MEMORY && !d);
+        rlhf_dataset_close(d);
+        if (status) CHECK_EQ_I(test_live(), before);
+    }
+    rlhf_tokenizer_close(tok);
+    rlhf_close(ctx);
+}
+
 TEST_MAIN(CASE(text_bears_loss_everywhere), CASE(completions_bear_loss),
           CASE(every_assistant_turn_bears_loss), CASE(lists_of_turns_as_prompt_and_completion),
           CASE(assistant_turns_of_a_prompt_bear_none), CASE(preferences_with_a_prompt),
@@ -541,4 +715,6 @@ TEST_MAIN(CASE(text_bears_loss_everywhere), CASE(completions_bear_loss),
           CASE(prompts_bear_none_and_have_no_end), CASE(chat_templates_are_chosen),
           CASE(merged_tokens_across_the_border), CASE(columns_are_kept),
           CASE(too_long_is_dropped_counted_and_told), CASE(containers), CASE(many_records),
-          CASE(unusable_records), CASE(unusable_files), CASE(errors_in_arrays_name_the_record))
+          CASE(unusable_records), CASE(unusable_files), CASE(errors_in_arrays_name_the_record),
+          CASE(sharegpt), CASE(alpaca), CASE(prompts_of_answers), CASE(rankings), CASE(labels),
+          CASE(forms_give_back_what_they_took))

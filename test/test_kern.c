@@ -277,7 +277,8 @@ static void c_half(const k_table *k, call *c) {
 }
 static void c_pairs(const k_table *k, call *c) {
     static const int widths[] = {RLHF_LANES, 8, 5};
-    int w = widths[c->n % 3], strips = 1 + c->n % 2, rows = c->n / (w * strips), pairs = rows / 2 + 2;
+    int w = widths[c->n % 3], strips = 1 + c->n % 2, rows = c->n / (w * strips);
+    int pairs = rows / 2 + 2;
     float y[RLHF_LANES * 2 * 600];
     if (pairs > 600) rows = 1100, pairs = 552;
     k->pairs(rows, pairs, strips, w, c->in[1], (size_t)(w * strips), y);

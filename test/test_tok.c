@@ -119,9 +119,9 @@ TEST(golden_mistral) { tt_golden("mistral-v0.3"); }
 
 /* ---- chat templates -------------------------------------------------------------------------- */
 
-/* tok_render as a public call would do it; null if it failed. */
-static char *tt_render(rlhf_tokenizer *t, const char *template, const tok_message *messages, int n,
-                       int generate, tok_span *spans, int *n_spans) {
+/* chat_render as a public call would do it; null if it failed. */
+static char *tt_render(rlhf_tokenizer *t, const char *template, const chat_message *messages, int n,
+                       int generate, chat_span *spans, int *n_spans) {
     err_frame frame;
     char *text = NULL;
     mem_enter(t->ctx, &frame);
@@ -129,7 +129,7 @@ static char *tt_render(rlhf_tokenizer *t, const char *template, const tok_messag
         mem_leave(t->ctx, 1);
         return NULL;
     }
-    text = tok_render(t, template, messages, n, generate, spans, n_spans, NULL);
+    text = chat_render(t, template, messages, n, generate, spans, n_spans);
     mem_leave(t->ctx, 0);
     return text;
 }
@@ -140,12 +140,12 @@ static void tt_chat(const char *name, const char *dir) {
     if (!path || !golden) SKIP("no ../shared/assets");
     json_t *root = json_load_file(golden, 0, NULL);
     REQUIRE(root);
-    tok_message m[8];
+    chat_message m[8];
     const json_t *messages = json_object_get(root, "messages"), *v;
     int n = 0;
     for (size_t i = 0; i < json_array_size(messages) && n < 8; i++) {
         v = json_array_get(messages, i);
-        m[n++] = (tok_message){json_string_value(json_object_get(v, "role")),
+        m[n++] = (chat_message){json_string_value(json_object_get(v, "role")),
                                json_string_value(json_object_get(v, "content"))};
     }
     rlhf_ctx *ctx = tt_open();
@@ -169,7 +169,7 @@ static void tt_chat(const char *name, const char *dir) {
 TEST(chat_qwen) { tt_chat("qwen2.5", "tokenizers/qwen2.5"); }
 TEST(chat_llama3) { tt_chat("llama-3.2", "tokenizers/llama-3.2"); }
 
-static const tok_message tt_talk[] = {
+static const chat_message tt_talk[] = {
     {"user", "Hi"}, {"assistant", "Hello"}, {"user", "2+2?"}, {"assistant", "4"}};
 
 TEST(chat_spans_cover_answers_and_ends) {
@@ -181,7 +181,7 @@ TEST(chat_spans_cover_answers_and_ends) {
     rlhf_ctx *ctx = tt_open();
     rlhf_tokenizer *t = tt_train(ctx, tt_text, 257);
     for (int i = 0; i < 4; i++) {
-        tok_span s[4];
+        chat_span s[4];
         int n = 0;
         char *text = tt_render(t, want[i].name, tt_talk, 4, 0, s, &n);
         REQUIRE(text);
@@ -218,7 +218,7 @@ TEST(chat_unknown_template_names_the_choices) {
     CHECK(strstr(rlhf_error(ctx), "plain|hh|chatml"));
     CHECK(!tt_render(t, "nonsense", tt_talk, 2, 0, NULL, NULL));
     CHECK_EQ_I(ctx->status, RLHF_ERR_ARG);
-    tok_message robot = {"robot", "x"};
+    chat_message robot = {"robot", "x"};
     CHECK(!tt_render(t, "chatml", &robot, 1, 0, NULL, NULL));
     CHECK_EQ_I(ctx->status, RLHF_ERR_DATA);
     rlhf_tokenizer_close(t);

@@ -194,6 +194,7 @@ struct rlhf_ctx {
     int threads;             /* at most so many pieces of work at once */
     const struct k_table *k; /* the kernels chosen for this context */
     struct par_team *team;   /* its threads */
+    int half;                /* products of models are of bfloat16 */
     size_t cache;            /* bytes of a core's second-level cache: steers time only */
     err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
@@ -1482,16 +1483,18 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(ds, k_ds_fn)                                                                                 \
     X(panel, k_panel_fn)                                                                           \
     X(strips, k_strips_fn)                                                                         \
-    X(half, k_half_fn)                                                                             \
-    X(pairs, k_pairs_fn)                                                                           \
     X(adam, k_adam_fn)
 
 /* The tiles (08) for one kind of product. */
 typedef struct k_tiles {
     k_tile_fn *tile;
-    int rows;           /* height of the full tile */
-    uint8_t panels[33]; /* panels[r]: widest tile of r rows, in panels of sixteen columns */
+    int rows;                          /* height of the full tile */
+    uint8_t panels[33];                /* panels[r]: widest tile of r rows, in sixteen columns */
     void (*begin)(void), (*end)(void); /* around a block of tiles; null: nothing to do */
+    k_half_fn *half;                   /* for bfloat16: how operands are packed */
+    k_pairs_fn *pairs;
+    double (*peak)(int64_t rounds, float *sink); /* does multiply-adds in registers alone; returns
+                                                    how many operations; null: unknown */
 } k_tiles;
 
 /* The kernels of one instruction set. */
@@ -2343,6 +2346,20 @@ K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
 #undef GEMM_V
 }
 
+/* Six chains of sixteen lanes: as many registers as a tile has. */
+K_FN double gemm_v_peak(int64_t rounds, float *sink) {
+    v16 sum[6], x = v16_set(0.999f), y = v16_set(1e-3f);
+    GEMM_UNROLL
+    for (int j = 0; j < 6; j++) sum[j] = v16_set((float)j);
+    for (int64_t n = 0; n < rounds; n++) {
+        GEMM_UNROLL
+        for (int j = 0; j < 6; j++) sum[j] = v16_fma(sum[j], x, y);
+    }
+    GEMM_UNROLL
+    for (int j = 0; j < 6; j++) *sink += v16_sum(sum[j]);
+    return 2.0 * 6 * RLHF_LANES * (double)rounds;
+}
+
 K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
 #define GEMM_V(R, P)                                                                               \
     case (R)*8 + (P): gemm_v_body(R, P, 1, t); return;
@@ -2437,8 +2454,66 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
 GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t){GEMM_512_SHAPES}
 #undef GEMM_HALF
 #define GEMM_HALF 1
-GEMM_512 static void gemm_512_pair_tile(int rows, int panels, const gemm_tile_args *t) {
-    GEMM_512_SHAPES
+GEMM_512
+    static void gemm_512_pair_tile(int rows, int panels, const gemm_tile_args *t){GEMM_512_SHAPES}
+
+/* Sixteen chains of a register each. */
+RLHF_INLINE GEMM_512 double gemm_512_chains(const int half, int64_t rounds, float *sink) {
+    __m512 sum[16], x = _mm512_set1_ps(0.999f), y = _mm512_set1_ps(1e-3f);
+    GEMM_UNROLL
+    for (int j = 0; j < 16; j++) sum[j] = _mm512_set1_ps((float)j);
+    for (int64_t n = 0; n < rounds; n++) {
+        GEMM_UNROLL
+        for (int j = 0; j < 16; j++)
+            sum[j] = half ? _mm512_dpbf16_ps(sum[j], (__m512bh)y, (__m512bh)y)
+                          : _mm512_fmadd_ps(sum[j], x, y);
+    }
+    GEMM_UNROLL
+    for (int j = 0; j < 16; j++) *sink += _mm512_reduce_add_ps(sum[j]);
+    return (half ? 4.0 : 2.0) * 16 * RLHF_LANES * (double)rounds;
+}
+
+GEMM_512 static double gemm_512_peak(int64_t rounds, float *sink) {
+    return gemm_512_chains(0, rounds, sink);
+}
+
+GEMM_512 static double gemm_512_pair_peak(int64_t rounds, float *sink) {
+    return gemm_512_chains(1, rounds, sink);
+}
+
+/* k_r_half and k_r_pairs with the processor's own conversion, which takes denormals for zero. */
+GEMM_512 static void gemm_512_half(int n, const float *x, size_t step, uint16_t *y) {
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        __mmask16 some = (__mmask16)(n - i < RLHF_LANES ? (1 << (n - i)) - 1 : 0xffff);
+        __m256bh h = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + i));
+        _mm256_storeu_si256((__m256i *)(void *)(y + (size_t)(i / 32) * step + i % 32), (__m256i)h);
+    }
+}
+
+GEMM_512 static void gemm_512_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld,
+                                    float *y) {
+    if (w % 8) {
+        k_r_pairs(n, pairs, strips, w, x, ld, y);
+        return;
+    }
+    size_t strip = (size_t)pairs * (size_t)w;
+    for (int p = 0; p < pairs; p++, x += 2 * ld)
+        for (int c = 0; c < strips * w; c += RLHF_LANES) {
+            __mmask16 some = strips * w - c < RLHF_LANES ? 0xff : 0xffff;
+            __builtin_prefetch(x + K_ROWS_AHEAD * ld + c);
+            __builtin_prefetch(x + (K_ROWS_AHEAD + 1) * ld + c);
+            __m512 lo = _mm512_maskz_loadu_ps(2 * p < n ? some : 0, x + c);
+            __m512 hi = _mm512_maskz_loadu_ps(2 * p + 1 < n ? some : 0, x + ld + c);
+            __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(lo));
+            __m512i b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(hi));
+            a = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+            float *out = y + (size_t)(c / w) * strip + (size_t)(p * w + c % w);
+            _mm256_storeu_si256((__m256i *)(void *)out, _mm512_castsi512_si256(a));
+            if (some == 0xff) continue;
+            int next = c + 8; /* the other half may begin a strip of eight */
+            out = y + (size_t)(next / w) * strip + (size_t)(p * w + next % w);
+            _mm256_storeu_si256((__m256i *)(void *)out, _mm512_extracti64x4_epi64(a, 1));
+        }
 }
 
 #define GEMM_AMX __attribute__((target("amx-tile,amx-bf16,avx512f")))
@@ -2454,6 +2529,19 @@ GEMM_AMX static void gemm_amx_begin(void) {
 }
 
 GEMM_AMX static void gemm_amx_end(void) { _tile_release(); }
+
+GEMM_AMX static double gemm_amx_peak(int64_t rounds, float *sink) {
+    (void)sink;
+    gemm_amx_begin();
+    for (int64_t n = 0; n < rounds; n++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    gemm_amx_end();
+    return 4.0 * 2 * 16 * 16 * 32 * (double)rounds;
+}
 
 /* One square of pairs: up to two by two products of sixteen rows and columns. Sixteen rows of A are
  * t->k / 16 squares, one behind the other, and so is a panel of B. */
@@ -2523,18 +2611,16 @@ static int gemm_yes(void) { return 1; }
 
 #define GEMM_PLAIN_KERNEL(name, type) .name = k_r_##name,
 #define GEMM_VECTOR_KERNEL(name, type) .name = k_v_##name,
-#define GEMM_V_SHAPES                                                                              \
-    6, { 0, 4, 3, 2, 1, 1, 1 }
-#define GEMM_V_PAIR_SHAPES                                                                         \
-    4, { 0, 3, 2, 1, 1 }
-#define GEMM_512_LIST                                                                              \
-    8, { 0, 6, 6, 6, 6, 4, 4, 3, 3 }
+#define GEMM_V_SHAPES .rows = 6, .panels = {0, 4, 3, 2, 1, 1, 1}
+#define GEMM_V_PAIR_SHAPES .rows = 4, .panels = {0, 3, 2, 1, 1}
+#define GEMM_512_LIST .rows = 8, .panels = {0, 6, 6, 6, 6, 4, 4, 3, 3}
 
-static const k_table k_ref = {.name = "ref",
-                              .available = gemm_yes,
-                              .f32 = {gemm_r_tile, GEMM_V_SHAPES, NULL, NULL},
-                              .bf16 = {gemm_r_pair_tile, GEMM_V_PAIR_SHAPES, NULL, NULL},
-                              K_KERNELS(GEMM_PLAIN_KERNEL)};
+static const k_table k_ref = {
+    .name = "ref",
+    .available = gemm_yes,
+    .f32 = {.tile = gemm_r_tile, GEMM_V_SHAPES},
+    .bf16 = {.tile = gemm_r_pair_tile, GEMM_V_PAIR_SHAPES, .half = k_r_half, .pairs = k_r_pairs},
+    K_KERNELS(GEMM_PLAIN_KERNEL)};
 
 #if RLHF_X86
 /* The compiler's run-time test also asks whether the system saves the wide registers. */
@@ -2560,39 +2646,50 @@ static int gemm_has_amx(void) {
 #endif
 }
 
-static const k_table k_avx2 = {.name = "avx2",
-                               .available = gemm_has_avx2,
-                               .f32 = {gemm_v_tile, GEMM_V_SHAPES, NULL, NULL},
-                               .bf16 = {gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, NULL, NULL},
-                               K_KERNELS(GEMM_VECTOR_KERNEL)};
-static const k_table k_avx512 = {.name = "avx512",
-                                 .available = gemm_has_avx512,
-                                 .f32 = {gemm_512_tile, GEMM_512_LIST, NULL, NULL},
-                                 .bf16 = {gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, NULL, NULL},
-                                 K_KERNELS(GEMM_VECTOR_KERNEL)};
-static const k_table k_avx512bf16 = {.name = "avx512bf16",
-                                     .available = gemm_has_bf16,
-                                     .f32 = {gemm_512_tile, GEMM_512_LIST, NULL, NULL},
-                                     .bf16 = {gemm_512_pair_tile, GEMM_512_LIST, NULL, NULL},
-                                     K_KERNELS(GEMM_VECTOR_KERNEL)};
+static const k_table k_avx2 = {
+    .name = "avx2",
+    .available = gemm_has_avx2,
+    .f32 = {.tile = gemm_v_tile, GEMM_V_SHAPES, .peak = gemm_v_peak},
+    .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, .half = k_v_half, .pairs = k_v_pairs},
+    K_KERNELS(GEMM_VECTOR_KERNEL)};
+static const k_table k_avx512 = {
+    .name = "avx512",
+    .available = gemm_has_avx512,
+    .f32 = {.tile = gemm_512_tile, GEMM_512_LIST, .peak = gemm_512_peak},
+    .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, .half = k_v_half, .pairs = k_v_pairs},
+    K_KERNELS(GEMM_VECTOR_KERNEL)};
+static const k_table k_avx512bf16 = {
+    .name = "avx512bf16",
+    .available = gemm_has_bf16,
+    .f32 = {.tile = gemm_512_tile, GEMM_512_LIST, .peak = gemm_512_peak},
+    .bf16 = {.tile = gemm_512_pair_tile,
+             GEMM_512_LIST,
+             .half = gemm_512_half,
+             .pairs = gemm_512_pairs,
+             .peak = gemm_512_pair_peak},
+    K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table k_amx = {.name = "amx",
                               .available = gemm_has_amx,
-                              .f32 = {gemm_512_tile, GEMM_512_LIST, NULL, NULL},
-                              .bf16 = {gemm_amx_tile,
-                                       32,
-                                       {0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
-                                        2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2},
-                                       gemm_amx_begin,
-                                       gemm_amx_end},
+                              .f32 = {.tile = gemm_512_tile, GEMM_512_LIST, .peak = gemm_512_peak},
+                              .bf16 = {.tile = gemm_amx_tile,
+                                       .rows = 32,
+                                       .panels = {0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
+                                                  2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2},
+                                       .begin = gemm_amx_begin,
+                                       .end = gemm_amx_end,
+                                       .half = gemm_512_half,
+                                       .pairs = gemm_512_pairs,
+                                       .peak = gemm_amx_peak},
                               .blocks = 1,
                               K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table *const k_tables[] = {&k_amx, &k_avx512bf16, &k_avx512, &k_avx2, &k_ref};
 #elif RLHF_NEON
-static const k_table k_neon = {.name = "neon",
-                               .available = gemm_yes,
-                               .f32 = {gemm_v_tile, GEMM_V_SHAPES, NULL, NULL},
-                               .bf16 = {gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, NULL, NULL},
-                               K_KERNELS(GEMM_VECTOR_KERNEL)};
+static const k_table k_neon = {
+    .name = "neon",
+    .available = gemm_yes,
+    .f32 = {.tile = gemm_v_tile, GEMM_V_SHAPES, .peak = gemm_v_peak},
+    .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, .half = k_v_half, .pairs = k_v_pairs},
+    K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table *const k_tables[] = {&k_neon, &k_ref};
 #else
 static const k_table *const k_tables[] = {&k_ref};
@@ -2659,7 +2756,8 @@ static void gemm_pack_pair_panel(const gemm_pack_args *g, const float *b, int w,
     for (int k = 0; k < g->k; k += PIECE) {
         int n = base_min(PIECE, g->k - k);
         if (n < PIECE || w < RLHF_LANES) memset(rows, 0, sizeof rows);
-        for (int l = 0; l < w; l++) g->kt->half(n, b + (size_t)l * g->ns + k, 32, rows + l * PIECE);
+        for (int l = 0; l < w; l++)
+            g->kt->bf16.half(n, b + (size_t)l * g->ns + k, 32, rows + l * PIECE);
         g->kt->panel(base_min(PIECE / 2, steps - k / 2), (const float *)(const void *)rows,
                      PIECE / 2, out + (size_t)k / 2 * RLHF_LANES);
     }
@@ -2671,8 +2769,8 @@ static void gemm_pack_half(const gemm_pack_args *g, int lo, int hi) {
     size_t size = (size_t)steps * RLHF_LANES;
     int whole = g->ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
     for (int p = lo; p < whole; p += GEMM_GROUP)
-        g->kt->pairs(g->k, steps, base_min(GEMM_GROUP, whole - p), RLHF_LANES,
-                     g->b + p * RLHF_LANES, g->ks, g->out + (size_t)p * size);
+        g->kt->bf16.pairs(g->k, steps, base_min(GEMM_GROUP, whole - p), RLHF_LANES,
+                          g->b + p * RLHF_LANES, g->ks, g->out + (size_t)p * size);
     for (int p = base_max(lo, whole); p < hi; p++) {
         int n0 = p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
         float *out = g->out + (size_t)p * size;
@@ -2723,12 +2821,13 @@ static size_t gemm_pack_a_pairs(const k_table *kt, gemm_tile_args *t, int m, flo
     size_t row = base_round_up((size_t)k, RLHF_LANES) / 2, tile = (size_t)(steps * rows);
     if (t->cs == 1) {
         for (int r = 0; r < m; r++)
-            kt->half(k, t->a + (size_t)r * t->rs, 32, (uint16_t *)(void *)(out + (size_t)r * row));
+            kt->bf16.half(k, t->a + (size_t)r * t->rs, 32,
+                          (uint16_t *)(void *)(out + (size_t)r * row));
         t->rs = row;
     } else {
         for (int i = 0; i < tiles; i += GEMM_GROUP)
-            kt->pairs(k, steps, base_min(GEMM_GROUP, tiles - i), rows, t->a + i * rows, t->cs,
-                      out + (size_t)i * tile);
+            kt->bf16.pairs(k, steps, base_min(GEMM_GROUP, tiles - i), rows, t->a + i * rows, t->cs,
+                           out + (size_t)i * tile);
         k_pairs_part(k, steps, m % rows, t->a + tiles * rows, t->cs, out + (size_t)tiles * tile,
                      (size_t)rows);
         t->rs = 1;
@@ -2749,12 +2848,12 @@ static size_t gemm_pack_a_squares(const k_table *kt, gemm_tile_args *t, int m, f
         float *to = out + (size_t)r0 * (size_t)steps;
         if (rows < RLHF_LANES || k % 32) memset(to, 0, (size_t)steps * RLHF_LANES * sizeof *to);
         for (int r = 0; t->cs == 1 && r < rows; r++)
-            kt->half(k, t->a + (size_t)(r0 + r) * t->rs, 2 * GEMM_BLOCK,
-                     (uint16_t *)(void *)(to + r * RLHF_LANES));
+            kt->bf16.half(k, t->a + (size_t)(r0 + r) * t->rs, 2 * GEMM_BLOCK,
+                          (uint16_t *)(void *)(to + r * RLHF_LANES));
         for (int k0 = 0; t->cs != 1 && k0 < k; k0 += PIECE) {
             const float *a = t->a + (size_t)k0 * t->cs + r0;
             int n = base_min(PIECE, k - k0), pairs = (n + 31) / 32 * 16;
-            if (rows == RLHF_LANES) kt->pairs(n, pairs, 1, RLHF_LANES, a, t->cs, turn);
+            if (rows == RLHF_LANES) kt->bf16.pairs(n, pairs, 1, RLHF_LANES, a, t->cs, turn);
             else memset(turn, 0, sizeof turn), k_pairs_part(n, pairs, rows, a, t->cs, turn, 16);
             for (int p = 0; p < pairs; p += RLHF_LANES)
                 kt->panel(RLHF_LANES, turn + p * RLHF_LANES, RLHF_LANES,
@@ -6623,6 +6722,7 @@ static int64_t model_count(const rlhf_model *m) {
 static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config) {
     rlhf_model *m = mem_zalloc(ctx, 1, sizeof *m);
     m->ctx = ctx;
+    m->half = ctx->half;
     m->ws.ctx = m->keep.ctx = ctx;
     m->family = model_find_family(src, config);
     m->bos = -1;
@@ -9928,6 +10028,7 @@ static void train_save_state(rlhf_trainer *t) {
     json_object_set_new(j, "records", json_integer(t->train->n));
     json_object_set_new(j, "score_mean", json_real((double)t->model->score_mean));
     json_object_set_new(j, "score_std", json_real((double)t->model->score_std));
+    json_object_set_new(j, "dtype", json_string(ctx->half ? "bf16" : "f32"));
     json_object_set_new(j, "slot", json_string(t->slot ? "b" : "a"));
     json_write_file(ctx, ckpt_path(ctx, top, "trainer_state.json"), j);
     err_release(ctx);
@@ -9946,6 +10047,10 @@ static void train_load_state(rlhf_trainer *t) {
         err_throw(ctx, RLHF_ERR_ARG,
                   "%s: the state is of another run (%s, another number of records)", src.file,
                   name);
+    const char *dtype = json_opt_str(&src, j, "dtype", "f32");
+    if (strcmp(dtype, ctx->half ? "bf16" : "f32"))
+        err_throw(ctx, RLHF_ERR_ARG, "%s: the run was begun with dtype %s; go on with the same",
+                  src.file, dtype);
     /* All of the file is read before any of it counts. */
     const int64_t most = (int64_t)1 << 53;
     int64_t step = json_need_int(&src, j, "step", 0, most);
@@ -10149,6 +10254,7 @@ static void train_open_dir(rlhf_trainer *t) {
     json_t *j = train_config_json(ctx, t->ops->kind, &t->u);
     json_object_del(j, "resume");
     json_object_set_new(j, "trainer", json_string(t->ops->name));
+    json_object_set_new(j, "dtype", json_string(ctx->half ? "bf16" : "f32"));
     json_object_set_new(j, "rlhf_version", json_string(RLHF_VERSION));
     json_write_file(ctx, ckpt_path(ctx, train_dir(t), "run.json"), j);
     err_release(ctx);
@@ -11447,7 +11553,9 @@ static void api_default_free(void *user, void *ptr, size_t size) {
     free(ptr);
 }
 
-rlhf_options rlhf_options_default(void) { return (rlhf_options){.threads = 0, .isa = "auto"}; }
+rlhf_options rlhf_options_default(void) {
+    return (rlhf_options){.threads = 0, .isa = "auto", .dtype = "f32"};
+}
 
 /* The best kernels that the processor has and the options allow. The context itself comes through
  * the hook, but is no block: blocks need one. */
@@ -11461,6 +11569,7 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
         if (k_tables[i]->available() &&
             (!o.isa || !strcmp(o.isa, "auto") || !strcmp(o.isa, k_tables[i]->name)))
             k = k_tables[i];
+    if (!base_is_choice("f32|bf16", o.dtype ? o.dtype : "f32")) return RLHF_ERR_ARG;
     if (!k || o.threads < 0 || o.threads > RLHF_MAX_THREADS || !o.hooks.alloc != !o.hooks.free)
         return RLHF_ERR_ARG;
     if (!o.hooks.alloc) {
@@ -11473,6 +11582,7 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
     c->hooks = o.hooks;
     c->threads = o.threads ? o.threads : base_min(par_default_threads(), RLHF_MAX_THREADS);
     c->k = k;
+    c->half = o.dtype && !strcmp(o.dtype, "bf16");
     c->cache = par_cache_size();
     c->team = par_new(c);
     if (!c->team) {
@@ -11480,6 +11590,11 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
         return RLHF_ERR_MEMORY;
     }
     *ctx = c;
+    if (c->half && !k->bf16.peak)
+        log_at(c, RLHF_LOG_WARNING,
+               "this processor (%s) has no products of bfloat16: results are rounded as such, but "
+               "nothing is faster",
+               k->name);
     return RLHF_OK;
 }
 
@@ -11529,6 +11644,7 @@ rlhf_status rlhf_info(rlhf_ctx *ctx, char **json) {
     json_object_set_new(j, "cpu", json_string(cpu));
     json_object_set_new(j, "isa", json_string(ctx->k->name));
     json_object_set_new(j, "available", json_string(rlhf_isas()));
+    json_object_set_new(j, "dtype", json_string(ctx->half ? "bf16" : "f32"));
     json_object_set_new(j, "threads", json_integer(ctx->threads));
     json_object_set_new(j, "processors", json_integer(par_default_threads()));
     *json = json_text(ctx, j, JSON_COMPACT, NULL);
@@ -12466,7 +12582,8 @@ static void bench_run(bench *b, const char *what, const char *model) {
     X(quick, NULL, "fewer shapes and repetitions (default off)")                                   \
     X(config, "FILE", "JSON object with options; the command line wins (default none)")            \
     X(threads, "N", "worker threads; the result does not depend on it (default: all processors)")  \
-    X(isa, "NAME", "kernels: auto, ref, avx2, avx512, neon; same bits from each (default auto)")   \
+    X(isa, "NAME", "kernels: auto or one that `rlhf info` lists; f32: same bits (default auto)")   \
+    X(dtype, "TYPE", "numbers that matrix products multiply: f32 or bf16 (default f32)")           \
     X(seed, "N", "seed of every random choice; here nothing is random (default 42)")               \
     X(max_steps, "N", "stop after so many steps, records or lines (default all)")                  \
     X(json, NULL, "end standard output with one JSON object, the results (default off)")           \
@@ -12492,8 +12609,8 @@ enum { CLI_DROPS = 20 }; /* dropped records that --dry_run lists */
 
 #define CLI_BIT(name) (1u << O_##name)
 #define CLI_COMMON                                                                                 \
-    (CLI_BIT(config) | CLI_BIT(threads) | CLI_BIT(isa) | CLI_BIT(seed) | CLI_BIT(max_steps) |      \
-     CLI_BIT(json) | CLI_BIT(quiet) | CLI_BIT(help))
+    (CLI_BIT(config) | CLI_BIT(threads) | CLI_BIT(isa) | CLI_BIT(dtype) | CLI_BIT(seed) |          \
+     CLI_BIT(max_steps) | CLI_BIT(json) | CLI_BIT(quiet) | CLI_BIT(help))
 
 typedef union cli_config {
     rlhf_sft_config sft;
@@ -13580,6 +13697,9 @@ static int cli_open(cli *c) {
     if (code) return code;
     o.threads = (int)threads;
     o.isa = c->v[O_isa] ? c->v[O_isa] : "auto";
+    o.dtype = c->v[O_dtype] ? c->v[O_dtype] : "f32";
+    if (!base_is_choice("f32|bf16", o.dtype))
+        return cli_fail(c, "--dtype: \"%s\", expected f32 or bf16", o.dtype), 2;
     o.hooks = (rlhf_hooks){.user = c, .log = cli_log, .progress = cli_progress};
     rlhf_status status = rlhf_open(&c->ctx, &o);
     if (status == RLHF_ERR_ARG)

@@ -19,6 +19,9 @@ WARN  = -Wall -Wextra -Wpedantic -Wshadow
 FLAGS = -std=gnu11 -pthread $(WARN) -ffp-contract=off $(OPENMP) $(CPPFLAGS) $(CFLAGS)
 LIBS  = $(LDFLAGS) $(PKG_LIBS) $(OPENMP_LIBS) -lm
 
+# What a bench was run with.
+COMMIT = -DRLHF_COMMIT='"$(shell git rev-parse --short HEAD 2>/dev/null || echo no commit)"'
+
 # Recursive on purpose: pkg-config and the compiler are asked when a recipe runs, which on a new
 # machine is after `deps` installed them; each answer is kept for the recipes that follow.
 PKGS       = jansson libpcre2-8 libutf8proc zlib
@@ -48,7 +51,7 @@ lib: $(BUILD)/librlhf.a   ## the library, build/librlhf.a
 	@:
 
 $(PROG): rlhf.c rlhf.h | need $(BUILD)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) -DRLHF_MAIN -o $@ rlhf.c $(LIBS)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) -DRLHF_MAIN $(COMMIT) -o $@ rlhf.c $(LIBS)
 
 $(BUILD)/rlhf.o: rlhf.c rlhf.h | need $(BUILD)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -c -o $@ rlhf.c

@@ -12136,20 +12136,23 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 
 /* ============================================================================================
  * MARK: - 28 BENCH (bench_)
- * How fast this machine does the work of RLHF, against its own limits: the tile's peak and the
- * memory's bandwidth, measured first. Random weights of named shapes, nothing is downloaded. Equal
- * weight hashes at the end mean that two machines did the same work.
+ * How fast this machine does the work of RLHF, against its own limits: multiply-adds in registers
+ * and the memory's bandwidth, measured first. Random weights of named shapes, nothing is
+ * downloaded. Equal weight hashes at the end mean that two machines did the same work.
  *
  * A share is the part of the roof that a result reaches, the roof being the smaller of what the
- * tile and what the memory allow for that work (Williams, Waterman and Patterson 2009). Times are
- * medians, since other programs disturb a mean.
+ * arithmetic and what the memory allow for that work (Williams, Waterman and Patterson 2009). Times
+ * are medians, since other programs disturb a mean.
  * ============================================================================================ */
 
-#include <sys/resource.h>
+#ifndef RLHF_COMMIT
+#define RLHF_COMMIT "no commit"
+#endif
 
 /* A model by name: a config.json without tokenizer. */
 typedef struct bench_shape {
     const char *name, *config;
+    int big;
 } bench_shape;
 
 #define BENCH_LLAMA(d, layers, heads, kv, ff, vocab)                                               \
@@ -12161,14 +12164,22 @@ typedef struct bench_shape {
     "{\"model_type\":\"gpt2\",\"n_embd\":" #d ",\"n_layer\":" #layers ",\"n_head\":" #heads        \
     ",\"n_positions\":1024,\"vocab_size\":" #vocab "}"
 
+#define BENCH_QWEN2                                                                                \
+    "{\"model_type\":\"qwen2\",\"hidden_size\":896,\"num_hidden_layers\":24,"                      \
+    "\"num_attention_heads\":14,\"num_key_value_heads\":2,\"intermediate_size\":4864,"             \
+    "\"vocab_size\":151936,\"max_position_embeddings\":4096,\"tie_word_embeddings\":true}"
+
+/* big: fewer tokens a step. `all` measures the first four, smallest first. */
 static const bench_shape bench_shapes[] = {
-    {"gpt2", BENCH_GPT2(768, 12, 12, 50257)},
-    {"gpt2-14m", BENCH_GPT2(384, 6, 6, 8192)},
-    {"llama-8m", BENCH_LLAMA(288, 6, 6, 6, 768, 8192)},
-    {"llama-15m", BENCH_LLAMA(288, 6, 6, 6, 768, 32000)},
-    {"smollm2-135m", BENCH_LLAMA(576, 30, 9, 3, 1536, 49152)}};
-enum { BENCH_SHAPES = sizeof bench_shapes / sizeof *bench_shapes, BENCH_LIST = 96 };
-#define BENCH_SHAPE_NAMES "gpt2|gpt2-14m|llama-8m|llama-15m|smollm2-135m"
+    {"llama-8m", BENCH_LLAMA(288, 6, 6, 6, 768, 8192), 0},
+    {"gpt2-14m", BENCH_GPT2(384, 6, 6, 8192), 0},
+    {"llama-15m", BENCH_LLAMA(288, 6, 6, 6, 768, 32000), 0},
+    {"gpt2", BENCH_GPT2(768, 12, 12, 50257), 1},
+    {"smollm2-135m", BENCH_LLAMA(576, 30, 9, 3, 1536, 49152), 1},
+    {"qwen2.5-0.5b", BENCH_QWEN2, 1},
+    {"llama3.2-1b", BENCH_LLAMA(2048, 16, 32, 8, 8192, 128256), 1}};
+enum { BENCH_SHAPES = sizeof bench_shapes / sizeof *bench_shapes, BENCH_ALL = 4, BENCH_LIST = 160 };
+#define BENCH_SHAPE_NAMES "llama-8m|gpt2-14m|llama-15m|gpt2|smollm2-135m|qwen2.5-0.5b|llama3.2-1b"
 
 /* One line: value in unit, share of the roof (0: none), peak memory in MB. */
 typedef struct bench_result {
@@ -12181,7 +12192,9 @@ typedef struct bench_result {
 typedef struct bench {
     rlhf_ctx *ctx;
     int quick, json;
-    double fma, dram; /* GFLOP/s, GB/s */
+    double fma, bf16, dram; /* GFLOP/s, GFLOP/s (0: no such instructions), GB/s */
+    double peak;            /* of the products that models do here */
+    const char *dtype;
     bench_result list[BENCH_LIST];
     int n;
     uint64_t hash; /* of the last model trained */
@@ -12247,67 +12260,80 @@ static void bench_add(bench *b, const char *name, double value, const char *unit
 
 /* ---- limits ---- */
 
-/* Operands of both limits, and how often. */
+/* What both limits take. */
 typedef struct bench_peak {
     const k_table *k;
-    float *mem; /* for each thread */
-    int64_t rounds;
-    double sink;
+    const k_tiles *tiles;
+    const float *mem;
+    int64_t pieces; /* of mem */
+    float sink;
+    _Atomic double flops;
 } bench_peak;
 
-enum { BENCH_PEAK_K = 192, BENCH_PEAK_FLOATS = 16384 };
+enum { BENCH_PEAK_ROUNDS = 1 << 20, BENCH_PIECE = 1024, BENCH_STREAMS = 4 };
 
-/* Full tiles on operands of one thread that fit the first two cache levels. */
+/* Multiply-adds in registers, nothing else. */
 static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
     bench_peak *p = arg;
-    float *a = p->mem + (size_t)thread * BENCH_PEAK_FLOATS, *b = a + 4096, *c = b + 8192;
-    int rows = p->k->f32.rows, panels = p->k->f32.panels[rows];
-    gemm_tile_args t = {.k = BENCH_PEAK_K,
-                        .a = a,
-                        .rs = BENCH_PEAK_K,
-                        .cs = 1,
-                        .b = b,
-                        .bs = BENCH_PEAK_K * RLHF_LANES,
-                        .c = c,
-                        .ldc = 64};
-    for (int64_t i = lo; i < hi; i++) p->k->f32.tile(rows, panels, &t);
+    float sink = 0;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++) p->flops = p->tiles->peak(BENCH_PEAK_ROUNDS, &sink);
+    if (sink == 1) p->sink = sink; /* keeps the compiler from dropping the sums */
 }
 
-/* All threads at once: the limit is the machine's, not one core's. */
+/* All threads at once, four times each: the limit is the machine's, not one core's. */
 static void bench_peak_run(void *arg) {
-    bench_peak *p = arg;
-    par_for(base_current, p->rounds, 1, bench_peak_range, p);
+    par_for(base_current, 4 * base_current->threads, 1, bench_peak_range, arg);
 }
 
-/* Reads memory in order; the impossible branch keeps the compiler from dropping the sums. */
+/* Reads memory in order, several streams at once. */
 static void bench_read_range(void *arg, int64_t lo, int64_t hi, int thread) {
     bench_peak *p = arg;
+    float sink = 0;
     (void)thread;
-    for (int64_t i = lo; i < hi; i += 4096)
-        if (p->k->dot(4096, p->mem + i, p->mem + i) < 0) p->mem[0] = 1;
+    for (int64_t i = lo; i < hi; i += BENCH_STREAMS)
+        for (int64_t at = 0; at < BENCH_PIECE; at += BENCH_PIECE / 4)
+            for (int64_t s = i; s < base_min((int)hi, (int)i + BENCH_STREAMS); s++) {
+                const float *x = p->mem + s * BENCH_PIECE + at;
+                sink += p->k->dot(BENCH_PIECE / 4, x, x);
+            }
+    if (sink == 1) p->sink = sink;
 }
 
 static void bench_read_run(void *arg) {
     bench_peak *p = arg;
-    par_for(base_current, p->rounds, 4096, bench_read_range, p);
+    par_for(base_current, p->pieces, BENCH_STREAMS, bench_read_range, p);
 }
 
-/* What the tile does from the first-level cache, and what memory delivers. */
+/* GB/s that reading so many bytes over and over reaches: from memory, or from the cache that holds
+ * them. */
+static double bench_read(bench *b, double bytes) {
+    int64_t pieces = (int64_t)fmin(bytes, 1e9) / 4 / BENCH_PIECE + 1;
+    float *mem = mem_zalloc(b->ctx, (size_t)pieces * BENCH_PIECE, sizeof *mem);
+    bench_peak p = {.k = b->ctx->k, .mem = mem, .pieces = pieces};
+    double t = bench_time(b, bench_read_run, &p);
+    mem_free(mem);
+    return 4.0 * (double)pieces * BENCH_PIECE / t / 1e9;
+}
+
+/* GFLOP/s in registers, 0 where the table has no such instructions. */
+static double bench_fma(bench *b, const k_tiles *tiles) {
+    bench_peak p = {.k = b->ctx->k, .tiles = tiles};
+    if (!tiles->peak) return 0;
+    double t = bench_time(b, bench_peak_run, &p);
+    return 4 * b->ctx->threads * p.flops / t / 1e9;
+}
+
+/* What the arithmetic can do, and what memory delivers. */
 static void bench_limits(bench *b) {
     const k_table *k = b->ctx->k;
-    size_t n = (size_t)b->ctx->threads * BENCH_PEAK_FLOATS;
-    bench_peak p = {.k = k, .mem = mem_zalloc(b->ctx, n, sizeof(float)), .rounds = 100000};
-    /* From the first-level cache: products of one tile, over and over. */
-    double flops = 2.0 * k->f32.rows * k->f32.panels[k->f32.rows] * RLHF_LANES * BENCH_PEAK_K *
-                   (double)p.rounds;
-    b->fma = flops / bench_time(b, bench_peak_run, &p) / 1e9;
-    mem_free(p.mem);
-    /* 256 MiB: more than any cache. */
-    p.rounds = (int64_t)1 << 26;
-    p.mem = mem_zalloc(b->ctx, (size_t)p.rounds, sizeof(float));
-    b->dram = 4.0 * (double)p.rounds / bench_time(b, bench_read_run, &p) / 1e9;
-    mem_free(p.mem);
-    bench_add(b, "limit/fma", b->fma, "GFLOP/s", 1);
+    b->dtype = b->ctx->half ? "bf16" : "f32";
+    b->fma = bench_fma(b, &k->f32);
+    b->bf16 = bench_fma(b, &k->bf16);
+    b->peak = b->ctx->half && b->bf16 > 0 ? b->bf16 : b->fma;
+    b->dram = bench_read(b, 256e6); /* more than most caches */
+    bench_add(b, "limit/fma", b->fma, "GFLOP/s", b->fma > 0);
+    if (b->bf16 > 0) bench_add(b, "limit/bf16", b->bf16, "GFLOP/s", 1);
     bench_add(b, "limit/dram", b->dram, "GB/s", 1);
 }
 
@@ -12335,27 +12361,32 @@ static void bench_gemm(bench *b) {
                                     {768, 50257}, {128, 128},  {128, 512},  {256, 1024},
                                     {288, 768},   {288, 32000}};
     static const char *const names[] = {"forward", "dX", "dW"};
-    static const int rows[] = {1, 8, 32, 256, 1024};
+    static const int rows[] = {1, 2, 4, 8, 16, 32, 256, 1024};
+    int half = b->ctx->half;
+    double read[sizeof shapes / sizeof *shapes]; /* GB/s of the weights, where they lie */
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+        read[s] = bench_read(b, (half ? 2.0 : 4.0) * shapes[s][0] * shapes[s][1]);
     for (int what = 0; what < 3; what++)
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
-            for (size_t r = what ? 3 : 0; r < sizeof rows / sizeof *rows; r++) {
+            for (size_t r = what ? 6 : 0; r < sizeof rows / sizeof *rows; r++) {
                 int k = shapes[s][0], n = shapes[s][1], m = rows[r];
-                if ((b->quick && (s > 2 || m == 8)) || (n > 30000 && m > 256)) continue;
+                if (b->quick && (s > 2 || (m > 1 && m < 32))) continue;
+                if ((n > 30000 && m > 256) || (n < 768 && m < 32)) continue;
                 arena ws = {.ctx = b->ctx};
                 err_defer(b->ctx, data_drop_store, &ws);
                 bench_gemm_arg g = {.e = {b->ctx, &ws}, .m = m, .what = what};
                 float *w = arena_zeros(&ws, (size_t)n, (size_t)k);
-                float *packed = arena_floats(&ws, gemm_packed_size(b->ctx->k, 0, k, n), 1);
-                g.w = (op_weight){.n = n, .k = k, .w = w, .packed = packed};
+                float *packed = arena_floats(&ws, gemm_packed_size(b->ctx->k, half, k, n), 1);
+                g.w = (op_weight){.n = n, .k = k, .w = w, .packed = packed, .half = half};
                 if (what == 2) g.w.gw = w;
-                gemm_pack(b->ctx, 0, w, 1, (size_t)k, k, n, packed);
+                gemm_pack(b->ctx, half, w, 1, (size_t)k, k, n, packed);
                 g.x = arena_zeros(&ws, (size_t)m, (size_t)k);
                 g.y = arena_zeros(&ws, (size_t)m, (size_t)n);
-                /* The roof of dX and dW is the tile's: both have many rows. */
+                /* Few rows are bound by reading W once; many by the arithmetic. */
                 double flops = 2.0 * m * n * k, t = bench_time(b, bench_gemm_run, &g);
-                double roof = fmin(b->fma, what ? b->fma : fmax(2.0 * m * b->dram / 4, 0));
+                double roof = fmin(b->peak, what ? b->peak : 2.0 * m * read[s] / (half ? 2 : 4));
                 char name[64];
-                snprintf(name, sizeof name, "gemm/%s/%dx%dx%d", names[what], m, k, n);
+                snprintf(name, sizeof name, "gemm/%s/%dx%dx%d/%s", names[what], m, k, n, b->dtype);
                 bench_add(b, name, flops / t / 1e9, "GFLOP/s", flops / t / 1e9 / roof);
                 err_release(b->ctx);
             }
@@ -12433,9 +12464,9 @@ static void bench_train(bench *b, const char *name, int batch, int len) {
     rlhf_trainer *t = sft_open(m, NULL, d, NULL, &c);
     double s = bench_time(b, bench_step_run, t), tokens = (double)batch * len;
     char full[64];
-    snprintf(full, sizeof full, "train/%.20s/%dx%d/f32", name, batch, len);
+    snprintf(full, sizeof full, "train/%.20s/%dx%d/%s", name, batch, len, b->dtype);
     bench_add(b, full, tokens / s, "tok/s",
-              6 * tokens * bench_macs(m, len / 2.0, 1) / s / 1e9 / b->fma);
+              6 * tokens * bench_macs(m, len / 2.0, 1) / s / 1e9 / b->peak);
     train_free(t);
     data_free(d);
     model_free(m);
@@ -12474,10 +12505,11 @@ static void bench_generate(bench *b, const char *name, int batch) {
     g.c.max_new = 1; /* the prompt's share, to be taken off */
     s -= bench_time(b, bench_gen_run, &g);
     /* Each token reads all weights once for the whole batch. */
-    double bytes = 4.0 * bench_macs(m, 0, 1), macs = bench_macs(m, 96, 1);
-    double roof = fmin(b->fma * 1e9 / (2 * macs), b->dram * 1e9 / bytes * batch);
+    double bytes = (m->half ? 2.0 : 4.0) * bench_macs(m, 0, 1), macs = bench_macs(m, 96, 1);
+    double read = bench_read(b, bytes),
+           roof = fmin(b->peak * 1e9 / (2 * macs), read * 1e9 / bytes * batch);
     char full[64];
-    snprintf(full, sizeof full, "generate/%.20s/batch%d/f32", name, batch);
+    snprintf(full, sizeof full, "generate/%.20s/batch%d/%s", name, batch, b->dtype);
     bench_add(b, full, tokens * 63 / 64 / s, "tok/s", tokens * 63 / 64 / s / roof);
     mem_free(item);
     data_free(d);
@@ -12489,6 +12521,16 @@ static rlhf_status bench_no_reward(void *user, const rlhf_sample *samples, int n
     (void)user, (void)samples;
     for (int i = 0; i < n; i++) reward[i] = (float)(i % 2);
     return RLHF_OK;
+}
+
+/* Operations that an update of PPO cannot do without: sampling 48 tokens behind 32, the reference,
+ * value and reward model once over the whole, policy and value model trained four times; only
+ * states of the answer meet the vocabulary. */
+static double bench_ppo_flops(const rlhf_model *m) {
+    double body = bench_macs(m, 40, 0), head = (double)m->c.vocab * m->c.d;
+    double tokens = 16 * 80, answer = 16 * 48;
+    double sample = tokens * body + answer * head, score = 3 * tokens * body + answer * head;
+    return 2 * (sample + score + 4 * 3 * (2 * tokens * body + answer * head));
 }
 
 /* Milliseconds of a whole update: rollout, scores, and the optimizer's steps. */
@@ -12505,8 +12547,8 @@ static void bench_ppo(bench *b, const char *name) {
     rlhf_trainer *t = ppo_open(m, NULL, d, r, bench_no_reward, NULL, &c);
     double s = bench_time(b, bench_step_run, t);
     char full[64];
-    snprintf(full, sizeof full, "ppo/%.20s/16x(32+48)/f32", name);
-    bench_add(b, full, 1e3 * s, "ms", 0);
+    snprintf(full, sizeof full, "ppo/%.20s/16x(32+48)/%s", name, b->dtype);
+    bench_add(b, full, 1e3 * s, "ms", bench_ppo_flops(m) / b->peak / 1e9 / s);
     b->hash = model_hash(m);
     train_free(t);
     data_free(d);
@@ -12528,23 +12570,46 @@ static void bench_hash(bench *b) {
     model_free(m);
 }
 
+/* The geometric mean of the shares of one kind of work, one line each: what two machines, or two
+ * versions, are compared by. */
+static void bench_scores(bench *b) {
+    static const char *const kinds[] = {"gemm/", "train/", "generate/", "ppo/"};
+    int n = b->n;
+    for (int k = 0; k < 4; k++) {
+        double sum = 0;
+        int count = 0;
+        for (int i = 0; i < n; i++) {
+            if (strncmp(b->list[i].name, kinds[k], strlen(kinds[k])) || b->list[i].share <= 0)
+                continue;
+            sum += log(b->list[i].share);
+            count++;
+        }
+        char name[64];
+        snprintf(name, sizeof name, "score/%s%s", kinds[k], b->dtype);
+        if (count) bench_add(b, name, 100 * exp(sum / count), "% of roof", exp(sum / count));
+    }
+}
+
 /* The whole of `rlhf bench`: what is gemm, train, generate, ppo or all. */
 static void bench_run(bench *b, const char *what, const char *model) {
-    int all = !strcmp(what, "all");
-    const char *one[] = {model ? model : "llama-8m"},
-               *few[] = {"llama-8m", "gpt2-14m", "llama-15m", "gpt2"};
-    const char *const *names = model || b->quick ? one : few;
-    int n = model || b->quick ? 1 : 4;
+    int all = !strcmp(what, "all"), n = model || b->quick ? 1 : BENCH_ALL;
     bench_limits(b);
     if (all || !strcmp(what, "gemm")) bench_gemm(b);
-    for (int i = 0; i < n; i++) {
-        int big = !strcmp(names[i], "gpt2") || !strcmp(names[i], "smollm2-135m");
-        if (all || !strcmp(what, "train")) bench_train(b, names[i], big ? 4 : 8, big ? 64 : 128);
+    for (int i = 0; i < n && strcmp(what, "gemm"); i++) {
+        const char *name = model ? model : bench_shapes[i].name;
+        int big = io_is_dir(name);
+        for (int k = 0; k < BENCH_SHAPES; k++)
+            if (!strcmp(bench_shapes[k].name, name)) big = bench_shapes[k].big;
+        if (all || !strcmp(what, "train")) {
+            bench_train(b, name, big ? 4 : 8, big ? 64 : 128);
+            if (big && !b->quick) bench_train(b, name, 4, 256);
+        }
         if (all || !strcmp(what, "generate"))
             for (int batch = 1; batch <= 32; batch *= batch == 1 ? 8 : 4)
-                bench_generate(b, names[i], batch);
-        if (all || !strcmp(what, "ppo")) bench_ppo(b, names[i]);
+                bench_generate(b, name, batch);
+        if (all || !strcmp(what, "ppo")) bench_ppo(b, name);
     }
+    bench_scores(b);
     bench_hash(b);
 }
 
@@ -13614,7 +13679,7 @@ static int cli_bench(cli *c) {
     b->quick = c->v[O_quick] != NULL;
     b->json = c->v[O_json] != NULL;
     if (!b->json)
-        printf("%s, %s, %d threads, compiler %s\n\n",
+        printf("%s, %s, %d threads, rlhf " RLHF_VERSION " (" RLHF_COMMIT "), compiler %s\n\n",
                json_string_value(json_object_get(machine, "cpu")), c->ctx->k->name, c->ctx->threads,
                __VERSION__);
     CLI_TRY(cli_bench_frame(c, b, what));
@@ -13627,8 +13692,11 @@ static int cli_bench(cli *c) {
     char hash[17];
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)b->hash);
     if (!b->json) printf("\nweights hash %s: equal hashes mean the same work\n", hash);
-    json_t *j = json_pack("{s:o,s:{s:f,s:f},s:o,s:s}", "machine", machine, "limits", "fma_gflops",
-                          b->fma, "dram_gbps", b->dram, "results", list, "weights_hash", hash);
+    json_object_set_new(machine, "compiler", json_string(__VERSION__));
+    json_object_set_new(machine, "commit", json_string(RLHF_COMMIT));
+    json_t *j = json_pack("{s:o,s:{s:f,s:f,s:f},s:o,s:s}", "machine", machine, "limits",
+                          "fma_gflops", b->fma, "bf16_gflops", b->bf16, "dram_gbps", b->dram,
+                          "results", list, "weights_hash", hash);
     free(b);
     return cli_results(c, j);
 }

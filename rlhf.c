@@ -1449,6 +1449,7 @@ typedef void k_panel_fn(int n, const float *x, size_t ld, float *y);
 typedef void k_strips_fn(int n, int strips, int w, const float *x, size_t ld, float *y);
 typedef void k_half_fn(int n, const float *x, size_t step, uint16_t *y);
 typedef void k_pairs_fn(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y);
+typedef double k_sumsq_fn(int64_t n, const float *x);
 typedef void k_adam_fn(int64_t n, float *p, float *g, float *m, float *v, const k_adam *a);
 
 /* Product tiles (08): rows of A against panels of B. */
@@ -1483,6 +1484,7 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(ds, k_ds_fn)                                                                                 \
     X(panel, k_panel_fn)                                                                           \
     X(strips, k_strips_fn)                                                                         \
+    X(sumsq, k_sumsq_fn)                                                                           \
     X(adam, k_adam_fn)
 
 /* The tiles (08) for one kind of product. */
@@ -1770,6 +1772,16 @@ static void k_pairs_part(int n, int pairs, int w, const float *b, size_t ld, flo
 static void k_r_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y) {
     for (int s = 0; s < strips; s++)
         k_pairs_part(n, pairs, w, x + s * w, ld, y + (size_t)s * (size_t)(pairs * w), (size_t)w);
+}
+
+/* Sum of squares in double; sixteen lanes, each square exact (24 + 24 bits fit into 53). In single
+ * precision a sum over millions of parameters would lose digits. */
+static double k_r_sumsq(int64_t n, const float *x) {
+    double acc[RLHF_LANES] = {0};
+    for (int64_t i = 0; i < n; i++) acc[i % RLHF_LANES] += (double)x[i] * (double)x[i];
+    for (int w = RLHF_LANES / 2; w > 0; w /= 2)
+        for (int l = 0; l < w; l++) acc[l] += acc[l + w];
+    return acc[0];
 }
 
 /* AdamW (Loshchilov and Hutter 2019): decoupled decay, both moments corrected, eps outside the
@@ -2094,6 +2106,28 @@ K_FN void k_v_pairs(int n, int pairs, int strips, int w, const float *x, size_t 
                      y + ((size_t)s * (size_t)pairs + (size_t)(n / 2)) * (size_t)w, (size_t)w);
 }
 
+/* The compiler's own vectors: 06 has none of doubles. */
+typedef float k_f4 __attribute__((vector_size(16)));
+typedef double k_d4 __attribute__((vector_size(32)));
+
+K_FN double k_v_sumsq(int64_t n, const float *x) {
+    k_d4 acc[RLHF_LANES / 4] = {{0}};
+    int64_t i = 0;
+    for (; i + RLHF_LANES <= n; i += RLHF_LANES)
+        for (int l = 0; l < RLHF_LANES / 4; l++) {
+            k_f4 f;
+            memcpy(&f, x + i + 4 * l, sizeof f);
+            k_d4 d = __builtin_convertvector(f, k_d4);
+            acc[l] += d * d;
+        }
+    double lane[RLHF_LANES];
+    memcpy(lane, acc, sizeof lane);
+    for (int l = 0; i + l < n; l++) lane[l] += (double)x[i + l] * (double)x[i + l];
+    for (int w = RLHF_LANES / 2; w > 0; w /= 2)
+        for (int l = 0; l < w; l++) lane[l] += lane[l + w];
+    return lane[0];
+}
+
 K_FN void k_v_adam(int64_t n, float *p, float *g, float *m, float *v, const k_adam *a) {
     v16 b1 = v16_set(a->beta1), b2 = v16_set(a->beta2), clip = v16_set(a->clip);
     v16 c1 = v16_set(a->rest1), c2 = v16_set(a->rest2), eps = v16_set(a->eps);
@@ -2114,19 +2148,6 @@ K_FN void k_v_adam(int64_t n, float *p, float *g, float *m, float *v, const k_ad
 #endif
 
 /* ---- neither: plain C that memory bounds ---- */
-
-/* Sum of squares in double; sixteen lanes, each square exact (24 + 24 bits fit into 53). In single
- * precision a sum over millions of parameters would lose digits. */
-static double k_sumsq(int64_t n, const float *x) {
-    double acc[RLHF_LANES] = {0};
-    int64_t i = 0;
-    for (; i + RLHF_LANES <= n; i += RLHF_LANES)
-        for (int l = 0; l < RLHF_LANES; l++) acc[l] += (double)x[i + l] * (double)x[i + l];
-    for (int l = 0; i + l < n; l++) acc[l] += (double)x[i + l] * (double)x[i + l];
-    for (int w = RLHF_LANES / 2; w > 0; w /= 2)
-        for (int l = 0; l < w; l++) acc[l] += acc[l + w];
-    return acc[0];
-}
 
 /* Index of a draw from softmax(x scale) whose log normaliser is lse: the first i with sum_{j<=i}
  * p_j > u, u uniform in [0, 1). The sum is in double and in order of ids, so that the draw is a
@@ -8465,7 +8486,7 @@ static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
     (void)thread;
     for (int64_t i = lo; i < hi; i++)
-        o->part[i] = k_sumsq(o->chunk[i].n, o->g[o->chunk[i].model] + o->chunk[i].at);
+        o->part[i] = o->ctx->k->sumsq(o->chunk[i].n, o->g[o->chunk[i].model] + o->chunk[i].at);
 }
 
 /* Chunks [lo, hi), where they are the embedding's. The part becomes zero for the next step. */

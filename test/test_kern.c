@@ -262,6 +262,7 @@ static void c_strips(const k_table *k, call *c) {
     }
 }
 
+static void c_sumsq(const k_table *k, call *c) { c->val[0] = k->sumsq(c->n, c->in[0]); }
 /* The processor's own conversion may take denormals for zero. */
 static bool is_half(uint16_t got, float x) {
     return got == v_half1(x) || (fabsf(x) < FLT_MIN && (got & 0x7fff) == 0);
@@ -303,7 +304,7 @@ static const struct { const char *name; call_fn *run; } calls[] = {
     {"rope", c_rope},       {"stats", c_stats},   {"ce", c_ce},             {"kl", c_kl},
     {"softmax", c_softmax}, {"prob", c_prob},     {"ds", c_ds},             {"scale", c_scale},
     {"adam", c_adam},       {"panel", c_panel},   {"strips", c_strips},
-    {"half", c_half},       {"pairs", c_pairs}};
+    {"half", c_half},       {"pairs", c_pairs},   {"sumsq", c_sumsq}};
 
 /* Every kernel has a line above: the table's functions (gelu twice), and what packs bfloat16. Tiles
  * are test_gemm.c's. */
@@ -568,16 +569,16 @@ TEST(sum_of_squares) {
         long double want = 0;
         test_fill(x, (size_t)n, -1, 1);
         for (int i = 0; i < n; i++) want += (long double)x[i] * (long double)x[i];
-        CHECK_NEAR(k_sumsq(n, x), (double)want, 1e-15 * (double)want);
+        CHECK_NEAR(k_r_sumsq(n, x), (double)want, 1e-15 * (double)want);
         for (int i = 0; i < n; i++) x[i] = (float)(i % 7 - 3);
         int64_t whole = 0;
         for (int i = 0; i < n; i++) whole += (i % 7 - 3) * (i % 7 - 3);
-        CHECK(k_sumsq(n, x) == (double)whole);
+        CHECK(k_r_sumsq(n, x) == (double)whole);
         if (n) {
             x[n / 2] = 1e30f;
-            CHECK(k_sumsq(n, x) > 9e59 && k_sumsq(n, x) < INFINITY);
+            CHECK(k_r_sumsq(n, x) > 9e59 && k_r_sumsq(n, x) < INFINITY);
             x[n / 2] = NAN;
-            CHECK(isnan(k_sumsq(n, x)));
+            CHECK(isnan(k_r_sumsq(n, x)));
         }
         test_floats_free(x);
     }

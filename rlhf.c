@@ -2211,10 +2211,11 @@ enum {
 typedef struct gemm_tile_args {
     int k; /* length of every sum, in pairs where the product is of bfloat16 */
     const float *a;
-    size_t rs, cs;  /* A element (m, k) is a[m * rs + k * cs] */
-    const float *b; /* panels of B, each [k][16]; null: packed on the way (gemm_args.src) */
-    size_t bs;      /* floats from one panel to the next */
-    float *c;       /* [rows][ldc], overwritten or added to as mode says */
+    size_t rs, cs;     /* A element (m, k) is a[m * rs + k * cs] */
+    const float *b;    /* panels of B, each [k][16]; null: packed on the way (gemm_args.src) */
+    size_t bs;         /* floats from one panel to the next */
+    const float *next; /* k lines of panels that a tile to come reads; null: none */
+    float *c;          /* [rows][ldc], overwritten or added to as mode says */
     size_t ldc;
     int mode;          /* GEMM_STORE or GEMM_ACC */
     const float *bias; /* added after the sum; null = none */
@@ -2418,7 +2419,8 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
         for (int p = 0; p < P; p++)
             __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k, as in gemm_v_body; the blocks are sums, next rows, steps, results. */
-    const float *a = t->a, *b = t->b;
+    const float *a = t->a, *b = t->b, *next = t->next ? t->next : t->b;
+    const size_t step = t->next ? RLHF_LANES : 0;
 #pragma GCC unroll 4
     for (int k = t->k; k > 0; k--) {
         __m512 col[GEMM_MAX_PANELS];
@@ -2435,8 +2437,10 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
                 sum[r][p] = half ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
                                  : _mm512_fmadd_ps(x, col[p], sum[r][p]);
         }
+        if (R > 4) __builtin_prefetch(next);
         a += t->cs;
         b += RLHF_LANES;
+        next += step;
     }
     GEMM_UNROLL
     for (int r = 0; r < R; r++) {
@@ -2950,6 +2954,10 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         for (int m = 0; m < g->m; m += tiles->rows) {
             int rows = base_min(tiles->rows, g->m - m);
             gemm_args tile = gemm_part(g, m, m + rows, p, p + w);
+            /* The next panels are on their way while these are used: one for each tile. */
+            int ahead = p + w + m / tiles->rows;
+            if (m / tiles->rows < w && ahead < (int)gemm_panels(g->n))
+                tile.t.next = g->t.b + (size_t)ahead * g->t.bs;
             if (p < whole) tiles->tile(rows, w, &tile.t);
             else gemm_edge(tiles, rows, tile.n, &tile.t);
         }

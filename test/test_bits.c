@@ -165,4 +165,39 @@ TEST(threads) {
         for (int f = 0; f < FAMILIES; f++) compare("auto", threads[i], f);
 }
 
-TEST_MAIN(CASE(isas), CASE(threads))
+/* The hashes of one run with products of bfloat16. */
+static bits half_run(const char *isa, int threads, int family) {
+    bits b = {.family = family};
+    rlhf_options o = rlhf_options_default();
+    rlhf_ctx *ctx = NULL;
+    o.isa = isa;
+    o.threads = threads;
+    o.dtype = "bf16";
+    o.hooks = test_hooks();
+    o.hooks.log = NULL;
+    CHECK(rlhf_open(&ctx, &o) == RLHF_OK);
+    if (ctx && test_call(ctx, train_all, &b) != RLHF_OK)
+        test_fail(__FILE__, __LINE__, "%s: %s", isa, rlhf_error(ctx));
+    rlhf_close(ctx);
+    return b;
+}
+
+/* With bfloat16 the bits are those of the kernels, for any number of threads; kernels that emulate
+ * its products have the same. Nor are they those of f32. */
+TEST(bfloat16) {
+    for (int f = 0; f < FAMILIES; f++) {
+        bits plain = half_run("ref", 1, f);
+        CHECK(plain.hash[0] != expected[f][0] && plain.hash[3] != expected[f][3]);
+        for (int i = 0; i < K_TABLES; i++) {
+            if (!k_tables[i]->available()) continue;
+            bits one = half_run(k_tables[i]->name, 1, f);
+            if (!k_tables[i]->bf16.peak) CHECK(!memcmp(&one, &plain, sizeof one));
+            for (int threads = 2; threads < (test_quick() ? 3 : 6); threads += 3) {
+                bits more = half_run(k_tables[i]->name, threads, f);
+                CHECK(!memcmp(&one, &more, sizeof one));
+            }
+        }
+    }
+}
+
+TEST_MAIN(CASE(isas), CASE(threads), CASE(bfloat16))

@@ -321,6 +321,57 @@ TEST(sft_lowers_perplexity) {
     rlhf_close(ctx);
 }
 
+/* Held-out perplexity after a short run with one seed, its order being what differs. */
+static double short_run(const char *dtype, int seed, const char *text, int steps) {
+    rlhf_options o = rlhf_options_default();
+    rlhf_ctx *ctx = NULL;
+    rlhf_tokenizer *tok = NULL;
+    rlhf_trainer *t = NULL;
+    size_t at = 0, later = 1500000;
+    text_buf b = {0};
+    o.dtype = dtype;
+    o.hooks = test_hooks();
+    o.hooks.log = NULL;
+    CHECK(rlhf_open(&ctx, &o) == RLHF_OK);
+    rlhf_model *m = open_model(ctx, "babyllama361");
+    OK(ctx, rlhf_tokenizer_open(ctx, test_asset("models/babyllama361"), &tok));
+    put_pieces(&b, text, &at, 16 * steps); /* half of them, by the seed's order */
+    rlhf_dataset *train = parse(ctx, tok, RLHF_DATA_SFT, 256, 1, &b);
+    put_pieces(&b, text, &later, 40);
+    rlhf_dataset *held = parse(ctx, tok, RLHF_DATA_SFT, 256, 1, &b);
+    rlhf_sft_config c = rlhf_sft_config_default();
+    c.learning_rate = 3e-5;
+    c.warmup_steps = 4;
+    c.max_steps = steps;
+    c.seed = seed;
+    OK(ctx, rlhf_sft_open(m, tok, train, NULL, &c, &t));
+    OK(ctx, rlhf_trainer_run(t));
+    double after = eval_number(ctx, m, held, "perplexity");
+    rlhf_trainer_close(t);
+    rlhf_dataset_close(train);
+    rlhf_dataset_close(held);
+    rlhf_tokenizer_close(tok);
+    rlhf_model_close(m);
+    rlhf_close(ctx);
+    return after;
+}
+
+/* What bfloat16 costs is less than what the seed decides. */
+TEST(bfloat16_within_the_spread_of_seeds) {
+    NEED_ASSET("datasets/tinystories_2MB.txt.gz");
+    char *text = stories();
+    int steps = test_quick() ? 4 : 16;
+    double low = INFINITY, high = 0, half = short_run("bf16", 1, text, steps);
+    for (int seed = 1; seed <= 5; seed++) {
+        double p = short_run("f32", seed, text, steps);
+        low = fmin(low, p);
+        high = fmax(high, p);
+    }
+    printf(" perplexity with bf16 %.4f, with f32 %.4f to %.4f ", half, low, high);
+    CHECK(low <= half && half <= high);
+    free(text);
+}
+
 /* ---- a planted preference -------------------------------------------------------------------- */
 
 static const char *const openings[] = {"One day,", "Once upon a time,", "One day, a",
@@ -528,4 +579,5 @@ TEST(hh_preferences) {
 }
 
 TEST_MAIN(CASE(babyllama361), CASE(stories260K), CASE(gpt_nano_sort), CASE(llama_fixture_ferric),
-          CASE(sft_lowers_perplexity), CASE(reward_model_and_ppo), CASE(hh_preferences))
+          CASE(sft_lowers_perplexity), CASE(bfloat16_within_the_spread_of_seeds),
+          CASE(reward_model_and_ppo), CASE(hh_preferences))

@@ -43,7 +43,7 @@ openmp_probe = t=$$$$(mktemp); echo 'int main(void) { return 0; }' >$$$$t.c; \
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib deps deps-ci need test test-build demo bench deps-bench check sanitize neon clean help
+.PHONY: all lib deps deps-ci need test test-build demo interop bench deps-bench check sanitize neon clean help
 
 all: $(PROG)              ## the program, ./rlhf
 	@:
@@ -154,6 +154,37 @@ demo: deps                ## train, align twice, compare: the whole loop in five
 
 $(BUILD)/demo-tool: data/demo.c | need $(BUILD)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -o $@ data/demo.c $(LIBS)
+
+# ---- Interoperation ------------------------------------------------------------------------------
+
+# Every test/interop_*.py ends with "N passed, N failed"; so does the whole. PIP_EXTRA_INDEX_URL, as
+# for the bench, takes PyTorch's build for CPUs.
+INTEROP = $(BUILD)/interop
+
+interop: deps             ## files, ids and numbers against transformers, tokenizers, gguf, TensorBoard
+	@$(MAKE) --no-print-directory all $(INTEROP)/librlhf.so $(INTEROP)/venv/.installed
+	@passed=0; failed=0; for s in test/interop_*.py; do \
+	    echo "$$s"; $(INTEROP)/venv/bin/python $$s >$(INTEROP)/log 2>&1; status=$$?; \
+	    sed 's/^/  /' $(INTEROP)/log; set -- $$(tail -n 1 $(INTEROP)/log); \
+	    case "$$2 $$4" in ("passed, failed") ;; (*) set -- 0 x 1;; esac; \
+	    [ $$status -eq 0 ] || [ "$$3" -gt 0 ] || set -- "$$1" x 1; \
+	    passed=$$((passed + $$1)); failed=$$((failed + $$3)); \
+	done; echo "$$passed passed, $$failed failed"; [ $$failed -eq 0 ]
+
+$(INTEROP)/librlhf.so: rlhf.c rlhf.h | need
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) -fPIC -shared -o $@ rlhf.c $(LIBS)
+
+# Without llama.cpp, which is compiled, the comparison with it is left out.
+$(INTEROP)/venv/.installed: test/requirements-interop.txt
+	@mkdir -p $(INTEROP)
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -r test/requirements-interop.txt
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="$(LLAMA)" \
+	    $(@D)/bin/pip install --quiet -r bench/requirements-llama.cpp.txt || \
+	    echo "llama-cpp-python could not be installed; the comparison goes on without it" >&2
+	touch $@
 
 # ---- Bench ---------------------------------------------------------------------------------------
 

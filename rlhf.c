@@ -34,10 +34,11 @@
  *   24 RM (rm_)                the reward model
  *   25 PPO (ppo_)              proximal policy optimisation
  *   26 EVAL (eval_)            perplexity, KL, preference accuracy by slice
- *   27 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
- *   28 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   29 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   30 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
+ *   27 RATER (rater_)          annotators: agreement, reliability, labels from many hands
+ *   28 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
+ *   29 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
+ *   30 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   31 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -609,6 +610,7 @@ enum {
     RNG_ORDER,      /* order of records; index mixes epoch and position */
     RNG_MINIBATCH,  /* order of episodes inside a PPO update */
     RNG_PROMPT,     /* order of prompts */
+    RNG_BOOTSTRAP,  /* resampled items */
     RNG_SAMPLE = 64 /* sampling: RNG_SAMPLE + a key of the sample; index = position in the answer */
 };
 
@@ -8590,7 +8592,7 @@ static double opt_step(opt *o, const double *lr) {
  *     prompt | instruction + completion [+ label]  both           by label      prompt
  *     [prompt +] chosen + rejected                 chosen (SFT)   the pair      prompt, or shared
  *     prompt + responses + ranking | best          best (SFT)     its pairs     prompt
- *     all: domain, annotator, annotator_type, weight, margin, each optional
+ *     all: domain, annotator, annotator_type, weight, margin, soft_label, each optional
  *
  * By label: each good answer is paired with each bad one to the same prompt; SFT leaves out what is
  * labelled false. The pairs of one ranking, or of one prompt's labels, weigh as much as one record.
@@ -8607,6 +8609,7 @@ typedef struct data_seq {
     int n;
     int32_t *ids;
     uint8_t *loss;
+    int turns, *end; /* config.turns: assistant turn k is the last of the first end[k] tokens */
 } data_seq;
 
 /* One usable record. */
@@ -8615,6 +8618,7 @@ typedef struct data_record {
     char *prompt;                                    /* rendered text of the prompt, kind PROMPT */
     const char *domain, *annotator, *annotator_type; /* null where the record has none */
     double weight, margin; /* PREFERENCE: of the pair's loss; 1 and 0 where not given */
+    double doubt;          /* PREFERENCE: P(rejected is the better one), 0 where not known */
     data_seq a, b;         /* the sequence, or the prompt; PREFERENCE: chosen and rejected */
 } data_record;
 
@@ -8818,6 +8822,19 @@ static char *data_chat_text(const data_reader *r, const data_chat *c, int genera
     return chat_render(r->tok, r->chat, c->message, c->n, generate, span, spans);
 }
 
+/* Notes where each span of the text ends in the sequence; the last one ends with it. */
+static void data_ends(const data_reader *r, const char *text, const chat_span *span, int spans,
+                      int special, const tok_ids *whole, data_seq *s) {
+    s->end = arena_alloc(&r->d->store, (size_t)spans * sizeof *s->end);
+    for (s->turns = 0; s->turns < spans - 1; s->turns++) {
+        tok_ids through = {0};
+        tok_encode(r->tok, text, span[s->turns].end, special, &through);
+        s->end[s->turns] = base_max(data_common(whole, &through), 1);
+        mem_free(through.ids);
+    }
+    s->end[s->turns++] = s->n;
+}
+
 /* The conversation as tokens. skip: assistant turns at its start that bear no loss, -1 = all but
  * the last. It ends with the last assistant turn's end. */
 static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip) {
@@ -8836,6 +8853,7 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip
     int fits = s.n <= r->d->config.max_length;
     for (int i = skip < 0 ? spans - 1 : skip; fits && i < spans; i++)
         data_mark(r, text, span[i].start, span[i].end, special, &ids, &s);
+    if (fits && r->d->config.turns) data_ends(r, text, span, spans, special, &ids, &s);
     mem_free(ids.ids);
     mem_free(text);
     mem_free(span);
@@ -9242,6 +9260,9 @@ static void data_read_record(data_reader *r, json_t *j) {
     rec.weight = json_opt_real(&r->src, j, "weight", 1);
     rec.margin = json_opt_real(&r->src, j, "margin", 0);
     if (!(rec.weight >= 0)) data_bad(r, "\"weight\" is negative");
+    rec.doubt = 1 - json_opt_real(&r->src, j, "soft_label", 1);
+    if (!(rec.doubt >= 0 && rec.doubt <= 1))
+        json_bad(&r->src, "soft_label", json_get(j, "soft_label"), "a number from 0 to 1");
     size_t len;
     char *line = json_text(d->ctx, j, JSON_COMPACT, &len);
     rec.line = data_keep(d, line, len);
@@ -9760,6 +9781,10 @@ static const rlhf_field train_sft_fields[] = {RLHF_SFT_FIELDS(TRAIN_ROW_SFT)};
 static const rlhf_field train_rm_fields[] = {RLHF_RM_FIELDS(TRAIN_ROW_RM)};
 static const rlhf_field train_ppo_fields[] = {RLHF_PPO_FIELDS(TRAIN_ROW_PPO)};
 static const rlhf_field train_gen_fields[] = {RLHF_GENERATE_FIELDS(TRAIN_ROW_GEN)};
+#define TRAIN_ROW_EVAL(kind, ...) TRAIN_FIELD_##kind(rlhf_eval_config, __VA_ARGS__)
+#define TRAIN_ROW_RATERS(kind, ...) TRAIN_FIELD_##kind(rlhf_raters_config, __VA_ARGS__)
+static const rlhf_field train_eval_fields[] = {RLHF_EVAL_FIELDS(TRAIN_ROW_EVAL)};
+static const rlhf_field train_raters_fields[] = {RLHF_RATERS_FIELDS(TRAIN_ROW_RATERS)};
 
 static const struct {
     const rlhf_field *row;
@@ -9768,8 +9793,10 @@ static const struct {
     [RLHF_CONFIG_SFT] = {train_sft_fields, sizeof train_sft_fields / sizeof *train_sft_fields},
     [RLHF_CONFIG_RM] = {train_rm_fields, sizeof train_rm_fields / sizeof *train_rm_fields},
     [RLHF_CONFIG_PPO] = {train_ppo_fields, sizeof train_ppo_fields / sizeof *train_ppo_fields},
-    [RLHF_CONFIG_GENERATE] = {train_gen_fields,
-                              sizeof train_gen_fields / sizeof *train_gen_fields}};
+    [RLHF_CONFIG_GENERATE] = {train_gen_fields, sizeof train_gen_fields / sizeof *train_gen_fields},
+    [RLHF_CONFIG_EVAL] = {train_eval_fields, sizeof train_eval_fields / sizeof *train_eval_fields},
+    [RLHF_CONFIG_RATERS] = {train_raters_fields,
+                            sizeof train_raters_fields / sizeof *train_raters_fields}};
 
 /* Writes the defaults of a table into its struct. */
 static void train_defaults(rlhf_config_kind kind, void *config) {
@@ -10555,8 +10582,10 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
  * MARK: - 24 RM (rm_)
  * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood
  * (Bradley and Terry 1952; Stiennon et al. 2020): P(chosen beats rejected) = sigmoid(r_c - r_r).
- * Over the pairs of an optimizer step, w the weight and m the margin of a pair,
- *     L = mean of w (-log sigmoid(r_c - r_r - m)) + c mean of (r_c + r_r)^2
+ * Over the pairs of an optimizer step, w the weight and m the margin of a pair, y the probability
+ * that its chosen answer is the better one (1 unless its record or its annotators say otherwise),
+ *     L = mean of w (-y log sigmoid(z) - (1 - y) log sigmoid(-z)) + c mean of (r_c + r_r)^2
+ *     z = r_c - r_r - m
  * The likelihood leaves a constant free, hence the second term, and scale and origin of the scores
  * to chance: after training they are normalised so that answers of the starting model score with
  * mean 0 and deviation 1 (Ziegler et al. 2019), and a KL coefficient means the same for every
@@ -10574,11 +10603,18 @@ typedef struct rm_sums {
     int64_t pairs;
 } rm_sums;
 
+/* 1 if the scores a (chosen) and b (rejected) prefer what the label does; ties count half. */
+static double rm_hit(const data_record *rec, double a, double b) {
+    double sign = (a - b) * (0.5 - rec->doubt);
+    return sign > 0 ? 1 : sign < 0 ? 0 : 0.5;
+}
+
 /* Adds one pair with scores a (chosen) and b (rejected). */
 static void rm_add(rm_sums *s, const data_record *rec, double a, double b) {
-    s->loss += rec->weight * rm_loss(a - b - rec->margin);
+    double z = a - b - rec->margin;
+    s->loss += rec->weight * ((1 - rec->doubt) * rm_loss(z) + rec->doubt * rm_loss(-z));
     s->margin += a - b;
-    s->correct += a > b ? 1 : a == b ? 0.5 : 0;
+    s->correct += rm_hit(rec, a, b);
     s->total += a + b;
     s->min = s->pairs ? fmin(s->min, fmin(a, b)) : fmin(a, b);
     s->max = s->pairs ? fmax(s->max, fmax(a, b)) : fmax(a, b);
@@ -10624,10 +10660,11 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int o
     model_scores(t->model, ws, &top, score);
     for (int i = 0; i < n; i++) {
         float a = score[2 * i], b = score[2 * i + 1];
-        /*     dL/dr_c = -w sigmoid(r_r - r_c + m) / of + 2 c (r_c + r_r) / of
+        /*     dL/dr_c = -w (y sigmoid(-z) - (1 - y) sigmoid(z)) / of + 2 c (r_c + r_r) / of
          * and the same with the first sign turned for r_r. */
-        float slope =
-            -(float)rec[i]->weight * v_sigmoid1(b - a + (float)rec[i]->margin) / (float)of;
+        float z = b - a + (float)rec[i]->margin, doubt = (float)rec[i]->doubt;
+        float force = (1 - doubt) * v_sigmoid1(z) - doubt * v_sigmoid1(-z);
+        float slope = -(float)rec[i]->weight * force / (float)of;
         float pull = 2.0f * (float)center * (a + b) / (float)of;
         d[2 * i] = slope + pull;
         d[2 * i + 1] = pull - slope;
@@ -11335,8 +11372,8 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
 
 /* ============================================================================================
  * MARK: - 26 EVAL (eval_)
- * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy overall
- * and by domain, kind of annotator and annotator. Results are JSON objects.
+ * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy and
+ * calibration overall, by any field of the records and turn by turn. Results are JSON objects.
  *
  * Slices show what a mean hides: a reward model that is right on one kind of question, or agrees
  * with one annotator, only. Nothing here changes a model.
@@ -11452,57 +11489,332 @@ static json_t *eval_text(rlhf_model *m, rlhf_model *ref, arena *ws, const rlhf_d
     return json_hold(m->ctx, j);
 }
 
-/* Means over pairs; margins in units of the normalised reward, pos_std > 0. */
-static json_t *eval_pairs_json(const rm_sums *s, double pos_std) {
-    double n = (double)(s->pairs ? s->pairs : 1);
+/* The 95 % interval of a share by Wilson (1927): hits of n, either may be a sum of fractions. */
+static void eval_wilson(double hits, double n, double *low, double *high) {
+    const double z = 1.959963984540054;
+    double middle = (hits + z * z / 2) / (n + z * z);
+    double half = z / (n + z * z) * sqrt(fmax(hits * (n - hits), 0) / n + z * z / 4);
+    *low = fmax(middle - half, 0);
+    *high = fmin(middle + half, 1);
+}
+
+/* A number, or null where there is none. */
+static void eval_put(json_t *j, const char *name, double value) {
+    json_object_set_new(j, name, isfinite(value) ? json_real(value) : json_null());
+}
+
+/* "name", "name_low" and "name_high" of a share; all null if n is 0. */
+static void eval_put_share(json_t *j, const char *name, double hits, double n) {
+    char bound[64];
+    double low = NAN, high = NAN;
+    if (n > 0) eval_wilson(hits, n, &low, &high);
+    eval_put(j, name, n > 0 ? hits / n : NAN);
+    snprintf(bound, sizeof bound, "%s_low", name);
+    eval_put(j, bound, low);
+    snprintf(bound, sizeof bound, "%s_high", name);
+    eval_put(j, bound, high);
+}
+
+/* EVAL_BINS of equal width hold confidences from 0.5 to 1. */
+enum { EVAL_BINS = 10, EVAL_VALUES = 64 };
+
+/* Sums over pairs: all of them, or those with one value of a field. */
+typedef struct eval_slice {
+    rm_sums s;
+    double longer;        /* pairs whose better answer is the longer one; ties count half */
+    double agree, judged; /* agreement with other judgements of the pair, where there are */
+    double sure[EVAL_BINS], hits[EVAL_BINS]; /* confidence and success by confidence */
+} eval_slice;
+
+/* All pairs of a dataset, scored. */
+typedef struct eval_pairs {
+    const rlhf_dataset *d;
+    const float *score;  /* as rm_score_pairs gives it */
+    const double *agree; /* of each pair; NaN: nobody else has judged it */
+    const int *length;   /* tokens of both answers */
+    int tercile[2];      /* longest pairs of the first and the second third */
+    double std;          /* of the normalised reward, > 0 */
+} eval_pairs;
+
+/* Tokens that bear loss: an answer without its prompt. */
+static int eval_length(const data_seq *s) {
+    int n = 0;
+    for (int t = 0; t < s->n; t++) n += s->loss[t];
+    return n;
+}
+
+/* Adds a pair with scores a and b and answers of these lengths. */
+static void eval_add(eval_slice *e, const data_record *r, double a, double b, double agree,
+                     int length_a, int length_b) {
+    rm_add(&e->s, r, a, b);
+    e->longer += rm_hit(r, length_a, length_b);
+    if (!isnan(agree)) e->agree += agree, e->judged++;
+    double sure = (double)v_sigmoid1((float)fabs(a - b));
+    int bin = base_min((int)((sure - 0.5) * 2 * EVAL_BINS), EVAL_BINS - 1);
+    e->sure[bin] += sure;
+    e->hits[bin] += rm_hit(r, a, b);
+}
+
+/* Adds pair i. */
+static void eval_add_pair(eval_slice *e, const eval_pairs *p, int i) {
+    const data_record *r = p->d->record + i;
+    eval_add(e, r, (double)p->score[2 * i], (double)p->score[2 * i + 1], p->agree[i],
+             eval_length(&r->a), eval_length(&r->b));
+}
+
+/* What is reported of a slice. Expected calibration error (Naeini et al. 2015): over the bins, the
+ * mean distance of confidence and success. The ceiling c of judges who are right with the same
+ * chance solves agreement = c^2 + (1 - c)^2. */
+static json_t *eval_slice_json(const eval_slice *e, double std) {
+    double n = (double)(e->s.pairs ? e->s.pairs : 1), ece = 0;
+    double agreement = e->judged > 0 ? e->agree / e->judged : NAN;
+    for (int i = 0; i < EVAL_BINS; i++) ece += fabs(e->sure[i] - e->hits[i]) / n;
     json_t *j = json_object();
-    json_object_set_new(j, "pairs", json_integer(s->pairs));
-    json_object_set_new(j, "accuracy", json_real(s->correct / n));
-    json_object_set_new(j, "margin", json_real(s->margin / n / pos_std));
-    json_object_set_new(j, "loss", json_real(s->loss / n));
+    json_object_set_new(j, "pairs", json_integer(e->s.pairs));
+    eval_put_share(j, "accuracy", e->s.correct, (double)e->s.pairs);
+    eval_put(j, "margin", e->s.margin / n / std);
+    eval_put(j, "ece", ece);
+    eval_put(j, "loss", e->s.loss / n);
+    eval_put(j, "length_accuracy", e->longer / n);
+    eval_put(j, "agreement", agreement);
+    eval_put(j, "ceiling", 0.5 + 0.5 * sqrt(fmax(2 * agreement - 1, 0)));
+    if (isnan(agreement)) json_object_set_new(j, "ceiling", json_null());
     return j;
 }
 
-/* Adds "key": {value: {...}} for one column that slices the pairs, unless no record has it. score
- * as rm_score_pairs gives it. */
-static void eval_slices(json_t *out, const char *key, const rlhf_dataset *d, const float *score,
-                        const char *(*column)(const data_record *), double std) {
-    json_t *slices = json_object();
-    for (int i = 0; i < d->n; i++) {
-        const char *name = column(d->record + i);
-        if (!name || json_object_get(slices, name)) continue;
-        /* The first record of a value gathers all of them. */
-        rm_sums s = {0};
-        for (int k = i; k < d->n; k++) {
-            const char *other = column(d->record + k);
-            if (other && !strcmp(other, name))
-                rm_add(&s, d->record + k, (double)score[2 * k], (double)score[2 * k + 1]);
-        }
-        json_object_set_new(slices, name, eval_pairs_json(&s, std));
-    }
-    if (json_object_size(slices)) json_object_set(out, key, slices);
-    json_decref(slices);
+/* The same answers to the same prompt: their number, and which of the two is chosen. */
+typedef struct eval_key {
+    uint64_t key;
+    int i, side;
+} eval_key;
+
+static uint64_t eval_hash(const data_seq *s) {
+    uint64_t h = (uint64_t)s->n;
+    for (int t = 0; t < s->n; t++) h = rng_mix(h ^ (uint64_t)(uint32_t)s->ids[t]) + 1;
+    return h;
 }
 
-/* Columns. */
-static const char *eval_domain(const data_record *r) { return r->domain; }
-static const char *eval_annotator(const data_record *r) { return r->annotator; }
-static const char *eval_annotator_type(const data_record *r) { return r->annotator_type; }
+static int eval_compare_keys(const void *a, const void *b) {
+    const eval_key *x = a, *y = b;
+    return x->key != y->key ? (x->key < y->key ? -1 : 1) : (x->i > y->i) - (x->i < y->i);
+}
+
+/* For each pair the share of the other judgements of it that agree; NaN where there is none. */
+static double *eval_agreement(arena *ws, const rlhf_dataset *d) {
+    double *agree = arena_alloc(ws, (size_t)d->n * sizeof *agree);
+    eval_key *key = arena_alloc(ws, (size_t)d->n * sizeof *key);
+    for (int i = 0; i < d->n; i++) {
+        uint64_t a = eval_hash(&d->record[i].a), b = eval_hash(&d->record[i].b);
+        key[i] = (eval_key){a + b, i, (a < b) == (d->record[i].doubt <= 0.5)};
+    }
+    qsort(key, (size_t)d->n, sizeof *key, eval_compare_keys);
+    for (int i = 0, end; i < d->n; i = end) {
+        int count[2] = {0};
+        for (end = i; end < d->n && key[end].key == key[i].key; end++) count[key[end].side]++;
+        for (int k = i; k < end; k++)
+            agree[key[k].i] =
+                end - i > 1 ? (double)(count[key[k].side] - 1) / (double)(end - i - 1) : NAN;
+    }
+    return agree;
+}
+
+static int eval_compare_ints(const void *a, const void *b) {
+    const int *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* Lengths of all pairs, and where their thirds end. */
+static void eval_terciles(arena *ws, eval_pairs *p) {
+    int n = p->d->n, *length = arena_alloc(ws, 2 * (size_t)n * sizeof *length);
+    for (int i = 0; i < n; i++)
+        length[i] = eval_length(&p->d->record[i].a) + eval_length(&p->d->record[i].b);
+    int *sorted = memcpy(length + n, length, (size_t)n * sizeof *length);
+    qsort(sorted, (size_t)n, sizeof *sorted, eval_compare_ints);
+    p->length = length;
+    p->tercile[0] = sorted[(n - 1) / 3];
+    p->tercile[1] = sorted[2 * (n - 1) / 3];
+}
+
+/* Appends the text of a scalar, unless it is null or an empty text. prefix: "member: " or "". */
+static void eval_value(json_t *list, const char *prefix, const json_t *v) {
+    char text[512];
+    int n = 0;
+    if (json_is_string(v)) {
+        if (!json_string_length(v)) return;
+        n = snprintf(text, sizeof text, "%s%s", prefix, json_string_value(v));
+    } else if (json_is_integer(v)) {
+        n = snprintf(text, sizeof text, "%s%lld", prefix, (long long)json_integer_value(v));
+    } else if (json_is_real(v)) {
+        n = snprintf(text, sizeof text, "%s%g", prefix, json_real_value(v));
+    } else if (json_is_boolean(v)) {
+        n = snprintf(text, sizeof text, "%s%s", prefix, json_is_true(v) ? "true" : "false");
+    }
+    if (n > 0 && json_array_size(list) < EVAL_VALUES)
+        json_array_append_new(list, json_stringn_nocheck(text, strlen(text)));
+}
+
+/* Turns of the assistant in one answer: those of a conversation, or of a transcript. */
+static int eval_turns(const json_t *v) {
+    static const char mark[] = "\n\nAssistant:";
+    int n = 0;
+    size_t i;
+    json_t *turn;
+    if (json_is_string(v)) {
+        for (const char *p = json_string_value(v); (p = strstr(p, mark)); p++) n++;
+        return base_max(n, 1);
+    }
+    json_array_foreach((json_t *)(uintptr_t)v, i, turn) {
+        const char *role = json_string_value(json_object_get(turn, "role"));
+        n += role && !strcmp(role, "assistant");
+    }
+    return n;
+}
+
+/* The values that record i has of a field, as a list of texts. A field that no record has may be
+ * one that is measured: turns, length. */
+static json_t *eval_values(const eval_pairs *p, int i, const json_t *record, const char *field) {
+    json_t *list = json_array(), *v = json_get(record, field), *member;
+    size_t k;
+    const char *key;
+    char text[256];
+    if (!v && !strcmp(field, "length")) {
+        const char *name = p->length[i] <= p->tercile[0]   ? "short"
+                           : p->length[i] <= p->tercile[1] ? "medium"
+                                                           : "long";
+        json_array_append_new(list, json_string(name));
+    } else if (!v && !strcmp(field, "turns")) {
+        json_t *prompt = json_get(record, "prompt");
+        int n = eval_turns(json_get(record, "chosen"));
+        if (json_is_array(prompt)) n += eval_turns(prompt);
+        json_array_append_new(list, json_sprintf("%d", n));
+    } else if (json_is_array(v)) {
+        json_array_foreach(v, k, member) eval_value(list, "", member);
+    } else if (json_is_object(v)) {
+        json_object_foreach(v, key, member) {
+            snprintf(text, sizeof text, "%s: ", key);
+            if (json_is_true(member)) json_array_append_new(list, json_string(key));
+            else if (!json_is_false(member)) eval_value(list, text, member);
+        }
+    } else {
+        eval_value(list, "", v);
+    }
+    return list;
+}
+
+/* Adds "field": {value: {...}}, values in the order of their first records, unless there is none.
+ * A measured field with one value tells nothing that the whole does not. */
+static void eval_slices(json_t *out, const eval_pairs *p, json_t *const *record,
+                        const char *field) {
+    rlhf_ctx *ctx = p->d->ctx;
+    json_t *index = json_hold(ctx, json_object()), *slices = json_hold(ctx, json_object());
+    eval_slice *list = NULL;
+    const char *name;
+    json_t *v;
+    int measured = !strcmp(field, "turns") || !strcmp(field, "length");
+    for (int i = 0; measured && i < p->d->n; i++) measured = !json_get(record[i], field);
+    for (int i = 0; i < p->d->n; i++) {
+        json_t *values = json_hold(ctx, eval_values(p, i, record[i], field));
+        size_t k;
+        json_array_foreach(values, k, v) {
+            name = json_string_value(v);
+            if (!json_object_get(index, name)) {
+                json_object_set_new(index, name, json_integer((json_int_t)stbds_arrlen(list)));
+                stbds_arrput(list, (eval_slice){0});
+            }
+            eval_add_pair(list + json_integer_value(json_object_get(index, name)), p, i);
+        }
+        err_release(ctx);
+    }
+    json_object_foreach(index, name, v)
+        json_object_set_new(slices, name, eval_slice_json(list + json_integer_value(v), p->std));
+    if (json_object_size(slices) > (measured ? 1 : 0)) json_object_set(out, field, slices);
+    stbds_arrfree(list);
+    err_release(ctx);
+    err_release(ctx);
+}
+
+/* Slices by every field that is always asked for, then by those that `more` lists. */
+static void eval_all_slices(json_t *out, arena *ws, const eval_pairs *p, const char *more) {
+    rlhf_ctx *ctx = p->d->ctx;
+    static const char *const always[] = {"domain",  "annotator_type", "annotator", "safety",
+                                         "culture", "turns",          "length"};
+    json_t *all = json_hold(ctx, json_array());
+    json_t **record = arena_alloc(ws, (size_t)p->d->n * sizeof(json_t *));
+    for (int i = 0; i < p->d->n; i++) {
+        record[i] = json_loads(p->d->record[i].line, JSON_ALLOW_NUL, NULL);
+        if (!record[i] || json_array_append_new(all, record[i]))
+            err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+    }
+    for (size_t i = 0; i < sizeof always / sizeof *always; i++)
+        eval_slices(out, p, record, always[i]);
+    for (const char *at = more; *at;) {
+        size_t n = strcspn(at, ",");
+        char *field = mem_strndup(ctx, at, n);
+        if (json_get(out, field) && !json_is_object(json_get(out, field)))
+            err_throw(ctx, RLHF_ERR_ARG,
+                      "slice: \"%s\" is the name of a measurement, expected a field of the records",
+                      field);
+        if (n && !json_get(out, field)) {
+            eval_slices(out, p, record, field);
+            if (!json_get(out, field))
+                log_at(ctx, RLHF_LOG_WARNING, "slice: no record has a \"%s\" to report by", field);
+        }
+        mem_free(field);
+        at += n + (at[n] == ',');
+    }
+    err_release(ctx);
+}
+
+/* Adds "per_turn": {k: {...}}: conversations compared where their k-th turn of the assistant ends,
+ * as far as both have one and are not the same until there; lengths are those up to there. */
+static void eval_per_turn(json_t *out, rlhf_model *m, arena *ws, const eval_pairs *p) {
+    json_t *turns = json_object();
+    char name[16];
+    const int32_t **ids = arena_alloc(ws, 2 * (size_t)p->d->n * sizeof *ids);
+    int *len = arena_alloc(ws, 2 * (size_t)p->d->n * sizeof *len);
+    const data_record **rec = arena_alloc(ws, (size_t)p->d->n * sizeof *rec);
+    float *score = arena_floats(ws, 2 * (size_t)p->d->n, 1);
+    json_object_set_new(out, "per_turn", turns);
+    for (int k = 0, more = 1; more; k++) {
+        int n = more = 0;
+        for (int i = 0; i < p->d->n; i++) {
+            const data_record *r = p->d->record + i;
+            if (r->a.turns <= k || r->b.turns <= k) continue;
+            more = 1;
+            int la = r->a.end[k], lb = r->b.end[k];
+            if (la == lb && !memcmp(r->a.ids, r->b.ids, (size_t)la * sizeof *r->a.ids)) continue;
+            ids[2 * n] = r->a.ids, len[2 * n] = la;
+            ids[2 * n + 1] = r->b.ids, len[2 * n + 1] = lb;
+            rec[n++] = r;
+        }
+        if (!n) continue;
+        model_score_list(m, ws, 2 * n, ids, len, score);
+        eval_slice e = {0};
+        for (int i = 0; i < n; i++)
+            eval_add(&e, rec[i], (double)score[2 * i], (double)score[2 * i + 1], NAN, len[2 * i],
+                     len[2 * i + 1]);
+        snprintf(name, sizeof name, "%d", k + 1);
+        json_object_set_new(turns, name, eval_slice_json(&e, p->std));
+    }
+    if (!json_object_size(turns)) json_object_del(out, "per_turn");
+}
 
 /* Preference accuracy, overall and by slice; ties count half. Margins are in normalised rewards,
- * the loss in raw scores, as in training. Held. */
-static json_t *eval_preferences(rlhf_model *m, arena *ws, const rlhf_dataset *d) {
+ * loss and calibration in raw scores, as in training. Held. */
+static json_t *eval_preferences(rlhf_model *m, arena *ws, const rlhf_dataset *d,
+                                const rlhf_eval_config *config) {
     model_need_score(m);
-    float *score = rm_score_pairs(m, ws, d);
-    double std = m->score_std > 1e-8f ? (double)m->score_std : 1e-8;
-    rm_sums s = {0};
-    for (int i = 0; i < d->n; i++)
-        rm_add(&s, d->record + i, (double)score[2 * i], (double)score[2 * i + 1]);
-    json_t *j = json_hold(m->ctx, eval_pairs_json(&s, std));
+    eval_pairs p = {.d = d,
+                    .score = rm_score_pairs(m, ws, d),
+                    .agree = eval_agreement(ws, d),
+                    .std = m->score_std > 1e-8f ? (double)m->score_std : 1e-8};
+    eval_terciles(ws, &p);
+    eval_slice all = {0};
+    for (int i = 0; i < d->n; i++) eval_add_pair(&all, &p, i);
+    json_t *j = json_hold(m->ctx, eval_slice_json(&all, p.std));
     json_object_set_new(j, "dropped", json_integer(d->dropped));
-    eval_slices(j, "domain", d, score, eval_domain, std);
-    eval_slices(j, "annotator_type", d, score, eval_annotator_type, std);
-    eval_slices(j, "annotator", d, score, eval_annotator, std);
+    eval_all_slices(j, ws, &p, config->slice);
+    if (config->per_turn) eval_per_turn(j, m, ws, &p);
     return j;
 }
 
@@ -11519,7 +11831,1003 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
 }
 
 /* ============================================================================================
- * MARK: - 27 API (rlhf_ api_)
+ * MARK: - 27 RATER (rater_)
+ * Annotators: who judged what, how far they agree, and whom to trust. Judgements are gathered from
+ * files by what they are about: an item is a prompt with two answers. Agreement is
+ * Krippendorff's alpha (nominal) and Cohen's kappa; intervals are Wilson's for shares and
+ * percentiles of a bootstrap over items for the others.
+ *
+ * Reliability is found by expectation-maximisation (Dawid and Skene 1979). The true preference of
+ * an item is latent, annotator a prefers it with chance r in domain d:
+ *     E   P(item) ~ its prior times the product of r or 1 - r over its votes
+ *     M   r = (s c + C) / (s + n), C the expected number of right votes among n
+ * where c is the annotator's mean, itself so shrunk to the kind's, and that to the mean of all:
+ * five judgements do not make an expert. The strengths s are estimated, too, from how much further
+ * the groups differ than chance makes them. Votes for a tie tell of agreement, not of reliability.
+ * The labels are the posteriors. A crowd and its mirror image fit equally well: ours is the
+ * solution in which the majority is right more often than not.
+ *
+ * All is plain arithmetic without logarithms, in the order of items and judgements: the same bits
+ * everywhere.
+ * Entry: rater_read, rater_report, rater_labels; rater_weigh.
+ * Tests: test/test_rater.c
+ * ============================================================================================ */
+
+/* Votes: for the item's first answer, for its second, for neither; no vote. */
+enum { RATER_A, RATER_B, RATER_TIE, RATER_SKIP, RATER_CHOICES = 3 };
+
+enum {
+    RATER_ROUNDS = 500,
+    RATER_WARM = 30,  /* rounds before strengths are estimated: until then labels are vague */
+    RATER_SHARED = 10 /* items that two annotators share before a kappa of theirs means anything */
+};
+
+/* Bounds on the strength of a beta prior, in judgements. An annotator may be an expert in one
+ * domain and a layman elsewhere while most are the same everywhere: what holds for most must not
+ * overrule what 25 judgements say. */
+#define RATER_WEAKEST 1.0
+#define RATER_STRONGEST 100.0
+#define RATER_STRONGEST_DOMAIN 25.0
+#define RATER_SEEN 0.05 /* a reward model's word is worth no more than one good annotator's */
+
+/* One judgement. */
+typedef struct rater_vote {
+    int item, who, domain, value;
+    int first;      /* 1: for the answer that was shown first, 0: second, -1: not known */
+    int gold;       /* 1: right, 0: wrong, -1: not known */
+    double seconds; /* < 0: not known */
+    double agree;   /* share of the others' votes on the item that are the same; NaN: none */
+} rater_vote;
+
+/* One pair of answers. Texts are JSON. */
+typedef struct rater_item {
+    const char *prompt, *answer[2], *id; /* id may be null */
+    int domain, from, n;                 /* its votes */
+    double prior;                        /* of the first answer */
+} rater_item;
+
+typedef struct rater_who {
+    const char *name;
+    int kind;
+} rater_who;
+
+typedef struct rater_name {
+    char *key;
+    int value;
+} rater_name;
+
+/* All judgements; texts and tables are temporary blocks of the call. */
+typedef struct rater_set {
+    rlhf_ctx *ctx;
+    rater_vote *vote;                           /* stb_ds; sorted by item once all are read */
+    rater_item *item;                           /* stb_ds */
+    rater_who *who;                             /* stb_ds */
+    rater_name *items, *whos, *domains, *kinds; /* stb_ds: text -> number */
+    int n_votes, n_items, n_whos, n_domains, n_kinds;
+    int replaced, skipped;
+    uint64_t seed;
+    int replicates;
+} rater_set;
+
+/* What a record is about. */
+typedef struct rater_pair {
+    const char *prompt;    /* JSON: what the answers are to, an object of members as they stand */
+    const char *id;        /* JSON; may be null */
+    const char *answer[2]; /* JSON; chosen and rejected, or the two answers */
+    const char *key;       /* the same for both orders of the answers */
+    int value;             /* RATER_A: answer[0] was chosen, ... */
+    int listed;            /* 1: "answers", whose order is the file's */
+} rater_pair;
+
+/* ---- reading ---- */
+
+/* A block that lives as long as the public call. */
+static void *rater_zalloc(rlhf_ctx *ctx, size_t count, size_t size) {
+    return mem_temp(mem_zalloc(ctx, count ? count : 1, size));
+}
+
+/* The number of a name in a table, a new one for a new name. */
+static int rater_number(rater_set *s, rater_name **table, const char *name) {
+    ptrdiff_t at = stbds_shgeti(*table, name);
+    if (at >= 0) return (*table)[at].value;
+    int n = (int)stbds_shlen(*table);
+    char *key = mem_temp(mem_strdup(s->ctx, name));
+    stbds_shput(*table, key, n);
+    return n;
+}
+
+/* The value as JSON text, or null for none. */
+static const char *rater_dump(rlhf_ctx *ctx, const json_t *v) {
+    return v ? mem_temp(json_text(ctx, v, JSON_COMPACT | JSON_SORT_KEYS, NULL)) : NULL;
+}
+
+/* One of the two answers, as "choice", "gold" and "order" name them: RATER_A, RATER_B; -1: neither.
+ */
+static int rater_answer(const json_t *v) {
+    static const char names[] = "AaBb";
+    const char *text = json_string_value(v), *at = text && *text ? strchr(names, *text) : NULL;
+    if (at && !text[1]) return (int)(at - names) / 2;
+    return json_is_integer(v) && !(json_integer_value(v) & ~1LL) ? (int)json_integer_value(v) : -1;
+}
+
+/* What a choice says. */
+static int rater_choice(const json_src *src, const json_t *j, int needed) {
+    const json_t *v = json_get(j, "choice");
+    const char *text = json_string_value(v);
+    if (!v && !needed) return RATER_A;
+    if (rater_answer(v) >= 0) return rater_answer(v);
+    if (text && (!strcmp(text, "tie") || !strcmp(text, "both_bad"))) return RATER_TIE;
+    if (text && !strcmp(text, "skip")) return RATER_SKIP;
+    json_bad(src, "choice", v, "0, 1, \"A\", \"B\", \"tie\", \"both_bad\" or \"skip\"");
+}
+
+/* The members that a pair's answers are answers to. */
+static const char *rater_context(rlhf_ctx *ctx, const json_t *j) {
+    static const char *const names[] = {"prompt",      "conversations", "messages", "system",
+                                        "instruction", "input",         "query",    "question"};
+    json_t *context = json_hold(ctx, json_object());
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (json_get(j, names[i])) json_object_set(context, names[i], json_get(j, names[i]));
+    const char *text = rater_dump(ctx, context);
+    err_release(ctx);
+    return text;
+}
+
+/* Reads prompt, answers and choice. */
+static rater_pair rater_read_pair(const json_src *src, const json_t *j) {
+    rlhf_ctx *ctx = src->ctx;
+    rater_pair p = {.prompt = rater_context(ctx, j)};
+    json_t *a = json_get(j, "chosen"), *b = json_get(j, "rejected"), *list = json_get(j, "answers");
+    p.listed = list && !a && !b;
+    if (p.listed) {
+        if (json_array_size(list) != 2) json_bad(src, "answers", list, "a list of two answers");
+        a = json_array_get(list, 0), b = json_array_get(list, 1);
+    }
+    if (!a) json_bad(src, "chosen", a, "an answer, or \"answers\" and \"choice\"");
+    if (!b) json_bad(src, "rejected", b, "an answer, or \"answers\" and \"choice\"");
+    p.answer[0] = rater_dump(ctx, a);
+    p.answer[1] = rater_dump(ctx, b);
+    p.value = rater_choice(src, j, p.listed);
+    /* Beside "chosen" a choice tells ties only: what was chosen is chosen. */
+    if (!p.listed && p.value == RATER_B) p.value = RATER_A;
+    int turn = strcmp(p.answer[0], p.answer[1]) > 0;
+    p.id = rater_dump(ctx, json_get(j, json_get(j, "item") ? "item" : "item_id"));
+    p.id = rater_dump(ctx, json_get(j, json_get(j, "item") ? "item" : "item_id"));
+    p.key = mem_temp(mem_printf(ctx, "%s\n%s\n%s\n%s", p.id ? p.id : "", p.prompt, p.answer[turn],
+                                p.answer[!turn]));
+    return p;
+}
+
+/* The item of a pair, a new one for new texts. A new item's first answer is the file's where it
+ * lists answers, else drawn from the texts: "chosen" first would make every vote one for the
+ * first. */
+static int rater_item_of(rater_set *s, const rater_pair *p) {
+    int n = rater_number(s, &s->items, p->key);
+    if (n < (int)stbds_arrlen(s->item)) return n;
+    uint64_t h[2] = {0, 0};
+    for (int k = 0; k < 2; k++)
+        for (const char *c = p->answer[k]; *c; c++) h[k] = rng_mix(h[k] ^ (unsigned char)*c) + 1;
+    int turn = !p->listed && h[0] > h[1];
+    stbds_arrput(s->item, ((rater_item){.prompt = p->prompt,
+                                        .id = p->id,
+                                        .answer = {p->answer[turn], p->answer[!turn]},
+                                        .prior = 0.5}));
+    return n;
+}
+
+/* Whether the answer that the judgement chose was shown first, from "order"; -1: not known. */
+static int rater_first(const json_src *src, const json_t *j, int value) {
+    json_t *order = json_opt_array(src, j, "order");
+    if (!order || value > RATER_B) return -1;
+    int shown = rater_answer(json_array_get(order, 0));
+    if (json_array_size(order) != 2 || shown < 0 ||
+        rater_answer(json_array_get(order, 1)) != 1 - shown)
+        json_bad(src, "order", order, "[0, 1] or [1, 0]");
+    return shown == value;
+}
+
+/* Whether the judgement is right, from "gold"; -1: not known. */
+static int rater_gold(const json_src *src, const json_t *j, int value) {
+    const json_t *gold = json_get(j, "gold");
+    if (!gold) return -1;
+    if (json_is_boolean(gold)) return json_is_true(gold);
+    if (rater_answer(gold) < 0) json_bad(src, "gold", gold, "0, 1, \"A\", \"B\", true or false");
+    return rater_answer(gold) == value;
+}
+
+/* Reads one judgement. */
+static void rater_read_record(rater_set *s, const json_src *src, const json_t *j) {
+    if (!json_is_object(j)) json_bad(src, "record", j, "an object");
+    const char *who = json_need_str(src, j, "annotator");
+    const char *kind = json_opt_str(src, j, "annotator_type", json_opt_str(src, j, "kind", "-"));
+    rater_pair p = rater_read_pair(src, j);
+    rater_vote v = {.value = p.value, .seconds = json_opt_real(src, j, "seconds", -1)};
+    if (json_get(j, "seconds") && !(v.seconds >= 0))
+        json_bad(src, "seconds", json_get(j, "seconds"), "a number not below 0");
+    v.first = rater_first(src, j, p.value);
+    v.gold = rater_gold(src, j, p.value);
+    if (p.value == RATER_SKIP) {
+        s->skipped++;
+        return;
+    }
+    v.domain = rater_number(s, &s->domains, json_opt_str(src, j, "domain", "-"));
+    v.item = rater_item_of(s, &p);
+    rater_item *item = s->item + v.item;
+    if (!item->n++) item->domain = v.domain;
+    if (v.value != RATER_TIE && strcmp(p.answer[0], item->answer[0])) v.value = 1 - v.value;
+    v.who = rater_number(s, &s->whos, who);
+    if (v.who == (int)stbds_arrlen(s->who))
+        stbds_arrput(s->who, ((rater_who){s->whos[v.who].key, rater_number(s, &s->kinds, kind)}));
+    stbds_arrput(s->vote, v);
+}
+
+/* Calls read for every record of JSON lines, or of one JSON array. */
+static void rater_each(rater_set *s, const char *name, const char *text, size_t len,
+                       void (*read)(rater_set *, const json_src *, const json_t *)) {
+    json_src src = json_source(s->ctx, name);
+    src.status = RLHF_ERR_DATA;
+    const char *end = text + len, *p;
+    if (len >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) text += 3; /* a byte order mark */
+    p = text + strspn(text, " \t\r\n");
+    if (p < end && *p == '[') {
+        size_t i;
+        json_t *list = json_parse(&src, p, (size_t)(end - p)), *item;
+        char at[512];
+        json_array_foreach(list, i, item) {
+            snprintf(at, sizeof at, "%s[%zu]", name, i);
+            src.file = at;
+            read(s, &src, item);
+        }
+        err_release(s->ctx);
+        return;
+    }
+    p = text;
+    for (src.line = 1; p < end; src.line++) {
+        const char *stop = memchr(p, '\n', (size_t)(end - p));
+        if (!stop) stop = end;
+        if (p + strspn(p, " \t\r") < stop) {
+            read(s, &src, json_parse(&src, p, (size_t)(stop - p)));
+            err_release(s->ctx);
+        }
+        p = stop + 1;
+    }
+}
+
+/* The same for a file, plain or gzip. */
+static void rater_each_in(rater_set *s, const char *path,
+                          void (*read)(rater_set *, const json_src *, const json_t *)) {
+    size_t len;
+    char *text = io_read(s->ctx, path, IO_LIMIT, &len);
+    rater_each(s, path, text, len, read);
+    mem_free(text);
+}
+
+/* Each item's votes together, in the order of reading, of one annotator only the last; then how far
+ * each agrees with the others'. */
+static void rater_sort(rater_set *s) {
+    int n = (int)stbds_arrlen(s->vote), at = 0;
+    s->n_items = (int)stbds_arrlen(s->item);
+    s->n_whos = (int)stbds_arrlen(s->who);
+    s->n_domains = (int)stbds_shlen(s->domains);
+    s->n_kinds = (int)stbds_shlen(s->kinds);
+    rater_vote *sorted = rater_zalloc(s->ctx, (size_t)n, sizeof *sorted);
+    int *last = rater_zalloc(s->ctx, (size_t)s->n_whos, sizeof *last);
+    for (int i = 0; i < s->n_items; i++) {
+        s->item[i].from = at;
+        at += s->item[i].n;
+        s->item[i].n = 0;
+    }
+    for (int i = 0; i < n; i++) {
+        rater_item *item = s->item + s->vote[i].item;
+        sorted[item->from + item->n++] = s->vote[i];
+    }
+    /* last[who]: 1 + the place of their vote on this item; places only grow. */
+    at = 0;
+    for (int i = 0; i < s->n_items; i++) {
+        rater_item *item = s->item + i;
+        int from = at, count[RATER_CHOICES] = {0};
+        for (int k = item->from; k < item->from + item->n; k++) {
+            int *place = last + sorted[k].who;
+            if (*place > from) s->vote[*place - 1] = sorted[k], s->replaced++;
+            else s->vote[at] = sorted[k], *place = ++at;
+        }
+        item->from = from;
+        item->n = at - from;
+        for (int k = from; k < at; k++) count[s->vote[k].value]++;
+        for (int k = from; k < at; k++)
+            s->vote[k].agree =
+                item->n > 1 ? (double)(count[s->vote[k].value] - 1) / (item->n - 1) : NAN;
+    }
+    s->n_votes = at;
+}
+
+/* Gives the tables back; texts go with the call. */
+static void rater_free(rater_set *s) {
+    stbds_arrfree(s->vote);
+    stbds_arrfree(s->item);
+    stbds_arrfree(s->who);
+    stbds_shfree(s->items);
+    stbds_shfree(s->whos);
+    stbds_shfree(s->domains);
+    stbds_shfree(s->kinds);
+}
+
+/* Reads the judgements of all files. */
+static void rater_read(rater_set *s, const char *const *paths, int n) {
+    for (int i = 0; i < n; i++) rater_each_in(s, paths[i], rater_read_record);
+    if (!stbds_arrlen(s->vote)) err_throw(s->ctx, RLHF_ERR_DATA, "%s: no judgements", paths[0]);
+    rater_sort(s);
+}
+
+/* ---- reliability ---- */
+
+/* Estimates. */
+typedef struct rater_fit {
+    double *p;          /* [items] that the first answer is the better one */
+    double *who, *cell; /* [whos], [whos * domains]: reliability */
+    double *mass,
+        *base;          /* what a cell's judgements are worth, with the prior's; the prior's mean */
+    double *n;          /* [whos * domains] judgements */
+    double mean, *kind; /* of all; [kinds] */
+    int rounds;
+} rater_fit;
+
+/* Counts of a group of judgements: all, expected to be right, and the variance of that. */
+typedef struct rater_count {
+    double n, right, var;
+} rater_count;
+
+static rater_fit rater_fit_new(const rater_set *s) {
+    size_t cells = (size_t)s->n_whos * (size_t)s->n_domains;
+    rater_fit f = {.p = rater_zalloc(s->ctx, (size_t)s->n_items, sizeof(double)),
+                   .who = rater_zalloc(s->ctx, (size_t)s->n_whos, sizeof(double)),
+                   .kind = rater_zalloc(s->ctx, (size_t)s->n_kinds, sizeof(double)),
+                   .cell = rater_zalloc(s->ctx, 4 * cells, sizeof(double))};
+    f.mass = f.cell + cells;
+    f.base = f.mass + cells;
+    f.n = f.base + cells;
+    return f;
+}
+
+/* Strength of the beta prior from which groups with means base[i] are drawn, by moments of the
+ * beta-binomial: the expectation of (C - n m)^2 is n m (1 - m) (1 + (n - 1) rho), s = 1 / rho - 1.
+ * C is uncertain, too: its variance is part of the square. */
+static double rater_strength(int n, const rater_count *c, const double *base, double most) {
+    double excess = 0, scale = 0;
+    for (int i = 0; i < n; i++) {
+        double off = c[i].right - c[i].n * base[i], var = c[i].n * base[i] * (1 - base[i]);
+        excess += off * off + c[i].var - var;
+        scale += var * (c[i].n - 1);
+    }
+    double s = excess > 0 && scale > 0 ? scale / excess - 1 : most;
+    return s < RATER_WEAKEST ? RATER_WEAKEST : s > most ? most : s;
+}
+
+/* Sums cells into annotators, annotators into kinds. */
+static void rater_add(rater_count *to, const rater_count *c) {
+    to->n += c->n;
+    to->right += c->right;
+    to->var += c->var;
+}
+
+/* The reliabilities from expected counts [cells]; groups: room for [whos + kinds] counts and
+ * [whos] means. */
+static void rater_maximize(const rater_set *s, rater_fit *f, const rater_count *cell,
+                           rater_count *groups, double *base) {
+    int whos = s->n_whos, domains = s->n_domains, warm = f->rounds < RATER_WARM;
+    rater_count *who = groups, *kind = groups + whos, all = {2, 1, 0};
+    memset(groups, 0, (size_t)(whos + s->n_kinds) * sizeof *groups);
+    for (int w = 0; w < whos; w++) {
+        for (int d = 0; d < domains; d++) rater_add(who + w, cell + w * domains + d);
+        rater_add(kind + s->who[w].kind, who + w);
+        rater_add(&all, who + w);
+    }
+    f->mean = all.right / all.n;
+    /* Kinds are few: their prior is fixed. */
+    for (int k = 0; k < s->n_kinds; k++)
+        f->kind[k] = (10 * f->mean + kind[k].right) / (10 + kind[k].n);
+    for (int w = 0; w < whos; w++) base[w] = f->kind[s->who[w].kind];
+    double strength = warm ? 6 : rater_strength(whos, who, base, RATER_STRONGEST);
+    for (int w = 0; w < whos; w++)
+        f->who[w] = (strength * base[w] + who[w].right) / (strength + who[w].n);
+    for (int i = 0; i < whos * domains; i++) f->base[i] = f->who[i / domains];
+    strength = warm ? 10 : rater_strength(whos * domains, cell, f->base, RATER_STRONGEST_DOMAIN);
+    for (int i = 0; i < whos * domains; i++) {
+        double r = (strength * f->base[i] + cell[i].right) / (strength + cell[i].n);
+        /* Judgements of items whose truth is in doubt tell less: what a latent truth takes from the
+         * information of n judgements (Louis 1982) is var / (r (1 - r)) of them. */
+        f->mass[i] = strength + fmax(cell[i].n - cell[i].var / (r * (1 - r)), 0);
+        f->cell[i] = r;
+        f->n[i] = cell[i].n;
+    }
+}
+
+/* P(the first answer is better) of every item, from the votes of all annotators but `without`.
+ * Returns the largest change. */
+static double rater_expect(const rater_set *s, rater_fit *f, int without) {
+    double most = 0;
+    for (int i = 0; i < s->n_items; i++) {
+        const rater_item *item = s->item + i;
+        double a = item->prior, b = 1 - a;
+        for (int k = item->from; k < item->from + item->n; k++) {
+            const rater_vote *v = s->vote + k;
+            if (v->value == RATER_TIE || v->who == without) continue;
+            double r = f->cell[v->who * s->n_domains + v->domain];
+            a *= v->value == RATER_A ? r : 1 - r;
+            b *= v->value == RATER_A ? 1 - r : r;
+            /* Normed at every step: no product of many votes underflows. */
+            double sum = a + b;
+            a /= sum, b /= sum;
+        }
+        most = fmax(most, fabs(a - f->p[i]));
+        f->p[i] = a;
+    }
+    return most;
+}
+
+/* Shares of the votes for each first answer, without one annotator's (-1: with all): where the
+ * search begins, and what it is compared with. */
+static void rater_vote_shares(const rater_set *s, double *p, int without) {
+    for (int i = 0; i < s->n_items; i++) {
+        const rater_item *item = s->item + i;
+        double sum = 0;
+        int n = 0;
+        for (int k = item->from; k < item->from + item->n; k++) {
+            if (s->vote[k].who == without) continue;
+            sum += s->vote[k].value == RATER_A ? 1 : s->vote[k].value == RATER_TIE ? 0.5 : 0;
+            n++;
+        }
+        p[i] = n ? sum / n : 0.5;
+    }
+}
+
+/* Expectation-maximisation without the votes of one annotator (-1: with all). */
+static void rater_estimate(const rater_set *s, rater_fit *f, int without) {
+    size_t cells = (size_t)s->n_whos * (size_t)s->n_domains,
+           groups = (size_t)(s->n_whos + s->n_kinds);
+    rater_count *cell = mem_zalloc(s->ctx, cells + groups, sizeof *cell);
+    double *base = mem_zalloc(s->ctx, (size_t)s->n_whos, sizeof *base);
+    rater_vote_shares(s, f->p, without);
+    for (f->rounds = 0; f->rounds < RATER_ROUNDS; f->rounds++) {
+        memset(cell, 0, cells * sizeof *cell);
+        for (int k = 0; k < s->n_votes; k++) {
+            const rater_vote *v = s->vote + k;
+            if (v->value == RATER_TIE || v->who == without) continue;
+            double p = f->p[v->item];
+            rater_add(cell + v->who * s->n_domains + v->domain,
+                      &(rater_count){1, v->value == RATER_A ? p : 1 - p, p * (1 - p)});
+        }
+        rater_maximize(s, f, cell, cell + cells, base);
+        if (rater_expect(s, f, without) < 1e-9 && f->rounds > RATER_WARM) break;
+    }
+    mem_free(cell);
+    mem_free(base);
+}
+
+/* ---- agreement ---- */
+
+/* An item in a bootstrap: its part of the sums of alpha, and its pairs of votes. */
+typedef struct rater_unit {
+    double off, n[RATER_CHOICES]; /* disagreeing pairs / (votes - 1); votes */
+    int from, pairs;
+} rater_unit;
+
+/* One item judged by two annotators: which two (their number), and what they said. */
+typedef struct rater_both {
+    int who, said;
+} rater_both;
+
+/* The votes of a group: those that the mask holds. */
+typedef struct rater_group {
+    rater_unit *unit; /* items with two votes or more */
+    rater_both *both; /* stb_ds */
+    int units, couples;
+    double *table; /* [couples][choices * choices] */
+} rater_group;
+
+typedef struct rater_couple {
+    uint64_t key;
+    int value;
+} rater_couple;
+
+/* Gathers what alpha and kappa need of the votes with mask[k] != 0. */
+static rater_group rater_gather(const rater_set *s, const uint8_t *mask) {
+    rater_group g = {.unit = mem_zalloc(s->ctx, (size_t)s->n_items + 1, sizeof *g.unit)};
+    rater_couple *couples = NULL;
+    for (int i = 0; i < s->n_items; i++) {
+        const rater_item *item = s->item + i;
+        rater_unit u = {.from = (int)stbds_arrlen(g.both)};
+        double m = 0;
+        for (int k = item->from; k < item->from + item->n; k++) {
+            if (!mask[k]) continue;
+            u.n[s->vote[k].value]++, m++;
+            for (int l = item->from; l < k; l++) {
+                if (!mask[l]) continue;
+                const rater_vote *a = s->vote + l, *b = s->vote + k;
+                if (a->who > b->who) a = s->vote + k, b = s->vote + l;
+                uint64_t key = (uint64_t)a->who << 32 | (uint64_t)b->who;
+                ptrdiff_t at = stbds_hmgeti(couples, key);
+                int number = at < 0 ? g.couples++ : couples[at].value;
+                if (at < 0) stbds_hmput(couples, key, number);
+                stbds_arrput(g.both, ((rater_both){number, a->value * RATER_CHOICES + b->value}));
+            }
+        }
+        if (m < 2) continue;
+        for (int c = 0; c < RATER_CHOICES; c++) u.off += u.n[c] * (m - u.n[c]) / (m - 1);
+        u.pairs = (int)stbds_arrlen(g.both) - u.from;
+        g.unit[g.units++] = u;
+    }
+    stbds_hmfree(couples);
+    g.table =
+        mem_zalloc(s->ctx, (size_t)g.couples * RATER_CHOICES * RATER_CHOICES + 1, sizeof *g.table);
+    return g;
+}
+
+static void rater_ungather(rater_group *g) {
+    stbds_arrfree(g->both);
+    mem_free(g->unit);
+    mem_free(g->table);
+}
+
+/* Unit i of a sample: of replicate 0 the unit itself, else one drawn with replacement. */
+static int rater_draw(uint64_t seed, int replicate, int i, int n) {
+    if (!replicate) return i;
+    uint64_t r = rng_u64(seed, (uint64_t)replicate, (uint64_t)i);
+    return (int)(((rng_u128)r * (unsigned)n) >> 64);
+}
+
+/* Krippendorff's alpha for nominal data (Krippendorff 2011): 1 - observed / expected disagreement,
+ *     D_o = sum over items of pairs that differ / (votes - 1)
+ *     D_e = pairs of all votes that differ / (all votes - 1)
+ * NaN where nothing was, or could have been, disagreed about. */
+static double rater_alpha(const rater_group *g, uint64_t seed, int replicate) {
+    double off = 0, n[RATER_CHOICES] = {0}, all = 0, expected = 0;
+    for (int i = 0; i < g->units; i++) {
+        const rater_unit *u = g->unit + rater_draw(seed, replicate, i, g->units);
+        off += u->off;
+        for (int c = 0; c < RATER_CHOICES; c++) n[c] += u->n[c];
+    }
+    for (int c = 0; c < RATER_CHOICES; c++) all += n[c];
+    for (int c = 0; c < RATER_CHOICES; c++) expected += n[c] * (all - n[c]);
+    return expected > 0 ? 1 - (all - 1) * off / expected : NAN;
+}
+
+/* Cohen's kappa (1960), (p_o - p_e) / (1 - p_e) with p_e from each annotator's own shares: the mean
+ * over couples with enough common items, weighted by their number. NaN where there is none. */
+static double rater_kappa(const rater_group *g, uint64_t seed, int replicate) {
+    double sum = 0, weight = 0;
+    const int size = RATER_CHOICES * RATER_CHOICES;
+    memset(g->table, 0, (size_t)(g->couples * size) * sizeof *g->table);
+    for (int i = 0; i < g->units; i++) {
+        const rater_unit *u = g->unit + rater_draw(seed, replicate, i, g->units);
+        for (int k = u->from; k < u->from + u->pairs; k++)
+            g->table[g->both[k].who * size + g->both[k].said]++;
+    }
+    for (int i = 0; i < g->couples; i++) {
+        const double *t = g->table + i * size;
+        double n = 0, same = 0, chance = 0;
+        for (int c = 0; c < size; c++) n += t[c];
+        for (int c = 0; c < RATER_CHOICES; c++) {
+            double row = 0, column = 0;
+            for (int d = 0; d < RATER_CHOICES; d++)
+                row += t[c * RATER_CHOICES + d], column += t[d * RATER_CHOICES + c];
+            same += t[c * RATER_CHOICES + c];
+            chance += row * column;
+        }
+        if (n < RATER_SHARED || chance >= n * n) continue;
+        sum += n * (same * n - chance) / (n * n - chance);
+        weight += n;
+    }
+    return weight > 0 ? sum / weight : NAN;
+}
+
+static int rater_compare(const void *a, const void *b) {
+    const double *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* Puts a value with the 2.5 and 97.5 percentiles of its n replicates; those that are not numbers do
+ * not count. Sorts them. */
+static void rater_put(json_t *j, const char *name, double value, double *replicate, int n) {
+    char bound[64];
+    int m = 0;
+    for (int i = 0; i < n; i++)
+        if (isfinite(replicate[i])) replicate[m++] = replicate[i];
+    qsort(replicate, (size_t)m, sizeof *replicate, rater_compare);
+    int known = m > 0 && isfinite(value);
+    eval_put(j, name, value);
+    snprintf(bound, sizeof bound, "%s_low", name);
+    eval_put(j, bound, known ? replicate[(int)(0.025 * (m - 1) + 0.5)] : NAN);
+    snprintf(bound, sizeof bound, "%s_high", name);
+    eval_put(j, bound, known ? replicate[(int)(0.975 * (m - 1) + 0.5)] : NAN);
+}
+
+/* Median of the n sorted numbers x, or of a sample of them; count[n] is room. */
+static double rater_median(const double *x, int n, int *count, uint64_t seed, int replicate) {
+    int seen = 0, low = (n - 1) / 2, high = n / 2;
+    double a = NAN;
+    if (!n) return NAN;
+    memset(count, 0, (size_t)n * sizeof *count);
+    for (int i = 0; i < n; i++) count[rater_draw(seed, replicate, i, n)]++;
+    for (int i = 0; i < n; i++) {
+        if (seen <= low && low < seen + count[i]) a = x[i];
+        if (seen <= high && high < seen + count[i]) return (a + x[i]) / 2;
+        seen += count[i];
+    }
+    return NAN;
+}
+
+/* ---- report ---- */
+
+/* Puts alpha and kappa of a group. */
+static void rater_put_agreement(const rater_set *s, json_t *j, const uint8_t *mask, uint64_t seed,
+                                double *replicate) {
+    rater_group g = rater_gather(s, mask);
+    double alpha = rater_alpha(&g, seed, 0), kappa = rater_kappa(&g, seed, 0);
+    for (int i = 0; i < s->replicates; i++) replicate[i] = rater_alpha(&g, seed, i + 1);
+    rater_put(j, "alpha", alpha, replicate, s->replicates);
+    for (int i = 0; i < s->replicates; i++) replicate[i] = rater_kappa(&g, seed, i + 1);
+    rater_put(j, "kappa", kappa, replicate, s->replicates);
+    rater_ungather(&g);
+}
+
+/* Puts the median of the seconds in a group. */
+static void rater_put_seconds(const rater_set *s, json_t *j, const uint8_t *mask, uint64_t seed,
+                              double *replicate) {
+    double *x = mem_zalloc(s->ctx, (size_t)s->n_votes + 1, sizeof *x);
+    int *count = mem_zalloc(s->ctx, (size_t)s->n_votes + 1, sizeof *count), n = 0;
+    for (int k = 0; k < s->n_votes; k++)
+        if (mask[k] && s->vote[k].seconds >= 0) x[n++] = s->vote[k].seconds;
+    qsort(x, (size_t)n, sizeof *x, rater_compare);
+    for (int i = 0; i < s->replicates; i++) replicate[i] = rater_median(x, n, count, seed, i + 1);
+    rater_put(j, "seconds", rater_median(x, n, count, seed, 0), replicate, s->replicates);
+    mem_free(count);
+    mem_free(x);
+}
+
+/* What is told of a group of votes; together: whether it is one of several annotators. row numbers
+ * the groups, so that each draws its own samples. */
+static json_t *rater_row(const rater_set *s, const rater_fit *f, const uint8_t *mask, int row,
+                         int together) {
+    double n = 0, agree = 0, others = 0, gold = 0, golds = 0, first = 0, shown = 0, right = 0,
+           votes = 0, mass = 0;
+    int items = 0;
+    for (int k = 0, last = -1; k < s->n_votes; k++) {
+        const rater_vote *v = s->vote + k;
+        if (!mask[k]) continue;
+        n++;
+        items += v->item != last;
+        last = v->item;
+        if (!isnan(v->agree)) agree += v->agree, others++;
+        if (v->gold >= 0) gold += v->gold, golds++;
+        if (v->first >= 0) first += v->first, shown++;
+        if (v->value == RATER_TIE) continue;
+        /* Each vote bears its share of the prior: the interval knows of it as of judgements. */
+        int cell = v->who * s->n_domains + v->domain;
+        right += f->cell[cell], votes++;
+        mass += f->mass[cell] / f->n[cell];
+    }
+    uint64_t seed = rng_u64(s->seed, RNG_BOOTSTRAP, (uint64_t)row);
+    double *replicate = mem_zalloc(s->ctx, (size_t)s->replicates + 1, sizeof *replicate);
+    json_t *j = json_hold(s->ctx, json_object());
+    json_object_set_new(j, "judgements", json_integer((json_int_t)n));
+    json_object_set_new(j, "items", json_integer(items));
+    eval_put_share(j, "agreement", agree, others);
+    if (together) rater_put_agreement(s, j, mask, seed, replicate);
+    eval_put_share(j, "gold", gold, golds);
+    eval_put_share(j, "first", first, shown);
+    rater_put_seconds(s, j, mask, seed, replicate);
+    eval_put_share(j, "reliability", votes > 0 ? right / votes * mass : 0, mass);
+    mem_free(replicate);
+    err_keep(s->ctx);
+    return j;
+}
+
+/* The value of a vote in the column that a group is made by. */
+enum { RATER_BY_DOMAIN, RATER_BY_KIND, RATER_BY_WHO };
+static int rater_column(const rater_set *s, const rater_vote *v, int by) {
+    if (by == RATER_BY_DOMAIN) return v->domain;
+    return by == RATER_BY_KIND ? s->who[v->who].kind : v->who;
+}
+
+/* Rows by one column: {value: {...}}. Absent values are one more, "-". *row counts all rows. */
+static json_t *rater_rows(const rater_set *s, const rater_fit *f, int by, const rater_name *names,
+                          int n, int *row) {
+    json_t *out = json_hold(s->ctx, json_object());
+    uint8_t *mask = mem_zalloc(s->ctx, (size_t)s->n_votes + 1, 1);
+    for (int i = 0; i < n; i++) {
+        for (int k = 0; k < s->n_votes; k++) mask[k] = rater_column(s, s->vote + k, by) == i;
+        json_object_set_new(out, names[i].key, rater_row(s, f, mask, ++*row, by != RATER_BY_WHO));
+    }
+    mem_free(mask);
+    err_keep(s->ctx);
+    return out;
+}
+
+/* {annotator: {domain: {judgements, reliability, weight}}}; weight: the log-odds by which a vote
+ * counts. */
+static json_t *rater_cells(const rater_set *s, const rater_fit *f) {
+    json_t *out = json_object();
+    for (int w = 0; w < s->n_whos; w++) {
+        json_t *who = json_object();
+        for (int d = 0; d < s->n_domains; d++) {
+            int cell = w * s->n_domains + d;
+            if (f->n[cell] <= 0) continue;
+            json_t *j = json_object();
+            double r = f->cell[cell];
+            json_object_set_new(j, "judgements", json_integer((json_int_t)f->n[cell]));
+            eval_put_share(j, "reliability", r * f->mass[cell], f->mass[cell]);
+            eval_put(j, "weight", (double)v_log1((float)(r / (1 - r))));
+            json_object_set_new(who, s->domains[d].key, j);
+        }
+        json_object_set_new(out, s->who[w].name, who);
+    }
+    return out;
+}
+
+/* A text of the set as JSON again. */
+static json_t *rater_value(const char *text) {
+    return text ? json_loads(text, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL) : json_null();
+}
+
+/* The prompt of an item, or all that its answers are to. */
+static json_t *rater_prompt(const rater_item *item) {
+    json_t *context = rater_value(item->prompt), *prompt = json_object_get(context, "prompt");
+    if (!prompt) return context;
+    json_incref(prompt);
+    json_decref(context);
+    return prompt;
+}
+
+/* Votes for the first, the second and neither answer of an item. */
+static void rater_tally(const rater_set *s, int item, int count[RATER_CHOICES]) {
+    memset(count, 0, RATER_CHOICES * sizeof *count);
+    for (int k = 0; k < s->item[item].n; k++) count[s->vote[s->item[item].from + k].value]++;
+}
+
+/* How much an item is disputed, and which. */
+typedef struct rater_dispute {
+    double off;
+    int n, item;
+} rater_dispute;
+
+static int rater_compare_disputes(const void *a, const void *b) {
+    const rater_dispute *x = a, *y = b;
+    if (x->off != y->off) return x->off > y->off ? -1 : 1;
+    return x->n != y->n ? y->n - x->n : (x->item > y->item) - (x->item < y->item);
+}
+
+/* The items on which most pairs of votes differ, those with more votes first. */
+static json_t *rater_disputed(const rater_set *s, const rater_fit *f, int most) {
+    rater_dispute *list = rater_zalloc(s->ctx, (size_t)s->n_items, sizeof *list);
+    json_t *out = json_array();
+    int n = 0, count[RATER_CHOICES];
+    for (int i = 0; i < s->n_items; i++) {
+        double m = s->item[i].n, same = 0;
+        rater_tally(s, i, count);
+        for (int c = 0; c < RATER_CHOICES; c++) same += (double)count[c] * (count[c] - 1);
+        if (m > 1 && same < m * (m - 1))
+            list[n++] = (rater_dispute){1 - same / (m * (m - 1)), s->item[i].n, i};
+    }
+    qsort(list, (size_t)n, sizeof *list, rater_compare_disputes);
+    for (int i = 0; i < n && i < most; i++) {
+        const rater_item *item = s->item + list[i].item;
+        rater_tally(s, list[i].item, count);
+        json_array_append_new(
+            out, json_pack("{s:f,s:[i,i,i],s:f,s:s,s:o,s:o,s:[o,o]}", "disagreement", list[i].off,
+                           "votes", count[0], count[1], count[2], "probability", f->p[list[i].item],
+                           "domain", s->domains[item->domain].key, "item", rater_value(item->id),
+                           "prompt", rater_prompt(item), "answers", rater_value(item->answer[0]),
+                           rater_value(item->answer[1])));
+    }
+    return out;
+}
+
+/* How well each annotator's votes are told from the others': by majority and by reliability; where
+ * either is undecided it counts half. Only items that others have judged, no ties. */
+static json_t *rater_predict(const rater_set *s) {
+    json_t *out = json_hold(s->ctx, json_object());
+    rater_fit f = rater_fit_new(s);
+    double *share = rater_zalloc(s->ctx, (size_t)s->n_items, sizeof *share), *p[2] = {share, f.p};
+    double all[3] = {0};
+    for (int w = 0; w <= s->n_whos; w++) {
+        double sum[3] = {0};
+        if (w < s->n_whos) {
+            rater_estimate(s, &f, w);
+            rater_vote_shares(s, share, w);
+        }
+        for (int k = 0; w < s->n_whos && k < s->n_votes; k++) {
+            const rater_vote *v = s->vote + k;
+            if (v->who != w || v->value == RATER_TIE || s->item[v->item].n < 2) continue;
+            for (int m = 0; m < 2; m++) {
+                double x = p[m][v->item] - 0.5;
+                sum[m] += x == 0 ? 0.5 : (x > 0) == (v->value == RATER_A);
+            }
+            sum[2]++;
+        }
+        for (int m = 0; m < 3; m++) all[m] += sum[m];
+        json_t *j = json_object();
+        const double *told = w < s->n_whos ? sum : all;
+        json_object_set_new(j, "judgements", json_integer((json_int_t)told[2]));
+        eval_put_share(j, "majority", told[0], told[2]);
+        eval_put_share(j, "em", told[1], told[2]);
+        json_object_set_new(out, w < s->n_whos ? s->who[w].name : "all of them", j);
+    }
+    err_keep(s->ctx);
+    return out;
+}
+
+/* Everything about a set, held. */
+static json_t *rater_report(const rater_set *s, const rater_fit *f,
+                            const rlhf_raters_config *config) {
+    int row = 0, ties = 0;
+    for (int k = 0; k < s->n_votes; k++) ties += s->vote[k].value == RATER_TIE;
+    uint8_t *all = rater_zalloc(s->ctx, (size_t)s->n_votes + 1, 1);
+    memset(all, 1, (size_t)s->n_votes);
+    json_t *j = json_hold(s->ctx, rater_row(s, f, all, row, 1));
+    json_object_set_new(j, "annotators", json_integer(s->n_whos));
+    json_object_set_new(j, "ties", json_integer(ties));
+    json_object_set_new(j, "skipped", json_integer(s->skipped));
+    json_object_set_new(j, "replaced", json_integer(s->replaced));
+    json_object_set_new(j, "rounds", json_integer(f->rounds));
+    json_object_set_new(j, "domain",
+                        rater_rows(s, f, RATER_BY_DOMAIN, s->domains, s->n_domains, &row));
+    json_object_set_new(j, "annotator_type",
+                        rater_rows(s, f, RATER_BY_KIND, s->kinds, s->n_kinds, &row));
+    json_object_set_new(j, "annotator", rater_rows(s, f, RATER_BY_WHO, s->whos, s->n_whos, &row));
+    if (config->leave_out) json_object_set_new(j, "prediction", rater_predict(s));
+    json_object_set_new(j, "reliabilities", rater_cells(s, f));
+    json_object_set_new(j, "disputed", rater_disputed(s, f, (int)config->disputed));
+    return j;
+}
+
+/* ---- labels ---- */
+
+/* One preference record for each item, as JSON lines: what EM believes to be the better answer as
+ * chosen, how sure it is, and a weight. A block. */
+static char *rater_labels(const rater_set *s, const rater_fit *f) {
+    tok_buf b = {.ctx = s->ctx};
+    tok_put(&b, "", 0);
+    for (int i = 0; i < s->n_items; i++) {
+        const rater_item *item = s->item + i;
+        int turn = f->p[i] < 0.5, count[RATER_CHOICES];
+        rater_tally(s, i, count);
+        json_t *j =
+            json_hold(s->ctx, json_pack("{s:o,s:o,s:f,s:f,s:[i,i,i]}", "chosen",
+                                        rater_value(item->answer[turn]), "rejected",
+                                        rater_value(item->answer[!turn]), "soft_label",
+                                        turn ? 1 - f->p[i] : f->p[i], "weight", 1.0, "votes",
+                                        count[turn], count[!turn], count[RATER_TIE]));
+        json_t *context = json_hold(s->ctx, rater_value(item->prompt));
+        json_object_update_missing(j, context);
+        err_release(s->ctx);
+        if (item->id) json_object_set_new(j, "item", rater_value(item->id));
+        if (strcmp(s->domains[item->domain].key, "-"))
+            json_object_set_new(j, "domain", json_string(s->domains[item->domain].key));
+        size_t n;
+        char *line = json_text(s->ctx, j, JSON_COMPACT, &n);
+        tok_put(&b, line, n);
+        tok_put(&b, "\n", 1);
+        mem_free(line);
+        err_release(s->ctx);
+    }
+    return b.p;
+}
+
+/* Takes what a reward model says of each item as the prior of its true preference. Items longer
+ * than the model's positions keep theirs. */
+static void rater_inform(rater_set *s, rlhf_model *m, rlhf_tokenizer *tok) {
+    model_need_score(m);
+    tok_buf b = {.ctx = s->ctx};
+    for (int i = 0; i < s->n_items; i++) {
+        const rater_item *item = s->item + i;
+        char *line =
+            mem_printf(s->ctx, "%.*s%s\"chosen\":%s,\"rejected\":%s,\"number\":%d}\n",
+                       (int)strlen(item->prompt) - 1, item->prompt,
+                       item->prompt[1] == '}' ? "" : ",", item->answer[0], item->answer[1], i);
+        tok_put(&b, line, strlen(line));
+        mem_free(line);
+    }
+    rlhf_data_config config = {.kind = RLHF_DATA_PREFERENCE,
+                               .max_length = m->c.positions,
+                               .max_records = -1,
+                               .completion_only_loss = 1,
+                               .add_eos = 1};
+    rlhf_dataset *d = data_parse(s->ctx, b.p, b.n, "items", tok, &config);
+    err_defer(s->ctx, data_drop_store, &d->store);
+    arena_reset(&m->ws);
+    float *score = rm_score_pairs(m, &m->ws, d);
+    for (int i = 0; i < d->n; i++) {
+        json_t *j = json_loads(d->record[i].line, 0, NULL);
+        double p = (double)v_sigmoid1(score[2 * i] - score[2 * i + 1]);
+        s->item[json_integer_value(json_object_get(j, "number"))].prior =
+            fmin(fmax(p, RATER_SEEN), 1 - RATER_SEEN);
+        json_decref(j);
+    }
+    err_release(s->ctx);
+    mem_free(d);
+    mem_free(b.p);
+}
+
+/* A record of labels: its soft label becomes the item's prior, its weight a vote's seconds. */
+static void rater_read_label(rater_set *s, const json_src *src, const json_t *j) {
+    if (!json_is_object(j)) json_bad(src, "record", j, "an object");
+    rater_pair p = rater_read_pair(src, j);
+    double label = json_need_real(src, j, "soft_label"),
+           weight = json_opt_real(src, j, "weight", 1);
+    if (!(label >= 0 && label <= 1))
+        json_bad(src, "soft_label", json_get(j, "soft_label"), "a number from 0 to 1");
+    if (!(weight >= 0)) json_bad(src, "weight", json_get(j, "weight"), "a number not below 0");
+    int item = rater_item_of(s, &p), turned = strcmp(p.answer[0], s->item[item].answer[0]) != 0;
+    s->item[item].prior = turned ? 1 - label : label;
+    stbds_arrput(s->vote, ((rater_vote){.item = item, .seconds = weight}));
+}
+
+/* Gives the pairs of a dataset the labels of their items: how is "none", "majority", "em", or a
+ * file that rater_labels wrote. All records of an item weigh as much as one, times the mean number,
+ * so that the mean weight is 1 where the file's are: what one pair was asked often does not make it
+ * more of the likelihood. Pairs that the file does not know keep their label. */
+static void rater_weigh(rlhf_dataset *d, const char *how) {
+    rlhf_ctx *ctx = d->ctx;
+    rater_set s = {.ctx = ctx};
+    int file = strcmp(how, "em") && strcmp(how, "majority"), unknown = 0;
+    if (!strcmp(how, "none")) return;
+    if (!*how)
+        err_throw(ctx, RLHF_ERR_ARG,
+                  "annotator_weights is \"\", expected none, majority, em or a file's path");
+    if (file) rater_each_in(&s, how, rater_read_label);
+    int known = (int)stbds_arrlen(s.item);
+    double *weight = rater_zalloc(ctx, (size_t)known, sizeof *weight);
+    for (ptrdiff_t i = 0; i < stbds_arrlen(s.vote); i++) weight[s.vote[i].item] = s.vote[i].seconds;
+    /* Items of the records, in turn with them. */
+    int *item = rater_zalloc(ctx, (size_t)d->n, sizeof *item);
+    uint8_t *turned = rater_zalloc(ctx, (size_t)d->n, 1);
+    double *own = rater_zalloc(ctx, (size_t)d->n, sizeof *own);
+    char at[64];
+    for (int i = 0; i < d->n; i++) {
+        json_src src = json_source(ctx, at);
+        snprintf(at, sizeof at, "training record %d", i + 1);
+        src.status = RLHF_ERR_DATA;
+        json_t *j = json_parse(&src, d->record[i].line, strlen(d->record[i].line));
+        rater_pair p = rater_read_pair(&src, j);
+        own[i] = json_opt_real(&src, j, "weight", 1);
+        item[i] = rater_item_of(&s, &p);
+        turned[i] = strcmp(p.answer[0], s.item[item[i]].answer[0]) != 0;
+        if (!file) rater_read_record(&s, &src, j);
+        err_release(ctx);
+    }
+    int n = (int)stbds_arrlen(s.item), items = 0;
+    double *p = NULL;
+    if (!file) {
+        rater_sort(&s);
+        rater_fit f = rater_fit_new(&s);
+        p = f.p;
+        if (!strcmp(how, "em")) rater_estimate(&s, &f, -1);
+        else rater_vote_shares(&s, p, -1);
+        for (int i = 0; i < n && !strcmp(how, "majority"); i++)
+            p[i] = p[i] > 0.5 ? 1 : p[i] < 0.5 ? 0 : 0.5;
+    }
+    int *records = rater_zalloc(ctx, (size_t)n, sizeof *records);
+    for (int i = 0; i < d->n; i++) items += !records[item[i]]++;
+    for (int i = 0; i < d->n; i++) {
+        data_record *rec = d->record + i;
+        int k = item[i];
+        if (file && k >= known) {
+            unknown++;
+            continue;
+        }
+        double label = p ? p[k] : s.item[k].prior;
+        rec->doubt = turned[i] ? label : 1 - label;
+        rec->weight = own[i] * (file ? weight[k] : 1) * d->n / ((double)items * records[k]);
+    }
+    if (unknown)
+        log_at(ctx, RLHF_LOG_WARNING, "%s: %d of %d pairs are not in it and keep their labels", how,
+               unknown, d->n);
+    rater_free(&s);
+}
+
+/* ============================================================================================
+ * MARK: - 28 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
  *
@@ -11936,6 +13244,18 @@ rlhf_generate_config rlhf_generate_config_default(void) {
     return c;
 }
 
+rlhf_eval_config rlhf_eval_config_default(void) {
+    rlhf_eval_config c;
+    train_defaults(RLHF_CONFIG_EVAL, &c);
+    return c;
+}
+
+rlhf_raters_config rlhf_raters_config_default(void) {
+    rlhf_raters_config c;
+    train_defaults(RLHF_CONFIG_RATERS, &c);
+    return c;
+}
+
 const rlhf_field *rlhf_config_fields(rlhf_config_kind kind, int *n) {
     if ((unsigned)kind >= sizeof train_tables / sizeof *train_tables) return *n = 0, NULL;
     *n = train_tables[kind].n;
@@ -12065,6 +13385,23 @@ rlhf_status rlhf_score_dataset(rlhf_model *reward, rlhf_dataset *dataset, float 
     API_LEAVE();
 }
 
+rlhf_status rlhf_eval_pairs(rlhf_model *reward, rlhf_dataset *dataset,
+                            const rlhf_eval_config *config, char **json) {
+    if (!reward || !dataset || !config || !json) return RLHF_ERR_ARG;
+    *json = NULL;
+    API_ENTER(reward->ctx);
+    train_validate(api_ctx, RLHF_CONFIG_EVAL, config);
+    API_CHECK(dataset->config.kind == RLHF_DATA_PREFERENCE,
+              "comparing pairs needs a dataset of kind RLHF_DATA_PREFERENCE");
+    API_CHECK(!config->per_turn || dataset->config.turns,
+              "per_turn needs a dataset that was opened with turns = 1");
+    arena_reset(&reward->ws);
+    json_t *j = eval_preferences(reward, &reward->ws, dataset, config);
+    *json = json_text(api_ctx, j, JSON_COMPACT, NULL);
+    err_release(api_ctx);
+    API_LEAVE();
+}
+
 rlhf_status rlhf_eval(rlhf_model *model, rlhf_dataset *dataset, rlhf_model *reference,
                       char **json) {
     if (!model || !dataset || !json) return RLHF_ERR_ARG;
@@ -12074,10 +13411,36 @@ rlhf_status rlhf_eval(rlhf_model *model, rlhf_dataset *dataset, rlhf_model *refe
     if (reference) model_need_lm(reference);
     arena_reset(&model->ws);
     int pairs = dataset->config.kind == RLHF_DATA_PREFERENCE;
-    json_t *j = pairs ? eval_preferences(model, &model->ws, dataset)
+    rlhf_eval_config by = rlhf_eval_config_default();
+    json_t *j = pairs ? eval_preferences(model, &model->ws, dataset, &by)
                       : eval_text(model, reference, &model->ws, dataset);
     *json = json_text(api_ctx, j, JSON_COMPACT, NULL);
     err_release(api_ctx);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_raters(rlhf_ctx *ctx, const char *const *paths, int n,
+                        const rlhf_raters_config *config, rlhf_model *reward,
+                        rlhf_tokenizer *tokenizer, char **report, char **labels) {
+    if (!ctx || !paths || n < 1 || !config || !report) return RLHF_ERR_ARG;
+    *report = NULL;
+    if (labels) *labels = NULL;
+    API_ENTER(ctx);
+    train_validate(ctx, RLHF_CONFIG_RATERS, config);
+    API_CHECK(!reward || tokenizer, "a reward model needs a tokenizer");
+    for (int i = 0; i < n; i++) API_CHECK(paths[i], "a path is null");
+    rater_set set = {.ctx = ctx,
+                     .seed = (uint64_t)config->seed,
+                     .replicates = (int)config->bootstrap};
+    rater_read(&set, paths, n);
+    if (reward) rater_inform(&set, reward, tokenizer);
+    rater_fit fit = rater_fit_new(&set);
+    rater_estimate(&set, &fit, -1);
+    char *text = labels ? rater_labels(&set, &fit) : NULL;
+    *report = json_text(ctx, rater_report(&set, &fit, config), JSON_COMPACT, NULL);
+    if (labels) *labels = text;
+    err_release(ctx);
+    rater_free(&set);
     API_LEAVE();
 }
 
@@ -12103,6 +13466,7 @@ rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *t
     API_ENTER(model->ctx);
     API_CHECK(train->config.kind == RLHF_DATA_PREFERENCE,
               "a reward model needs a dataset of kind RLHF_DATA_PREFERENCE");
+    if (config->annotator_weights) rater_weigh(train, config->annotator_weights);
     *trainer = rm_open(model, start, tokenizer, train, eval, config);
     API_LEAVE();
 }
@@ -12164,7 +13528,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 28 BENCH (bench_)
+ * MARK: - 29 BENCH (bench_)
  * How fast this machine does the work of RLHF, against its own limits: multiply-adds in registers
  * and the memory's bandwidth, measured first. Random weights of named shapes, nothing is
  * downloaded. Equal weight hashes at the end mean that two machines did the same work.
@@ -12456,8 +13820,9 @@ static rlhf_dataset *bench_data(bench *b, const rlhf_model *m, rlhf_data_kind ki
     memset(d->record, 0, (size_t)n * sizeof *d->record);
     /* Ids from a fixed seed: the same on every machine. */
     for (int i = 0; i < n; i++) {
-        data_seq s = {len, arena_alloc(&d->store, (size_t)len * sizeof *s.ids),
-                      arena_alloc(&d->store, (size_t)len)};
+        data_seq s = {.n = len,
+                      .ids = arena_alloc(&d->store, (size_t)len * sizeof *s.ids),
+                      .loss = arena_alloc(&d->store, (size_t)len)};
         memset(s.loss, 1, (size_t)len);
         for (int t = 0; t < len; t++)
             s.ids[t] = (int32_t)(rng_u64(7, (uint64_t)i, (uint64_t)t) % (uint64_t)m->c.vocab);
@@ -12647,7 +14012,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 29 CLI (cli_)
+ * MARK: - 30 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -12711,6 +14076,8 @@ typedef union cli_config {
     rlhf_rm_config rm;
     rlhf_ppo_config ppo;
     rlhf_generate_config gen;
+    rlhf_eval_config eval;
+    rlhf_raters_config raters;
 } cli_config;
 
 struct cli;
@@ -13050,7 +14417,8 @@ static int cli_parse(cli *c, int argc, char **argv) {
         if (code) return code;
         i += took && !eq;
     }
-    if (c->n_more && !c->v[O_train] && strcmp(c->cmd->name, "bench"))
+    if (c->n_more && !c->v[O_train] && strcmp(c->cmd->name, "bench") &&
+        strcmp(c->cmd->name, "raters"))
         return cli_fail(c, "%s: unexpected argument \"%s\"", c->cmd->name, argv[0]), 2;
     return cli_take_file(c);
 }
@@ -13060,7 +14428,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 30 COMMAND (cli_ main)
+ * MARK: - 31 COMMAND (cli_ main)
  * What each command does: it opens what its options name, calls the public functions of rlhf.h
  * and prints what they found. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
@@ -13142,6 +14510,26 @@ static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset 
     return 0;
 }
 
+/* One cell of a table, or with a null value the head of its column. A value with an interval takes
+ * both bounds with it, whose own columns are left out. */
+static void cli_print_cell(const char *column, const json_t *v, const json_t *row) {
+    char name[64];
+    size_t n = strlen(column);
+    if ((n > 4 && !strcmp(column + n - 4, "_low")) || (n > 5 && !strcmp(column + n - 5, "_high")))
+        return;
+    snprintf(name, sizeof name, "%s_low", column);
+    const json_t *low = json_object_get(row, name);
+    snprintf(name, sizeof name, "%s_high", column);
+    const json_t *high = json_object_get(row, name);
+    if (!v) printf(low ? " %20.20s" : n > 12 ? " %15.15s" : " %12.12s", column);
+    else if (low && json_is_number(low))
+        printf("  %5.3g [%5.3g %5.3g]", json_number_value(v), json_number_value(low),
+               json_number_value(high));
+    else if (json_is_number(v))
+        printf(low ? " %20.4g" : n > 12 ? " %15.4g" : " %12.5g", json_number_value(v));
+    else printf(low ? " %20s" : n > 12 ? " %15s" : " %12s", "-");
+}
+
 /* Prints numbers and texts by name, then slices as tables. */
 static void cli_print_object(cli *c, const json_t *j) {
     const char *key, *name;
@@ -13157,11 +14545,11 @@ static void cli_print_object(cli *c, const json_t *j) {
         const char *column;
         json_t *number, *first = json_object_iter_value(json_object_iter(v));
         printf("\n%-24s", key);
-        json_object_foreach(first, column, number) printf(" %12.12s", column);
+        json_object_foreach(first, column, number) cli_print_cell(column, NULL, first);
         printf("\n");
         json_object_foreach(v, name, slice) {
             printf("%-24s", name);
-            json_object_foreach(slice, column, number) printf(" %12.5g", json_number_value(number));
+            json_object_foreach(slice, column, number) cli_print_cell(column, number, slice);
             printf("\n");
         }
     }
@@ -13353,6 +14741,7 @@ static int cli_rm(cli *c) {
     CLI_TRY(rlhf_model_clone(start, RLHF_HEAD_SCORE, &m));
     rlhf_data_config d =
         cli_data_config(c, RLHF_DATA_PREFERENCE, cli_fitting(m, cfg->max_length, 0));
+    d.turns = cfg->per_turn;
     CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &d, &train));
     if (c->v[O_eval_data]) CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_eval_data], tok, &d, &eval));
     CLI_TRY(rlhf_rm_open(m, scorer ? NULL : start, tok, train, eval, cfg, &t));
@@ -13361,12 +14750,18 @@ static int cli_rm(cli *c) {
     if (code) return code;
     char *text;
     if (eval) {
-        CLI_TRY(rlhf_eval(m, eval, NULL, &text));
-        json_t *e = json_loads(text, 0, NULL);
+        rlhf_eval_config by = {.slice = cfg->slice, .per_turn = cfg->per_turn};
+        CLI_TRY(rlhf_eval_pairs(m, eval, &by, &text));
+        json_t *e = json_loads(text, 0, NULL), *v;
         rlhf_free(c->ctx, text);
-        const char *const by[] = {"domain", "annotator_type", "annotator"};
-        for (int i = 0; i < 3; i++)
-            if (json_object_get(e, by[i])) json_object_set(j, by[i], json_object_get(e, by[i]));
+        const char *key;
+        char name[64];
+        /* Slices under their names; what is about the whole file joins the trainer's eval_*. */
+        json_object_foreach(e, key, v) {
+            snprintf(name, sizeof name, "eval_%s", key);
+            if (json_is_object(v)) json_object_set(j, key, v);
+            else if (!json_object_get(j, name)) json_object_set(j, name, v);
+        }
         json_decref(e);
     }
     cli_print_object(c, j);
@@ -13406,6 +14801,13 @@ static int cli_ppo(cli *c) {
 }
 
 /* ---- the other commands ---- */
+
+/* Writes a text as a whole file, or leaves what is there. */
+static rlhf_status cli_write_file(cli *c, const char *path, const char *text) {
+    API_ENTER(c->ctx);
+    io_write_file(c->ctx, path, text, strlen(text));
+    API_LEAVE();
+}
 
 static int cli_put_line(FILE *f, json_t *j) {
     char *text = json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(9));
@@ -13565,11 +14967,85 @@ static int cli_eval(cli *c) {
     rlhf_data_config cfg = cli_data_config(c, pairs ? RLHF_DATA_PREFERENCE : RLHF_DATA_SFT,
                                            rlhf_model_get_shape(m).max_positions);
     cfg.max_records = (int)most;
+    cfg.turns = c->config.eval.per_turn;
     CLI_TRY(rlhf_dataset_open(c->ctx, c->v[O_data], tok, &cfg, &d));
-    CLI_TRY(rlhf_eval(m, d, ref, &text));
+    if (pairs) CLI_TRY(rlhf_eval_pairs(m, d, &c->config.eval, &text));
+    else CLI_TRY(rlhf_eval(m, d, ref, &text));
     json_t *j = json_loads(text, 0, NULL);
     rlhf_free(c->ctx, text);
     cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+/* The groups of a report as tables, the whole first, and the most disputed items. What nothing is
+ * known of has no column. */
+static void cli_print_raters(cli *c, json_t *j) {
+    static const char *const groups[] = {"domain", "annotator_type", "annotator", "prediction"};
+    const char *name, *value;
+    json_t *v, *row, *shown = json_object(), *all = json_object();
+    size_t i;
+    json_object_foreach(j, name, v) if (!json_is_object(v) && !json_is_array(v))
+        json_object_set(all, name, v);
+    json_object_foreach(j, name, v) {
+        if (!json_is_null(v)) continue;
+        json_object_del(all, name);
+        for (i = 0; i < 3; i++)
+            json_object_foreach(json_object_get(j, groups[i]), value, row)
+                json_object_del(row, name);
+    }
+    const char *const counts[] = {"annotators", "ties", "skipped", "replaced", "rounds"};
+    for (i = 0; i < 5; i++) {
+        json_object_set(shown, counts[i], json_object_get(j, counts[i]));
+        json_object_del(all, counts[i]);
+    }
+    json_object_set_new(shown, "judgements of", json_pack("{s:o}", "all", all));
+    for (i = 0; i < 4; i++)
+        if (json_object_get(j, groups[i]))
+            json_object_set(shown, groups[i], json_object_get(j, groups[i]));
+    cli_print_object(c, shown);
+    json_decref(shown);
+    v = json_object_get(j, "disputed");
+    if (json_array_size(v)) printf("\n%-24s %12s %12s\n", "disputed", "votes", "probability");
+    json_array_foreach(json_object_get(j, "disputed"), i, v) {
+        char *text = json_dumps(json_object_get(v, "prompt"), JSON_ENCODE_ANY);
+        char *id = json_dumps(json_object_get(v, "item"), JSON_ENCODE_ANY);
+        const json_t *n = json_object_get(v, "votes");
+        char votes[48];
+        snprintf(votes, sizeof votes, "%d:%d:%d", (int)json_integer_value(json_array_get(n, 0)),
+                 (int)json_integer_value(json_array_get(n, 1)),
+                 (int)json_integer_value(json_array_get(n, 2)));
+        printf("%-24.24s %12s %12.3f  %.60s\n", id ? id : "", votes,
+               json_number_value(json_object_get(v, "probability")), text ? text : "");
+        free(text);
+        free(id);
+    }
+}
+
+static int cli_raters(cli *c) {
+    rlhf_model *m = NULL;
+    rlhf_tokenizer *tok = NULL;
+    char *report, *labels;
+    CLI_NEED(data);
+    if (c->v[O_reward]) {
+        CLI_TRY(rlhf_model_open(c->ctx, c->v[O_reward], &m));
+        CLI_TRY(rlhf_tokenizer_open(c->ctx, c->v[O_tokenizer] ? c->v[O_tokenizer] : c->v[O_reward],
+                                    &tok));
+    }
+    const char **paths = calloc((size_t)c->n_more + 1, sizeof *paths);
+    if (!paths) return cli_fail(c, "out of memory");
+    paths[0] = c->v[O_data];
+    for (int i = 0; i < c->n_more; i++) paths[i + 1] = c->more[i];
+    rlhf_status status = rlhf_raters(c->ctx, paths, c->n_more + 1, &c->config.raters, m, tok,
+                                     &report, c->v[O_out] ? &labels : NULL);
+    free(paths);
+    CLI_TRY(status);
+    if (c->v[O_out]) {
+        CLI_TRY(cli_write_file(c, c->v[O_out], labels));
+        rlhf_free(c->ctx, labels);
+    }
+    json_t *j = json_loads(report, 0, NULL);
+    rlhf_free(c->ctx, report);
+    if (!c->v[O_json]) cli_print_raters(c, j);
     return cli_results(c, j);
 }
 
@@ -13760,7 +15236,11 @@ static const cli_command cli_commands[] = {
      "--model DIR --data FILE [--ref DIR]",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(ref) |
          CLI_BIT(type) | CLI_BIT(chat_template),
-     -1, cli_eval},
+     RLHF_CONFIG_EVAL, cli_eval},
+    {"raters", "annotators: agreement, reliability, labels that trust the reliable",
+     "--data prefs.jsonl [FILE...] [--reward RM_DIR] [--out labels.jsonl]",
+     CLI_COMMON | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) | CLI_BIT(out),
+     RLHF_CONFIG_RATERS, cli_raters},
     {"export", "the model and its tokenizer as a file for llama.cpp",
      "--model DIR --gguf TYPE --out FILE.gguf",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(out), -1,

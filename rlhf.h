@@ -32,16 +32,16 @@ extern "C" {
 
 #define RLHF_STATUS_LIST(X)                                                                        \
     X(RLHF_OK, "ok")                                                                               \
-    X(RLHF_ERR_ARG, "bad argument")              /* a parameter out of range, a null pointer */    \
-    X(RLHF_ERR_MEMORY, "out of memory")          /* the hook gave null, or a size overflows */     \
-    X(RLHF_ERR_IO, "input/output error")         /* a file cannot be opened, read, written */      \
-    X(RLHF_ERR_FORMAT, "bad file")               /* a file whose contents make no sense */         \
-    X(RLHF_ERR_DATA, "bad record")               /* a dataset record that cannot be used */        \
-    X(RLHF_ERR_UNSUPPORTED, "not supported")     /* well-formed, but not computed here */          \
-    X(RLHF_ERR_CONTEXT, "context overflow")      /* more tokens than the model has places */       \
-    X(RLHF_ERR_NUMERIC, "not a finite number")   /* a loss or gradient; no step is taken */        \
-    X(RLHF_ERR_CALLBACK, "callback failed")      /* a reward function returned an error */         \
-    X(RLHF_STOPPED, "stopped")                   /* the progress hook asked to; state is kept */
+    X(RLHF_ERR_ARG, "bad argument")            /* a parameter out of range, a null pointer */      \
+    X(RLHF_ERR_MEMORY, "out of memory")        /* the hook gave null, or a size overflows */       \
+    X(RLHF_ERR_IO, "input/output error")       /* a file cannot be opened, read, written */        \
+    X(RLHF_ERR_FORMAT, "bad file")             /* a file whose contents make no sense */           \
+    X(RLHF_ERR_DATA, "bad record")             /* a dataset record that cannot be used */          \
+    X(RLHF_ERR_UNSUPPORTED, "not supported")   /* well-formed, but not computed here */            \
+    X(RLHF_ERR_CONTEXT, "context overflow")    /* more tokens than the model has places */         \
+    X(RLHF_ERR_NUMERIC, "not a finite number") /* a loss or gradient; no step is taken */          \
+    X(RLHF_ERR_CALLBACK, "callback failed")    /* a reward function returned an error */           \
+    X(RLHF_STOPPED, "stopped")                 /* the progress hook asked to; state is kept */
 
 /* RLHF_OK is 0; every other value is a failure, or the wish to stop. */
 typedef enum rlhf_status {
@@ -200,6 +200,7 @@ typedef struct rlhf_data_config {
     int completion_only_loss; /* 1: the prompt bears no loss (prompt + completion records) */
     int add_eos; /* 1: an end-of-text token follows every text or answer that lacks one */
     const char *chat_template; /* "auto" (from the tokenizer), or one of rlhf_chat_templates() */
+    int turns; /* 1: keep where each turn of the assistant ends, for per_turn evaluation */
 } rlhf_data_config;
 
 /* max_length 1024, all records, completion_only_loss 1, add_eos 1, chat_template "auto". */
@@ -222,8 +223,8 @@ rlhf_status rlhf_dataset_parse(rlhf_ctx *ctx, const char *jsonl, size_t len, con
 
 /* Null is allowed. After the trainers that use it. */
 void rlhf_dataset_close(rlhf_dataset *dataset);
-int rlhf_dataset_count(const rlhf_dataset *dataset);   /* usable records */
-int rlhf_dataset_dropped(const rlhf_dataset *dataset); /* too long, or of no use to the kind */
+int rlhf_dataset_count(const rlhf_dataset *dataset);      /* usable records */
+int rlhf_dataset_dropped(const rlhf_dataset *dataset);    /* too long, or of no use to the kind */
 int64_t rlhf_dataset_tokens(const rlhf_dataset *dataset); /* in all usable records */
 
 /* Record i as it was read: one line of JSON, valid until the dataset is closed; null if i is out of
@@ -339,7 +340,22 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(I, normalize_samples, 256, 0, 1e6,                                                           \
       "answers sampled from the starting model; their scores get mean 0, std 1")                   \
     F(I, response_length, 64, 1, 1e6, "longest such answer in tokens")                             \
-    F(R, temperature, 1.0, 1e-3, 1e3, "temperature of such answers")
+    F(R, temperature, 1.0, 1e-3, 1e3, "temperature of such answers")                               \
+    F(S, annotator_weights, "none", 0, 0,                                                          \
+      "whose judgement counts: none, majority, em, or a file that `rlhf raters --out` wrote")      \
+    RLHF_EVAL_FIELDS(F)
+
+/* How preferences are evaluated. */
+#define RLHF_EVAL_FIELDS(F)                                                                        \
+    F(S, slice, "", 0, 0, "further fields to report by, separated by commas")                      \
+    F(B, per_turn, 0, 0, 1, "also compare conversations at the end of each turn")
+
+#define RLHF_RATERS_FIELDS(F)                                                                      \
+    F(I, bootstrap, 1000, 0, 1e6, "bootstrap replicates for the intervals; 0 = no such intervals") \
+    F(I, disputed, 10, 0, 1e6, "items with the most disagreement to list")                         \
+    F(B, leave_out, 0, 0, 1,                                                                       \
+      "predict each annotator from the others, by reliability and by majority")                    \
+    F(I, seed, 42, 0, 9e15, "seed of the bootstrap")
 
 #define RLHF_PPO_FIELDS(F)                                                                         \
     RLHF_TRAIN_FIELDS(F, 3e-6, 1, 16, 1)                                                           \
@@ -379,10 +395,10 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
       "continuations computed at once; the result does not depend on it")                          \
     F(I, seed, 42, 0, 9e15, "seed of sampling")
 
-#define RLHF_C_I_                                   int64_t
-#define RLHF_C_R_                                   double
-#define RLHF_C_B_                                   int
-#define RLHF_C_S_                                   const char *
+#define RLHF_C_I_ int64_t
+#define RLHF_C_R_ double
+#define RLHF_C_B_ int
+#define RLHF_C_S_ const char *
 #define RLHF_MEMBER_(kind, name, def, lo, hi, help) RLHF_C_##kind##_ name;
 
 typedef struct rlhf_sft_config {
@@ -397,12 +413,20 @@ typedef struct rlhf_ppo_config {
 typedef struct rlhf_generate_config {
     RLHF_GENERATE_FIELDS(RLHF_MEMBER_)
 } rlhf_generate_config;
+typedef struct rlhf_eval_config {
+    RLHF_EVAL_FIELDS(RLHF_MEMBER_)
+} rlhf_eval_config;
+typedef struct rlhf_raters_config {
+    RLHF_RATERS_FIELDS(RLHF_MEMBER_)
+} rlhf_raters_config;
 
 /* All fields at the defaults of their tables. Texts are static. */
 rlhf_sft_config rlhf_sft_config_default(void);
 rlhf_rm_config rlhf_rm_config_default(void);
 rlhf_ppo_config rlhf_ppo_config_default(void);
 rlhf_generate_config rlhf_generate_config_default(void);
+rlhf_eval_config rlhf_eval_config_default(void);
+rlhf_raters_config rlhf_raters_config_default(void);
 
 /* The tables as data, for programs that parse options or print help. */
 typedef struct rlhf_field {
@@ -419,7 +443,9 @@ typedef enum rlhf_config_kind {
     RLHF_CONFIG_SFT,
     RLHF_CONFIG_RM,
     RLHF_CONFIG_PPO,
-    RLHF_CONFIG_GENERATE
+    RLHF_CONFIG_GENERATE,
+    RLHF_CONFIG_EVAL,
+    RLHF_CONFIG_RATERS
 } rlhf_config_kind;
 
 /* The rows of a table, static; *n (not null) becomes their number. */
@@ -467,8 +493,47 @@ rlhf_status rlhf_score_dataset(rlhf_model *reward, rlhf_dataset *dataset, float 
 /* One JSON object about a model on a dataset. Kind SFT or SCORE: nll (nats per token), perplexity,
  * mean_token_accuracy, num_tokens; with reference (may be null) also kl, the mean over records of
  * the exact KL(model || reference) summed over the tokens that bear loss. Kind PREFERENCE, with a
- * reward model: loss, accuracy, margin, and the same by domain, annotator_type and annotator. */
+ * reward model: rlhf_eval_pairs with the default configuration. */
 rlhf_status rlhf_eval(rlhf_model *model, rlhf_dataset *dataset, rlhf_model *reference, char **json);
+
+/* One JSON object about a reward model on a dataset of kind PREFERENCE: pairs, accuracy (ties count
+ * half) with its 95 % Wilson interval, margin in normalised rewards, ece (expected calibration
+ * error of sigmoid(r_chosen - r_rejected), ten bins), loss; beside them length_accuracy (the longer
+ * answer wins), agreement (share of the other judgements of a pair that agree with one of it) and
+ * ceiling (the accuracy that always being right has in the eyes of judges who agree so often); null
+ * where there is nothing to count. The same for every value of domain, annotator_type, annotator,
+ * safety, culture, turns, length (terciles of the answers' tokens) and of each field in
+ * config->slice. Of a list each element counts, of an object each member that is true or has a text
+ * or number. per_turn: also after each turn of the assistant; RLHF_ERR_ARG unless the dataset was
+ * opened with `turns`. */
+rlhf_status rlhf_eval_pairs(rlhf_model *reward, rlhf_dataset *dataset,
+                            const rlhf_eval_config *config, char **json);
+
+/* ---- Annotators ---- */
+
+/* Who judged what, how far they agree and whom to trust. Reads n files of preferences with
+ * "annotator": "chosen" and "rejected", or two "answers" and "choice" (0 or "A", 1 or "B", "tie",
+ * "both_bad", "skip"); optional: prompt, annotator_type (or kind), domain, item, order (the
+ * answers' indices as shown, chosen being 0 and rejected 1), seconds, gold (the right answer as
+ * choice names it, or true or false: this judgement is right). Judgements of the same texts and
+ * item are of one item; of two by one annotator the later counts; "both_bad" counts as a tie.
+ *
+ * *report: one JSON object. Overall and by domain, annotator_type and annotator: judgements,
+ * agreement with others, Krippendorff's alpha (nominal), Cohen's kappa (mean over pairs of
+ * annotators with ten common items or more), gold accuracy, share of choices for the answer shown
+ * first, median seconds, reliability; each with *_low and *_high (95 %; Wilson for shares,
+ * bootstrap over items for the others); reliability of each annotator by domain with the weight
+ * (log-odds) of a vote; disputed items. Reliability: expectation-maximisation with the true
+ * preference of each item latent (Dawid and Skene 1979), shrunk to annotator, kind and overall mean
+ * by beta priors whose strengths are estimated, too. reward and tokenizer (may be null) inform the
+ * true preferences.
+ *
+ * *labels (may be null): JSON lines, one record of kind PREFERENCE for each item with a judgement:
+ * the answer more likely preferred as chosen, soft_label, weight. Both texts are released with
+ * rlhf_free. RLHF_ERR_DATA with file:line for a record that cannot be used. */
+rlhf_status rlhf_raters(rlhf_ctx *ctx, const char *const *paths, int n,
+                        const rlhf_raters_config *config, rlhf_model *reward,
+                        rlhf_tokenizer *tokenizer, char **report, char **labels);
 
 /* ---- Training ---- */
 
@@ -490,7 +555,9 @@ rlhf_status rlhf_sft_open(rlhf_model *model, rlhf_tokenizer *tokenizer, rlhf_dat
 
 /* model: a scorer, from rlhf_model_clone(lm, RLHF_HEAD_SCORE) or an earlier run; start: the
  * language model that samples the answers by which scores are normalised, may be null (then the
- * training answers are used). */
+ * training answers are used). annotator_weights other than "none" gives train's records the labels
+ * and weights of rlhf_raters: "em" and "majority" from these records themselves, else from a file.
+ */
 rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tokenizer,
                          rlhf_dataset *train, rlhf_dataset *eval, const rlhf_rm_config *config,
                          rlhf_trainer **trainer);

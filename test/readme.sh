@@ -61,7 +61,8 @@ END
     records sft >"$1/sft.jsonl"
     records rm >"$1/prefs.jsonl"
     records ppo >"$1/prompts.jsonl"
-    for file in sft prefs prompts; do
+    records raters >"$1/judged.jsonl"
+    for file in sft prefs prompts judged; do
         [ "$(grep -c . "$1/$file.jsonl")" -ge 2 ] || { echo "no records for $file.jsonl"; return 1; }
     done
     (cd "$1" && ./rlhf tokenizer --train text.txt --vocab_size 512 --out words &&
@@ -101,7 +102,7 @@ check_targets() {
 }
 
 check_options() {
-    for command in sft rm ppo generate score eval tokenize tokenizer bench info; do
+    for command in sft rm ppo generate score eval raters tokenize tokenizer bench info; do
         "$prog" "$command" --help
     done | grep -o -e '--[a-z][a-z_0-9]*' | sort -u >"$tmp/known"
     grep -o -e '`--[a-z][a-z_-]*' README.md | tr -d '`' | tr - _ | sed 's/^__/--/' | sort -u |

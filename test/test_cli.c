@@ -286,7 +286,19 @@ TEST(other_commands) {
     CHECK_NEAR(number("perplexity"), exp(number("nll")), 1e-6 * exp(number("nll")));
     CHECK_NEAR(number("kl"), 0, 1e-6);
     RUN("$R eval --model $D/rm --data $D/pairs.jsonl --json", 0);
-    check_keys(__LINE__, "pairs accuracy margin loss domain annotator_type");
+    check_keys(__LINE__, "pairs accuracy accuracy_low accuracy_high margin ece loss "
+                         "length_accuracy agreement ceiling domain annotator_type length");
+    RUN("$R eval --model $D/rm --data $D/pairs.jsonl --slice prompt --per_turn --json", 0);
+    check_keys(__LINE__, "prompt");
+    RUN("sed 's/\"prompt\"/\"annotator\":\"ann\",&/' $D/pairs.jsonl >$D/judged.jsonl", 0);
+    RUN("$R raters --data $D/judged.jsonl --reward $D/rm --leave_out --out $D/l.jsonl --json", 0);
+    check_keys(__LINE__, "judgements items agreement alpha kappa gold first seconds reliability "
+                         "domain annotator_type annotator prediction reliabilities disputed");
+    RUN("$R raters --data $D/judged.jsonl $D/judged.jsonl --bootstrap 10", 0);
+    CHECK(strstr(out, "reliability") != NULL);
+    RUN("$R raters --data $D/pairs.jsonl", 1);
+    CHECK(strstr(err, "pairs.jsonl:1: missing \"annotator\" (expected a string)") != NULL);
+    RUN("$R eval --model $D/rm --data $D/l.jsonl --quiet", 0);
     RUN("printf 'the cat\\n\\none' | $R tokenize --tokenizer $D/tok --json", 0);
     check_keys(__LINE__, "lines tokens");
     CHECK_NEAR(number("lines"), 3, 0);
@@ -320,7 +332,8 @@ TEST(help_lists_every_option) {
     NEED_PROGRAM();
     RUN("$R --help", 0);
     static const char *const commands[] = {"sft",      "rm",        "ppo",  "generate", "score",
-                                           "tokenize", "tokenizer", "eval", "export",   "info"};
+                                           "tokenize", "tokenizer", "eval", "raters",   "export",
+                                           "info"};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         if (!strstr(out, commands[i])) test_fail(__FILE__, __LINE__, "no %s", commands[i]);
 #define ROW(kind, name, def, lo, hi, help) ROW_##kind(name, def, help)

@@ -1,0 +1,70 @@
+"""`rlhf raters` against the krippendorff and scikit-learn packages.
+
+    python test/interop_raters.py [--program ./rlhf]
+
+Random judgements of several shapes: alpha overall and by domain against krippendorff.alpha, kappa
+against the weighted mean of sklearn's cohen_kappa_score over pairs of annotators.
+"""
+import argparse
+import json
+import random
+import subprocess
+import tempfile
+
+import krippendorff
+import numpy as np
+from sklearn.metrics import cohen_kappa_score
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--program", default="./rlhf")
+program = parser.parse_args().program
+CHOICES = ["A", "B", "tie"]
+
+
+def expected(votes, annotators):
+    """alpha and kappa of {(item, annotator): choice}."""
+    items = sorted({i for i, _ in votes})
+    table = np.full((annotators, len(items)), np.nan)
+    for (i, w), c in votes.items():
+        table[w, items.index(i)] = c
+    alpha = krippendorff.alpha(reliability_data=table, level_of_measurement="nominal")
+    total = weight = 0
+    for a in range(annotators):
+        for b in range(a + 1, annotators):
+            both = ~np.isnan(table[a]) & ~np.isnan(table[b])
+            n = int(both.sum())
+            if n >= 10:
+                kappa = cohen_kappa_score(table[a, both], table[b, both])
+                if not np.isnan(kappa):
+                    total += n * kappa
+                    weight += n
+    return alpha, total / weight
+
+
+checks = 0
+for seed in range(12):
+    rng = random.Random(seed)
+    annotators, n = rng.randint(2, 7), rng.randint(80, 200)
+    votes, lines = {}, []
+    for i in range(n):
+        truth = rng.choices([0, 1, 2], [5, 3, 2])[0]
+        for w in range(annotators):
+            if rng.random() < 0.8:
+                c = truth if rng.random() < 0.7 else rng.randrange(3)
+                votes[i, w] = c
+                lines.append(json.dumps({"prompt": str(i), "answers": ["x", "y"], "annotator": str(w),
+                                         "choice": CHOICES[c], "domain": "d%d" % (i % 2)}))
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as f:
+        f.write("\n".join(lines))
+        f.flush()
+        out = subprocess.run([program, "raters", "--data", f.name, "--bootstrap", "0", "--json"],
+                             check=True, capture_output=True, text=True).stdout
+    report = json.loads(out.splitlines()[-1])
+    groups = [(report, votes)] + [(report["domain"]["d%d" % d],
+                                   {k: v for k, v in votes.items() if k[0] % 2 == d}) for d in (0, 1)]
+    for found, part in groups:
+        alpha, kappa = expected(part, annotators)
+        assert abs(found["alpha"] - alpha) < 1e-9, (seed, found["alpha"], alpha)
+        assert abs(found["kappa"] - kappa) < 1e-9, (seed, found["kappa"], kappa)
+        checks += 2
+print(checks, "numbers agree")

@@ -677,15 +677,16 @@ typedef void (*par_fn)(void *arg, int64_t lo, int64_t hi, int thread);
 enum { PAR_PIECES = 4 }; /* pieces of one thread's share: what a late thread leaves to others */
 #define PAR_PATIENCE 100e-6
 
-/* The share of one thread: number of the job << 32 | its next piece. A line of its own. */
+/* The share of one thread: number of the job << 32 | pieces that nobody has taken. A line of its
+ * own. It counts down, so that a job that is over has none, whatever the next job looks like. */
 typedef struct par_share {
-    _Atomic uint64_t next;
+    _Atomic uint64_t open;
     char line[RLHF_ALIGN - sizeof(uint64_t)];
 } par_share;
 
 /* A context's threads and the job at hand. Only the context's own thread posts jobs. The members of
- * a job are stable from its posting until its last piece is done: who has taken a piece of job
- * number `job` knows that what it read of that job is whole. */
+ * a job are stable from its posting until its last piece is done: who read them after its number
+ * and has then taken a piece of that number knows that what it read is of that job. */
 typedef struct par_team {
     int threads; /* the context's own thread among them */
     int opened;  /* 1: the region runs; -1: the system gave no thread */
@@ -727,12 +728,13 @@ static size_t par_cache_size(void) {
  * operations. The value steers time only, never results. */
 static int64_t par_grain(int64_t cost) { return 1 + 16384 / (cost > 0 ? cost : 1); }
 
+#ifdef _OPENMP
 /* Takes the next piece of a share, or returns -1 when there is none or the job is another. */
 static int par_take(par_team *t, uint32_t job, int share, int pieces) {
-    uint64_t next = atomic_load(&t->share[share].next);
-    while (next >> 32 == job && (int)(uint32_t)next < pieces)
-        if (atomic_compare_exchange_weak(&t->share[share].next, &next, next + 1))
-            return (int)(uint32_t)next;
+    uint64_t open = atomic_load(&t->share[share].open);
+    while (open >> 32 == job && (uint32_t)open > 0)
+        if (atomic_compare_exchange_weak(&t->share[share].open, &open, open - 1))
+            return pieces - (int)(uint32_t)open;
     return -1;
 }
 
@@ -754,7 +756,6 @@ static void par_work(par_team *t, uint32_t job, int self) {
     }
 }
 
-#ifdef _OPENMP
 /* Waits for a job newer than `seen`: awake for a while, then asleep. Returns 0 when it is time to
  * leave. */
 static int par_wait(par_team *t, uint32_t seen) {
@@ -849,7 +850,8 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
     atomic_store(&t->shares, shares);
     atomic_store(&t->pieces, pieces);
     atomic_store(&t->left, (int64_t)shares * pieces);
-    for (int i = 0; i < shares; i++) atomic_store(&t->share[i].next, (uint64_t)job << 32);
+    for (int i = 0; i < shares; i++)
+        atomic_store(&t->share[i].open, (uint64_t)job << 32 | (uint32_t)pieces);
     atomic_store(&t->job, job);
     /* A thread goes to sleep only after it has seen no newer job: one of the two sees the other. */
     if (atomic_load(&t->asleep)) {

@@ -9,8 +9,8 @@
  * different threads are independent, one context is used by one thread at a time (the library
  * starts its own worker threads inside a call).
  *
- * Results are the same bits for any number of threads, any grouping into batches and, in fp32, any
- * instruction set.
+ * Results are the same bits for any number of threads, any grouping into batches and, in f32, any
+ * instruction set and any cut of a step into micro-batches.
  *
  * Embedding: put rlhf.c and rlhf.h into a project, compile rlhf.c with -ffp-contract=off (and
  * -fopenmp for threads), link jansson, pcre2-8, utf8proc, zlib and libm. test/example_ppo.c is a

@@ -637,10 +637,63 @@ TEST(draw_edges) {
     }
 }
 
+/* ---- threads --------------------------------------------------------------------------------- */
+
+/* One job: how often each output was computed, and by whom. */
+typedef struct tally {
+    _Atomic int count[64];
+    _Atomic int bad;
+    int spin;
+} tally;
+
+static void tally_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    tally *t = arg;
+    if (thread < 0 || thread >= 5) t->bad = 1;
+    for (int64_t i = lo; i < hi; i++) t->count[i]++;
+    for (volatile int k = 0; k < t->spin; k++) {}
+}
+
+/* Jobs of all sizes, one behind the other, with more threads than processors: every output once,
+ * whoever is late. */
+TEST(every_piece_once) {
+    rlhf_ctx *ctx = test_context("auto", 5);
+    for (int job = 0; job < (test_quick() ? 20000 : 200000); job++) {
+        tally t = {.spin = job % 7 * 20};
+        int n = test_int(1, 64), grain = test_int(1, 9);
+        par_for(ctx, n, grain, tally_range, &t);
+        int wrong = t.bad;
+        for (int i = 0; i < 64; i++) wrong += t.count[i] != (i < n);
+        if (wrong) {
+            test_fail(__FILE__, __LINE__, "job %d: n %d, grain %d", job, n, grain);
+            break;
+        }
+    }
+    rlhf_close(ctx);
+}
+
+/* A thread that comes when its job is over, and the next, larger one is half posted, takes nothing. */
+TEST(nothing_of_a_job_that_is_over) {
+    rlhf_ctx *ctx = test_context("auto", 2);
+    tally t = {0};
+    par_for(ctx, 2, 1, tally_range, &t);
+    par_team *team = ctx->team;
+#ifdef _OPENMP
+    atomic_store(&team->n, 64);
+    atomic_store(&team->units, 64);
+    atomic_store(&team->pieces, PAR_PIECES);
+    par_work(team, atomic_load(&team->job), 1);
+    CHECK(atomic_load(&team->left) == 0);
+#endif
+    (void)team;
+    for (int i = 0; i < 64; i++) CHECK_EQ_I(t.count[i], i < 2);
+    rlhf_close(ctx);
+}
+
 TEST_MAIN(CASE(exp_everywhere), CASE(log_everywhere), CASE(tanh_everywhere), CASE(sin_everywhere),
           CASE(cos_everywhere), CASE(dense_intervals), CASE(exact_values),
           CASE(the_same_on_every_machine), CASE(twins_of_every_length), CASE(twins_long),
           CASE(twins_extreme), CASE(special_values),
           CASE(bad_rows_show), CASE(statistics_of_a_row), CASE(online_softmax), CASE(rotation),
           CASE(adam_formula), CASE(adam_by_hand), CASE(sum_of_squares), CASE(draw_distribution),
-          CASE(draw_edges))
+          CASE(draw_edges), CASE(every_piece_once),
+          CASE(nothing_of_a_job_that_is_over))

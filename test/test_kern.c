@@ -671,7 +671,8 @@ TEST(every_piece_once) {
     rlhf_close(ctx);
 }
 
-/* A thread that comes when its job is over, and the next, larger one is half posted, takes nothing. */
+/* A thread that comes when its job is over, while the next, larger one is being posted, takes
+ * nothing. */
 TEST(nothing_of_a_job_that_is_over) {
     rlhf_ctx *ctx = test_context("auto", 2);
     tally t = {0};

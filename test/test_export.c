@@ -211,13 +211,13 @@ TEST(half_precision) {
 TEST(brain_floats) {
     for (uint32_t h = 0; h < 0x10000; h++) {
         float f = v_bits1((int32_t)(h << 16));
-        if (isnan(f)) CHECK((gguf_brain(f) & 0x7fff) > 0x7f80);
-        else CHECK_EQ_I(gguf_brain(f), h);
+        if (isnan(f)) CHECK((v_half1(f) & 0x7fff) > 0x7f80);
+        else CHECK_EQ_I(v_half1(f), h);
     }
-    CHECK_EQ_I(gguf_brain(0x1.01p0f), 0x3f80); /* ties go to the even one */
-    CHECK_EQ_I(gguf_brain(0x1.03p0f), 0x3f82);
-    CHECK_EQ_I(gguf_brain(0x1.010002p0f), 0x3f81);
-    CHECK_EQ_I(gguf_brain(v_bits1(0x7f800001)), 0x7fc0);
+    CHECK_EQ_I(v_half1(0x1.01p0f), 0x3f80); /* ties go to the even one */
+    CHECK_EQ_I(v_half1(0x1.03p0f), 0x3f82);
+    CHECK_EQ_I(v_half1(0x1.010002p0f), 0x3f81);
+    CHECK_EQ_I(v_half1(v_bits1(0x7f800001)), 0x7fc0);
 }
 
 TEST(blocks) {

@@ -13,7 +13,7 @@
  *   03 MEM (mem_ arena_)       blocks that a failed call gives back, arenas for steps
  *   04 RNG (rng_)              counter-based random numbers
  *   05 PAR (par_)              threads: fixed splits over outputs
- *   06 VEC (v_ vi_ v16_)       sixteen virtual lanes: AVX2, NEON, plain C; exp, log, tanh, sin, cos
+ *   06 VEC (v_ vi_ v16_)       sixteen virtual lanes: AVX2, NEON, plain C; exp, tanh, sin and such
  *   07 KERN (k_)               row kernels on 06, each with a plain-C twin
  *   08 GEMM (gemm_)            the matrix product: packing, tiles, driver
  *   09 OPS (op_)               forward and backward of every operation
@@ -22,28 +22,29 @@
  *   12 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
  *   13 VOCAB (tok_)            tokenizer.json in and out, training a vocabulary
  *   14 CHAT (chat_)            conversations as text: templates as data, spans that bear loss
- *   15 MODEL (model_)          architectures, parameter table, forward, backward, decoding
- *   16 CKPT (ckpt_)            safetensors and Hugging Face directories
- *   17 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
- *   18 OPT (opt_)              AdamW, clipping, schedules
- *   19 DATA (data_)            records, loss spans, orders
- *   20 GEN (gen_)              sampling and batched generation
- *   21 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
- *   22 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
- *   23 SFT (sft_)              supervised fine-tuning
- *   24 RM (rm_)                the reward model
- *   25 PPO (ppo_)              proximal policy optimisation
- *   26 EVAL (eval_)            perplexity, KL, preference accuracy by slice
- *   27 RATER (rater_)          annotators: agreement, reliability, labels from many hands
- *   28 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
- *   29 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   30 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   31 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
+ *   15 MODEL (model_)          families, parameter table, layout, initial weights
+ *   16 PASS (model_)           forward, backward, heads, batches
+ *   17 CKPT (ckpt_)            safetensors and Hugging Face directories
+ *   18 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
+ *   19 OPT (opt_)              AdamW, clipping, schedules
+ *   20 DATA (data_)            records, loss spans, orders
+ *   21 GEN (gen_)              sampling and batched generation
+ *   22 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
+ *   23 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
+ *   24 SFT (sft_)              supervised fine-tuning
+ *   25 RM (rm_)                the reward model
+ *   26 PPO (ppo_)              proximal policy optimisation
+ *   27 EVAL (eval_)            perplexity, KL, preference accuracy by slice
+ *   28 RATER (rater_)          annotators: agreement, reliability, labels from many hands
+ *   29 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
+ *   30 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
+ *   31 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   32 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
  * one tree. Hence the same bits for any thread count, batch composition, tile shape and
- * instruction set. (3) exp, log, tanh, sin and cos are polynomials of 06, never libm's.
+ * instruction set. (3) exp, log, tanh, erf, sin and cos are polynomials of 06, never libm's.
  *
  * Embedding: compile with -ffp-contract=off; -fopenmp is optional. No -march flag is needed:
  * kernels carry their own target attributes and are chosen when a context is opened. RLHF_MAIN
@@ -874,8 +875,8 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
  * The vocabulary that kernels are written in: v16, sixteen virtual lanes, which are two AVX2
  * registers or four NEON registers. A reduction keeps sixteen partial results and joins them by one
  * tree (8, 4, 2, 1), in every instruction set and in the plain-C twins, hence the same bits
- * everywhere. exp, log, tanh, sin and cos are polynomials over the vocabulary; v_exp1 ... v_cos1
- * are the same sequences of operations in plain C.
+ * everywhere. exp, log, tanh, erf, sin and cos are polynomials over the vocabulary; v_exp1 ...
+ * v_cos1 are the same sequences of operations in plain C.
  * Names: v_x1 is plain C on one number, v_x one register of floats (vf), vi_x one of integers (vi),
  *        v16_x sixteen lanes. A comparison yields a mask: all bits of a lane set or none.
  * Invariant: a vector function and its twin do the same roundings in the same order; nothing is
@@ -895,14 +896,20 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
 #define V_PIO2_1 1.57079637050628662109375f /* pi / 2 in three parts of 24 bits */
 #define V_PIO2_2 (-4.37113882867379109e-8f)
 #define V_PIO2_3 (-1.71512451225206e-15f)
-#define V_TANH_SMALL 0.625f /* below, 1 - 2 / (e^2x + 1) would lose digits */
+#define V_TANH_SMALL 0.625f  /* below, 1 - 2 / (e^2x + 1) would lose digits */
+#define V_ERF_SMALL 0.84375f /* below, 1 - erfc would lose digits */
+#define V_ERF_ONE 4.0f       /* from here on erf is 1 in single precision */
 
 /* Highest power first, for Horner's scheme with one fma a step. The polynomials stand for
  *     e^r = 1 + r + r^2 exp_c(r)                      |r| <= ln 2 / 2
  *     ln(1 + f) = f - f^2 / 2 + f^3 log_c(f)          sqrt(1/2) - 1 <= f < sqrt 2 - 1
  *     tanh x = x + x^3 tanh_c(x^2)                    |x| < 0.625
+ *     erf x = x + x erf_c(x^2)                        |x| < 0.84375
+ *     erf x = 1 - e^-erfc_c(x)                        0.84375 <= x <= 4
  *     sin r = r + r^3 sin_c(r^2)                      |r| <= pi / 4
- *     cos r = 1 - r^2 / 2 + r^4 cos_c(r^2) */
+ *     cos r = 1 - r^2 / 2 + r^4 cos_c(r^2)
+ * The two of erf are fits of this project, by weighted least squares to the smallest largest error
+ * in units of the last place of erf. */
 static const float v_exp_c[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                  4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 static const float v_log_c[9] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
@@ -910,6 +917,13 @@ static const float v_log_c[9] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998
                                  2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
 static const float v_tanh_c[5] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f,
                                   1.33314422036e-1f, -3.33332819422e-1f};
+static const float v_erf_c[6] = {-6.342947599478066e-4f,  5.055627785623074e-3f,
+                                 -2.6805108413100243e-2f, 1.1282775551080704e-1f,
+                                 -3.761257529258728e-1f,  1.2837916612625122e-1f};
+static const float v_erfc_c[7] = {-2.0433070312719792e-4f, 3.1240428797900677e-3f,
+                                  -2.2542783990502357e-2f, 1.0457314550876617e-1f,
+                                  6.364675164222717e-1f,   1.1280901432037354f,
+                                  9.782638517208397e-5f};
 static const float v_sin_c[3] = {-1.9515295891e-4f, 8.3321608736e-3f, -1.6666654611e-1f};
 static const float v_cos_c[3] = {2.443315711809948e-5f, -1.388731625493765e-3f,
                                  4.166664568298827e-2f};
@@ -993,6 +1007,17 @@ static float v_tanh1(float x) {
     float small = fmaf(p * z, x, x);
     float big = 1.0f - 2.0f / (v_exp1(a + a) + 1.0f);
     return a < V_TANH_SMALL ? small : copysignf(big, x);
+}
+
+/* erf x = 2 / sqrt(pi) times the integral of e^-t^2 from 0 to x: an odd polynomial near 0, else
+ * 1 - e^-p with the sign of x, p a polynomial that stands for -ln erfc. NaN stays NaN. */
+static float v_erf1(float x) {
+    float a = fabsf(x), z = x * x, p = v_erf_c[0], q = v_erfc_c[0];
+    for (int i = 1; i < 6; i++) p = fmaf(p, z, v_erf_c[i]);
+    float small = fmaf(p, x, x), b = V_ERF_ONE < a ? V_ERF_ONE : a;
+    for (int i = 1; i < 7; i++) q = fmaf(q, b, v_erfc_c[i]);
+    float big = 1.0f - v_exp1(-q);
+    return a < V_ERF_SMALL ? small : copysignf(big, x);
 }
 
 /* sin and cos of |x| <= 1e5, which rotary angles and Box-Muller's respect: x = k pi/2 + r. The
@@ -1193,7 +1218,8 @@ V_OP void v_transpose(vf r[4]) {
 
 #if V_SIMD
 
-/* The twins of v_exp1, v_log1, v_tanh1 and v_sincos1, line by line: branches become v_pick. */
+/* The twins of v_exp1, v_log1, v_tanh1, v_erf1 and v_sincos1, line by line: branches become v_pick.
+ */
 V_OP vf v_exp(vf x) {
     x = v_min(v_set(V_EXP_HI), x);
     x = v_max(v_set(V_EXP_LO), x);
@@ -1254,6 +1280,25 @@ V_OP vf v_tanh(vf x) {
     return v_pick(v_less(a, v_set(V_TANH_SMALL)), small, v_or(big, sign));
 }
 
+V_OP vf v_erf(vf x) {
+    vf sign = v_and(x, v_set(-0.0f)), a = v_xor(x, sign), z = v_mul(x, x);
+    vf p = v_set(v_erf_c[0]), q = v_set(v_erfc_c[0]);
+    p = v_fma(p, z, v_set(v_erf_c[1]));
+    p = v_fma(p, z, v_set(v_erf_c[2]));
+    p = v_fma(p, z, v_set(v_erf_c[3]));
+    p = v_fma(p, z, v_set(v_erf_c[4]));
+    p = v_fma(p, z, v_set(v_erf_c[5]));
+    vf small = v_fma(p, x, x), b = v_min(v_set(V_ERF_ONE), a);
+    q = v_fma(q, b, v_set(v_erfc_c[1]));
+    q = v_fma(q, b, v_set(v_erfc_c[2]));
+    q = v_fma(q, b, v_set(v_erfc_c[3]));
+    q = v_fma(q, b, v_set(v_erfc_c[4]));
+    q = v_fma(q, b, v_set(v_erfc_c[5]));
+    q = v_fma(q, b, v_set(v_erfc_c[6]));
+    vf big = v_sub(v_set(1.0f), v_exp(v_xor(q, v_set(-0.0f))));
+    return v_pick(v_less(a, v_set(V_ERF_SMALL)), small, v_or(big, sign));
+}
+
 V_OP void v_sincos(vf x, vf *sine, vf *cosine) {
     vf k = v_round(v_mul(x, v_set(V_2_PI)));
     vf r = v_fma(k, v_set(-V_PIO2_1), x);
@@ -1312,6 +1357,7 @@ V16_1(v16_sqrt, v_sqrt)
 V16_1(v16_exp, v_exp)
 V16_1(v16_log, v_log)
 V16_1(v16_tanh, v_tanh)
+V16_1(v16_erf, v_erf)
 
 /* a b + c, rounded once. */
 V_OP v16 v16_fma(v16 a, v16 b, v16 c) {
@@ -1427,9 +1473,10 @@ typedef struct k_adam {
 typedef void k_map_fn(int n, const float *x, float *y);
 typedef void k_sincos_fn(int n, const float *x, float *s, float *c);
 typedef float k_dot_fn(int n, const float *a, const float *b);
-typedef void k_rms_fn(int n, const float *x, const float *w, float eps, float *y, float *rstd);
-typedef void k_rms_bwd_fn(int n, const float *dy, const float *x, const float *w, float rstd,
-                          float *dx);
+typedef void k_rms_fn(int n, const float *x, const float *w, float base, float eps, float *y,
+                      float *rstd);
+typedef void k_rms_bwd_fn(int n, const float *dy, const float *x, const float *w, float base,
+                          float rstd, float *dx);
 typedef void k_ln_fn(int n, const float *x, const float *w, const float *b, float eps, float *y,
                      float *mean, float *rstd);
 typedef void k_ln_bwd_fn(int n, const float *dy, const float *x, const float *w, float mean,
@@ -1449,6 +1496,8 @@ typedef float k_softmax_fn(int n, float *s, float scale, float *max, float *sum)
 typedef void k_prob_fn(int n, float *s, float scale, float lse);
 typedef void k_ds_fn(int n, const float *p, float *dp, float d, float scale);
 typedef void k_scale_fn(int n, float *x, float a);
+typedef void k_cap_fn(int n, float *x, float in, float out);
+typedef void k_cap_bwd_fn(int n, const float *y, float in, float *d);
 typedef void k_panel_fn(int n, const float *x, size_t ld, float *y);
 typedef void k_strips_fn(int n, int strips, int w, const float *x, size_t ld, float *y);
 typedef void k_half_fn(int n, const float *x, size_t step, uint16_t *y);
@@ -1477,8 +1526,15 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(norm_dw, k_norm_dw_fn)                                                                       \
     X(gelu, k_map_fn)                                                                              \
     X(gelu_bwd, k_mul2_fn)                                                                         \
+    X(erf, k_map_fn)                                                                               \
+    X(gelu_erf, k_map_fn)                                                                          \
+    X(gelu_erf_bwd, k_mul2_fn)                                                                     \
     X(glu, k_glu_fn)                                                                               \
     X(glu_bwd, k_glu_bwd_fn)                                                                       \
+    X(geglu, k_glu_fn)                                                                             \
+    X(geglu_bwd, k_glu_bwd_fn)                                                                     \
+    X(cap, k_cap_fn)                                                                               \
+    X(cap_bwd, k_cap_bwd_fn)                                                                       \
     X(rope, k_rope_fn)                                                                             \
     X(stats, k_stats_fn)                                                                           \
     X(ce, k_ce_fn)                                                                                 \
@@ -1516,6 +1572,8 @@ typedef struct k_table {
 
 #define K_GELU_A 0.7978845608028654f /* sqrt(2 / pi) */
 #define K_GELU_B 0.044715f
+#define K_ROOT_HALF 0.7071067811865476f /* 1 / sqrt 2 */
+#define K_NORMAL 0.3989422804014327f    /* 1 / sqrt(2 pi) */
 
 /* ---- plain C ---- */
 
@@ -1550,26 +1608,28 @@ static float k_r_dot(int n, const float *a, const float *b) {
     return v_tree1(acc);
 }
 
-/* RMSNorm (Zhang and Sennrich 2019): y = x rstd w, rstd = 1 / sqrt(mean x^2 + eps). y may be x.
- * rstd is kept for the backward pass. */
-static void k_r_rms(int n, const float *x, const float *w, float eps, float *y, float *rstd) {
+/* RMSNorm (Zhang and Sennrich 2019): y = x rstd (base + w), rstd = 1 / sqrt(mean x^2 + eps). base
+ * is 0, or 1 where the weights are stored as deviations from 1 (Gemma). y may be x. rstd is kept
+ * for the backward pass. */
+static void k_r_rms(int n, const float *x, const float *w, float base, float eps, float *y,
+                    float *rstd) {
     float r = 1.0f / sqrtf(k_r_dot(n, x, x) / (float)n + eps);
-    for (int i = 0; i < n; i++) y[i] = (x[i] * r) * w[i];
+    for (int i = 0; i < n; i++) y[i] = (x[i] * r) * (w[i] + base);
     *rstd = r;
 }
 
-/* Its gradient, added to dx, with g = dy w:
+/* Its gradient, added to dx, with g = dy (base + w):
  *     dx += rstd g - x rstd^3 / n sum(g x)
  * the first term by the scale, the second because rstd depends on every x. */
-static void k_r_rms_bwd(int n, const float *dy, const float *x, const float *w, float rstd,
-                        float *dx) {
+static void k_r_rms_bwd(int n, const float *dy, const float *x, const float *w, float base,
+                        float rstd, float *dx) {
     float acc[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) {
-        float g = dy[i] * w[i];
+        float g = dy[i] * (w[i] + base);
         acc[i % RLHF_LANES] = fmaf(g, x[i], acc[i % RLHF_LANES]);
     }
     float c = -(v_tree1(acc) / (float)n) * rstd * rstd * rstd;
-    for (int i = 0; i < n; i++) dx[i] += fmaf(x[i], c, (dy[i] * w[i]) * rstd);
+    for (int i = 0; i < n; i++) dx[i] += fmaf(x[i], c, (dy[i] * (w[i] + base)) * rstd);
 }
 
 /* LayerNorm (Ba, Kiros and Hinton 2016): y = (x - mean) rstd w + b, rstd = 1 / sqrt(var + eps),
@@ -1634,6 +1694,29 @@ static void k_r_gelu_bwd(int n, const float *x, const float *dy, float *dx) {
     }
 }
 
+/* y = erf x; y may be x. */
+static void k_r_erf(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i++) y[i] = v_erf1(x[i]);
+}
+
+/* GELU as defined (Hendrycks and Gimpel 2016): y = x/2 (1 + erf(x / sqrt 2)). y may be x. */
+static void k_r_gelu_erf(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i++) {
+        float u = x[i];
+        y[i] = (u * 0.5f) * (v_erf1(u * K_ROOT_HALF) + 1.0f);
+    }
+}
+
+/* dx = dy gelu'(x), gelu'(x) = (1 + erf(x / sqrt 2)) / 2 + x e^(-x^2/2) / sqrt(2 pi). dx may be dy.
+ */
+static void k_r_gelu_erf_bwd(int n, const float *x, const float *dy, float *dx) {
+    for (int i = 0; i < n; i++) {
+        float u = x[i], e = v_exp1((u * -0.5f) * u);
+        float half = (v_erf1(u * K_ROOT_HALF) + 1.0f) * 0.5f;
+        dx[i] = fmaf(u * K_NORMAL, e, half) * dy[i];
+    }
+}
+
 /* SwiGLU (Shazeer 2020): y = silu(gate) up, silu(g) = g sigmoid(g). y may be either input. */
 static void k_r_glu(int n, const float *gate, const float *up, float *y) {
     for (int i = 0; i < n; i++) y[i] = (gate[i] * v_sigmoid1(gate[i])) * up[i];
@@ -1648,6 +1731,38 @@ static void k_r_glu_bwd(int n, const float *gate, const float *up, const float *
         float g = gate[i], s = v_sigmoid1(g), silu = g * s;
         dup[i] = dy[i] * silu;
         dgate[i] = (dy[i] * up[i]) * (fmaf(-silu, s, silu) + s);
+    }
+}
+
+/* GeGLU (Shazeer 2020): y = gelu(gate) up with the tanh form of gelu. y may be either input. */
+static void k_r_geglu(int n, const float *gate, const float *up, float *y) {
+    for (int i = 0; i < n; i++) {
+        float u = gate[i], t = v_tanh1((u * K_GELU_A) * fmaf(u * u, K_GELU_B, 1.0f));
+        y[i] = ((u * 0.5f) * (t + 1.0f)) * up[i];
+    }
+}
+
+/* Its gradients, overwriting: dup = dy gelu(gate), dgate = dy up gelu'(gate). No output is an
+ * input. */
+static void k_r_geglu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
+                          float *dup) {
+    k_r_geglu(n, gate, dy, dup);
+    for (int i = 0; i < n; i++) dgate[i] = dy[i] * up[i];
+    k_r_gelu_bwd(n, gate, dgate, dgate);
+}
+
+/* Soft cap (Gemma 2): x = out tanh(in x), in place; with in = scale / cap and out = cap it keeps
+ * scale x within the cap. */
+static void k_r_cap(int n, float *x, float in, float out) {
+    for (int i = 0; i < n; i++) x[i] = v_tanh1(x[i] * in) * out;
+}
+
+/* Its slope times d, in place, from the outputs y and in = 1 / cap: d *= 1 - (y / cap)^2. The scale
+ * is the caller's. */
+static void k_r_cap_bwd(int n, const float *y, float in, float *d) {
+    for (int i = 0; i < n; i++) {
+        float t = y[i] * in;
+        d[i] *= fmaf(-t, t, 1.0f);
     }
 }
 
@@ -1847,26 +1962,28 @@ K_FN float k_v_dot(int n, const float *a, const float *b) {
     return v16_sum(acc);
 }
 
-K_FN void k_v_rms(int n, const float *x, const float *w, float eps, float *y, float *rstd) {
+K_FN void k_v_rms(int n, const float *x, const float *w, float base, float eps, float *y,
+                  float *rstd) {
     float r = 1.0f / sqrtf(k_v_dot(n, x, x) / (float)n + eps);
-    v16 vr = v16_set(r);
-    for (int i = 0; i < n; i += RLHF_LANES)
-        v16_put(y + i, n - i,
-                v16_mul(v16_mul(v16_get(x + i, n - i, 0), vr), v16_get(w + i, n - i, 0)));
+    v16 vr = v16_set(r), vb = v16_set(base);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 g = v16_add(v16_get(w + i, n - i, 0), vb);
+        v16_put(y + i, n - i, v16_mul(v16_mul(v16_get(x + i, n - i, 0), vr), g));
+    }
     *rstd = r;
 }
 
-K_FN void k_v_rms_bwd(int n, const float *dy, const float *x, const float *w, float rstd,
-                      float *dx) {
-    v16 acc = v16_set(0);
+K_FN void k_v_rms_bwd(int n, const float *dy, const float *x, const float *w, float base,
+                      float rstd, float *dx) {
+    v16 acc = v16_set(0), vb = v16_set(base);
     for (int i = 0; i < n; i += RLHF_LANES) {
-        v16 g = v16_mul(v16_get(dy + i, n - i, 0), v16_get(w + i, n - i, 0));
+        v16 g = v16_mul(v16_get(dy + i, n - i, 0), v16_add(v16_get(w + i, n - i, 0), vb));
         acc = v16_fma(g, v16_get(x + i, n - i, 0), acc);
     }
     float c = -(v16_sum(acc) / (float)n) * rstd * rstd * rstd;
     v16 vc = v16_set(c), vr = v16_set(rstd);
     for (int i = 0; i < n; i += RLHF_LANES) {
-        v16 g = v16_mul(v16_get(dy + i, n - i, 0), v16_get(w + i, n - i, 0));
+        v16 g = v16_mul(v16_get(dy + i, n - i, 0), v16_add(v16_get(w + i, n - i, 0), vb));
         v16 t = v16_fma(v16_get(x + i, n - i, 0), vc, v16_mul(g, vr));
         v16_put(dx + i, n - i, v16_add(v16_get(dx + i, n - i, 0), t));
     }
@@ -1942,6 +2059,30 @@ K_FN void k_v_gelu_bwd(int n, const float *x, const float *dy, float *dx) {
     }
 }
 
+K_FN void k_v_erf(int n, const float *x, float *y) {
+    for (int i = 0; i < n; i += RLHF_LANES)
+        v16_put(y + i, n - i, v16_erf(v16_get(x + i, n - i, 0)));
+}
+
+K_FN void k_v_gelu_erf(int n, const float *x, float *y) {
+    v16 half = v16_set(0.5f), one = v16_set(1.0f), root = v16_set(K_ROOT_HALF);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 u = v16_get(x + i, n - i, 0), e = v16_erf(v16_mul(u, root));
+        v16_put(y + i, n - i, v16_mul(v16_mul(u, half), v16_add(e, one)));
+    }
+}
+
+K_FN void k_v_gelu_erf_bwd(int n, const float *x, const float *dy, float *dx) {
+    v16 half = v16_set(0.5f), one = v16_set(1.0f), root = v16_set(K_ROOT_HALF);
+    v16 normal = v16_set(K_NORMAL), minus = v16_set(-0.5f);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 u = v16_get(x + i, n - i, 0), e = v16_exp(v16_mul(v16_mul(u, minus), u));
+        v16 h = v16_mul(v16_add(v16_erf(v16_mul(u, root)), one), half);
+        v16 d = v16_fma(v16_mul(u, normal), e, h);
+        v16_put(dx + i, n - i, v16_mul(d, v16_get(dy + i, n - i, 0)));
+    }
+}
+
 V_OP v16 k_v_sigmoid(v16 x) {
     v16 one = v16_set(1.0f);
     return v16_div(one, v16_add(one, v16_exp(v16_neg(x))));
@@ -1963,6 +2104,39 @@ K_FN void k_v_glu_bwd(int n, const float *gate, const float *up, const float *dy
         v16_put(dup + i, n - i, v16_mul(d, silu));
         v16 slope = v16_add(v16_fma(v16_neg(silu), s, silu), s);
         v16_put(dgate + i, n - i, v16_mul(du, slope));
+    }
+}
+
+K_FN void k_v_geglu(int n, const float *gate, const float *up, float *y) {
+    v16 half = v16_set(0.5f), one = v16_set(1.0f);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 u = v16_get(gate + i, n - i, 0), t = k_v_gelu_tanh(u, v16_mul(u, u));
+        v16 gelu = v16_mul(v16_mul(u, half), v16_add(t, one));
+        v16_put(y + i, n - i, v16_mul(gelu, v16_get(up + i, n - i, 0)));
+    }
+}
+
+K_FN void k_v_geglu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
+                        float *dup) {
+    k_v_geglu(n, gate, dy, dup);
+    for (int i = 0; i < n; i += RLHF_LANES)
+        v16_put(dgate + i, n - i, v16_mul(v16_get(dy + i, n - i, 0), v16_get(up + i, n - i, 0)));
+    k_v_gelu_bwd(n, gate, dgate, dgate);
+}
+
+K_FN void k_v_cap(int n, float *x, float in, float out) {
+    v16 a = v16_set(in), b = v16_set(out);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 t = v16_tanh(v16_mul(v16_get(x + i, n - i, 0), a));
+        v16_put(x + i, n - i, v16_mul(t, b));
+    }
+}
+
+K_FN void k_v_cap_bwd(int n, const float *y, float in, float *d) {
+    v16 a = v16_set(in), one = v16_set(1.0f);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 t = v16_mul(v16_get(y + i, n - i, 0), a), slope = v16_fma(v16_neg(t), t, one);
+        v16_put(d + i, n - i, v16_mul(v16_get(d + i, n - i, 0), slope));
     }
 }
 
@@ -3081,7 +3255,7 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
     int blocks = small ? 1 : gemm_cut(ctx, &j);
     size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth), rows = (size_t)j.rows;
-    if (j.a) j.a = base_round_up(rows, GEMM_MAX_ROWS) * steps;
+    if (j.a) j.a = base_round_up(rows, (size_t)gemm_tiles(j.kt, g)->rows) * steps;
     if (!g->t.b) j.b = (size_t)GEMM_MAX_PANELS * RLHF_LANES * steps;
     if (parts > 1 && g->t.add == g->t.c) j.c = rows * (size_t)j.panels * RLHF_LANES;
     arena_mark mark = arena_save(ws);
@@ -3119,11 +3293,14 @@ static int64_t op_col_grain(int rows) {
 /* ---- norms ---- */
 
 /* Either norm; weight and bias [n], bias null means RMSNorm. The forward pass reads x and writes y,
- * mean and rstd; the backward pass reads dy, x, mean and rstd and adds to dx, gw and gb. */
+ * mean and rstd; the backward pass reads dy, x, mean and rstd and adds to dx, gw and gb. With per,
+ * a row of x, y, dy and dx is ld floats that begin with per vectors of n, each normed by itself
+ * (the heads of a query): rows counts the vectors. */
 typedef struct op_norm {
     const k_table *k;
-    int n;
-    float eps;
+    int n, per;
+    size_t ld;
+    float eps, base; /* base: k_r_rms */
     const float *w, *b;
     float *gw, *gb;
     const float *x;     /* input [rows][n] */
@@ -3131,19 +3308,31 @@ typedef struct op_norm {
     float *mean, *rstd; /* [rows] */
     const float *dy;    /* [rows][n] */
     float *dx;
+    float *sum; /* if not null: sum = add + y, [rows][n]; sum may be add */
+    const float *add;
     int rows;
 } op_norm;
+
+/* Where vector r begins. */
+static size_t op_norm_at(const op_norm *o, size_t r) {
+    size_t n = (size_t)o->n, per = (size_t)o->per;
+    return per ? r / per * o->ld + r % per * n : r * n;
+}
 
 /* Each row by itself; RMSNorm has no mean, and 0 is what the backward pass then takes off. */
 static void op_norm_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_norm *o = arg;
     (void)thread;
     for (int64_t r = lo; r < hi; r++) {
-        const float *x = o->x + r * o->n;
-        float *y = o->y + r * o->n;
+        size_t at = op_norm_at(o, (size_t)r);
+        const float *x = o->x + at;
+        float *y = o->y + at;
         o->mean[r] = 0;
         if (o->b) o->k->ln(o->n, x, o->w, o->b, o->eps, y, o->mean + r, o->rstd + r);
-        else o->k->rms(o->n, x, o->w, o->eps, y, o->rstd + r);
+        else o->k->rms(o->n, x, o->w, o->base, o->eps, y, o->rstd + r);
+        if (!o->sum) continue;
+        memmove(o->sum + at, o->add + at, (size_t)o->n * sizeof *y);
+        o->k->add(o->n, y, o->sum + at);
     }
 }
 
@@ -3158,10 +3347,11 @@ static void op_norm_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_norm *o = arg;
     (void)thread;
     for (int64_t r = lo; r < hi; r++) {
-        const float *x = o->x + r * o->n, *dy = o->dy + r * o->n;
-        float *dx = o->dx + r * o->n;
+        size_t at = op_norm_at(o, (size_t)r);
+        const float *x = o->x + at, *dy = o->dy + at;
+        float *dx = o->dx + at;
         if (o->b) o->k->ln_bwd(o->n, dy, x, o->w, o->mean[r], o->rstd[r], dx);
-        else o->k->rms_bwd(o->n, dy, x, o->w, o->rstd[r], dx);
+        else o->k->rms_bwd(o->n, dy, x, o->w, o->base, o->rstd[r], dx);
     }
 }
 
@@ -3171,8 +3361,8 @@ static void op_norm_bwd_cols(void *arg, int64_t lo, int64_t hi, int thread) {
     int n = (int)(hi - lo);
     (void)thread;
     for (int r = 0; r < o->rows; r++) {
-        const float *x = o->x + (size_t)r * (size_t)o->n + lo,
-                    *dy = o->dy + (size_t)r * (size_t)o->n + lo;
+        size_t at = op_norm_at(o, (size_t)r) + (size_t)lo;
+        const float *x = o->x + at, *dy = o->dy + at;
         o->k->norm_dw(n, dy, x, o->mean[r], o->rstd[r], o->gw + lo);
         if (o->b) o->k->add(n, dy, o->gb + lo);
     }
@@ -3191,8 +3381,9 @@ static void op_norm_bwd(op_env *e, op_norm *o) {
  * [n] are null where nothing is trained. */
 typedef struct op_weight {
     int n, k;
-    int ld;   /* floats from one row of y or dy to the next; 0: n */
-    int half; /* products of bfloat16 */
+    int ld;    /* floats from one row of y or dy to the next; 0: n */
+    int half;  /* products of bfloat16 */
+    float cap; /* soft cap of the outputs, which op_logits applies; 0: none */
     const float *w, *b, *packed;
     float *gw, *gb;
 } op_weight;
@@ -3263,14 +3454,15 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
 
 /* ---- embedding ---- */
 
-/* x = wte[id] + wpe[pos] for each token. */
+/* x = scale wte[id] + wpe[pos] for each token. */
 typedef struct op_embed {
     const k_table *k;
     int rows, d;
     const int32_t *ids, *pos; /* [rows] */
     const float *wte, *wpe;   /* wpe null: no learned positions */
     float *gwte, *gwpe;       /* as wte and wpe */
-    float *x;                 /* forward: output; backward: its gradient */
+    float scale;              /* 0: 1; otherwise wpe is null */
+    float *x;                 /* forward: output; backward: its gradient, destroyed */
 } op_embed;
 
 /* Rows [lo, hi): a copy, then an addition. */
@@ -3280,6 +3472,7 @@ static void op_embed_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     size_t d = (size_t)o->d;
     for (int64_t r = lo; r < hi; r++) {
         memcpy(o->x + (size_t)r * d, o->wte + (size_t)o->ids[r] * d, d * sizeof(float));
+        if (o->scale != 0) o->k->scale(o->d, o->x + (size_t)r * d, o->scale);
         if (o->wpe) o->k->add(o->d, o->wpe + (size_t)o->pos[r] * d, o->x + (size_t)r * d);
     }
 }
@@ -3296,22 +3489,24 @@ static void op_embed_cols(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     size_t d = (size_t)o->d;
     for (int r = 0; r < o->rows; r++) {
-        const float *dx = o->x + (size_t)r * d + lo;
+        float *dx = o->x + (size_t)r * d + lo;
+        if (o->scale != 0) o->k->scale((int)(hi - lo), dx, o->scale);
         o->k->add((int)(hi - lo), dx, o->gwte + (size_t)o->ids[r] * d + lo);
         if (o->wpe) o->k->add((int)(hi - lo), dx, o->gwpe + (size_t)o->pos[r] * d + lo);
     }
 }
 
-/* gwte[id] += dx, gwpe[pos] += dx for each token, where x holds dx. */
+/* gwte[id] += scale dx, gwpe[pos] += dx for each token, where x holds dx. */
 static void op_embed_bwd(op_env *e, op_embed *o) {
     if (o->gwte) par_for(e->ctx, o->d, op_col_grain(o->rows), op_embed_cols, o);
 }
 
 /* ---- activations ---- */
 
-/* y = silu(gate) up (Shazeer 2020). Gate and up are one product's output, halves of each row. */
+/* y = act(gate) up (Shazeer 2020). Gate and up are one product's output, halves of each row. */
 typedef struct op_glu {
-    const k_table *k;
+    k_glu_fn *act; /* the table's glu or geglu, and its backward */
+    k_glu_bwd_fn *act_bwd;
     int ff;
     const float *up; /* [rows][2 ff]: gate, then up */
     float *y;        /* [rows][ff] */
@@ -3325,7 +3520,7 @@ static void op_glu_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     size_t f = (size_t)o->ff;
     for (size_t r = (size_t)lo; r < (size_t)hi; r++)
-        o->k->glu(o->ff, o->up + 2 * r * f, o->up + 2 * r * f + f, o->y + r * f);
+        o->act(o->ff, o->up + 2 * r * f, o->up + 2 * r * f + f, o->y + r * f);
 }
 
 static void op_glu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -3335,13 +3530,13 @@ static void op_glu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     for (size_t r = (size_t)lo; r < (size_t)hi; r++) {
         const float *up = o->up + 2 * r * f;
         float *d = o->dup + 2 * r * f;
-        o->k->glu_bwd(o->ff, up, up + f, o->dy + r * f, d, d + f);
+        o->act_bwd(o->ff, up, up + f, o->dy + r * f, d, d + f);
     }
 }
 
-/* The gradient of gelu in place; the forward pass is gemm's act. */
+/* The gradient of an activation in place; the forward pass is gemm's act. */
 typedef struct op_gelu {
-    const k_table *k;
+    k_mul2_fn *act_bwd; /* the table's gelu_bwd or gelu_erf_bwd */
     int n;
     const float *x; /* [rows][n], before the activation */
     float *d;       /* gradient of the output, becomes that of the input */
@@ -3353,7 +3548,7 @@ static void op_gelu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     size_t n = (size_t)o->n;
     for (size_t r = (size_t)lo; r < (size_t)hi; r++)
-        o->k->gelu_bwd(o->n, o->x + r * n, o->d + r * n, o->d + r * n);
+        o->act_bwd(o->n, o->x + r * n, o->d + r * n, o->d + r * n);
 }
 
 /* ---- attention ---- */
@@ -3383,7 +3578,8 @@ typedef struct op_seq {
 } op_seq;
 
 /* Causal attention with grouped queries (Ainslie et al. 2023): query head h uses key/value head h /
- * (heads / kv_heads). qkv, o and their gradients have one row for each token. */
+ * (heads / kv_heads). A query sees the last `window` positions, its own among them. qkv, o and
+ * their gradients have one row for each token. */
 typedef struct op_attn {
     const k_table *kt;
     int heads, kv_heads, hd, seqs;
@@ -3393,7 +3589,11 @@ typedef struct op_attn {
     float *lse;                 /* [rows][heads]; null where no backward follows */
     const float *dout;          /* [rows][heads hd] */
     float *dqkv;                /* as qkv, overwritten */
-    const float *cosine, *sine; /* [positions][hd/2]; null: no rotary positions */
+    const float *cosine, *sine; /* [positions][rot/2]; null: no rotary positions */
+    int rot;                    /* dimensions of a head that are rotated: the first ones */
+    int window;                 /* 0: all positions */
+    float scale;                /* of scores */
+    float cap;                  /* soft cap of scaled scores; 0: none */
     const int32_t *pos;         /* [rows] */
     float sign;                 /* of the rotation */
     int rows;
@@ -3418,7 +3618,7 @@ static int op_attn_width(const op_attn *a) { return (a->heads + 2 * a->kv_heads)
 static void op_rope_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_attn *a = arg;
     (void)thread;
-    int half = a->hd / 2;
+    int half = a->rot / 2;
     for (int64_t r = lo; r < hi; r++) {
         const float *c = a->cosine + (size_t)a->pos[r] * (size_t)half;
         const float *s = a->sine + (size_t)a->pos[r] * (size_t)half;
@@ -3433,6 +3633,14 @@ static void op_rope_rows(void *arg, int64_t lo, int64_t hi, int thread) {
 static void op_rope(op_env *e, op_attn *a) {
     if (a->cosine) par_for(e->ctx, a->rows, par_grain(op_attn_width(a)), op_rope_rows, a);
 }
+
+/* The first key that the query at a position sees. */
+static int op_attn_first(const op_attn *a, int pos) {
+    return a->window && pos >= a->window ? pos - a->window + 1 : 0;
+}
+
+/* What is left for the softmax to multiply scores by: a soft cap takes the scale in. */
+static float op_attn_scale(const op_attn *a) { return a->cap != 0 ? 1.0f : a->scale; }
 
 /* Copies one sequence's new keys and values of group g into its panels, behind its past. */
 static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
@@ -3453,13 +3661,15 @@ static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
     }
 }
 
-/* Queries [q0, q1) of one sequence and head, into their rows of o; n = q1 - q0 <= OP_QUERIES. With
- * scale = 1 / sqrt(hd), for one tile of keys after another:
+/* Queries [q0, q1) of one sequence and head, into their rows of o; n = q1 - q0 <= OP_QUERIES. For
+ * one tile of keys after another:
  *     S = Q K^T                          by GEMM, into scratch [OP_QUERIES][OP_KEYS]
+ *     S = cap tanh(S scale / cap)        where there is a soft cap
  *     P = e^(scale S - max), running max and sum (k_r_softmax)
  *     O = O e^(old max - max) + P V      by GEMM
  * and in the end O / sum. Tiles of keys begin at multiples of OP_KEYS of the sequence, so the chain
- * over keys is the same whether they come from this batch or from earlier ones. */
+ * over keys is the same whether they come from this batch or from earlier ones. Tiles in front of
+ * every query's window are left out: they add exact zeros to outputs that are zero. */
 static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q1, float *scratch) {
     int g = h / (a->heads / a->kv_heads), hd = a->hd, n = q1 - q0;
     size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd), cap = (size_t)s->kv.cap;
@@ -3467,14 +3677,15 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
     const float *kp = s->kv.k + (size_t)g * (size_t)hd * cap;
     const float *vp = s->kv.v + (size_t)g * gemm_panels(hd) * RLHF_LANES * cap;
     float *o = a->o + (size_t)(s->row + q0) * ldo + (size_t)(h * hd), *sc = scratch;
-    float max[OP_QUERIES], sum[OP_QUERIES], scale = 1.0f / sqrtf((float)hd);
+    float max[OP_QUERIES], sum[OP_QUERIES], scale = op_attn_scale(a);
     for (int r = 0; r < n; r++) {
         max[r] = -INFINITY;
         sum[r] = 0;
         memset(o + (size_t)r * ldo, 0, (size_t)hd * sizeof *o);
     }
     int last = s->past + q1; /* keys that the last query sees */
-    for (int k0 = 0; k0 < last; k0 += OP_KEYS) {
+    int from = op_attn_first(a, s->past + q0) / OP_KEYS * OP_KEYS;
+    for (int k0 = from; k0 < last; k0 += OP_KEYS) {
         /* Scores of one tile of keys, for all n queries. */
         int keys = base_min(OP_KEYS, last - k0);
         gemm_args ga = {.m = n, .n = (int)gemm_panels(keys) * RLHF_LANES};
@@ -3487,14 +3698,17 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q
                                 .c = sc,
                                 .ldc = OP_KEYS};
         gemm_block(a->kt, &ga);
-        /* Query r sees keys up to its own position; the rest of its row becomes 0. */
+        /* Query r sees keys [skip, see) of the tile; the rest of its row becomes 0. */
         for (int r = 0; r < n; r++) {
-            int see = base_max(0, base_min(keys, s->past + q0 + r + 1 - k0));
+            int pos = s->past + q0 + r, see = base_max(0, base_min(keys, pos + 1 - k0));
+            int skip = base_min(see, base_max(0, op_attn_first(a, pos) - k0));
             float *row = sc + (size_t)r * OP_KEYS;
-            if (see) {
-                float fix = a->kt->softmax(see, row, scale, max + r, sum + r);
+            if (skip < see) {
+                if (a->cap != 0) a->kt->cap(see - skip, row + skip, a->scale / a->cap, a->cap);
+                float fix = a->kt->softmax(see - skip, row + skip, scale, max + r, sum + r);
                 if (k0 && fix != 1.0f) a->kt->scale(hd, o + (size_t)r * ldo, fix);
             }
+            memset(row, 0, (size_t)skip * sizeof *row);
             memset(row + see, 0, (size_t)(keys - see) * sizeof *row);
         }
         /* Every query's P V at once; keys it does not see weigh 0. */
@@ -3584,11 +3798,35 @@ static void op_pack_here(const k_table *kt, const float *b, size_t ks, size_t ns
     gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
 }
 
+/* P and dS of a tile [nq][nk] from its scores and dP, in place; 0 where the query does not see the
+ * key. */
+static void op_attn_bwd_scores(const op_attn *a, const op_seq *s, int h, int q0, int k0, int nq,
+                               int nk, const op_attn_bwd_scratch *b) {
+    for (int r = 0; r < nq; r++) {
+        int see = base_max(0, base_min(nk, q0 + r + 1 - k0));
+        int skip = base_min(see, base_max(0, op_attn_first(a, q0 + r) - k0)), n = see - skip;
+        float *p = b->p + (size_t)r * OP_KEYS, *dp = b->dp + (size_t)r * OP_KEYS, capped[OP_KEYS];
+        if (a->cap != 0) {
+            a->kt->cap(n, p + skip, a->scale / a->cap, a->cap);
+            memcpy(capped, p + skip, (size_t)n * sizeof *p);
+        }
+        a->kt->prob(n, p + skip, op_attn_scale(a),
+                    a->lse[(size_t)(s->row + q0 + r) * (size_t)a->heads + (size_t)h]);
+        a->kt->ds(n, p + skip, dp + skip, b->d[q0 + r], a->scale);
+        if (a->cap != 0) a->kt->cap_bwd(n, capped, 1.0f / a->cap, dp + skip);
+        memset(p, 0, (size_t)skip * sizeof *p);
+        memset(dp, 0, (size_t)skip * sizeof *dp);
+        memset(p + see, 0, (size_t)(nk - see) * sizeof *p);
+        memset(dp + see, 0, (size_t)(nk - see) * sizeof *dp);
+    }
+}
+
 /* One tile of queries from q0 and of keys from k0 (Dao 2023, FlashAttention-2, without a T x T
  * matrix). P comes back from the scores and the saved lse; D is the row sum of dO O:
  *     P = e^(scale Q K^T - lse)        dP = dO V^T        dS = P (dP - D) scale
  *     dQ += dS K        dK += dS^T Q        dV += P^T dO
- * Tiles are visited in one order, hence each gradient is one chain. */
+ * A soft cap changes S as in op_attn_tile and multiplies dS by its slope 1 - (S / cap)^2. Tiles are
+ * visited in one order, hence each gradient is one chain. */
 static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, int k0,
                              const op_attn_bwd_scratch *b) {
     int g = h / (a->heads / a->kv_heads), hd = a->hd, nq = base_min(OP_QUERIES, s->n - q0);
@@ -3596,7 +3834,6 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
     size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd);
     size_t qcol = (size_t)(h * hd), kcol = (size_t)((a->heads + g) * hd);
     size_t vcol = kcol + (size_t)(a->kv_heads * hd), rows = base_round_up((size_t)s->n, RLHF_LANES);
-    float scale = 1.0f / sqrtf((float)hd);
     /* S = Q K^T, with the forward pass's panels of K. */
     gemm_args ga = {.m = nq, .n = np * RLHF_LANES};
     ga.t = (gemm_tile_args){.k = hd,
@@ -3615,16 +3852,7 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
     ga.t.b = b->vk + (size_t)k0 * (size_t)hd;
     ga.t.c = b->dp;
     gemm_block(a->kt, &ga);
-    /* P and dS, 0 where the query does not see the key. */
-    for (int r = 0; r < nq; r++) {
-        int see = base_max(0, base_min(nk, q0 + r + 1 - k0));
-        float *p = b->p + (size_t)r * OP_KEYS, *dp = b->dp + (size_t)r * OP_KEYS;
-        a->kt->prob(see, p, scale,
-                    a->lse[(size_t)(s->row + q0 + r) * (size_t)a->heads + (size_t)h]);
-        a->kt->ds(see, p, dp, b->d[q0 + r], scale);
-        memset(p + see, 0, (size_t)(nk - see) * sizeof *p);
-        memset(dp + see, 0, (size_t)(nk - see) * sizeof *dp);
-    }
+    op_attn_bwd_scores(a, s, h, q0, k0, nq, nk, b);
     gemm_args gq = {.m = nq, .n = hd}; /* for dQ */
     gq.t = (gemm_tile_args){.k = nk,
                             .a = b->dp,
@@ -3692,7 +3920,8 @@ static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
             for (int r = 0; r < s->n; r++)
                 b.d[r] = a->kt->dot(hd, dout + (size_t)r * ldo, o + (size_t)r * ldo);
             for (int q = 0; q < s->n; q += OP_QUERIES)
-                for (int t = 0; t < base_min(s->n, q + OP_QUERIES); t += OP_KEYS)
+                for (int t = op_attn_first(a, q) / OP_KEYS * OP_KEYS;
+                     t < base_min(s->n, q + OP_QUERIES); t += OP_KEYS)
                     op_attn_bwd_tile(a, s, h, q, t, &b);
         }
     }
@@ -3713,6 +3942,30 @@ static void op_attn_bwd(op_env *e, op_attn *a) {
 
 /* ---- vocabulary: log-probabilities, cross-entropy, KL, without ever holding all logits ---- */
 
+/* Rows of logits to be capped. */
+typedef struct op_caps {
+    const k_table *k;
+    int n;
+    size_t ld;
+    float cap;
+    float *x;
+} op_caps;
+
+/* x = cap tanh(x / cap) of rows [lo, hi), in place. */
+static void op_cap_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_caps *o = arg;
+    (void)thread;
+    for (int64_t r = lo; r < hi; r++)
+        o->k->cap(o->n, o->x + (size_t)r * o->ld, 1.0f / o->cap, o->cap);
+}
+
+/* Logits of m rows of hidden states x: op_linear, and the soft cap of w where it has one. */
+static void op_logits(op_env *e, const op_weight *w, int m, const float *x, float *y) {
+    op_linear(e, w, m, x, y, NULL, NULL, NULL);
+    op_caps o = {e->ctx->k, w->n, op_ld(w), w->cap, y};
+    if (w->cap != 0) par_for(e->ctx, m, par_grain(4 * w->n), op_cap_rows, &o);
+}
+
 /* What is known of each row's distribution softmax(logits * scale). Arrays [rows] may be null. */
 typedef struct op_rows {
     float *logp;    /* of the row's target */
@@ -3730,7 +3983,7 @@ typedef struct op_vocab {
     const k_table *k;
     int n;     /* vocabulary */
     size_t ld; /* floats from one row of logits to the next */
-    float scale;
+    float scale, cap;
     float *logits, *other; /* [rows of the chunk][n] */
     const int32_t *target; /* of the chunk, as are the following */
     op_rows out;
@@ -3767,14 +4020,21 @@ static void op_vocab_stats(void *arg, int64_t lo, int64_t hi, int thread) {
 }
 
 /* logits become their gradient, from logp = z_target - lse with z = scale logits:
- *     d loss / d logits = coef scale (onehot(target) - p) */
+ *     d loss / d logits = coef scale (onehot(target) - p)
+ * and with a soft cap that of what was capped, from pieces of the row that are kept meanwhile. */
 static void op_vocab_grad(void *arg, int64_t lo, int64_t hi, int thread) {
     op_vocab *v = arg;
     (void)thread;
     for (int64_t r = lo; r < hi; r++) {
-        float *x = v->logits + (size_t)r * v->ld, c = v->coef[r] * v->scale;
-        v->k->ce(v->n, x, v->scale, v->lse[r], -c);
-        x[v->target[r]] += c;
+        float *x = v->logits + (size_t)r * v->ld, c = v->coef[r] * v->scale, y[1024];
+        int piece = v->cap != 0 ? (int)(sizeof y / sizeof *y) : v->n, target = v->target[r];
+        for (int i = 0; i < v->n; i += piece) {
+            int n = base_min(piece, v->n - i);
+            if (v->cap != 0) memcpy(y, x + i, (size_t)n * sizeof *y);
+            v->k->ce(n, x + i, v->scale, v->lse[r], -c);
+            if (target >= i && target - i < n) x[target] += c;
+            if (v->cap != 0) v->k->cap_bwd(n, y, 1.0f / v->cap, x + i);
+        }
     }
 }
 
@@ -3801,14 +4061,14 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
     arena_mark mark = arena_save(e->ws);
     int chunk = op_vocab_chunk(w->n, rows);
     op_weight lw = op_vocab_weight(w);
-    op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale};
+    op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale, .cap = w->cap};
     v.logits = arena_floats(e->ws, (size_t)chunk, v.ld);
     v.lse = arena_floats(e->ws, (size_t)chunk, 2);
     v.coef = v.lse + chunk;
     for (int r = 0; r < rows; r += chunk) {
         int n = base_min(chunk, rows - r);
         const float *xr = x + (size_t)r * (size_t)w->k;
-        op_linear(e, &lw, n, xr, v.logits, NULL, NULL, NULL);
+        op_logits(e, &lw, n, xr, v.logits);
         v.target = target + r;
         v.out = op_rows_at(out, r);
         par_for(e->ctx, n, par_grain(4 * w->n), op_vocab_stats, &v);
@@ -3838,8 +4098,8 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
     /* Both models' logits of the same rows side by side. */
     for (int r = 0; r < rows; r += chunk) {
         int n = base_min(chunk, rows - r);
-        op_linear(e, &lw, n, x + (size_t)r * (size_t)w->k, v.logits, NULL, NULL, NULL);
-        op_linear(e, &lw2, n, x2 + (size_t)r * (size_t)w2->k, v.other, NULL, NULL, NULL);
+        op_logits(e, &lw, n, x + (size_t)r * (size_t)w->k, v.logits);
+        op_logits(e, &lw2, n, x2 + (size_t)r * (size_t)w2->k, v.other);
         v.target = target + r;
         v.out = op_rows_at(out, r);
         v.kl = kl ? kl + r : NULL;
@@ -6378,15 +6638,19 @@ static char *chat_render(rlhf_tokenizer *t, const char *template, const chat_mes
  * in one array, gradients and moments in arrays of the same layout. Sampling with a cache of keys
  * and values and training run through model_forward alike.
  *
- * A pass is made of layers (x is the residual stream [rows][d]) and a head:
- *     x += attention(norm(x))        x += mlp(norm(x))        logits or score = norm(x) W^T
- * The head sees chosen rows only. A model owns its weights, tables and packed matrices; gradients
- * are lent by an optimizer. What a pass computes lies in the caller's arena.
- *
- * Entry: model_batch, model_forward, model_top_fwd, model_backward; model_score_list.
+ * Entry: model_new, model_free, model_randomize; model_w, model_at, model_param_layers.
  * Invariant: version changes whenever weights do; packed matrices of another version are stale.
  * Tests: test/test_model.c, test/test_golden.c
  * ============================================================================================ */
+
+/* The activation of an MLP. */
+typedef enum model_act { ACT_SILU, ACT_GELU_TANH, ACT_GELU_ERF } model_act;
+
+/* What is special about one layer. */
+enum {
+    MODEL_LOCAL = 1, /* attention to the last `window` positions, rotation by local_theta */
+    MODEL_NOPE = 2   /* no rotation */
+};
 
 /* What config.json says, in the terms of this section. Names follow the papers: ff is the width of
  * the MLP, hd that of a head; heads hd need not be d. */
@@ -6394,19 +6658,31 @@ typedef struct model_cfg {
     int vocab, d, layers, heads, kv_heads, hd, ff, positions;
     float eps, theta, init_range;
     float rope_factor, rope_low, rope_high, rope_original; /* Llama 3 scaling; factor 0: none */
-    int layer_norm;                                        /* 1: LayerNorm with bias, 0: RMSNorm */
-    int learned_pos;                                       /* 1: a table of positions, 0: rotary */
-    int glu;                                               /* 1: silu(gate) up, 0: gelu */
-    int qkv_bias, o_bias, mlp_bias, tied;                  /* tied: logits come from WTE */
-    int scaled_init; /* residual projections start smaller by sqrt(2 layers) */
-    rlhf_head head;  /* by "architectures": a ...ForSequenceClassification is a scorer */
+    float local_theta;         /* of local layers; 0: theta; they are never scaled */
+    int rot;                   /* dimensions of a head that are rotated */
+    int window;                /* of local layers */
+    uint8_t *kinds;            /* [layers], MODEL_LOCAL and such, or null: no layer has any */
+    float norm_base;           /* RMSNorm multiplies by norm_base + weight */
+    float embed_scale;         /* of the embedding's output; 0: none */
+    float attn_scale;          /* of attention scores */
+    float attn_cap, logit_cap; /* soft caps of scores and of logits; 0: none */
+    model_act act;             /* the gate's where there is one */
+    int layer_norm;            /* 1: LayerNorm with bias, 0: RMSNorm */
+    int learned_pos;           /* 1: a table of positions, 0: rotary */
+    int glu;                   /* 1: act(gate) up, 0: act(up) */
+    int qk_norm;               /* each head's query and key is normed, before its rotation */
+    int post_norms;            /* what attention and MLP add to x is normed, too */
+    int parallel;              /* the MLP reads what attention reads: x of the layer's input */
+    int qkv_bias, o_bias, mlp_bias, tied; /* tied: logits come from WTE */
+    int scaled_init;                      /* residual projections start smaller by sqrt(2 layers) */
+    rlhf_head head; /* by "architectures": a ...ForSequenceClassification is a scorer */
 } model_cfg;
 
 /* Every parameter: name, in every layer, rows, columns, exists, initial value ('n' normal, 'r'
- * normal of a residual projection, '1', '0'). The list makes the enum, the layout, initialisation,
- * weight decay (to those with more than one column and to the score head) and the order of
- * model_hash. A matrix is [rows][cols] with y = x W^T; QKV holds queries, keys and values below
- * each other, UP gate and up. */
+ * normal of a residual projection, '1' what makes a norm's factor 1, '0'). The list makes the enum,
+ * the layout, initialisation, weight decay (to those with more than one column and to the score
+ * head) and the order of model_hash. A matrix is [rows][cols] with y = x W^T; QKV holds queries,
+ * keys and values below each other, UP gate and up. */
 #define MODEL_PARAMS(X)                                                                            \
     X(WTE, 0, c->vocab, c->d, 1, 'n')                                                              \
     X(WPE, 0, c->positions, c->d, c->learned_pos, 'n')                                             \
@@ -6414,14 +6690,18 @@ typedef struct model_cfg {
     X(LN1_B, 1, c->d, 1, c->layer_norm, '0')                                                       \
     X(QKV_W, 1, (c->heads + 2 * c->kv_heads) * c->hd, c->d, 1, 'n')                                \
     X(QKV_B, 1, (c->heads + 2 * c->kv_heads) * c->hd, 1, c->qkv_bias, '0')                         \
+    X(QN_W, 1, c->hd, 1, c->qk_norm, '1')                                                          \
+    X(KN_W, 1, c->hd, 1, c->qk_norm, '1')                                                          \
     X(O_W, 1, c->d, c->heads * c->hd, 1, 'r')                                                      \
     X(O_B, 1, c->d, 1, c->o_bias, '0')                                                             \
+    X(PN1_W, 1, c->d, 1, c->post_norms, '1')                                                       \
     X(LN2_W, 1, c->d, 1, 1, '1')                                                                   \
     X(LN2_B, 1, c->d, 1, c->layer_norm, '0')                                                       \
     X(UP_W, 1, c->ff *(1 + c->glu), c->d, 1, 'n')                                                  \
     X(UP_B, 1, c->ff *(1 + c->glu), 1, c->mlp_bias, '0')                                           \
     X(DOWN_W, 1, c->d, c->ff, 1, 'r')                                                              \
     X(DOWN_B, 1, c->d, 1, c->mlp_bias, '0')                                                        \
+    X(PN2_W, 1, c->d, 1, c->post_norms, '1')                                                       \
     X(LNF_W, 0, c->d, 1, 1, '1')                                                                   \
     X(LNF_B, 0, c->d, 1, c->layer_norm, '0')                                                       \
     X(HEAD, 0, c->vocab, c->d, c->head == RLHF_HEAD_LM && !c->tied, 'n')                           \
@@ -6435,8 +6715,17 @@ typedef enum model_param {
         P_COUNT
 } model_param;
 
-/* Which part of a parameter's rows a tensor of a file holds. */
-typedef enum model_part { PART_ALL, PART_Q, PART_K, PART_V, PART_GATE, PART_UP } model_part;
+/* Which part of a parameter's rows a tensor of a file holds. PART_HEADS are all rows in another
+ * order: query, key and value of the first head, of the second, and so on. */
+typedef enum model_part {
+    PART_ALL,
+    PART_Q,
+    PART_K,
+    PART_V,
+    PART_GATE,
+    PART_UP,
+    PART_HEADS
+} model_part;
 
 /* One tensor of a file and where it goes. transposed: the file has [cols][rows], as GPT-2's
  * Conv1D. */
@@ -6477,10 +6766,11 @@ struct rlhf_model {
     uint64_t version;  /* changes with the weights */
     float **packed; /* [layers * P_COUNT]: forward panels of the matrices, made when first used */
     uint64_t *packed_version;
-    float *cosine, *sine; /* [rope_len][hd/2] */
+    float *cosine[2], *sine[2]; /* [rope_len][rot/2]: by theta, by local_theta */
     int rope_len;
-    arena ws;   /* of one call */
-    arena keep; /* packed weights and tables: as long as the model */
+    arena ws;     /* of one call */
+    arena keep;   /* packed weights and tables: as long as the model */
+    char *stored; /* [tensors of the family][layers]: dtypes in the file, as ckpt_value; 0: none */
     int32_t eos[16];
     int n_eos, bos;
     int score_trained; /* 0: the head holds what a clone starts with; scoring is refused */
@@ -6511,7 +6801,55 @@ static const model_tensor model_gpt2_tensors[] = {
     {"!score.weight", P_SCORE, PART_ALL, 0},
     {NULL, 0, 0, 0}};
 
-/* Of llama and of what differs from it by biases and windows alone (mistral, qwen2). */
+/* GPT-NeoX, the family of Pythia. */
+static const model_tensor model_neox_tensors[] = {
+    {"embed_in.weight", P_WTE, PART_ALL, 0},
+    {"layers.%d.input_layernorm.weight", P_LN1_W, PART_ALL, 0},
+    {"layers.%d.input_layernorm.bias", P_LN1_B, PART_ALL, 0},
+    {"layers.%d.attention.query_key_value.weight", P_QKV_W, PART_HEADS, 0},
+    {"layers.%d.attention.query_key_value.bias", P_QKV_B, PART_HEADS, 0},
+    {"layers.%d.attention.dense.weight", P_O_W, PART_ALL, 0},
+    {"layers.%d.attention.dense.bias", P_O_B, PART_ALL, 0},
+    {"layers.%d.post_attention_layernorm.weight", P_LN2_W, PART_ALL, 0},
+    {"layers.%d.post_attention_layernorm.bias", P_LN2_B, PART_ALL, 0},
+    {"layers.%d.mlp.dense_h_to_4h.weight", P_UP_W, PART_ALL, 0},
+    {"layers.%d.mlp.dense_h_to_4h.bias", P_UP_B, PART_ALL, 0},
+    {"layers.%d.mlp.dense_4h_to_h.weight", P_DOWN_W, PART_ALL, 0},
+    {"layers.%d.mlp.dense_4h_to_h.bias", P_DOWN_B, PART_ALL, 0},
+    {"final_layer_norm.weight", P_LNF_W, PART_ALL, 0},
+    {"final_layer_norm.bias", P_LNF_B, PART_ALL, 0},
+    {"!embed_out.weight", P_HEAD, PART_ALL, 0},
+    {"!score.weight", P_SCORE, PART_ALL, 0},
+    {NULL, 0, 0, 0}};
+
+/* Gemma 2 and 3: four norms in a layer, of which post_attention_layernorm is another than llama's.
+ */
+static const model_tensor model_gemma_tensors[] = {
+    {"embed_tokens.weight", P_WTE, PART_ALL, 0},
+    {"layers.%d.input_layernorm.weight", P_LN1_W, PART_ALL, 0},
+    {"layers.%d.self_attn.q_proj.weight", P_QKV_W, PART_Q, 0},
+    {"layers.%d.self_attn.k_proj.weight", P_QKV_W, PART_K, 0},
+    {"layers.%d.self_attn.v_proj.weight", P_QKV_W, PART_V, 0},
+    {"layers.%d.self_attn.q_proj.bias", P_QKV_B, PART_Q, 0},
+    {"layers.%d.self_attn.k_proj.bias", P_QKV_B, PART_K, 0},
+    {"layers.%d.self_attn.v_proj.bias", P_QKV_B, PART_V, 0},
+    {"layers.%d.self_attn.q_norm.weight", P_QN_W, PART_ALL, 0},
+    {"layers.%d.self_attn.k_norm.weight", P_KN_W, PART_ALL, 0},
+    {"layers.%d.self_attn.o_proj.weight", P_O_W, PART_ALL, 0},
+    {"layers.%d.self_attn.o_proj.bias", P_O_B, PART_ALL, 0},
+    {"layers.%d.post_attention_layernorm.weight", P_PN1_W, PART_ALL, 0},
+    {"layers.%d.pre_feedforward_layernorm.weight", P_LN2_W, PART_ALL, 0},
+    {"layers.%d.mlp.gate_proj.weight", P_UP_W, PART_GATE, 0},
+    {"layers.%d.mlp.up_proj.weight", P_UP_W, PART_UP, 0},
+    {"layers.%d.mlp.down_proj.weight", P_DOWN_W, PART_ALL, 0},
+    {"layers.%d.post_feedforward_layernorm.weight", P_PN2_W, PART_ALL, 0},
+    {"norm.weight", P_LNF_W, PART_ALL, 0},
+    {"!lm_head.weight", P_HEAD, PART_ALL, 0},
+    {"!score.weight", P_SCORE, PART_ALL, 0},
+    {NULL, 0, 0, 0}};
+
+/* Of llama and of what differs from it by biases, norms of heads and windows alone (mistral, qwen2,
+ * qwen3, smollm3, gemma). */
 static const model_tensor model_llama_tensors[] = {
     {"embed_tokens.weight", P_WTE, PART_ALL, 0},
     {"layers.%d.input_layernorm.weight", P_LN1_W, PART_ALL, 0},
@@ -6521,6 +6859,8 @@ static const model_tensor model_llama_tensors[] = {
     {"layers.%d.self_attn.q_proj.bias", P_QKV_B, PART_Q, 0},
     {"layers.%d.self_attn.k_proj.bias", P_QKV_B, PART_K, 0},
     {"layers.%d.self_attn.v_proj.bias", P_QKV_B, PART_V, 0},
+    {"layers.%d.self_attn.q_norm.weight", P_QN_W, PART_ALL, 0},
+    {"layers.%d.self_attn.k_norm.weight", P_KN_W, PART_ALL, 0},
     {"layers.%d.self_attn.o_proj.weight", P_O_W, PART_ALL, 0},
     {"layers.%d.self_attn.o_proj.bias", P_O_B, PART_ALL, 0},
     {"layers.%d.post_attention_layernorm.weight", P_LN2_W, PART_ALL, 0},
@@ -6560,54 +6900,82 @@ static void model_read_gpt2(const json_src *src, const json_t *j, model_cfg *c) 
         err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: \"n_embd\" %d is not a multiple of \"n_head\" %d",
                   src->file, c->d, c->heads);
     model_need_choice(src, j, "activation_function", "gelu_new", "gelu_new|gelu_pytorch_tanh");
+    c->act = ACT_GELU_TANH;
     c->layer_norm = c->learned_pos = c->qkv_bias = c->o_bias = c->mlp_bias = c->scaled_init = 1;
     c->tied = json_opt_bool(src, j, "tie_word_embeddings", 1);
 }
 
-/* Rotary positions, in the form of transformers 5 (rope_parameters) or the one before it
- * (rope_theta, rope_scaling). */
+/* A base of rotary positions: key of j, or the default. */
+static float model_read_theta(const json_src *src, const json_t *j, const char *key, double def) {
+    double theta = json_opt_real(src, j, key, def);
+    if (!(theta >= 1 && theta < 1e30))
+        err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: \"%s\" is %g, expected 1 to 1e30", src->file, key,
+                  theta);
+    return (float)theta;
+}
+
+/* Rotary positions, in the form of transformers 5 (rope_parameters, by kinds of layers where there
+ * are several) or the one before it (rope_theta, rope_scaling). c->theta is the default, 0 for
+ * 10000. */
 static void model_read_rope(const json_src *src, const json_t *j, model_cfg *c) {
     const json_t *rope = json_opt_object(src, j, "rope_parameters");
-    c->theta = (float)json_opt_real(src, rope ? rope : j, "rope_theta", 10000.0);
-    if (!(c->theta >= 1 && c->theta < 1e30f))
-        err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: \"rope_theta\" is %g, expected 1 to 1e30",
-                  src->file, (double)c->theta);
+    const json_t *full = json_opt_object(src, rope, "full_attention");
+    if (full) rope = full;
+    c->theta = model_read_theta(src, rope ? rope : j, "rope_theta",
+                                c->theta != 0 ? (double)c->theta : 10000.0);
     if (!rope) rope = json_opt_object(src, j, "rope_scaling");
     if (!rope) return;
     const char *old = json_opt_str(src, rope, "type", "default");
     const char *type = json_opt_str(src, rope, "rope_type", old);
     if (!strcmp(type, "default")) return;
-    if (strcmp(type, "llama3"))
-        err_throw(
-            src->ctx, RLHF_ERR_UNSUPPORTED,
-            "%s: rotary scaling \"%s\" is not computed by this version; default and llama3 are",
-            src->file, type);
+    if (strcmp(type, "llama3") && strcmp(type, "linear"))
+        err_throw(src->ctx, RLHF_ERR_UNSUPPORTED,
+                  "%s: rotary scaling \"%s\" is not computed by this version; default, linear and "
+                  "llama3 are",
+                  src->file, type);
     c->rope_factor = (float)json_need_real(src, rope, "factor");
+    if (!(c->rope_factor >= 1))
+        err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: rotary scaling: expected factor >= 1", src->file);
+    if (!strcmp(type, "linear")) return;
     c->rope_low = (float)json_need_real(src, rope, "low_freq_factor");
     c->rope_high = (float)json_need_real(src, rope, "high_freq_factor");
     c->rope_original = (float)json_need_real(src, rope, "original_max_position_embeddings");
-    if (!(c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low &&
-          c->rope_original >= 1))
+    if (!(c->rope_low > 0 && c->rope_high > c->rope_low && c->rope_original >= 1))
         err_throw(src->ctx, RLHF_ERR_FORMAT,
-                  "%s: rotary scaling: expected factor >= 1, 0 < low_freq_factor < "
-                  "high_freq_factor, original_max_position_embeddings >= 1",
+                  "%s: rotary scaling: expected 0 < low_freq_factor < high_freq_factor, "
+                  "original_max_position_embeddings >= 1",
                   src->file);
 }
 
-/* Attention to a window is attention to everything while the text is no longer than the window:
- * positions are limited to it, and longer texts refused. */
-static void model_read_window(const json_src *src, const json_t *j, model_cfg *c) {
-    c->positions = base_min(c->positions,
-                            (int)json_opt_int(src, j, "sliding_window", 1, MODEL_MAX, MODEL_MAX));
+/* Which layers attend to a window: those that "layer_types" names, or from layer `from` on all but
+ * every period-th. def is the window where the file has no such key; null in the file: none. */
+static void model_read_window(const json_src *src, const json_t *j, model_cfg *c, int64_t def,
+                              int64_t from, int64_t period) {
+    if (json_object_get(j, "sliding_window"))
+        def = json_opt_int(src, j, "sliding_window", 1, MODEL_MAX, 0);
+    json_t *types = json_opt_array(src, j, "layer_types");
+    c->window = (int)def;
+    if (!c->kinds) c->kinds = mem_zalloc(src->ctx, (size_t)c->layers, sizeof *c->kinds);
+    for (int i = 0; i < c->layers; i++) {
+        int local = i >= from && (i + 1) % period != 0;
+        json_t *type = json_array_get(types, (size_t)i);
+        const char *name = json_string_value(type);
+        if (types && (!name || !base_is_choice("full_attention|sliding_attention", name)))
+            json_bad(src, "layer_types", type ? type : types,
+                     "full_attention or sliding_attention for each layer");
+        if (name) local = *name == 's';
+        if (local && def) c->kinds[i] |= MODEL_LOCAL;
+    }
 }
 
-/* Also the ground of the two families below. */
-static void model_read_llama(const json_src *src, const json_t *j, model_cfg *c) {
+/* The ground of all families below but the last. Defaults that differ among them are in c: hd,
+ * theta, tied. */
+static void model_read_decoder(const json_src *src, const json_t *j, model_cfg *c) {
     c->d = (int)json_need_int(src, j, "hidden_size", 1, MODEL_MAX);
     c->layers = (int)json_need_int(src, j, "num_hidden_layers", 1, 100000);
     c->heads = (int)json_need_int(src, j, "num_attention_heads", 1, 100000);
     c->kv_heads = (int)json_opt_int(src, j, "num_key_value_heads", 1, c->heads, c->heads);
-    c->hd = (int)json_opt_int(src, j, "head_dim", 1, MODEL_MAX, c->d / c->heads);
+    c->hd = (int)json_opt_int(src, j, "head_dim", 1, MODEL_MAX, c->hd ? c->hd : c->d / c->heads);
     c->ff = (int)json_need_int(src, j, "intermediate_size", 1, MODEL_MAX);
     c->positions = (int)json_opt_int(src, j, "max_position_embeddings", 1, MODEL_MAX, 2048);
     c->eps = (float)json_opt_real(src, j, "rms_norm_eps", 1e-6);
@@ -6619,24 +6987,146 @@ static void model_read_llama(const json_src *src, const json_t *j, model_cfg *c)
     if ((int64_t)c->heads * c->hd > MODEL_MAX)
         err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: %d heads of head_dim %d are more than %d numbers",
                   src->file, c->heads, c->hd, (int)MODEL_MAX);
-    model_need_choice(src, j, "hidden_act", "silu", "silu");
     model_read_rope(src, j, c);
     c->qkv_bias = c->o_bias = json_opt_bool(src, j, "attention_bias", 0);
-    c->mlp_bias = json_opt_bool(src, j, "mlp_bias", 0);
-    c->tied = json_opt_bool(src, j, "tie_word_embeddings", 0);
+    c->tied = json_opt_bool(src, j, "tie_word_embeddings", c->tied);
     c->glu = 1;
+}
+
+static void model_read_llama(const json_src *src, const json_t *j, model_cfg *c) {
+    model_read_decoder(src, j, c);
+    model_need_choice(src, j, "hidden_act", "silu", "silu");
+    c->mlp_bias = json_opt_bool(src, j, "mlp_bias", 0);
 }
 
 static void model_read_mistral(const json_src *src, const json_t *j, model_cfg *c) {
     model_read_llama(src, j, c);
-    model_read_window(src, j, c);
+    model_read_window(src, j, c, 4096, 0, INT_MAX);
 }
 
 static void model_read_qwen2(const json_src *src, const json_t *j, model_cfg *c) {
     model_read_llama(src, j, c);
     c->qkv_bias = 1;
     c->o_bias = 0;
-    if (json_opt_bool(src, j, "use_sliding_window", 0)) model_read_window(src, j, c);
+    if (json_opt_bool(src, j, "use_sliding_window", 0))
+        model_read_window(src, j, c, 4096,
+                          json_opt_int(src, j, "max_window_layers", 0, INT_MAX, 28), INT_MAX);
+}
+
+static void model_read_qwen3(const json_src *src, const json_t *j, model_cfg *c) {
+    c->hd = 128;
+    model_read_qwen2(src, j, c);
+    c->qkv_bias = c->o_bias = json_opt_bool(src, j, "attention_bias", 0);
+    c->qk_norm = 1;
+}
+
+/* Every fourth layer has no positions, unless the file lists the layers that have them. */
+static void model_read_smollm3(const json_src *src, const json_t *j, model_cfg *c) {
+    c->theta = 2000000.0f;
+    c->tied = 1;
+    model_read_llama(src, j, c);
+    int every = (int)json_opt_int(src, j, "no_rope_layer_interval", 1, INT_MAX, 4);
+    json_t *rotated = json_opt_array(src, j, "no_rope_layers");
+    c->kinds = mem_zalloc(src->ctx, (size_t)c->layers, sizeof *c->kinds);
+    for (int i = 0; i < c->layers; i++) {
+        json_t *flag = json_array_get(rotated, (size_t)i);
+        if (rotated && !json_is_integer(flag))
+            json_bad(src, "no_rope_layers", flag ? flag : rotated, "1 or 0 for each layer");
+        if (rotated ? json_integer_value(flag) == 0 : (i + 1) % every == 0)
+            c->kinds[i] |= MODEL_NOPE;
+    }
+    /* Where no list of layers says so, windows go with missing positions. */
+    if (!json_opt_bool(src, j, "use_sliding_window", 0)) return;
+    model_read_window(src, j, c, 0, 0, INT_MAX);
+    for (int i = 0; i < c->layers && !json_get(j, "layer_types"); i++)
+        if (!(c->kinds[i] & MODEL_NOPE)) c->kinds[i] = 0;
+}
+
+/* A soft cap: absent means def, null none. */
+static float model_read_cap(const json_src *src, const json_t *j, const char *key, double def) {
+    double cap = json_object_get(j, key) ? json_opt_real(src, j, key, 0) : def;
+    if (!(cap >= 0 && cap < 1e30))
+        err_throw(src->ctx, RLHF_ERR_FORMAT, "%s: \"%s\" is %g, expected 0 to 1e30", src->file, key,
+                  cap);
+    return (float)cap;
+}
+
+/* In the first files "gelu" means the tanh form. Also the ground of the two families below. */
+static void model_read_gemma(const json_src *src, const json_t *j, model_cfg *c) {
+    c->hd = 256;
+    c->tied = 1;
+    model_read_decoder(src, j, c);
+    model_need_choice(src, j, "hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh");
+    model_need_choice(src, j, "hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh|gelu");
+    if (json_opt_bool(src, j, "use_bidirectional_attention", 0))
+        err_throw(src->ctx, RLHF_ERR_UNSUPPORTED,
+                  "%s: \"use_bidirectional_attention\" is true; this version computes causal "
+                  "attention",
+                  src->file);
+    c->act = ACT_GELU_TANH;
+    c->norm_base = 1;
+    c->embed_scale = (float)sqrt(c->d);
+}
+
+static void model_read_gemma2(const json_src *src, const json_t *j, model_cfg *c) {
+    model_read_gemma(src, j, c);
+    double scalar = json_opt_real(src, j, "query_pre_attn_scalar", 256);
+    if (!(scalar > 0 && scalar < 1e30))
+        err_throw(src->ctx, RLHF_ERR_FORMAT,
+                  "%s: \"query_pre_attn_scalar\" is %g, expected more than 0", src->file, scalar);
+    c->attn_scale = (float)(1 / sqrt(scalar));
+    c->attn_cap = model_read_cap(src, j, "attn_logit_softcapping", 50);
+    c->logit_cap = model_read_cap(src, j, "final_logit_softcapping", 30);
+    c->post_norms = 1;
+    model_read_window(src, j, c, 4096, 0, 2);
+}
+
+static void model_read_gemma3(const json_src *src, const json_t *j, model_cfg *c) {
+    c->theta = 1000000.0f;
+    model_read_gemma2(src, j, c);
+    c->attn_cap = model_read_cap(src, j, "attn_logit_softcapping", 0);
+    c->logit_cap = model_read_cap(src, j, "final_logit_softcapping", 0);
+    c->qk_norm = 1;
+    memset(c->kinds, 0, (size_t)c->layers * sizeof *c->kinds);
+    int64_t old = json_opt_int(src, j, "_sliding_window_pattern", 1, INT_MAX, 6);
+    model_read_window(src, j, c, 4096, 0,
+                      json_opt_int(src, j, "sliding_window_pattern", 1, INT_MAX, old));
+    /* Local layers rotate by a base of their own. */
+    const json_t *rope = json_opt_object(src, j, "rope_parameters");
+    const json_t *local = json_opt_object(src, rope, "sliding_attention");
+    if (local) model_need_choice(src, local, "rope_type", "default", "default");
+    c->local_theta = model_read_theta(src, local ? local : j,
+                                      local ? "rope_theta" : "rope_local_base_freq", 10000.0);
+}
+
+static void model_read_neox(const json_src *src, const json_t *j, model_cfg *c) {
+    c->d = (int)json_need_int(src, j, "hidden_size", 1, MODEL_MAX);
+    c->layers = (int)json_need_int(src, j, "num_hidden_layers", 1, 100000);
+    c->heads = c->kv_heads = (int)json_need_int(src, j, "num_attention_heads", 1, 100000);
+    c->ff = (int)json_need_int(src, j, "intermediate_size", 1, MODEL_MAX);
+    c->positions = (int)json_opt_int(src, j, "max_position_embeddings", 1, MODEL_MAX, 2048);
+    c->eps = (float)json_opt_real(src, j, "layer_norm_eps", 1e-5);
+    c->hd = c->d / c->heads;
+    /* Transformers 5 has all of the rotation in one place. */
+    const json_t *rope = json_opt_object(src, j, "rope_parameters");
+    if (!rope) c->theta = model_read_theta(src, j, "rotary_emb_base", 10000.0);
+    model_read_rope(src, j, c);
+    double part = rope ? json_opt_real(src, rope, "partial_rotary_factor", 0.25)
+                       : json_opt_real(src, j, "rotary_pct", 0.25);
+    c->rot = part > 0 && part <= 1 ? (int)(c->hd * part) : 0;
+    if (c->d % c->heads || c->rot < 2 || c->rot % 2)
+        err_throw(
+            src->ctx, RLHF_ERR_FORMAT,
+            "%s: \"hidden_size\" %d, %d heads of which %g is rotated: the first is a multiple "
+            "of the second, and an even number of a head's dimensions is rotated",
+            src->file, c->d, c->heads, part);
+    model_need_choice(src, j, "hidden_act", "gelu", "gelu|gelu_new|gelu_pytorch_tanh");
+    c->act =
+        strcmp(json_opt_str(src, j, "hidden_act", "gelu"), "gelu") ? ACT_GELU_TANH : ACT_GELU_ERF;
+    c->qkv_bias = c->o_bias = json_opt_bool(src, j, "attention_bias", 1);
+    c->parallel = json_opt_bool(src, j, "use_parallel_residual", 1);
+    c->tied = json_opt_bool(src, j, "tie_word_embeddings", 0);
+    c->layer_norm = c->mlp_bias = 1;
 }
 
 /* A further family is a row here, a reader, and a list of tensors if its names are new. What the
@@ -6649,7 +7139,19 @@ static const model_family model_families[] = {
     {"mistral", "MistralForCausalLM", "MistralForSequenceClassification", "model.", 0,
      model_llama_tensors, model_read_mistral},
     {"qwen2", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification", "model.", 0,
-     model_llama_tensors, model_read_qwen2}};
+     model_llama_tensors, model_read_qwen2},
+    {"qwen3", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification", "model.", 0,
+     model_llama_tensors, model_read_qwen3},
+    {"smollm3", "SmolLM3ForCausalLM", "SmolLM3ForSequenceClassification", "model.", 0,
+     model_llama_tensors, model_read_smollm3},
+    {"gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification", "gpt_neox.", 0,
+     model_neox_tensors, model_read_neox},
+    {"gemma", "GemmaForCausalLM", "GemmaForSequenceClassification", "model.", 0,
+     model_llama_tensors, model_read_gemma},
+    {"gemma2", "Gemma2ForCausalLM", "Gemma2ForSequenceClassification", "model.", 0,
+     model_gemma_tensors, model_read_gemma2},
+    {"gemma3_text", "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification", "model.", 0,
+     model_gemma_tensors, model_read_gemma3}};
 enum { MODEL_FAMILIES = sizeof model_families / sizeof *model_families };
 
 /* The family that config.json names, or an error that lists the known ones. */
@@ -6663,6 +7165,11 @@ static const model_family *model_find_family(const json_src *src, const json_t *
     }
     err_throw(src->ctx, RLHF_ERR_UNSUPPORTED, "%s: \"model_type\" \"%s\" is unknown; known: %s",
               src->file, type, known);
+}
+
+/* Whether a layer is of a kind: MODEL_LOCAL or MODEL_NOPE. */
+static int model_is(const model_cfg *c, int layer, int kind) {
+    return c->kinds && (c->kinds[layer] & kind) != 0;
 }
 
 /* Adds an end-of-text id unless it is there; more than the array holds are left out. */
@@ -6765,6 +7272,8 @@ static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config)
     c->init_range = (float)json_opt_real(src, config, "initializer_range", 0.02);
     c->vocab = (int)json_need_int(src, config, "vocab_size", 1, MODEL_MAX);
     m->family->read(src, config, c);
+    if (!c->rot) c->rot = c->hd;
+    if (c->attn_scale == 0) c->attn_scale = 1.0f / sqrtf((float)c->hd);
     if (!(c->eps >= 0 && c->eps < 1 && c->init_range >= 0 && c->init_range < 1e3f))
         err_throw(
             ctx, RLHF_ERR_FORMAT,
@@ -6776,6 +7285,9 @@ static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config)
     model_read_special(m, src, config);
     model_layout(m);
     m->w = mem_zalloc(ctx, m->n, sizeof *m->w);
+    size_t tensors = 0;
+    while (m->family->tensors[tensors].name) tensors++;
+    m->stored = mem_zalloc(ctx, tensors, (size_t)c->layers);
     m->packed = mem_zalloc(ctx, (size_t)c->layers * P_COUNT, sizeof *m->packed);
     m->packed_version = mem_zalloc(ctx, (size_t)c->layers * P_COUNT, sizeof *m->packed_version);
     m->version = 1;
@@ -6789,6 +7301,8 @@ static void model_free(rlhf_model *m) {
     json_decref(m->config);
     mem_free(m->packed);
     mem_free(m->packed_version);
+    mem_free(m->c.kinds);
+    mem_free(m->stored);
     mem_free(m->w);
     mem_free(m);
 }
@@ -6812,7 +7326,7 @@ static void model_randomize(rlhf_model *m, uint64_t seed) {
             if (init == 'r' && m->c.scaled_init) std /= sqrtf(2.0f * (float)m->c.layers);
             for (size_t i = 0; i < m->slot[p].n; i++) {
                 uint64_t at = (uint64_t)(w - m->w) + i;
-                w[i] = init == '1'   ? 1.0f
+                w[i] = init == '1'   ? 1.0f - m->c.norm_base
                        : init == '0' ? 0.0f
                                      : std * model_normal(seed, RNG_INIT, at);
             }
@@ -6827,6 +7341,20 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
     for (int i = 0; i < m->c.d; i++) w[i] = std * model_normal(seed, RNG_HEAD, (uint64_t)i);
     m->version++;
 }
+
+/* ============================================================================================
+ * MARK: - 16 PASS (model_)
+ * What a model computes, for all families in one way: layers (x is the residual stream [rows][d])
+ * and a head:
+ *     x += attention(norm(x))        x += mlp(norm(x))        logits or score = norm(x) W^T
+ * where a family may norm queries and keys, norm what is added to x, or have the MLP read what
+ * attention reads. The head sees chosen rows only. A model owns its weights, tables and packed
+ * matrices; gradients are lent by an optimizer. What a pass computes lies in the caller's arena.
+ *
+ * Entry: model_batch, model_forward, model_top_fwd, model_backward; model_score_list.
+ * Invariant: sampling with a cache and training run through model_forward alike.
+ * Tests: test/test_model.c, test/test_golden.c
+ * ============================================================================================ */
 
 /* ---- pieces of a pass ---- */
 
@@ -6862,32 +7390,38 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int row
     return o;
 }
 
-/* The matrix from normed states to logits [vocab][d], or to the score [1][d]. */
+/* The matrix from normed states to logits [vocab][d] (op_logits), or to the score [1][d]. */
 static op_weight model_head_weight(rlhf_model *m, int rows) {
     if (m->c.head == RLHF_HEAD_SCORE) return model_weight(m, P_SCORE, P_COUNT, 0, rows);
-    return model_weight(m, m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0, rows);
+    op_weight o = model_weight(m, m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0, rows);
+    o.cap = m->c.logit_cap;
+    return o;
 }
 
 /* The norm whose weight is p, for rows; the caller sets x, y and the like. */
 static op_norm model_norm(rlhf_model *m, int p, int layer, int rows) {
-    op_norm o = {.k = m->ctx->k, .n = m->c.d, .eps = m->c.eps, .rows = rows};
+    op_norm o = {.k = m->ctx->k, .n = m->c.d, .eps = m->c.eps, .base = m->c.norm_base};
+    o.rows = rows;
     o.w = model_w(m, p, layer);
     o.gw = model_g(m, p, layer);
+    if (!m->c.layer_norm) return o;
     o.b = model_w(m, p + 1, layer);
     o.gb = model_g(m, p + 1, layer);
     return o;
 }
 
+/* The norms that only RMSNorm's families have (QN, KN, PN1, PN2) are without. */
 _Static_assert(P_LN1_B == P_LN1_W + 1 && P_LN2_B == P_LN2_W + 1 && P_LNF_B == P_LNF_W + 1,
                "a norm's bias follows its weight");
 
-/* Radians by which dimension j turns from one position to the next: theta^(-2j / hd) (Su et al.
- * 2021). Llama 3 slows the long waves down by a factor, leaves the short ones, and blends in
- * between. libm's pow is rounded from double to
- * float, where libraries agree. */
+/* Radians by which dimension j turns from one position to the next: theta^(-2j / rot) (Su et al.
+ * 2021). Linear scaling slows all waves down by a factor; Llama 3 slows the long ones, leaves the
+ * short ones, and blends in between. libm's pow is rounded from double to float, where libraries
+ * agree. */
 static float model_rope_frequency(const model_cfg *c, int j) {
-    float inv = (float)(1.0 / pow((double)c->theta, (double)j / (c->hd / 2)));
+    float inv = (float)(1.0 / pow((double)c->theta, (double)j / (c->rot / 2)));
     if (c->rope_factor == 0) return inv;
+    if (c->rope_original == 0) return inv / c->rope_factor;
     float wave = 6.283185307179586f / inv;
     if (wave < c->rope_original / c->rope_high) return inv;
     if (wave > c->rope_original / c->rope_low) return inv / c->rope_factor;
@@ -6895,24 +7429,31 @@ static float model_rope_frequency(const model_cfg *c, int j) {
     return (1.0f - smooth) * inv / c->rope_factor + smooth * inv;
 }
 
-/* Tables of the rotation for positions below len, in `keep`. They grow by doubling; outgrown ones,
- * together no larger than the newest, stay until the model goes. */
+/* Cosines and sines of positions below len, tables [len][rot/2], from the angles that c says. */
+static void model_rope_fill(const model_cfg *c, int len, float *cosine, float *sine) {
+    int half = c->rot / 2;
+    for (int p = 0; p < len; p++)
+        for (int j = 0; j < half; j++) {
+            size_t i = (size_t)p * (size_t)half + (size_t)j;
+            v_sincos1((float)p * model_rope_frequency(c, j), sine + i, cosine + i);
+        }
+}
+
+/* Tables of the rotation for positions below len, in `keep`; local layers may have their own. They
+ * grow by doubling; outgrown ones, together no larger than the newest, stay until the model
+ * goes. */
 static void model_rope_tables(rlhf_model *m, int len) {
     if (m->c.learned_pos || len <= m->rope_len) return;
-    int half = m->c.hd / 2, want = base_min(m->c.positions, base_max(len, 2 * m->rope_len));
-    float *c = arena_floats(&m->keep, (size_t)want, (size_t)half);
-    float *s = arena_floats(&m->keep, (size_t)want, (size_t)half);
-    /* c holds the angles first, then their cosines. */
-    for (int p = 0; p < want; p++) {
-        for (int j = 0; j < half; j++) {
-            float inv = model_rope_frequency(&m->c, j);
-            c[(size_t)p * (size_t)half + (size_t)j] = (float)p * inv;
-        }
-        float *row = c + (size_t)p * (size_t)half, *sine = s + (size_t)p * (size_t)half;
-        for (int j = 0; j < half; j++) v_sincos1(row[j], sine + j, row + j);
+    size_t half = (size_t)m->c.rot / 2;
+    int want = base_min(m->c.positions, base_max(len, 2 * m->rope_len));
+    model_cfg local = m->c;
+    local.theta = m->c.local_theta;
+    local.rope_factor = 0;
+    for (int i = 0; i < 1 + (m->c.local_theta != 0); i++) {
+        m->cosine[i] = arena_floats(&m->keep, (size_t)want, half);
+        m->sine[i] = arena_floats(&m->keep, (size_t)want, half);
+        model_rope_fill(i ? &local : &m->c, want, m->cosine[i], m->sine[i]);
     }
-    m->cosine = c;
-    m->sine = s;
     m->rope_len = want;
 }
 
@@ -6922,9 +7463,12 @@ static void model_rope_tables(rlhf_model *m, int len) {
 typedef struct model_acts {
     float *x1, *h1, *mean1, *rstd1; /* input of the layer; its norm */
     float *qkv, *o, *lse;           /* as in op_attn; qkv is rotated */
+    float *raw, *mean_h, *rstd_h;   /* qkv before the norms of heads; their statistics */
     float *x2, *h2, *mean2, *rstd2; /* after attention; its norm */
     float *up, *act;                /* MLP before and after its activation */
-    op_seq *seq;                    /* the run's, with this layer's kv */
+    float *y1, *y2;                 /* what attention and MLP add to x, before the norms of that */
+    float *mean_y1, *rstd_y1, *mean_y2, *rstd_y2;
+    op_seq *seq; /* the run's, with this layer's kv */
 } model_acts;
 
 /* One pass over a ragged batch. */
@@ -6961,7 +7505,10 @@ static void model_check_run(rlhf_model *m, const model_run *run) {
 }
 
 /* Attention of one layer's rows and its description, shared with backward. */
-static op_attn model_attn(rlhf_model *m, const model_run *run, model_acts *a) {
+static op_attn model_attn(rlhf_model *m, const model_run *run, int layer, model_acts *a) {
+    const model_cfg *c = &m->c;
+    int local = model_is(c, layer, MODEL_LOCAL), table = local && c->local_theta != 0;
+    int turn = !c->learned_pos && !model_is(c, layer, MODEL_NOPE);
     return (op_attn){.kt = m->ctx->k,
                      .heads = m->c.heads,
                      .kv_heads = m->c.kv_heads,
@@ -6971,8 +7518,12 @@ static op_attn model_attn(rlhf_model *m, const model_run *run, model_acts *a) {
                      .qkv = a->qkv,
                      .o = a->o,
                      .lse = a->lse,
-                     .cosine = m->c.learned_pos ? NULL : m->cosine,
-                     .sine = m->sine,
+                     .cosine = turn ? m->cosine[table] : NULL,
+                     .sine = m->sine[table],
+                     .rot = c->rot,
+                     .window = local ? c->window : 0,
+                     .scale = c->attn_scale,
+                     .cap = c->attn_cap,
                      .pos = run->pos,
                      .sign = 1,
                      .rows = run->rows};
@@ -6989,7 +7540,21 @@ static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run)
     a.rstd1 = a.mean1 + n;
     a.mean2 = a.rstd1 + n;
     a.rstd2 = a.mean2 + n;
-    a.qkv = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
+    a.qkv = a.raw = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
+    if (c->qk_norm) {
+        size_t per = (size_t)(c->heads + c->kv_heads);
+        if (run->save) a.raw = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
+        a.mean_h = arena_floats(ws, n, 2 * per);
+        a.rstd_h = a.mean_h + n * per;
+    }
+    if (c->post_norms) {
+        a.y1 = arena_floats(ws, n, d);
+        a.y2 = run->save ? arena_floats(ws, n, d) : a.y1;
+        a.mean_y1 = arena_floats(ws, n, 4);
+        a.rstd_y1 = a.mean_y1 + n;
+        a.mean_y2 = a.rstd_y1 + n;
+        a.rstd_y2 = a.mean_y2 + n;
+    }
     a.o = arena_floats(ws, n, q);
     a.lse = run->save ? arena_floats(ws, n, (size_t)c->heads) : NULL;
     a.up = arena_floats(ws, n, (size_t)(c->ff * (1 + c->glu)));
@@ -6999,17 +7564,65 @@ static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run)
     return a;
 }
 
+/* The norm of all queries (p P_QN_W) or keys (P_KN_W), each head by itself, from raw to qkv. */
+static op_norm model_head_norm(rlhf_model *m, int p, int layer, int rows, const model_acts *a) {
+    const model_cfg *c = &m->c;
+    int key = p == P_KN_W;
+    op_norm o = model_norm(m, p, layer, rows * (key ? c->kv_heads : c->heads));
+    size_t at = key ? (size_t)(c->heads * c->hd) : 0, row = key ? (size_t)(rows * c->heads) : 0;
+    o.n = c->hd;
+    o.per = key ? c->kv_heads : c->heads;
+    o.ld = (size_t)((c->heads + 2 * c->kv_heads) * c->hd);
+    o.x = a->raw + at, o.y = a->qkv + at;
+    o.mean = a->mean_h + row, o.rstd = a->rstd_h + row;
+    return o;
+}
+
+/* Copies the values of all rows: what the norms of heads leave as it is. */
+static void model_copy_values(const model_cfg *c, int rows, const float *from, float *to) {
+    size_t n = (size_t)(c->kv_heads * c->hd), at = (size_t)((c->heads + c->kv_heads) * c->hd);
+    for (size_t r = 0; r < (size_t)rows && from != to; r++)
+        memcpy(to + r * (at + n) + at, from + r * (at + n) + at, n * sizeof *to);
+}
+
+/* The norm of what attention (p P_PN1_W) or MLP (P_PN2_W) adds to x; the caller sets the rest. */
+static op_norm model_post_norm(rlhf_model *m, int p, int layer, int rows, const model_acts *a) {
+    op_norm o = model_norm(m, p, layer, rows);
+    o.x = p == P_PN1_W ? a->y1 : a->y2;
+    o.mean = p == P_PN1_W ? a->mean_y1 : a->mean_y2;
+    o.rstd = p == P_PN1_W ? a->rstd_y1 : a->rstd_y2;
+    return o;
+}
+
+/* The end of a branch: out = x + in W^T + b, where the sum's second part is normed if the family
+ * has p. */
+static void model_branch(rlhf_model *m, op_env *e, int p, int layer, int rows, const model_acts *a,
+                         const op_weight *w, const float *in, const float *x, float *out) {
+    if (!m->c.post_norms) {
+        op_linear(e, w, rows, in, out, x, NULL, NULL);
+        return;
+    }
+    arena_mark mark = arena_save(e->ws);
+    op_norm o = model_post_norm(m, p, layer, rows, a);
+    op_linear(e, w, rows, in, p == P_PN1_W ? a->y1 : a->y2, NULL, NULL, NULL);
+    o.y = arena_floats(e->ws, (size_t)rows, (size_t)m->c.d);
+    o.add = x, o.sum = out;
+    op_norm_fwd(e, &o);
+    arena_restore(e->ws, mark);
+}
+
 /* One layer; x is the residual stream, n rows:
  *     h1 = norm(x)                        [n][d]
  *     qkv = h1 Wqkv^T + b, rotated         [n][(heads + 2 kv_heads) hd]
  *     o = attention(qkv)                   [n][heads hd]
- *     x += o Wo^T + b, h2 = norm(x)        [n][d]
+ *     x += o Wo^T + b, h2 = norm(x)        [n][d], h2 from the first x where parallel
  *     up = h2 Wup^T + b                    [n][ff], with glu [n][2 ff]
- *     act = gelu(up) or silu(gate) up      [n][ff]
+ *     act = act(up) or act(gate) up        [n][ff]
  *     x += act Wdown^T + b                 [n][d]
  * With save, each state of x is kept. */
 static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer, model_acts *a) {
     const model_cfg *c = &m->c;
+    const k_table *k = m->ctx->k;
     int n = run->rows;
     /* Keys and values: the caller's caches, or new ones (one set for all layers where nothing is
      * kept). */
@@ -7017,29 +7630,41 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
         if (run->kv) a->seq[s].kv = run->kv[(size_t)layer * (size_t)run->seqs + (size_t)s];
         else if (run->save || layer == 0) a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
     }
-    /* Attention: norm, queries keys values, rotation, attention, output added to x. */
+    /* Attention: norm, queries keys values, their norms, rotation, attention. */
     op_norm n1 = model_norm(m, P_LN1_W, layer, n);
     n1.x = a->x1, n1.y = a->h1, n1.mean = a->mean1, n1.rstd = a->rstd1;
     op_norm_fwd(e, &n1);
     op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer, n),
               o = model_weight(m, P_O_W, P_O_B, layer, n);
-    op_linear(e, &qkv, n, a->h1, a->qkv, NULL, NULL, NULL);
-    op_attn at = model_attn(m, run, a);
+    op_linear(e, &qkv, n, a->h1, a->raw, NULL, NULL, NULL);
+    if (c->qk_norm) {
+        op_norm q = model_head_norm(m, P_QN_W, layer, n, a);
+        op_norm key = model_head_norm(m, P_KN_W, layer, n, a);
+        op_norm_fwd(e, &q);
+        op_norm_fwd(e, &key);
+        model_copy_values(c, n, a->raw, a->qkv);
+    }
+    op_attn at = model_attn(m, run, layer, a);
     op_rope(e, &at);
     op_attn_fwd(e, &at);
-    op_linear(e, &o, n, a->o, a->x2, a->x1, NULL, NULL);
-    /* MLP: norm, up with its activation, down added to x. */
+    /* The MLP's norm, before x changes where it reads the layer's input; attention added to x. */
     op_norm n2 = model_norm(m, P_LN2_W, layer, n);
-    n2.x = a->x2, n2.y = a->h2, n2.mean = a->mean2, n2.rstd = a->rstd2;
-    op_norm_fwd(e, &n2);
+    n2.x = c->parallel ? a->x1 : a->x2;
+    n2.y = a->h2, n2.mean = a->mean2, n2.rstd = a->rstd2;
+    if (c->parallel) op_norm_fwd(e, &n2);
+    model_branch(m, e, P_PN1_W, layer, n, a, &o, a->o, a->x1, a->x2);
+    if (!c->parallel) op_norm_fwd(e, &n2);
+    /* MLP: up with its activation, down added to x. */
     op_weight up = model_weight(m, P_UP_W, P_UP_B, layer, n);
     op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer, n);
-    op_linear(e, &up, n, a->h2, a->up, NULL, c->glu ? NULL : m->ctx->k->gelu, a->act);
+    k_map_fn *act = c->act == ACT_GELU_ERF ? k->gelu_erf : k->gelu;
+    op_linear(e, &up, n, a->h2, a->up, NULL, c->glu ? NULL : act, a->act);
     if (c->glu) {
-        op_glu glu = {.k = m->ctx->k, .ff = c->ff, .up = a->up, .y = a->act};
+        op_glu glu = {.act = c->act == ACT_SILU ? k->glu : k->geglu, .ff = c->ff};
+        glu.up = a->up, glu.y = a->act;
         par_for(m->ctx, n, par_grain(4 * c->ff), op_glu_rows, &glu);
     }
-    op_linear(e, &down, n, a->act, run->x, a->x2, NULL, NULL);
+    model_branch(m, e, P_PN2_W, layer, n, a, &down, a->act, a->x2, run->x);
 }
 
 /* Runs the batch through all layers: run->x becomes the residual stream behind the last one,
@@ -7064,6 +7689,7 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
                    .pos = run->pos,
                    .wte = model_w(m, P_WTE, 0),
                    .wpe = model_w(m, P_WPE, 0),
+                   .scale = c->embed_scale,
                    .x = x};
     op_embed_fwd(&e, &em);
     run->x = x;
@@ -7081,6 +7707,53 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
 
 /* ---- backward ---- */
 
+/* The gradient of a branch's last product, given that of x: the same, or through its norm p. */
+static const float *model_branch_bwd(rlhf_model *m, op_env *e, int p, int layer, int rows,
+                                     const model_acts *a, const float *dx) {
+    if (!m->c.post_norms) return dx;
+    op_norm o = model_post_norm(m, p, layer, rows, a);
+    o.dy = dx;
+    o.dx = arena_zeros(e->ws, (size_t)rows, (size_t)m->c.d);
+    op_norm_bwd(e, &o);
+    return o.dx;
+}
+
+/* dup, the gradient of an MLP's matrices up and gate, from that of the activation's output dact,
+ * which is destroyed. */
+static float *model_act_bwd(rlhf_model *m, op_env *e, int rows, const model_acts *a, float *dact) {
+    const model_cfg *c = &m->c;
+    const k_table *k = m->ctx->k;
+    if (!c->glu) {
+        op_gelu gelu = {c->act == ACT_GELU_ERF ? k->gelu_erf_bwd : k->gelu_bwd, c->ff, a->up, dact};
+        par_for(m->ctx, rows, par_grain(4 * c->ff), op_gelu_bwd_rows, &gelu);
+        return dact;
+    }
+    op_glu glu = {.act_bwd = c->act == ACT_SILU ? k->glu_bwd : k->geglu_bwd, .ff = c->ff};
+    glu.up = a->up, glu.dy = dact;
+    glu.dup = arena_floats(e->ws, (size_t)rows, 2 * (size_t)c->ff);
+    par_for(m->ctx, rows, par_grain(4 * c->ff), op_glu_bwd_rows, &glu);
+    return glu.dup;
+}
+
+/* The gradient of raw from that of qkv, rotation undone: through the norms of heads, where there
+ * are any. */
+static float *model_heads_bwd(rlhf_model *m, op_env *e, int layer, int rows, const model_acts *a,
+                              float *dqkv) {
+    const model_cfg *c = &m->c;
+    if (!c->qk_norm) return dqkv;
+    float *d = arena_zeros(e->ws, (size_t)rows, (size_t)((c->heads + 2 * c->kv_heads) * c->hd));
+    for (int p = P_QN_W; p <= P_KN_W; p++) {
+        op_norm o = model_head_norm(m, p, layer, rows, a);
+        o.dy = dqkv + (o.x - a->raw);
+        o.dx = d + (o.x - a->raw);
+        op_norm_bwd(e, &o);
+    }
+    model_copy_values(c, rows, dqkv, d);
+    return d;
+}
+
+_Static_assert(P_KN_W == P_QN_W + 1, "the loop above");
+
 /* dx [rows][d], the gradient of run->x, becomes that of the layer's input; weight gradients are
  * added to m->g. The residual connections are why dx is added to: a branch's gradient joins what
  * flows past it. Runs the forward steps backward: down, activation, up, norm; o, attention,
@@ -7089,7 +7762,7 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     const model_cfg *c = &m->c;
     model_acts *a = run->acts + layer;
     arena_mark mark = arena_save(e->ws);
-    int n = run->rows, wide = c->ff * (1 + c->glu);
+    int n = run->rows;
     size_t rows = (size_t)n;
     op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer, INT_MAX),
               o = model_weight(m, P_O_W, P_O_B, layer, INT_MAX);
@@ -7097,30 +7770,28 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer, INT_MAX);
 
     /* MLP branch. */
-    op_linear_bwd_w(e, &down, n, a->act, dx);
-    float *dact = arena_floats(e->ws, rows, (size_t)c->ff), *dup = dact;
-    op_linear_bwd_x(e, &down, n, dx, dact);
-    if (c->glu) {
-        dup = arena_floats(e->ws, rows, (size_t)wide);
-        op_glu glu = {.k = m->ctx->k, .ff = c->ff, .up = a->up, .dy = dact, .dup = dup};
-        par_for(m->ctx, n, par_grain(4 * c->ff), op_glu_bwd_rows, &glu);
-    } else {
-        op_gelu gelu = {m->ctx->k, c->ff, a->up, dup};
-        par_for(m->ctx, n, par_grain(4 * c->ff), op_gelu_bwd_rows, &gelu);
-    }
+    const float *dy = model_branch_bwd(m, e, P_PN2_W, layer, n, a, dx);
+    op_linear_bwd_w(e, &down, n, a->act, dy);
+    float *dact = arena_floats(e->ws, rows, (size_t)c->ff);
+    op_linear_bwd_x(e, &down, n, dy, dact);
+    float *dup = model_act_bwd(m, e, n, a, dact);
     op_linear_bwd_w(e, &up, n, a->h2, dup);
     float *dh = arena_floats(e->ws, rows, (size_t)c->d);
     op_linear_bwd_x(e, &up, n, dup, dh);
-    /* Both norms add to dx, which still holds what the residual connection passes on. */
+    /* Both norms add to dx, which still holds what the residual connection passes on: to attention
+     * behind this one, or in parallel before it. */
     op_norm n2 = model_norm(m, P_LN2_W, layer, n);
-    n2.x = a->x2, n2.mean = a->mean2, n2.rstd = a->rstd2, n2.dy = dh, n2.dx = dx;
-    op_norm_bwd(e, &n2);
+    n2.x = c->parallel ? a->x1 : a->x2;
+    n2.mean = a->mean2, n2.rstd = a->rstd2, n2.dy = dh, n2.dx = dx;
+    if (!c->parallel) op_norm_bwd(e, &n2);
 
     /* Attention branch. */
-    op_linear_bwd_w(e, &o, n, a->o, dx);
+    dy = model_branch_bwd(m, e, P_PN1_W, layer, n, a, dx);
+    op_linear_bwd_w(e, &o, n, a->o, dy);
     float *dout = arena_floats(e->ws, rows, (size_t)(c->heads * c->hd));
-    op_linear_bwd_x(e, &o, n, dx, dout);
-    op_attn at = model_attn(m, run, a);
+    op_linear_bwd_x(e, &o, n, dy, dout);
+    if (c->parallel) op_norm_bwd(e, &n2);
+    op_attn at = model_attn(m, run, layer, a);
     at.dout = dout;
     at.dqkv = arena_floats(e->ws, rows, (size_t)op_attn_width(&at));
     op_attn_bwd(e, &at);
@@ -7129,8 +7800,9 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     back.qkv = at.dqkv;
     back.sign = -1;
     op_rope(e, &back);
-    op_linear_bwd_w(e, &qkv, n, a->h1, at.dqkv);
-    op_linear_bwd_x(e, &qkv, n, at.dqkv, dh);
+    float *draw = model_heads_bwd(m, e, layer, n, a, at.dqkv);
+    op_linear_bwd_w(e, &qkv, n, a->h1, draw);
+    op_linear_bwd_x(e, &qkv, n, draw, dh);
     op_norm n1 = model_norm(m, P_LN1_W, layer, n);
     n1.x = a->x1, n1.mean = a->mean1, n1.rstd = a->rstd1, n1.dy = dh, n1.dx = dx;
     op_norm_bwd(e, &n1);
@@ -7151,6 +7823,7 @@ static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float
                    .wpe = model_w(m, P_WPE, 0),
                    .gwte = m->g_embed ? m->g_embed : model_g(m, P_WTE, 0),
                    .gwpe = model_g(m, P_WPE, 0),
+                   .scale = m->c.embed_scale,
                    .x = dx};
     op_embed_bwd(&e, &em);
 }
@@ -7314,7 +7987,7 @@ static uint64_t model_hash(const rlhf_model *m) {
 }
 
 /* ============================================================================================
- * MARK: - 16 CKPT (ckpt_)
+ * MARK: - 17 CKPT (ckpt_)
  * safetensors files and Hugging Face model directories, in and out. Every offset and shape of a
  * file is checked before a byte is used; a tensor that is missing, unexpected or of another shape
  * is an error that names it.
@@ -7471,12 +8144,41 @@ static float ckpt_value(const unsigned char *p, char kind, size_t i) {
     return kind == 'h' ? ckpt_half(h) : v_bits1((int32_t)((uint32_t)h << 16));
 }
 
-/* Copies the checked tensor `name` to out [rows][cols] as floats; transposed: the file holds
- * [cols][rows]. one_dim: the file holds [rows] (cols is 1). Any other shape or dtype is an
- * error. */
-static void ckpt_load(const ckpt_file *f, const char *name, const json_t *entry, size_t rows,
-                      size_t cols, int one_dim, int transposed, float *out) {
+/* The nearest half-precision number, the even one of two; beyond the largest is infinity. */
+static uint16_t ckpt_to_half(float f) {
+    uint32_t x = (uint32_t)v_int1(f), sign = x >> 16 & 0x8000, a = x & 0x7fffffff;
+    if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (a >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+    /* Half the unit of 1/2 is that of denormals: the addition rounds to it. */
+    if (a < 0x38800000)
+        return (uint16_t)(sign | (uint32_t)(v_int1(v_bits1((int32_t)a) + 0.5f) - v_int1(0.5f)));
+    return (uint16_t)(sign | (a + 0xfff + (a >> 13 & 1) - 0x38000000) >> 13);
+}
+
+/* One tensor of a file: [rows][cols] floats, or their transpose; cols 0: [rows]. hd, if not 0: the
+ * file has the rows of query, key and value of one head after another, hd each. kind: the dtype it
+ * is written in, as in ckpt_value. The data stay the caller's. */
+typedef struct ckpt_tensor {
+    char name[160];
+    size_t rows, cols, hd;
+    int transposed;
+    char kind;
+    float *data;
+} ckpt_tensor;
+
+/* Where row r of a file lies in a parameter: hd as in ckpt_tensor. */
+static size_t ckpt_row(size_t rows, size_t hd, size_t r) {
+    if (!hd) return r;
+    return r / hd % 3 * (rows / 3) + r / (3 * hd) * hd + r % hd;
+}
+
+/* Copies a checked tensor to t->data as floats and returns its dtype. Another shape than t's, or a
+ * dtype that is not read, is an error. */
+static char ckpt_load(const ckpt_file *f, const json_t *entry, const ckpt_tensor *t) {
     rlhf_ctx *ctx = f->src.ctx;
+    const char *name = t->name;
+    int one_dim = t->cols == 0, transposed = t->transposed;
+    size_t rows = t->rows, cols = one_dim ? 1 : t->cols;
     const char *dtype = json_string_value(json_object_get(entry, "dtype"));
     char kind = !strcmp(dtype, "F32")    ? '4'
                 : !strcmp(dtype, "F16")  ? 'h'
@@ -7501,33 +8203,59 @@ static void ckpt_load(const ckpt_file *f, const char *name, const json_t *entry,
     /* ckpt_check has seen that the range is in the data and of this size. */
     const unsigned char *p =
         f->data + json_integer_value(json_array_get(json_object_get(entry, "data_offsets"), 0));
-    for (size_t r = 0; r < rows; r++)
+    for (size_t r = 0; r < rows; r++) {
+        float *out = t->data + ckpt_row(rows, t->hd, r) * cols;
         for (size_t c = 0; c < cols; c++)
-            out[r * cols + c] = ckpt_value(p, kind, transposed ? c * rows + r : r * cols + c);
+            out[c] = ckpt_value(p, kind, transposed ? c * rows + r : r * cols + c);
+    }
+    return kind;
 }
 
-/* One tensor to be written: [rows][cols] floats at data, or their transpose; cols 0: [rows]. The
- * data stay the caller's. */
-typedef struct ckpt_tensor {
-    char name[160];
-    size_t rows, cols;
-    int transposed;
-    const float *data;
-} ckpt_tensor;
+/* Whether n numbers are the same again when they have been stored in a dtype. */
+static int ckpt_fits(const float *x, size_t n, char kind) {
+    for (size_t i = 0; i < n; i++) {
+        float back = kind == 'h' ? ckpt_half(ckpt_to_half(x[i])) : v_wide1(v_half1(x[i]));
+        if (v_int1(back) != v_int1(x[i])) return 0;
+    }
+    return 1;
+}
 
-/* Writes n tensors as F32, in the order of the list, without gaps. The file is in place when the
- * call returns; the same tensors give the same bytes. */
+/* Writes one tensor's data in its dtype, a row of the file at a time: no second copy of a large
+ * matrix. */
+static void ckpt_put(io_file *f, rlhf_ctx *ctx, const ckpt_tensor *t) {
+    size_t cols = t->cols ? t->cols : 1, n = t->transposed ? t->rows : cols;
+    if (t->kind == '4' && !t->transposed && !t->hd) {
+        io_write(f, t->data, t->rows * cols * sizeof(float));
+        return;
+    }
+    float *row = mem_alloc(ctx, n * sizeof *row);
+    uint16_t *half = mem_alloc(ctx, n * sizeof *half);
+    for (size_t r = 0; r < (t->transposed ? cols : t->rows); r++) {
+        const float *x = t->data + (t->transposed ? r : ckpt_row(t->rows, t->hd, r) * cols);
+        for (size_t i = 0; i < n; i++) row[i] = x[t->transposed ? i * cols : i];
+        for (size_t i = 0; i < n && t->kind != '4'; i++)
+            half[i] = t->kind == 'h' ? ckpt_to_half(row[i]) : v_half1(row[i]);
+        if (t->kind == '4') io_write(f, row, n * sizeof *row);
+        else io_write(f, half, n * sizeof *half);
+    }
+    mem_free(half);
+    mem_free(row);
+}
+
+/* Writes n tensors, in the order of the list, without gaps. The file is in place when the call
+ * returns; the same tensors give the same bytes. */
 static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, int n) {
     json_t *header = json_hold(ctx, json_object());
     json_object_set_new(header, "__metadata__", json_pack("{s:s}", "format", "pt"));
     size_t at = 0;
     for (int i = 0; i < n; i++) {
-        size_t bytes = t[i].rows * (t[i].cols ? t[i].cols : 1) * sizeof(float);
+        const char *dtype = t[i].kind == '4' ? "F32" : t[i].kind == 'h' ? "F16" : "BF16";
+        size_t bytes = t[i].rows * (t[i].cols ? t[i].cols : 1) * ckpt_dtype_size(dtype);
         json_int_t a = (json_int_t)(t[i].transposed ? t[i].cols : t[i].rows);
         json_int_t b = (json_int_t)(t[i].transposed ? t[i].rows : t[i].cols);
         json_t *shape = t[i].cols ? json_pack("[I,I]", a, b) : json_pack("[I]", a);
         json_object_set_new(header, t[i].name,
-                            json_pack("{s:s,s:o,s:[I,I]}", "dtype", "F32", "shape", shape,
+                            json_pack("{s:s,s:o,s:[I,I]}", "dtype", dtype, "shape", shape,
                                       "data_offsets", (json_int_t)at, (json_int_t)(at + bytes)));
         at += bytes;
     }
@@ -7541,20 +8269,7 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
     io_write(f, size, 8);
     io_write(f, text, len);
     io_write(f, "       ", padded - len);
-    for (int i = 0; i < n; i++) {
-        size_t cols = t[i].cols ? t[i].cols : 1;
-        if (!t[i].transposed) {
-            io_write(f, t[i].data, t[i].rows * cols * sizeof(float));
-            continue;
-        }
-        /* A column at a time: no second copy of a large matrix. */
-        float *row = mem_alloc(ctx, t[i].rows * sizeof *row);
-        for (size_t c = 0; c < cols; c++) {
-            for (size_t r = 0; r < t[i].rows; r++) row[r] = t[i].data[r * cols + c];
-            io_write(f, row, t[i].rows * sizeof *row);
-        }
-        mem_free(row);
-    }
+    for (int i = 0; i < n; i++) ckpt_put(f, ctx, t + i);
     io_commit(f);
     mem_free(text);
     err_release(ctx);
@@ -7566,7 +8281,7 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
  * model has none. */
 typedef struct ckpt_slice {
     float *w;
-    size_t rows, cols;
+    size_t rows, cols, hd; /* hd: as in ckpt_tensor */
     int one_dim, transposed;
 } ckpt_slice;
 
@@ -7583,8 +8298,10 @@ static ckpt_slice ckpt_slice_of(const rlhf_model *m, const model_tensor *t, int 
     case PART_V: from = q + kv, rows = kv; break;
     case PART_GATE: rows = ff; break;
     case PART_UP: from = ff, rows = ff; break;
+    case PART_HEADS: break;
     }
-    ckpt_slice o = {model_w(m, t->param, layer), rows, (size_t)s->cols, 0, t->transposed};
+    ckpt_slice o = {model_w(m, t->param, layer), rows, (size_t)s->cols, 0, 0, t->transposed};
+    if (t->part == PART_HEADS) o.hd = (size_t)c->hd;
     o.one_dim = s->cols == 1;
     if (o.w) o.w += from * (size_t)s->cols;
     return o;
@@ -7602,54 +8319,147 @@ static const char *ckpt_name(char *out, size_t size, const model_family *f, cons
     return out;
 }
 
+/* The tensor t of one layer as it stands in a file. */
+static ckpt_tensor ckpt_tensor_of(const rlhf_model *m, const model_tensor *t, int layer,
+                                  int prefix) {
+    ckpt_slice s = ckpt_slice_of(m, t, layer);
+    ckpt_tensor o = {.rows = s.rows, .cols = s.one_dim ? 0 : s.cols, .hd = s.hd, .data = s.w};
+    o.transposed = s.transposed;
+    ckpt_name(o.name, sizeof o.name, m->family, t, layer, prefix);
+    return o;
+}
+
+/* What the file said of its dtype. */
+static char *ckpt_stored(const rlhf_model *m, const model_tensor *t, int layer) {
+    return m->stored + (t - m->family->tensors) * m->c.layers + layer;
+}
+
 /* Whether a tensor that no parameter asked for may be there: buffers that old versions of
- * transformers saved, and what another head has. */
+ * transformers saved, a copy of the embedding, and what another head has. */
 static int ckpt_ignored(const rlhf_model *m, const char *name) {
-    static const char *const tails[] = {".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"};
+    static const char *const tails[] = {".attn.bias", ".attn.masked_bias", ".attention.bias",
+                                        ".attention.masked_bias", ".rotary_emb.inv_freq"};
     for (size_t i = 0; i < sizeof tails / sizeof *tails; i++) {
         size_t n = strlen(name), k = strlen(tails[i]);
         if (n >= k && !strcmp(name + n - k, tails[i])) return 1;
     }
-    /* A copy of the embedding, or the other kind of head. */
-    if (!strcmp(name, "lm_head.weight")) return m->c.tied || m->c.head == RLHF_HEAD_SCORE;
-    return !strcmp(name, "score.weight") && m->c.head == RLHF_HEAD_LM;
+    /* The family's names of heads; where one is a parameter of this model, it is not left over. */
+    for (const model_tensor *t = m->family->tensors; t->name; t++)
+        if ((t->param == P_HEAD || t->param == P_SCORE) && !strcmp(name, t->name + 1)) return 1;
+    return 0;
 }
 
-/* Fills m's weights from a file of its family; m keeps its shape. `left` are the tensors not yet
- * asked for. A failed call leaves weights partly replaced: the model is then to be closed or loaded
- * again. */
-static void ckpt_load_model(rlhf_model *m, const char *path) {
+/* Loads what one file of dir holds of the model. seen, by name of tensor: the file that has it. A
+ * tensor of no parameter stays in `rest` with its file. */
+static void ckpt_load_file(rlhf_model *m, const char *dir, const char *file, json_t *seen,
+                           json_t *rest) {
+    const char *path = ckpt_path(m->ctx, dir, file);
     ckpt_file f = ckpt_map(m->ctx, path);
-    json_t *left = json_hold(m->ctx, json_copy((json_t *)(uintptr_t)f.header));
+    json_t *left = json_hold(m->ctx, json_copy((json_t *)(uintptr_t)f.header)), *entry;
+    const char *name;
     json_object_del(left, "__metadata__");
-    m->version++; /* panels of the old weights are stale from the first tensor on */
-    m->score_trained = 0;
+    json_object_foreach(left, name, entry) {
+        json_t *other = json_object_get(seen, name);
+        if (other)
+            err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is in %s too", path, name,
+                      json_string_value(other));
+        json_object_set_new(seen, name, json_string(file));
+    }
     /* Every tensor of the family that this model has; GPT-2's files may lack the prefix. */
     for (const model_tensor *t = m->family->tensors; t->name; t++)
-        for (int l = 0; l < model_param_layers(m, t->param); l++) {
-            char name[160];
-            json_t *entry =
-                json_object_get(f.header, ckpt_name(name, sizeof name, m->family, t, l, 1));
-            if (!entry && m->family->prefix_optional)
-                entry = json_object_get(f.header, ckpt_name(name, sizeof name, m->family, t, l, 0));
-            if (!entry && t->param == P_SCORE) continue;
-            if (!entry)
-                err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", path,
-                          ckpt_name(name, sizeof name, m->family, t, l, 1));
-            ckpt_slice s = ckpt_slice_of(m, t, l);
-            ckpt_load(&f, name, entry, s.rows, s.cols, s.one_dim, s.transposed, s.w);
-            if (t->param == P_SCORE) m->score_trained = 1;
-            json_object_del(left, name);
+        for (int l = 0; l < model_param_layers(m, t->param); l++)
+            for (int prefix = 1; prefix >= !m->family->prefix_optional; prefix--) {
+                ckpt_tensor x = ckpt_tensor_of(m, t, l, prefix);
+                if (!(entry = json_object_get(left, x.name))) continue;
+                *ckpt_stored(m, t, l) = ckpt_load(&f, entry, &x);
+                if (t->param == P_SCORE) m->score_trained = 1;
+                json_object_del(left, x.name);
+                break;
+            }
+    json_object_foreach(left, name, entry) {
+        if (!ckpt_ignored(m, name)) json_object_set_new(rest, name, json_string(path));
+    }
+    err_release(m->ctx);
+    err_release(m->ctx);
+    err_release(m->ctx);
+}
+
+/* Loads all files of an index: {"weight_map": {tensor: file}}. Whatever the order of the map, a
+ * file is opened once; each tensor has to be in the file that the map says. */
+static void ckpt_load_shards(rlhf_model *m, const char *dir, const char *index, json_t *seen,
+                             json_t *rest) {
+    json_src src = json_source(m->ctx, index);
+    json_t *map = json_need_object(&src, json_read(&src), "weight_map"), *file;
+    json_t *files = json_hold(m->ctx, json_object());
+    const char *name;
+    src.at = "weight_map.";
+    json_object_foreach(map, name, file) {
+        if (!json_is_string(file)) json_bad(&src, name, file, "the name of a file");
+        if (!json_object_get(files, json_string_value(file)))
+            json_object_set_new(files, json_string_value(file), json_string(name));
+    }
+    const char *shard;
+    json_object_foreach(files, shard, file) {
+        char *path = ckpt_path(m->ctx, dir, shard);
+        if (!io_exists(path))
+            err_throw(m->ctx, RLHF_ERR_IO,
+                      "%s: missing, though %s has tensor \"%s\" there; copy all of the files", path,
+                      index, json_string_value(file));
+        ckpt_load_file(m, dir, shard, seen, rest);
+    }
+    json_object_foreach(map, name, file) {
+        const char *in = json_string_value(json_object_get(seen, name));
+        if (!in || strcmp(in, json_string_value(file)))
+            err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is in %s, not in %s", index, name,
+                      in ? in : "no file", json_string_value(file));
+    }
+    err_release(m->ctx);
+    err_release(m->ctx);
+}
+
+/* Throws: no weights that are read. What stands there instead tells what to do. */
+static void ckpt_no_weights(rlhf_ctx *ctx, const char *dir) {
+    static const char *const pickles[] = {"pytorch_model.bin", "pytorch_model.bin.index.json"};
+    for (size_t i = 0; i < sizeof pickles / sizeof *pickles; i++)
+        if (io_exists(ckpt_path(ctx, dir, pickles[i])))
+            err_throw(ctx, RLHF_ERR_UNSUPPORTED,
+                      "%s: holds %s, a Python pickle; convert it once from Python: from "
+                      "transformers import AutoModelForCausalLM as M; "
+                      "M.from_pretrained(dir, dtype=\"auto\").save_pretrained(dir, "
+                      "safe_serialization=True)",
+                      dir, pickles[i]);
+    err_throw(ctx, RLHF_ERR_IO, "%s: no model.safetensors, no model.safetensors.index.json", dir);
+}
+
+/* Fills m's weights from a directory of its family; m keeps its shape. A failed call leaves weights
+ * partly replaced: the model is then to be closed or loaded again. */
+static void ckpt_load_model(rlhf_model *m, const char *dir) {
+    char *path = ckpt_path(m->ctx, dir, "model.safetensors");
+    json_t *seen = json_hold(m->ctx, json_object()), *rest = json_hold(m->ctx, json_object());
+    m->version++; /* panels of the old weights are stale from the first tensor on */
+    m->score_trained = 0;
+    if (io_exists(path)) ckpt_load_file(m, dir, "model.safetensors", seen, rest);
+    else {
+        path = ckpt_path(m->ctx, dir, "model.safetensors.index.json");
+        if (!io_exists(path)) ckpt_no_weights(m->ctx, dir);
+        ckpt_load_shards(m, dir, path, seen, rest);
+    }
+    for (const model_tensor *t = m->family->tensors; t->name; t++)
+        for (int l = 0; l < model_param_layers(m, t->param) && t->param != P_SCORE; l++) {
+            char bare[160], name[160];
+            ckpt_name(bare, sizeof bare, m->family, t, l, 0);
+            ckpt_name(name, sizeof name, m->family, t, l, 1);
+            if (!json_object_get(seen, name) &&
+                !(m->family->prefix_optional && json_object_get(seen, bare)))
+                err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", path, name);
         }
     /* What is left over was not expected. */
     const char *name;
-    json_t *entry;
-    json_object_foreach(left, name, entry) {
-        if (!ckpt_ignored(m, name))
-            err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: unexpected tensor \"%s\" for model_type %s",
-                      path, name, m->family->type);
+    json_t *in;
+    json_object_foreach(rest, name, in) {
+        err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: unexpected tensor \"%s\" for model_type %s",
+                  json_string_value(in), name, m->family->type);
     }
-    err_release(m->ctx);
     err_release(m->ctx);
     err_release(m->ctx);
     m->version++;
@@ -7669,8 +8479,9 @@ static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config
 /* For err_defer: jansson's memory is not the context's, an unfinished model's config would leak. */
 static void ckpt_drop_config(void *model) { json_decref(((rlhf_model *)model)->config); }
 
-/* Opens a directory: config.json, model.safetensors and, if there, generation_config.json. What is
- * missing or stored in another way is an error that says how to save it. */
+/* Opens a directory: config.json, model.safetensors (or its index) and, if there,
+ * generation_config.json. What is missing or stored in another way is an error that says how to
+ * save it. */
 static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
     if (!io_is_dir(dir))
         err_throw(ctx, RLHF_ERR_IO, "%s: not a directory; expected a Hugging Face model directory",
@@ -7682,23 +8493,7 @@ static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
     err_release(ctx);
     err_defer(ctx, ckpt_drop_config, m);
     /* From here on a failure also drops the config that the model holds. */
-    char *weights = ckpt_path(ctx, dir, "model.safetensors");
-    /* What stands there instead tells what to do. */
-    if (!io_exists(weights)) {
-        if (io_exists(ckpt_path(ctx, dir, "pytorch_model.bin")))
-            err_throw(
-                ctx, RLHF_ERR_UNSUPPORTED,
-                "%s: holds pytorch_model.bin, a Python pickle; save it again from Python with "
-                "model.save_pretrained(dir, safe_serialization=True)",
-                dir);
-        if (io_exists(ckpt_path(ctx, dir, "model.safetensors.index.json")))
-            err_throw(ctx, RLHF_ERR_UNSUPPORTED,
-                      "%s: weights in several files; save them as one from Python with "
-                      "model.save_pretrained(dir, max_shard_size=\"1TB\")",
-                      dir);
-        err_throw(ctx, RLHF_ERR_IO, "%s: no model.safetensors", dir);
-    }
-    ckpt_load_model(m, weights);
+    ckpt_load_model(m, dir);
     /* Models tuned for chat name further end tokens here. */
     char *gen = ckpt_path(ctx, dir, "generation_config.json");
     if (io_exists(gen)) {
@@ -7740,7 +8535,7 @@ static json_t *ckpt_config(const rlhf_model *m) {
     json_object_set_new(j, "eos_token_id", ckpt_eos_json(m));
     json_object_set_new(j, "bos_token_id", m->bos < 0 ? json_null() : json_integer(m->bos));
     json_object_set_new(j, "tie_word_embeddings", json_boolean(m->c.tied));
-    /* Either spelling may have been read; weights are written in single precision. */
+    /* Either spelling may have been read; ckpt_save knows better. */
     json_object_del(j, "dtype");
     json_object_set_new(j, "torch_dtype", json_string("float32"));
     if (score) {
@@ -7753,12 +8548,21 @@ static json_t *ckpt_config(const rlhf_model *m) {
     return j;
 }
 
+/* The dtype to write a tensor in: that of the file it came from if no digit is lost, so that what
+ * nobody changed is the same bytes again; else `kind`. */
+static char ckpt_kind(const rlhf_model *m, const model_tensor *t, int layer, char kind) {
+    char stored = *ckpt_stored(m, t, layer);
+    ckpt_slice s = ckpt_slice_of(m, t, layer);
+    return stored && stored != '4' && ckpt_fits(s.w, s.rows * s.cols, stored) ? stored : kind;
+}
+
 /* Writes a model directory that transformers and ckpt_open read: weights first, so that config.json
- * appears in a new directory only when there is something to load. */
-static void ckpt_save(const rlhf_model *m, const char *dir) {
+ * appears in a new directory only when there is something to load. kind ('4' or 'b') is the dtype
+ * of what is new or was trained. */
+static void ckpt_save(const rlhf_model *m, const char *dir, char kind) {
     rlhf_ctx *ctx = m->ctx;
     io_mkdirs(ctx, dir);
-    int n = 0, cap = 0;
+    int n = 0, cap = 0, same = 1;
     for (const model_tensor *t = m->family->tensors; t->name; t++)
         cap += model_param_layers(m, t->param);
     ckpt_tensor *list = mem_zalloc(ctx, (size_t)cap + 1, sizeof *list);
@@ -7766,17 +8570,18 @@ static void ckpt_save(const rlhf_model *m, const char *dir) {
      * opened. */
     for (const model_tensor *t = m->family->tensors; t->name; t++) {
         if (t->param == P_SCORE && !m->score_trained) continue;
-        for (int l = 0; l < model_param_layers(m, t->param); l++) {
-            ckpt_slice s = ckpt_slice_of(m, t, l);
-            ckpt_name(list[n].name, sizeof list[n].name, m->family, t, l, 1);
-            list[n].rows = s.rows;
-            list[n].cols = s.one_dim ? 0 : s.cols;
-            list[n].transposed = s.transposed;
-            list[n++].data = s.w;
+        for (int l = 0; l < model_param_layers(m, t->param); l++, n++) {
+            list[n] = ckpt_tensor_of(m, t, l, 1);
+            list[n].kind = ckpt_kind(m, t, l, kind);
+            same &= list[n].kind == list[0].kind;
         }
     }
     ckpt_write(ctx, ckpt_path(ctx, dir, "model.safetensors"), list, n);
-    json_write_file(ctx, ckpt_path(ctx, dir, "config.json"), ckpt_config(m));
+    json_t *config = ckpt_config(m);
+    if (same && list[0].kind != '4')
+        json_object_set_new(config, "torch_dtype",
+                            json_string(list[0].kind == 'h' ? "float16" : "bfloat16"));
+    json_write_file(ctx, ckpt_path(ctx, dir, "config.json"), config);
     err_release(ctx);
     if (m->c.head == RLHF_HEAD_LM) {
         json_t *g = json_hold(ctx, json_object());
@@ -7806,6 +8611,9 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
         for (int l = 0; l < model_param_layers(o, p); l++)
             if (model_w(m, p, l))
                 memcpy(model_w(o, p, l), model_w(m, p, l), o->slot[p].n * sizeof(float));
+    size_t tensors = 0;
+    while (m->family->tensors[tensors].name) tensors++;
+    memcpy(o->stored, m->stored, tensors * (size_t)m->c.layers);
     o->score_trained = head == RLHF_HEAD_SCORE && m->score_trained;
     o->score_mean = o->score_trained ? m->score_mean : 0;
     o->score_std = o->score_trained ? m->score_std : 1;
@@ -7814,11 +8622,11 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
 }
 
 /* ============================================================================================
- * MARK: - 17 GGUF (gguf_)
+ * MARK: - 18 GGUF (gguf_)
  * A language model and its tokenizer as one file that llama.cpp loads. A family is a row of
  * gguf_archs, a tensor's name a row of gguf_names. What llama.cpp would compute or cut in another
  * way is refused, or named in the log where it concerns few texts: an f32 file gives the greedy
- * tokens that section 20 gives.
+ * tokens that section 21 gives.
  *
  * A GGUF file, version 3, is little-endian as the processors of 01: "GGUF", the version, how many
  * tensors and keys; the keys with typed values; each tensor's name, sizes (that of a row first),
@@ -8173,7 +8981,8 @@ static void gguf_key_model(gguf_head *h, const rlhf_model *m, const gguf_kind *k
     gguf_u32(gguf_key(h, "general", "file_type", GGUF_U32), kind->file_type);
     if (kind == &gguf_q8) gguf_u32(gguf_key(h, "general", "quantization_version", GGUF_U32), 2);
     gguf_key_size(h, "vocab_size", c->vocab);
-    gguf_key_size(h, "context_length", c->positions);
+    gguf_key_size(h, "context_length",
+                  c->window ? base_min(c->positions, c->window) : c->positions);
     gguf_key_size(h, "embedding_length", c->d);
     gguf_key_size(h, "block_count", c->layers);
     gguf_key_size(h, "feed_forward_length", c->ff);
@@ -8250,17 +9059,6 @@ static void gguf_add_factors(gguf_head *h, const rlhf_model *m, gguf_tensor *o) 
 
 /* ---- numbers ---- */
 
-/* The nearest half-precision number, the even one of two; beyond the largest is infinity. */
-static uint16_t gguf_half(float f) {
-    uint32_t x = (uint32_t)v_int1(f), sign = x >> 16 & 0x8000, a = x & 0x7fffffff;
-    if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00);
-    if (a >= 0x47800000) return (uint16_t)(sign | 0x7c00);
-    /* Half the unit of 1/2 is that of denormals: the addition rounds to it. */
-    if (a < 0x38800000)
-        return (uint16_t)(sign | (uint32_t)(v_int1(v_bits1((int32_t)a) + 0.5f) - v_int1(0.5f)));
-    return (uint16_t)(sign | (a + 0xfff + (a >> 13 & 1) - 0x38000000) >> 13);
-}
-
 /* One block of q8_0: the largest number is 127, of either sign. Returns its scale in half
  * precision; with one that is not finite there is no block. */
 static uint16_t gguf_pack_block(const float *w, unsigned char *out) {
@@ -8270,7 +9068,7 @@ static uint16_t gguf_pack_block(const float *w, unsigned char *out) {
         most = fabsf(w[i]) > most ? fabsf(w[i]) : most;
     }
     float scale = most / 127.0f, inverse = scale >= FLT_MIN ? 1.0f / scale : 0;
-    uint16_t half = gguf_half(scale);
+    uint16_t half = ckpt_to_half(scale);
     memcpy(out, &half, sizeof half);
     for (int i = 0; i < GGUF_BLOCK && half < 0x7c00; i++)
         out[2 + i] = (unsigned char)(int8_t)roundf(w[i] * inverse);
@@ -8284,7 +9082,7 @@ static int gguf_pack(const gguf_kind *kind, const float *w, size_t n, unsigned c
     if (kind == &gguf_f32) memcpy(out, w, n * sizeof *w);
     for (size_t i = 0; kind != &gguf_f32 && i < n; i += kind->block, out += kind->block_bytes) {
         v = kind == &gguf_q8    ? gguf_pack_block(w + i, out)
-            : kind == &gguf_f16 ? gguf_half(w[i])
+            : kind == &gguf_f16 ? ckpt_to_half(w[i])
                                 : v_half1(w[i]);
         if (kind != &gguf_q8) memcpy(out, &v, sizeof v);
         over |= kind != &gguf_bf16 && (v & 0x7c00) == 0x7c00;
@@ -8347,7 +9145,7 @@ static void gguf_save(const rlhf_model *m, rlhf_tokenizer *t, const char *path, 
 }
 
 /* ============================================================================================
- * MARK: - 18 OPT (opt_)
+ * MARK: - 19 OPT (opt_)
  * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm is
  * summed in double over chunks that the problem fixes, in order.
  *
@@ -8578,7 +9376,7 @@ static double opt_step(opt *o, const double *lr) {
 }
 
 /* ============================================================================================
- * MARK: - 19 DATA (data_)
+ * MARK: - 20 DATA (data_)
  * Records of every kind, read by one loader for every stage. A record becomes token sequences whose
  * tokens are marked where they bear loss: assistant turns with their end, completions, or all of a
  * plain text. Text is tokenised whole; where a part begins is found as the longest common prefix
@@ -9383,7 +10181,7 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
 }
 
 /* ============================================================================================
- * MARK: - 20 GEN (gen_)
+ * MARK: - 21 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
  * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
@@ -9547,7 +10345,7 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
     g.logits = arena_floats(ws, (size_t)n, (size_t)m->c.vocab);
     g.token = arena_alloc(ws, (size_t)n * sizeof *g.token);
     g.logp = arena_floats(ws, (size_t)n, 1);
-    op_linear(&e, &w, n, top.h, g.logits, NULL, NULL, NULL);
+    op_logits(&e, &w, n, top.h, g.logits);
     if (c->temperature > 0 && ((c->top_k > 0 && c->top_k < m->c.vocab) || c->top_p < 1)) {
         float *sorted = arena_floats(ws, (size_t)m->c.vocab, 1);
         for (int i = 0; i < n; i++)
@@ -9630,7 +10428,7 @@ static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
 }
 
 /* ============================================================================================
- * MARK: - 21 ROLL (roll_)
+ * MARK: - 22 ROLL (roll_)
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
  * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
  * ragged; a mean over tokens is a sum over all of them by their number.
@@ -9726,7 +10524,7 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 }
 
 /* ============================================================================================
- * MARK: - 22 TRAIN (train_)
+ * MARK: - 23 TRAIN (train_)
  * The loop that every trainer runs in: schedule, step, metrics, evaluation, checkpoints, resume. A
  * trainer supplies what a step is (22, 23, 24). metrics.jsonl holds no times, so that two equal
  * runs write equal files.
@@ -10059,6 +10857,7 @@ static void train_state_tensors(const rlhf_trainer *t, ckpt_tensor *list) {
         snprintf(x[0].name, sizeof x[0].name, "exp_avg.%d", i);
         snprintf(x[1].name, sizeof x[1].name, "exp_avg_sq.%d", i);
         x[0].rows = x[1].rows = t->opt->model[i]->n;
+        x[0].kind = x[1].kind = '4';
         x[0].data = t->opt->m[i];
         x[1].data = t->opt->v[i];
     }
@@ -10070,8 +10869,8 @@ static void train_save_state(rlhf_trainer *t) {
     rlhf_ctx *ctx = t->ctx;
     char *top = ckpt_path(ctx, train_dir(t), "checkpoint");
     char *dir = ckpt_path(ctx, top, t->slot ? "b" : "a");
-    ckpt_save(t->model, dir);
-    if (t->owns_value) ckpt_save(t->value, ckpt_path(ctx, dir, "value"));
+    ckpt_save(t->model, dir, '4'); /* every digit, whatever the run ends in */
+    if (t->owns_value) ckpt_save(t->value, ckpt_path(ctx, dir, "value"), '4');
     ckpt_tensor list[2 * OPT_MODELS] = {0};
     train_state_tensors(t, list);
     ckpt_write(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"), list, 2 * t->opt->models);
@@ -10120,10 +10919,8 @@ static void train_load_state(rlhf_trainer *t) {
     int slot = strcmp(json_need_str(&src, j, "slot"), "b") != 0;
     char *dir = ckpt_path(ctx, top, slot ? "a" : "b");
     err_release(ctx);
-    ckpt_load_model(t->model, ckpt_path(ctx, dir, "model.safetensors"));
-    if (t->owns_value)
-        ckpt_load_model(t->value,
-                        ckpt_path(ctx, ckpt_path(ctx, dir, "value"), "model.safetensors"));
+    ckpt_load_model(t->model, dir);
+    if (t->owns_value) ckpt_load_model(t->value, ckpt_path(ctx, dir, "value"));
     /* Moments are read into the optimizer's own arrays. */
     ckpt_file f = ckpt_map(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"));
     ckpt_tensor list[2 * OPT_MODELS] = {0};
@@ -10133,7 +10930,7 @@ static void train_load_state(rlhf_trainer *t) {
         if (!entry)
             err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", f.src.file,
                       list[i].name);
-        ckpt_load(&f, list[i].name, entry, list[i].rows, 1, 1, 0, (float *)(uintptr_t)list[i].data);
+        ckpt_load(&f, entry, list + i);
     }
     err_release(ctx);
     err_release(ctx);
@@ -10413,7 +11210,7 @@ static int train_run(rlhf_trainer *t) {
     /* The trained model in the run directory itself, ready for transformers and the other
      * commands. */
     if (train_dir(t) && !t->finished) {
-        ckpt_save(t->model, train_dir(t));
+        ckpt_save(t->model, train_dir(t), t->u.c.save_dtype[0] == 'b' ? 'b' : '4');
         if (t->tok) tok_save(t->tok, train_dir(t));
     }
     t->finished = 1;
@@ -10421,7 +11218,7 @@ static int train_run(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 23 SFT (sft_)
+ * MARK: - 24 SFT (sft_)
  * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
  * micro-batches of an optimizer step:
  *     L = -1/N sum over marked t of log p(x_t | x_<t),    N the marked tokens of the whole step
@@ -10581,7 +11378,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
 }
 
 /* ============================================================================================
- * MARK: - 24 RM (rm_)
+ * MARK: - 25 RM (rm_)
  * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood
  * (Bradley and Terry 1952; Stiennon et al. 2020): P(chosen beats rejected) = sigmoid(r_c - r_r).
  * Over the pairs of an optimizer step, w the weight and m the margin of a pair, y the probability
@@ -10820,7 +11617,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
 }
 
 /* ============================================================================================
- * MARK: - 25 PPO (ppo_)
+ * MARK: - 26 PPO (ppo_)
  * Proximal policy optimisation with a per-token KL penalty (Schulman et al. 2017; Ziegler et al.
  * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
@@ -11373,7 +12170,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
 }
 
 /* ============================================================================================
- * MARK: - 26 EVAL (eval_)
+ * MARK: - 27 EVAL (eval_)
  * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy and
  * calibration overall, by any field of the records and turn by turn. Results are JSON objects.
  *
@@ -11833,7 +12630,7 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
 }
 
 /* ============================================================================================
- * MARK: - 27 RATER (rater_)
+ * MARK: - 28 RATER (rater_)
  * Annotators: who judged what, how far they agree, and whom to trust. Judgements are gathered from
  * files by what they are about: an item is a prompt with two answers. Agreement is
  * Krippendorff's alpha (nominal) and Cohen's kappa; intervals are Wilson's for shares and
@@ -12829,7 +13626,7 @@ static void rater_weigh(rlhf_dataset *d, const char *how) {
 }
 
 /* ============================================================================================
- * MARK: - 28 API (rlhf_ api_)
+ * MARK: - 29 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
  *
@@ -13137,7 +13934,7 @@ rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **cop
 rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir) {
     if (!model || !dir) return RLHF_ERR_ARG;
     API_ENTER(model->ctx);
-    ckpt_save(model, dir);
+    ckpt_save(model, dir, '4');
     if (tokenizer) tok_save(tokenizer, dir);
     API_LEAVE();
 }
@@ -13193,7 +13990,7 @@ rlhf_status rlhf_model_logits(rlhf_model *model, const int32_t *ids, int n, floa
     model_top top = api_states(model, ids, n, 0);
     op_weight w = model_head_weight(model, n);
     op_env e = {api_ctx, &model->ws};
-    op_linear(&e, &w, n, top.h, logits, NULL, NULL, NULL);
+    op_logits(&e, &w, n, top.h, logits);
     API_LEAVE();
 }
 
@@ -13530,7 +14327,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 29 BENCH (bench_)
+ * MARK: - 30 BENCH (bench_)
  * How fast this machine does the work of RLHF, against its own limits: multiply-adds in registers
  * and the memory's bandwidth, measured first. Random weights of named shapes, nothing is
  * downloaded. Equal weight hashes at the end mean that two machines did the same work.
@@ -14014,7 +14811,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 30 CLI (cli_)
+ * MARK: - 31 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -14430,7 +15227,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 31 COMMAND (cli_ main)
+ * MARK: - 32 COMMAND (cli_ main)
  * What each command does: it opens what its options name, calls the public functions of rlhf.h
  * and prints what they found. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
@@ -14571,6 +15368,7 @@ static rlhf_status cli_positions(cli *c, int64_t *positions) {
     model_cfg cfg = {0};
     model_find_family(&src, config)->read(&src, config, &cfg);
     *positions = cfg.positions;
+    mem_free(cfg.kinds);
     err_release(c->ctx);
     mem_free(path);
     API_LEAVE();

@@ -246,10 +246,10 @@ typedef struct rlhf_model_shape {
     int64_t n_params; /* numbers that are trained */
 } rlhf_model_shape;
 
-/* Opens a Hugging Face directory: config.json, model.safetensors (f32, f16, bf16; computed in f32),
- * generation_config.json if present. RLHF_ERR_IO for a file that is missing, RLHF_ERR_FORMAT for
- * tensors that do not fit config.json, RLHF_ERR_UNSUPPORTED for a model_type or option not computed
- * here; *model is then null. */
+/* Opens a Hugging Face directory: config.json, model.safetensors or the files of its index (f32,
+ * f16, bf16; computed in f32), generation_config.json if present. RLHF_ERR_IO for a file that is
+ * missing, RLHF_ERR_FORMAT for tensors that do not fit config.json, RLHF_ERR_UNSUPPORTED for a
+ * model_type or option not computed here; *model is then null. */
 rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model);
 
 /* A new model with random weights from the config.json at the path config_json. vocab_size > 0
@@ -263,8 +263,9 @@ rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_si
 rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **copy);
 
 /* Writes DIR/config.json, model.safetensors, generation_config.json and, if tokenizer is not null,
- * its files. Each file is written beside its place and renamed, so that a reader never sees half of
- * one. */
+ * its files. A tensor is written in the dtype it was read in if no digit is lost, so that unchanged
+ * ones are the same bytes again, else as f32. Each file is written beside its place and renamed, so
+ * that a reader never sees half of one. */
 rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir);
 
 /* Writes a language model and its tokenizer as one GGUF file, which llama.cpp loads; beside its
@@ -328,6 +329,8 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(I, save_steps, 0, 0, 1e9, "steps between checkpoints; 0 = only at the end")                  \
     F(S, output_dir, "", 0, 0,                                                                     \
       "run directory: config, metrics.jsonl, checkpoint; empty = nothing is written")              \
+    F(S, save_dtype, "f32", "f32|bf16", 0,                                                         \
+      "how trained weights are saved; what a run left as it was keeps its own")                    \
     F(B, resume, 0, 0, 1,                                                                          \
       "go on from the state in output_dir; the end is the same bits as without the stop")
 

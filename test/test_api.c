@@ -1388,6 +1388,44 @@ static void copy_file(const char *from, const char *to) {
     free(p);
 }
 
+/* Every tensor of the file `from` is in the file `to`, byte for byte. */
+static void same_tensors(const char *from, const char *to) {
+    size_t na, nb;
+    char *a = slurp(from, &na), *b = slurp(to, &nb);
+    REQUIRE(a && b);
+    uint64_t ha, hb;
+    memcpy(&ha, a, 8);
+    memcpy(&hb, b, 8);
+    CHECK_EQ_I(hb % 8, 0);
+    json_t *ja = json_loadb(a + 8, (size_t)ha, 0, NULL);
+    json_t *jb = json_loadb(b + 8, (size_t)hb, 0, NULL), *entry;
+    const char *name;
+    int count = 0;
+    json_object_foreach(ja, name, entry) {
+        if (!strcmp(name, "__metadata__")) continue;
+        json_t *other = json_object_get(jb, name);
+        if (!other) {
+            test_fail(__FILE__, __LINE__, "%s is not in %s", name, to);
+            continue;
+        }
+        count++;
+        CHECK(json_equal(json_object_get(entry, "shape"), json_object_get(other, "shape")));
+        CHECK(json_equal(json_object_get(entry, "dtype"), json_object_get(other, "dtype")));
+        json_t *oa = json_object_get(entry, "data_offsets");
+        json_t *ob = json_object_get(other, "data_offsets");
+        size_t lo = (size_t)json_integer_value(json_array_get(oa, 0));
+        size_t hi = (size_t)json_integer_value(json_array_get(oa, 1));
+        size_t at = (size_t)json_integer_value(json_array_get(ob, 0));
+        if (memcmp(a + 8 + ha + lo, b + 8 + hb + at, hi - lo))
+            test_fail(__FILE__, __LINE__, "%s differs", name);
+    }
+    CHECK(count > 12);
+    json_decref(ja);
+    json_decref(jb);
+    free(a);
+    free(b);
+}
+
 /* F16 and BF16 weights are read exactly: they give the hash of the same numbers as F32. */
 TEST(half_precision_is_read_exactly) {
     static const char *const dtypes[] = {"F16", "BF16"};
@@ -1409,8 +1447,16 @@ TEST(half_precision_is_read_exactly) {
             rlhf_model *full = open_model(ctx, golden[i]);
             CHECK_EQ_S(hash_of(half), hash_of(exact));
             CHECK(strcmp(hash_of(half), hash_of(full)) != 0);
-            /* What is saved is F32 and the same again. */
+            /* What is saved is the same again, byte for byte; what was changed is F32. */
             OK(ctx, rlhf_model_save(half, NULL, test_path("saved")));
+            snprintf(path, sizeof path, "%s/saved/model.safetensors", test_dir());
+            same_tensors(file[0], path);
+            model_w(half, P_WTE, 0)[7] += 1e-7f;
+            OK(ctx, rlhf_model_save(half, NULL, test_path("changed")));
+            rlhf_model *changed = open_model(ctx, test_path("changed"));
+            CHECK_EQ_S(hash_of(changed), hash_of(half));
+            rlhf_model_close(changed);
+            model_w(half, P_WTE, 0)[7] -= 1e-7f;
             rlhf_model *back = open_model(ctx, test_path("saved"));
             CHECK_EQ_S(hash_of(back), hash_of(half));
             rlhf_model_close(back);
@@ -1430,49 +1476,115 @@ TEST(half_precision_is_read_exactly) {
 
 /* Every tensor of the file that was read is, byte for byte, in the file that is written. */
 TEST(tensors_are_written_as_they_were_read) {
-    for (size_t i = 0; i < sizeof golden / sizeof *golden; i++) {
+    static const char *const more[] = {"test/golden/gpt_neox", "test/golden/gemma3_text"};
+    for (size_t i = 0; i < 5; i++) {
+        const char *dir = i < 3 ? golden[i] : more[i - 3];
         rlhf_ctx *ctx = test_context("auto", 1);
-        rlhf_model *m = open_model(ctx, golden[i]);
+        rlhf_model *m = open_model(ctx, dir);
         OK(ctx, rlhf_model_save(m, NULL, test_path("out")));
         char from[1024], to[1024];
-        snprintf(from, sizeof from, "%s/model.safetensors", golden[i]);
+        snprintf(from, sizeof from, "%s/model.safetensors", dir);
         snprintf(to, sizeof to, "%s/out/model.safetensors", test_dir());
-        size_t na, nb;
-        char *a = slurp(from, &na), *b = slurp(to, &nb);
-        REQUIRE(a && b);
-        uint64_t ha, hb;
-        memcpy(&ha, a, 8);
-        memcpy(&hb, b, 8);
-        CHECK_EQ_I(hb % 8, 0);
-        json_t *ja = json_loadb(a + 8, (size_t)ha, 0, NULL);
-        json_t *jb = json_loadb(b + 8, (size_t)hb, 0, NULL), *entry;
-        const char *name;
-        int count = 0;
-        json_object_foreach(ja, name, entry) {
-            if (!strcmp(name, "__metadata__")) continue;
-            json_t *other = json_object_get(jb, name);
-            if (!other) {
-                test_fail(__FILE__, __LINE__, "%s is not in %s", name, to);
-                continue;
-            }
-            count++;
-            CHECK(json_equal(json_object_get(entry, "shape"), json_object_get(other, "shape")));
-            json_t *oa = json_object_get(entry, "data_offsets");
-            json_t *ob = json_object_get(other, "data_offsets");
-            size_t lo = (size_t)json_integer_value(json_array_get(oa, 0));
-            size_t hi = (size_t)json_integer_value(json_array_get(oa, 1));
-            size_t at = (size_t)json_integer_value(json_array_get(ob, 0));
-            if (memcmp(a + 8 + ha + lo, b + 8 + hb + at, hi - lo))
-                test_fail(__FILE__, __LINE__, "%s differs", name);
-        }
-        CHECK(count > 15);
-        json_decref(ja);
-        json_decref(jb);
-        free(a);
-        free(b);
+        same_tensors(from, to);
         rlhf_model_close(m);
         rlhf_close(ctx);
     }
+}
+
+/* The weights of golden[0] in `parts` files, tensor by tensor in turn, with their index; tensor
+ * number `twice` is in the file behind its own, too. */
+typedef struct shards {
+    rlhf_model *m;
+    const char *dir;
+    int parts, twice;
+} shards;
+
+static void shards_run(rlhf_ctx *ctx, void *arg) {
+    const shards *s = arg;
+    ckpt_tensor list[4][64];
+    int n[4] = {0}, count = 0;
+    json_t *map = json_object();
+    for (const model_tensor *t = s->m->family->tensors; t->name; t++)
+        for (int l = 0; l < model_param_layers(s->m, t->param); l++, count++) {
+            int part = count % s->parts;
+            char file[64];
+            snprintf(file, sizeof file, "part-%d.safetensors", s->parts - part);
+            ckpt_tensor x = ckpt_tensor_of(s->m, t, l, 1);
+            x.kind = '4';
+            list[part][n[part]++] = x;
+            if (count == s->twice) list[(part + 1) % s->parts][n[(part + 1) % s->parts]++] = x;
+            json_object_set_new(map, x.name, json_string(file));
+        }
+    for (int i = 0; i < s->parts; i++) {
+        char file[64];
+        snprintf(file, sizeof file, "part-%d.safetensors", s->parts - i);
+        ckpt_write(ctx, ckpt_path(ctx, s->dir, file), list[i], n[i]);
+    }
+    json_t *index = json_pack("{s:{s:i},s:o}", "metadata", "total_size", 0, "weight_map", map);
+    json_write_file(ctx, ckpt_path(ctx, s->dir, "model.safetensors.index.json"), index);
+    json_decref(index);
+}
+
+/* Replaces a word of the index. */
+static void shards_edit(const char *dir, const char *from, const char *to) {
+    char path[1100];
+    size_t len;
+    snprintf(path, sizeof path, "%s/model.safetensors.index.json", dir);
+    char *text = slurp(path, &len), *at = text ? strstr(text, from) : NULL;
+    CHECK(at != NULL);
+    FILE *f = at ? fopen(path, "wb") : NULL;
+    if (f) {
+        fprintf(f, "%.*s%s%.*s", (int)(at - text), text, to,
+                (int)(len - (size_t)(at - text) - strlen(from)), at + strlen(from));
+        fclose(f);
+    }
+    free(text);
+}
+
+static void shards_refuse(rlhf_ctx *ctx, const char *dir, rlhf_status want, const char *a,
+                          const char *b) {
+    rlhf_model *m;
+    CHECK_EQ_I(rlhf_model_open(ctx, dir, &m), want);
+    if (!strstr(rlhf_error(ctx), a) || !strstr(rlhf_error(ctx), b))
+        test_fail(__FILE__, __LINE__, "\"%s\" lacks \"%s\" or \"%s\"", rlhf_error(ctx), a, b);
+}
+
+/* Weights in several files give the model of one file; what is wrong with them is named. */
+TEST(weights_in_several_files) {
+    rlhf_ctx *ctx = test_context("auto", 1);
+    char dir[1024], path[1100];
+    snprintf(dir, sizeof dir, "%s/shards", test_dir());
+    snprintf(path, sizeof path, "%s/config.json", dir);
+    mkdir(dir, 0777);
+    copy_file("test/golden/gpt2/config.json", path);
+    shards s = {open_model(ctx, golden[0]), dir, 3, -1};
+    OK(ctx, test_call(ctx, shards_run, &s));
+    rlhf_model *m = open_model(ctx, dir);
+    CHECK_EQ_S(hash_of(m), hash_of(s.m));
+    rlhf_model_close(m);
+    /* The map says another file than the one that has it; no file has it; a file is not there. */
+    shards_edit(dir, "part-3", "part-2");
+    shards_refuse(ctx, dir, RLHF_ERR_FORMAT, "transformer.wte.weight", "part-2");
+    OK(ctx, test_call(ctx, shards_run, &s));
+    shards_edit(dir, "transformer.wte.weight", "transformer.wtf.weight");
+    shards_refuse(ctx, dir, RLHF_ERR_FORMAT, "index.json", "wtf.weight\" is in no file");
+    OK(ctx, test_call(ctx, shards_run, &s));
+    shards_edit(dir, "part-1", "part-9");
+    shards_refuse(ctx, dir, RLHF_ERR_IO, "part-9.safetensors", "transformer.h.0.ln_1.weight");
+    OK(ctx, test_call(ctx, shards_run, &s));
+    shards_edit(dir, "\"part-3.safetensors\"", "3");
+    shards_refuse(ctx, dir, RLHF_ERR_FORMAT, "weight_map.transformer.wte.weight", "found 3");
+    s.twice = 4;
+    OK(ctx, test_call(ctx, shards_run, &s));
+    shards_refuse(ctx, dir, RLHF_ERR_FORMAT, "transformer.h.0.ln_1.bias\" is in part-", "too");
+    /* A file of the map that lacks a tensor of the model. */
+    s.twice = -1;
+    s.m->family = &(model_family){s.m->family->type, "", "", "transformer.", 1,
+                                  s.m->family->tensors + 1, NULL};
+    OK(ctx, test_call(ctx, shards_run, &s));
+    shards_refuse(ctx, dir, RLHF_ERR_FORMAT, "index.json", "wte.weight\" is missing");
+    rlhf_model_close(s.m);
+    rlhf_close(ctx);
 }
 
 TEST(initial_weights_follow_the_seed) {
@@ -1745,6 +1857,7 @@ TEST_MAIN(CASE(an_end_is_not_padding), CASE(oom_context), CASE(oom_tokenizer),
           CASE(close_gives_everything_back), CASE(save_and_open_gives_the_same_bits),
           CASE(scorers_there_and_back), CASE(clones_share_nothing),
           CASE(half_precision_is_read_exactly), CASE(tensors_are_written_as_they_were_read),
+          CASE(weights_in_several_files),
           CASE(initial_weights_follow_the_seed), CASE(samples_do_not_depend_on_their_company),
           CASE(logprob_of_a_sample), CASE(greedy_is_argmax), CASE(truncated_sampling),
           CASE(generate_for_a_dataset), CASE(padded_vocabulary))

@@ -225,6 +225,13 @@ TEST(training_commands) {
     CHECK_EQ_I(count, 3);
     free(lines);
 
+    /* What was trained, in half the bytes; it loads. */
+    RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/brief --max_steps 1 "
+        "--save_dtype bf16",
+        0);
+    RUN("grep -q BF16 $D/brief/model.safetensors && ! grep -q F32 $D/brief/model.safetensors", 0);
+    RUN("grep -q bfloat16 $D/brief/config.json && $R info --model $D/brief", 0);
+
     RUN("$R rm --model $D/sft --data $D/pairs.jsonl --eval_data $D/pairs.jsonl --out $D/rm "
         "--max_steps 4 --learning_rate 1e-3 --normalize_samples 8 --response_length 6 --json",
         0);
@@ -717,7 +724,7 @@ TEST(bad_model_directories) {
     RUN(": >$D/bad/pytorch_model.bin", 0);
     REFUSE(BAD_SFT, 1, "bad: ", "pytorch_model.bin", "safe_serialization=True");
     RUN("rm $D/bad/pytorch_model.bin; : >$D/bad/model.safetensors.index.json", 0);
-    REFUSE(BAD_SFT, 1, "bad: ", "several files", NULL);
+    REFUSE(BAD_SFT, 1, "bad/model.safetensors.index.json", "JSON", NULL);
     RUN("rm $D/bad/model.safetensors.index.json; cp test/golden/gpt2/model.safetensors $D/bad", 0);
     RUN("$R info --model $D/bad", 0);
     static const struct {

@@ -191,21 +191,22 @@ static void check_rows(int line, const unsigned char *p, const float *w, int row
 TEST(half_precision) {
     for (uint32_t h = 0; h < 0x10000; h++) {
         float f = ckpt_half((uint16_t)h);
-        if (isnan(f)) CHECK((gguf_half(f) & 0x7fff) > 0x7c00);
-        else if (gguf_half(f) != h) test_fail(__FILE__, __LINE__, "%04x: %04x", h, gguf_half(f));
+        if (isnan(f)) CHECK((ckpt_to_half(f) & 0x7fff) > 0x7c00);
+        else if (ckpt_to_half(f) != h)
+            test_fail(__FILE__, __LINE__, "%04x: %04x", h, ckpt_to_half(f));
         /* Halfway to the next: the even one; a bit more or less: the nearer one. */
         if ((h & 0x7fff) >= 0x7bff) continue;
         float up = ckpt_half((uint16_t)(h + 1)), mid = 0.5f * (f + up);
         uint16_t even = (uint16_t)(h + (h & 1));
-        if (gguf_half(mid) != even || gguf_half(nextafterf(mid, up)) != h + 1 ||
-            gguf_half(nextafterf(mid, f)) != h)
+        if (ckpt_to_half(mid) != even || ckpt_to_half(nextafterf(mid, up)) != h + 1 ||
+            ckpt_to_half(nextafterf(mid, f)) != h)
             test_fail(__FILE__, __LINE__, "around %04x", h);
     }
-    CHECK_EQ_I(gguf_half(65519.9961f), 0x7bff);
-    CHECK_EQ_I(gguf_half(65520.0f), 0x7c00);
-    CHECK_EQ_I(gguf_half(-1e30f), 0xfc00);
-    CHECK_EQ_I(gguf_half(0x1p-25f), 0);
-    CHECK_EQ_I(gguf_half(0x1.8p-25f), 1);
+    CHECK_EQ_I(ckpt_to_half(65519.9961f), 0x7bff);
+    CHECK_EQ_I(ckpt_to_half(65520.0f), 0x7c00);
+    CHECK_EQ_I(ckpt_to_half(-1e30f), 0xfc00);
+    CHECK_EQ_I(ckpt_to_half(0x1p-25f), 0);
+    CHECK_EQ_I(ckpt_to_half(0x1.8p-25f), 1);
 }
 
 TEST(brain_floats) {

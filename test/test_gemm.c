@@ -221,7 +221,7 @@ TEST(every_k) {
 TEST(every_tile) {
     static const int ns[] = {16, 32, 48, 64, 80, 96, 97, 111, 112, 160, 192, 207};
     contexts c = open_all(1);
-    for (int m = 1; m <= 26; m += test_quick() ? 5 : 1)
+    for (int m = 1; m <= 40; m += test_quick() ? 3 : 1)
         for (size_t i = 0; i < sizeof ns / sizeof *ns; i++) {
             prod p = prod_new(m, ns[i], 9, (m + (int)i) % 3, (unsigned)(m * 7 + (int)i) % 16);
             for (int t = 0; t < c.n; t++) prod_check(c.ctx[t], &p);

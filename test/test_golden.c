@@ -39,14 +39,14 @@ static double element(const json_t *list, int i) {
     return json_number_value(json_array_get(list, (size_t)i));
 }
 
-/* The member `key`, a list of n numbers, against got. */
+/* The member `key`, a list of n numbers, against got; key null: j is the list. */
 static void check_list(const json_t *j, const char *key, const float *got, int n, double tol) {
-    const json_t *want = member(j, key);
+    const json_t *want = key ? member(j, key) : j;
     CHECK_EQ_I(json_array_size(want), n);
     for (int i = 0; i < n; i++)
         if (!(fabs((double)got[i] - element(want, i)) <= tol))
-            test_fail(__FILE__, __LINE__, "%s[%d] is %.9g, expected %.9g (allowed %.2g)", key, i,
-                      (double)got[i], element(want, i), tol);
+            test_fail(__FILE__, __LINE__, "%s[%d] is %.9g, expected %.9g (allowed %.2g)",
+                      key ? key : "value", i, (double)got[i], element(want, i), tol);
 }
 
 static void check_relative(const char *what, double got, double want, double tol) {
@@ -77,7 +77,9 @@ static void check_tensor(const rlhf_model *m, const model_tensor *t, int layer, 
             const json_t *v = json_array_get(member(want, list ? "spread" : "first"), i);
             size_t flat = list ? i * (n - 1) / 7 : i;
             /* A transposed tensor lies in the file as [cols][rows]. */
-            size_t here = s.transposed ? flat % s.rows * s.cols + flat / s.rows : flat;
+            size_t row = ckpt_row(s.rows, s.hd, flat / s.cols);
+            size_t here = s.transposed ? flat % s.rows * s.cols + flat / s.rows
+                                       : row * s.cols + flat % s.cols;
             if (json_is_null(v) || fabs((double)at[here] - json_number_value(v)) <= tol) continue;
             test_fail(__FILE__, __LINE__, "%s at %zu: %.9g, expected %.9g (allowed %.2g)", name,
                       flat, (double)at[here], json_number_value(v), tol);
@@ -215,6 +217,94 @@ static void forward_run(rlhf_ctx *ctx, void *arg) {
 }
 
 TEST(logits) { for_each_family("forward", 1, forward_run); }
+
+/* ---- further families ------------------------------------------------------------------------ */
+
+/* A family of families.json: made by transformers in single precision, which rounds by itself. */
+static void further_grads(const rlhf_model *m, const json_t *want) {
+    size_t seen = 0;
+    for (const model_tensor *t = m->family->tensors; t->name; t++)
+        for (int l = 0; l < model_param_layers(m, t->param); l++) {
+            ckpt_tensor x = ckpt_tensor_of(m, t, l, 1);
+            const json_t *grad = json_object_get(want, x.name);
+            if (!grad) continue;
+            const float *at = m->g + (x.data - m->w);
+            size_t cols = x.cols ? x.cols : 1, n = x.rows * cols;
+            double sum = 0, norm = number(grad, "norm");
+            for (size_t i = 0; i < n; i++) sum += (double)at[i] * (double)at[i];
+            check_relative(x.name, sqrt(sum), norm, norm_tol);
+            for (size_t i = 0; i < 8; i++) {
+                size_t flat = i * (n - 1) / 7;
+                size_t here = ckpt_row(x.rows, x.hd, flat / cols) * cols + flat % cols;
+                CHECK_NEAR(at[here], element(member(grad, "spread"), (int)i), 1e-4 * norm);
+            }
+            seen++;
+        }
+    CHECK_EQ_I(seen, json_object_size(want));
+}
+
+static void further_coef(void *user, int row, int n, const op_rows *found, float *coef) {
+    (void)row, (void)found;
+    for (int i = 0; i < n; i++) coef[i] = (float)(-1.0 / *(int *)user);
+}
+
+static void further_run(rlhf_ctx *ctx, void *arg) {
+    const golden *g = arg;
+    rlhf_model *m = g->m;
+    int n = count(g->j, "ids"), row[64], labels = n - 1;
+    int32_t ids[64], more[64];
+    const int32_t *seq = ids;
+    float logits[64 * 64], logp[64];
+    for (int t = 0; t < n; t++) ids[t] = (int32_t)element(member(g->j, "ids"), t), row[t] = t;
+    CHECK_EQ_I(rlhf_model_logits(m, ids, n, logits), RLHF_OK);
+    for (int k = 0; k < 2; k++)
+        check_list(json_array_get(member(g->j, "logits"), (size_t)k), NULL,
+                   logits + (int)element(member(g->j, "rows"), k) * m->c.vocab, m->c.vocab,
+                   logit_tol);
+    CHECK_EQ_I(rlhf_model_logprobs(m, ids, n, logp), RLHF_OK);
+    check_list(g->j, "logprobs", logp, labels, logit_tol);
+    /* Greedy, with a cache. */
+    gen_config c = {.max_new = count(g->j, "greedy"), .batch = 1, .top_p = 1, .stop = -1};
+    gen_item item = {.prompt = ids, .n_prompt = 6, .out = more};
+    arena_reset(&m->ws);
+    gen_run(m, &m->ws, &c, &item, 1, NULL);
+    CHECK_EQ_I(item.n, c.max_new);
+    for (int i = 0; i < item.n; i++) CHECK_EQ_I(more[i], element(member(g->j, "greedy"), i));
+    /* The gradient of the mean cross-entropy. */
+    m->g = mem_zalloc(ctx, m->n, sizeof *m->g);
+    arena_reset(&m->ws);
+    op_env e = {ctx, &m->ws};
+    model_run run = model_batch(&m->ws, 1, &seq, &n);
+    run.save = 1;
+    model_forward(m, &m->ws, &run);
+    model_top top = model_top_fwd(m, &m->ws, run.x, row, labels);
+    op_weight w = model_head_weight(m, labels);
+    op_rows found = {.logp = logp};
+    float *dh = arena_floats(&m->ws, (size_t)labels, (size_t)m->c.d);
+    op_vocab_run(&e, &w, labels, top.h, ids + 1, 1, &found, further_coef, &labels, dh);
+    model_backward(m, &m->ws, &run, model_top_bwd(m, &m->ws, &top, dh, n));
+    further_grads(m, member(g->j, "grads"));
+    mem_free(m->g);
+    m->g = NULL;
+}
+
+TEST(further_families) {
+    json_t *file = golden_open("families"), *j;
+    const char *name;
+    REQUIRE(file);
+    json_object_foreach(file, name, j) {
+        int failed = test_failures;
+        char dir[128];
+        snprintf(dir, sizeof dir, "test/golden/%s", name);
+        golden g = {.ctx = test_context("auto", 2), .j = j};
+        CHECK_EQ_I(rlhf_model_open(g.ctx, dir, &g.m), RLHF_OK);
+        if (g.m) CHECK_EQ_I(test_call(g.ctx, further_run, &g), RLHF_OK);
+        if (test_failures > failed) printf("\n    (family %s: %s)", name, rlhf_error(g.ctx));
+        rlhf_model_close(g.m);
+        rlhf_close(g.ctx);
+    }
+    json_decref(file);
+}
 
 /* ---- fine-tuning ----------------------------------------------------------------------------- */
 
@@ -600,4 +690,4 @@ static void ppo_run(rlhf_ctx *ctx, void *arg) {
 
 TEST(ppo) { for_each_family("ppo", 2, ppo_run); }
 
-TEST_MAIN(CASE(logits), CASE(sft), CASE(reward_model), CASE(ppo))
+TEST_MAIN(CASE(logits), CASE(further_families), CASE(sft), CASE(reward_model), CASE(ppo))

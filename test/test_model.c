@@ -1,4 +1,4 @@
-/* Whole models of both families (section 15) against a model in double precision that is written
+/* Whole models of all families (section 15) against a model in double precision that is written
  * here from the papers, and against themselves: any kernels, any threads, alone or in a batch, in
  * one batch or in several, at once or token by token. */
 
@@ -29,8 +29,58 @@ static const char llama_score[] =
     "'hidden_size':24,'num_hidden_layers':2,'num_attention_heads':2,'intermediate_size':36,"
     "'max_position_embeddings':70}";
 
-static const char *const language_models[] = {gpt2_tied, gpt2_untied, llama_grouped, llama_tied};
-static const char *const scorers[] = {gpt2_score, llama_score};
+static const char mistral_window[] = /* in every layer */
+    "{'model_type':'mistral','vocab_size':37,'hidden_size':16,'num_hidden_layers':2,"
+    "'num_attention_heads':2,'num_key_value_heads':1,'intermediate_size':20,"
+    "'max_position_embeddings':70,'sliding_window':9}";
+static const char qwen3_window[] = /* in the second layer */
+    "{'model_type':'qwen3','vocab_size':37,'hidden_size':20,'num_hidden_layers':2,"
+    "'num_attention_heads':4,'num_key_value_heads':2,'head_dim':8,'intermediate_size':30,"
+    "'max_position_embeddings':70,'rope_parameters':{'rope_theta':300.0,'rope_type':'default'},"
+    "'use_sliding_window':true,'sliding_window':20,'max_window_layers':1}";
+static const char smollm3_linear[] = /* no positions in the second layer */
+    "{'model_type':'smollm3','vocab_size':37,'hidden_size':24,'num_hidden_layers':3,"
+    "'num_attention_heads':3,'num_key_value_heads':1,'intermediate_size':30,"
+    "'max_position_embeddings':70,'no_rope_layer_interval':2,"
+    "'rope_scaling':{'type':'linear','factor':2.5}}";
+static const char neox_parallel[] =
+    "{'model_type':'gpt_neox','vocab_size':37,'hidden_size':24,'num_hidden_layers':2,"
+    "'num_attention_heads':3,'intermediate_size':40,'max_position_embeddings':70,"
+    "'rotary_pct':0.5,'rotary_emb_base':200}";
+static const char neox_serial[] =
+    "{'model_type':'gpt_neox','vocab_size':37,'hidden_size':16,'num_hidden_layers':2,"
+    "'num_attention_heads':2,'intermediate_size':20,'max_position_embeddings':70,"
+    "'rope_parameters':{'rope_theta':200,'partial_rotary_factor':1.0,'rope_type':'default'},"
+    "'use_parallel_residual':false,'tie_word_embeddings':true,'hidden_act':'gelu_new'}";
+static const char gemma_biases[] =
+    "{'model_type':'gemma','vocab_size':37,'hidden_size':20,'num_hidden_layers':2,"
+    "'num_attention_heads':2,'num_key_value_heads':1,'head_dim':12,'intermediate_size':30,"
+    "'max_position_embeddings':70,'hidden_act':'gelu','attention_bias':true}";
+static const char gemma2_caps[] =
+    "{'model_type':'gemma2','vocab_size':37,'hidden_size':20,'num_hidden_layers':3,"
+    "'num_attention_heads':4,'num_key_value_heads':2,'head_dim':8,'intermediate_size':30,"
+    "'max_position_embeddings':70,'query_pre_attn_scalar':5,'sliding_window':12,"
+    "'attn_logit_softcapping':1.5,'final_logit_softcapping':2.0}";
+static const char gemma3_local[] =
+    "{'model_type':'gemma3_text','vocab_size':37,'hidden_size':20,'num_hidden_layers':3,"
+    "'num_attention_heads':2,'num_key_value_heads':1,'head_dim':8,'intermediate_size':30,"
+    "'max_position_embeddings':70,'query_pre_attn_scalar':6,'sliding_window':10,"
+    "'sliding_window_pattern':3,'rope_theta':1000.0,'rope_local_base_freq':50.0,"
+    "'rope_scaling':{'rope_type':'linear','factor':8.0}}";
+static const char gemma2_score[] =
+    "{'model_type':'gemma2','architectures':['Gemma2ForSequenceClassification'],'vocab_size':37,"
+    "'hidden_size':20,'num_hidden_layers':2,'num_attention_heads':2,'num_key_value_heads':1,"
+    "'head_dim':8,'intermediate_size':30,'max_position_embeddings':70,'sliding_window':12,"
+    "'attn_logit_softcapping':2.5}";
+
+static const char *const language_models[] = {
+    gpt2_tied,      gpt2_untied,   llama_grouped, llama_tied,   mistral_window, qwen3_window,
+    smollm3_linear, neox_parallel, neox_serial,   gemma_biases, gemma2_caps,    gemma3_local};
+static const char *const scorers[] = {gpt2_score, llama_score, gemma2_score};
+enum {
+    LANGUAGE_MODELS = sizeof language_models / sizeof *language_models,
+    SCORERS = sizeof scorers / sizeof *scorers
+};
 
 static const char *const param_names[P_COUNT] = {
 #define PARAM_NAME(name, per_layer, rows, cols, exists, init) #name,
@@ -220,14 +270,18 @@ static const double *exact_w(const exact *e, int p, int layer) {
     return e->m->slot[p].n ? e->w + model_at(e->m, p, layer) : NULL;
 }
 
-static void exact_norm(const exact *e, int p, int layer, const double *x, double *y) {
-    const double *w = exact_w(e, p, layer), *b = exact_w(e, p + 1, layer);
-    int d = e->m->c.d;
-    double mean = 0, var = 0;
+static void exact_norm_of(const exact *e, int p, int layer, int d, const double *x, double *y) {
+    const double *w = exact_w(e, p, layer);
+    const double *b = e->m->c.layer_norm ? exact_w(e, p + 1, layer) : NULL;
+    double mean = 0, var = 0, base = (double)e->m->c.norm_base;
     for (int i = 0; b && i < d; i++) mean += x[i] / d;
     for (int i = 0; i < d; i++) var += (x[i] - mean) * (x[i] - mean) / d;
     for (int i = 0; i < d; i++)
-        y[i] = (x[i] - mean) / sqrt(var + (double)e->m->c.eps) * w[i] + (b ? b[i] : 0);
+        y[i] = (x[i] - mean) / sqrt(var + (double)e->m->c.eps) * (base + w[i]) + (b ? b[i] : 0);
+}
+
+static void exact_norm(const exact *e, int p, int layer, const double *x, double *y) {
+    exact_norm_of(e, p, layer, e->m->c.d, x, y);
 }
 
 /* y = W x + b, bias P_COUNT: none */
@@ -240,10 +294,18 @@ static void exact_linear(const exact *e, int p, int bias, int layer, const doubl
     }
 }
 
-static void exact_rope(const exact *e, double *x, int position) {
-    int half = e->m->c.hd / 2;
+static int exact_local(const exact *e, int layer) {
+    return e->m->c.kinds && (e->m->c.kinds[layer] & MODEL_LOCAL);
+}
+
+static void exact_rope(const exact *e, int layer, double *x, int position) {
+    const model_cfg *c = &e->m->c;
+    int half = c->rot / 2, own = exact_local(e, layer) && c->local_theta > 0;
+    double theta = (double)(own ? c->local_theta : c->theta);
+    double factor = own || c->rope_factor <= 0 ? 1 : (double)c->rope_factor; /* linear */
+    if (c->learned_pos || (c->kinds && (c->kinds[layer] & MODEL_NOPE))) return;
     for (int i = 0; i < half; i++) {
-        double angle = position / pow((double)e->m->c.theta, (double)i / half);
+        double angle = position / pow(theta, (double)i / half) / factor;
         double a = x[i], b = x[half + i];
         x[i] = a * cos(angle) - b * sin(angle);
         x[half + i] = b * cos(angle) + a * sin(angle);
@@ -251,23 +313,26 @@ static void exact_rope(const exact *e, double *x, int position) {
 }
 
 /* The last of n rows of queries, keys and values. */
-static void exact_attention(const exact *e, const double *qkv, int n, double *o) {
+static void exact_attention(const exact *e, int layer, const double *qkv, int n, double *o) {
     const model_cfg *c = &e->m->c;
+    int from = exact_local(e, layer) ? base_max(0, n - c->window) : 0;
+    double cap = (double)c->attn_cap;
     int wide = (c->heads + 2 * c->kv_heads) * c->hd;
     for (int h = 0; h < c->heads; h++) {
         const double *q = qkv + (n - 1) * wide + h * c->hd;
         const double *k = qkv + (c->heads + h / (c->heads / c->kv_heads)) * c->hd;
         const double *v = k + c->kv_heads * c->hd;
         double sum = 0, p[MAX_LEN];
-        for (int t = 0; t < n; t++) {
+        for (int t = from; t < n; t++) {
             double dot = 0;
             for (int j = 0; j < c->hd; j++) dot += q[j] * k[t * wide + j];
-            sum += p[t] = exp(dot / sqrt(c->hd));
+            dot *= (double)c->attn_scale;
+            sum += p[t] = exp(cap > 0 ? cap * tanh(dot / cap) : dot);
         }
         for (int j = 0; j < c->hd; j++) {
             double *y = o + h * c->hd + j;
             *y = 0;
-            for (int t = 0; t < n; t++) *y += p[t] / sum * v[t * wide + j];
+            for (int t = from; t < n; t++) *y += p[t] / sum * v[t * wide + j];
         }
     }
 }
@@ -278,9 +343,29 @@ static void exact_mlp(const exact *e, int layer, const double *h, double *y) {
     exact_linear(e, P_UP_W, P_UP_B, layer, h, up);
     for (int i = 0; i < ff; i++) {
         double u = up[i], v = sqrt(2 / 3.14159265358979324) * (u + 0.044715 * u * u * u);
-        act[i] = e->m->c.glu ? u / (1 + exp(-u)) * up[ff + i] : u / 2 * (1 + tanh(v));
+        if (e->m->c.act == ACT_SILU) act[i] = u / (1 + exp(-u));
+        else act[i] = u / 2 * (1 + (e->m->c.act == ACT_GELU_ERF ? erf(u / sqrt(2)) : tanh(v)));
+        if (e->m->c.glu) act[i] *= up[ff + i];
     }
     exact_linear(e, P_DOWN_W, P_DOWN_B, layer, act, y);
+}
+
+/* Queries, keys and values of one row: normed, rotated. */
+static void exact_qkv(const exact *e, int layer, const double *h, int t, double *qkv) {
+    const model_cfg *c = &e->m->c;
+    exact_linear(e, P_QKV_W, P_QKV_B, layer, h, qkv);
+    for (int i = 0; i < c->heads + c->kv_heads; i++) {
+        double *x = qkv + i * c->hd;
+        int p = i < c->heads ? P_QN_W : P_KN_W;
+        if (exact_w(e, p, layer)) exact_norm_of(e, p, layer, c->hd, x, x);
+        exact_rope(e, layer, x, t);
+    }
+}
+
+/* x += y, normed where the model has the norm p. */
+static void exact_add(const exact *e, int p, int layer, double *x, double *y) {
+    if (exact_w(e, p, layer)) exact_norm(e, p, layer, y, y);
+    for (int i = 0; i < e->m->c.d; i++) x[i] += y[i];
 }
 
 /* The residual stream x [n][d] of one sequence. */
@@ -288,31 +373,32 @@ static void exact_forward(const exact *e, const int32_t *ids, int n, double *x) 
     const model_cfg *c = &e->m->c;
     int d = c->d, wide = (c->heads + 2 * c->kv_heads) * c->hd;
     double *qkv = malloc((size_t)(n * wide) * sizeof *qkv), h[128], o[128], y[128];
+    double scale = c->embed_scale > 0 ? (double)c->embed_scale : 1;
     for (int t = 0; t < n; t++)
         for (int i = 0; i < d; i++)
-            x[t * d + i] = exact_w(e, P_WTE, 0)[ids[t] * d + i] +
+            x[t * d + i] = scale * exact_w(e, P_WTE, 0)[ids[t] * d + i] +
                            (c->learned_pos ? exact_w(e, P_WPE, 0)[t * d + i] : 0);
     for (int l = 0; l < c->layers; l++)
         for (int t = 0; t < n; t++) {
             exact_norm(e, P_LN1_W, l, x + t * d, h);
-            exact_linear(e, P_QKV_W, P_QKV_B, l, h, qkv + t * wide);
-            for (int i = 0; !c->learned_pos && i < c->heads + c->kv_heads; i++)
-                exact_rope(e, qkv + t * wide + i * c->hd, t);
-            exact_attention(e, qkv, t + 1, o);
+            exact_qkv(e, l, h, t, qkv + t * wide);
+            exact_attention(e, l, qkv, t + 1, o);
             exact_linear(e, P_O_W, P_O_B, l, o, y);
-            for (int i = 0; i < d; i++) x[t * d + i] += y[i];
-            exact_norm(e, P_LN2_W, l, x + t * d, h);
+            if (c->parallel) exact_norm(e, P_LN2_W, l, x + t * d, h);
+            exact_add(e, P_PN1_W, l, x + t * d, y);
+            if (!c->parallel) exact_norm(e, P_LN2_W, l, x + t * d, h);
             exact_mlp(e, l, h, y);
-            for (int i = 0; i < d; i++) x[t * d + i] += y[i];
+            exact_add(e, P_PN2_W, l, x + t * d, y);
         }
     free(qkv);
 }
 
 /* Log-probability of the token after row t. */
 static double exact_logp(const exact *e, const double *x, int32_t target) {
-    double h[128], z[128], sum = 0;
+    double h[128], z[128], sum = 0, cap = (double)e->m->c.logit_cap;
     exact_norm(e, P_LNF_W, 0, x, h);
     exact_linear(e, e->m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0, h, z);
+    for (int v = 0; v < e->m->c.vocab && cap > 0; v++) z[v] = cap * tanh(z[v] / cap);
     for (int v = 0; v < e->m->c.vocab; v++) sum += exp(z[v]);
     return z[target] - log(sum);
 }
@@ -413,9 +499,12 @@ TEST(gradients_llama) {
     check_model(llama_tied);
 }
 
+TEST(gradients_families) {
+    for (int i = 4; i < LANGUAGE_MODELS; i++) check_model(language_models[i]);
+}
+
 TEST(gradients_scorers) {
-    check_model(gpt2_score);
-    check_model(llama_score);
+    for (int i = 0; i < SCORERS; i++) check_model(scorers[i]);
 }
 
 /* ---- the same bits --------------------------------------------------------------------------- */
@@ -459,7 +548,11 @@ TEST(kernels_and_threads) {
     check_everywhere(gpt2_tied);
     check_everywhere(llama_grouped);
     check_everywhere(llama_score);
+    check_everywhere(neox_parallel);
+    check_everywhere(gemma2_caps);
     if (test_quick()) return;
+    check_everywhere(qwen3_window);
+    check_everywhere(gemma3_local);
     check_everywhere(gpt2_untied);
     check_everywhere(llama_tied);
 }
@@ -472,7 +565,11 @@ TEST(the_same_on_every_machine) {
         {llama_grouped, 0xafbdd23f4c06d94f},
         {llama_tied, 0x67dfb95441681f73},
         {gpt2_score, 0xee290492fc0fe4b9},
-        {llama_score, 0xca243c70f28cd2c8}};
+        {llama_score, 0xca243c70f28cd2c8},
+        {qwen3_window, 0x912760f01ebb2e70},
+        {neox_parallel, 0x5003a8463e5d516c},
+        {gemma2_caps, 0x41d850ba7cfc698e},
+        {gemma3_local, 0x8db922b71c65592c}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         rlhf_ctx *ctx = test_context("auto", 2);
         rlhf_model *m = model_make(ctx, cases[i].config);
@@ -519,8 +616,8 @@ static void check_alone(const char *config) {
 }
 
 TEST(alone_and_in_a_batch) {
-    for (int i = 0; i < 4; i++) check_alone(language_models[i]);
-    for (int i = 0; i < 2; i++) check_alone(scorers[i]);
+    for (int i = 0; i < LANGUAGE_MODELS; i++) check_alone(language_models[i]);
+    for (int i = 0; i < SCORERS; i++) check_alone(scorers[i]);
 }
 
 /* Gradients of micro-batches add up to the bits of the whole batch; a tied matrix gets its two
@@ -555,7 +652,7 @@ static void check_parts(const char *config) {
 }
 
 TEST(micro_batches) {
-    for (int i = 0; i < 4; i++) check_parts(language_models[i]);
+    for (int i = 0; i < LANGUAGE_MODELS; i++) check_parts(language_models[i]);
 }
 
 /* ---- decoding -------------------------------------------------------------------------------- */
@@ -629,7 +726,7 @@ static void decode_run(rlhf_ctx *ctx, void *arg) {
 
 /* The decoding model is a fresh one, so that its tables grow on the way. */
 TEST(token_by_token) {
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < LANGUAGE_MODELS; i++)
         for (int prompt = 1; prompt <= (test_quick() ? 1 : 31); prompt += 15) {
             rlhf_ctx *ctx = test_context("auto", 2);
             rlhf_model *m = model_make(ctx, language_models[i]);
@@ -650,7 +747,7 @@ TEST(token_by_token) {
 /* ---- state ----------------------------------------------------------------------------------- */
 
 TEST(hash_of_weights) {
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < LANGUAGE_MODELS; i++) {
         rlhf_ctx *ctx = test_context("auto", 1);
         rlhf_model *m = model_make(ctx, language_models[i]);
         rlhf_model *twin = model_make(ctx, language_models[i]);
@@ -672,7 +769,7 @@ TEST(hash_of_weights) {
 
 /* New weights are seen as soon as the version says so: nothing packed is left behind. */
 TEST(weights_that_change) {
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < LANGUAGE_MODELS; i++) {
         rlhf_ctx *ctx = test_context("auto", 1);
         rlhf_model *m = model_make(ctx, language_models[i]);
         rlhf_model *fresh = model_make(ctx, language_models[i]);
@@ -770,7 +867,22 @@ TEST(bad_configs) {
          RLHF_ERR_FORMAT, "factor"},
         {"{'model_type':'llama','vocab_size':5,'hidden_size':8,'num_hidden_layers':1,"
          "'num_attention_heads':4,'intermediate_size':8,'hidden_act':'gelu'}", RLHF_ERR_UNSUPPORTED,
-         "gelu"}};
+         "gelu"},
+        {"{'model_type':'gpt_neox','vocab_size':5,'hidden_size':8,'num_hidden_layers':1,"
+         "'num_attention_heads':2,'intermediate_size':8,'rotary_pct':0.25}", RLHF_ERR_FORMAT,
+         "rotated"},
+        {"{'model_type':'smollm3','vocab_size':5,'hidden_size':8,'num_hidden_layers':2,"
+         "'num_attention_heads':2,'intermediate_size':8,'no_rope_layers':[1]}", RLHF_ERR_FORMAT,
+         "no_rope_layers"},
+        {"{'model_type':'gemma2','vocab_size':5,'hidden_size':8,'num_hidden_layers':1,"
+         "'num_attention_heads':2,'intermediate_size':8,'layer_types':['chunked_attention']}",
+         RLHF_ERR_FORMAT, "chunked_attention"},
+        {"{'model_type':'gemma2','vocab_size':5,'hidden_size':8,'num_hidden_layers':1,"
+         "'num_attention_heads':2,'intermediate_size':8,'attn_logit_softcapping':-1}",
+         RLHF_ERR_FORMAT, "attn_logit_softcapping"},
+        {"{'model_type':'gemma3_text','vocab_size':5,'hidden_size':8,'num_hidden_layers':1,"
+         "'num_attention_heads':2,'intermediate_size':8,'use_bidirectional_attention':true}",
+         RLHF_ERR_UNSUPPORTED, "bidirectional"}};
     rlhf_ctx *ctx = test_context("auto", 1);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         build b = {cases[i].config, NULL};
@@ -783,8 +895,8 @@ TEST(bad_configs) {
 /* Any allocation may fail; the model stays usable and gives its bits at the next try. */
 TEST(out_of_memory) {
     static const int len[] = {5, 3};
-    static const char *const configs[] = {gpt2_tied, llama_grouped};
-    for (int i = 0; i < 2; i++) {
+    static const char *const configs[] = {gpt2_tied, llama_grouped, gemma3_local};
+    for (int i = 0; i < 3; i++) {
         rlhf_ctx *ctx = test_context("auto", 2);
         rlhf_model *m = model_make(ctx, configs[i]);
         batch b;
@@ -823,8 +935,8 @@ TEST(out_of_memory) {
     }
 }
 
-TEST_MAIN(CASE(gradients_gpt2), CASE(gradients_llama), CASE(gradients_scorers),
-          CASE(kernels_and_threads), CASE(the_same_on_every_machine),
+TEST_MAIN(CASE(gradients_gpt2), CASE(gradients_llama), CASE(gradients_families),
+          CASE(gradients_scorers), CASE(kernels_and_threads), CASE(the_same_on_every_machine),
           CASE(alone_and_in_a_batch), CASE(micro_batches), CASE(token_by_token),
           CASE(hash_of_weights), CASE(weights_that_change),
           CASE(initial_weights), CASE(bad_batches), CASE(bad_configs), CASE(out_of_memory))

@@ -95,7 +95,7 @@ static float *fill(float *x, size_t n, float value) {
 /* ---- norms ----------------------------------------------------------------------------------- */
 
 typedef struct norm_case {
-    int rows, n, ln;
+    int rows, n, ln, base;
     float *x, *w, *b, *dy;
     double *X, *W, *B, *DY;
 } norm_case;
@@ -109,7 +109,8 @@ static void norm_run(rlhf_ctx *ctx, const void *data, float *out) {
     float *stats = floats(2 * (size_t)c->rows, 0, 1);
     arena ws = {.ctx = ctx};
     op_env e = {ctx, &ws};
-    op_norm o = {.k = ctx->k, .n = c->n, .eps = norm_eps, .w = c->w, .b = c->ln ? c->b : NULL,
+    op_norm o = {.k = ctx->k, .n = c->n, .eps = norm_eps, .base = (float)c->base, .w = c->w,
+                 .b = c->ln ? c->b : NULL,
                  .gw = fill(out + 2 * all, n, BASE), .gb = fill(out + 2 * all + n, n, BASE),
                  .x = c->x, .y = out, .mean = stats, .rstd = stats + c->rows, .dy = c->dy,
                  .dx = fill(out + all, all, BASE), .rows = c->rows};
@@ -125,7 +126,8 @@ static void norm_define(const norm_case *c, int row, double *y) {
     for (int i = 0; c->ln && i < c->n; i++) mean += x[i] / c->n;
     for (int i = 0; i < c->n; i++) var += (x[i] - mean) * (x[i] - mean) / c->n;
     for (int i = 0; i < c->n; i++)
-        y[i] = (x[i] - mean) / sqrt(var + (double)norm_eps) * c->W[i] + (c->ln ? c->B[i] : 0);
+        y[i] = (x[i] - mean) / sqrt(var + (double)norm_eps) * (c->base + c->W[i]) +
+               (c->ln ? c->B[i] : 0);
 }
 
 static double norm_loss(const void *arg) {
@@ -138,9 +140,9 @@ static double norm_loss(const void *arg) {
     return sum;
 }
 
-static void norm_check(int rows, int n, int ln) {
+static void norm_check(int rows, int n, int ln, int base) {
     size_t all = (size_t)(rows * n), wide = (size_t)n;
-    norm_case c = {rows, n, ln, floats(all, -2, 3), floats(wide, -1, 2), floats(wide, -1, 1),
+    norm_case c = {rows, n, ln, base, floats(all, -2, 3), floats(wide, -1, 2), floats(wide, -1, 1),
                    floats(all, -1, 1), NULL, NULL, NULL, NULL};
     c.X = doubles(c.x, all), c.W = doubles(c.w, wide);
     c.B = doubles(c.b, wide), c.DY = doubles(c.dy, all);
@@ -157,15 +159,17 @@ static void norm_check(int rows, int n, int ln) {
 }
 
 TEST(layer_norm) {
-    norm_check(1, 1, 1);
-    norm_check(5, 16, 1);
-    norm_check(23, 53, 1);
+    norm_check(1, 1, 1, 0);
+    norm_check(5, 16, 1, 0);
+    norm_check(23, 53, 1, 0);
 }
 
 TEST(rms_norm) {
-    norm_check(1, 1, 0);
-    norm_check(5, 16, 0);
-    norm_check(23, 53, 0);
+    norm_check(1, 1, 0, 0);
+    norm_check(5, 16, 0, 0);
+    norm_check(5, 16, 0, 1);
+    norm_check(23, 53, 0, 0);
+    norm_check(23, 53, 0, 1);
 }
 
 /* ---- linear ---------------------------------------------------------------------------------- */
@@ -295,7 +299,7 @@ TEST(embedding) {
 /* ---- activations ----------------------------------------------------------------------------- */
 
 typedef struct act_case {
-    int rows, n;
+    int rows, n, other; /* other: the exact gelu; geglu */
     float *x, *dy;
     double *X, *DY;
 } act_case;
@@ -303,47 +307,55 @@ typedef struct act_case {
 static void gelu_run(rlhf_ctx *ctx, const void *data, float *out) {
     const act_case *c = data;
     size_t all = (size_t)(c->rows * c->n);
-    ctx->k->gelu((int)all, c->x, out);
+    (c->other ? ctx->k->gelu_erf : ctx->k->gelu)((int)all, c->x, out);
     memcpy(out + all, c->dy, all * sizeof *out);
-    op_gelu o = {ctx->k, c->n, c->x, out + all};
+    k_mul2_fn *bwd = c->other ? ctx->k->gelu_erf_bwd : ctx->k->gelu_bwd;
+    op_gelu o = {bwd, c->n, c->x, out + all};
     par_for(ctx, c->rows, 4, op_gelu_bwd_rows, &o);
 }
 
-static double gelu_define(double x) {
+static double gelu_define(const act_case *c, double x) {
+    if (c->other) return 0.5 * x * (1 + erf(x / sqrt(2)));
     return 0.5 * x * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
 }
 
 static double gelu_loss(const void *arg) {
     const act_case *c = arg;
     double sum = 0;
-    for (int i = 0; i < c->rows * c->n; i++) sum += c->DY[i] * gelu_define(c->X[i]);
+    for (int i = 0; i < c->rows * c->n; i++) sum += c->DY[i] * gelu_define(c, c->X[i]);
     return sum;
 }
 
-TEST(gelu) {
+static void gelu_check(int other) {
     size_t all = 9 * 37;
-    act_case c = {9, 37, floats(all, -6, 6), floats(all, -1, 1), NULL, NULL};
+    act_case c = {9, 37, other, floats(all, -6, 6), floats(all, -1, 1), NULL, NULL};
     c.X = doubles(c.x, all), c.DY = doubles(c.dy, all);
     float *out = run_everywhere(gelu_run, &c, 2 * all);
     double *y = malloc(all * sizeof *y);
-    for (size_t i = 0; i < all; i++) y[i] = gelu_define(c.X[i]);
+    for (size_t i = 0; i < all; i++) y[i] = gelu_define(&c, c.X[i]);
     check_near("y", out, y, all);
     check_grad("x", c.X, all, out + all, 0, 1000, gelu_loss, &c);
     free(y), free(c.X), free(c.DY);
     test_floats_free(out), test_floats_free(c.x), test_floats_free(c.dy);
 }
 
+TEST(gelu) { gelu_check(0); }
+TEST(gelu_exact) { gelu_check(1); }
+
 static void glu_run(rlhf_ctx *ctx, const void *data, float *out) {
     const act_case *c = data;
     size_t all = (size_t)(c->rows * c->n);
-    op_glu o = {.k = ctx->k, .ff = c->n, .up = c->x, .y = out, .dy = c->dy, .dup = out + all};
+    op_glu o = {.act = c->other ? ctx->k->geglu : ctx->k->glu,
+                .act_bwd = c->other ? ctx->k->geglu_bwd : ctx->k->glu_bwd,
+                .ff = c->n, .up = c->x, .y = out, .dy = c->dy, .dup = out + all};
     par_for(ctx, c->rows, 4, op_glu_rows, &o);
     par_for(ctx, c->rows, 4, op_glu_bwd_rows, &o);
 }
 
 static double glu_define(const act_case *c, int r, int i) {
     double gate = c->X[2 * r * c->n + i], up = c->X[(2 * r + 1) * c->n + i];
-    return gate / (1 + exp(-gate)) * up;
+    act_case tanh_form = {0};
+    return (c->other ? gelu_define(&tanh_form, gate) : gate / (1 + exp(-gate))) * up;
 }
 
 static double glu_loss(const void *arg) {
@@ -354,9 +366,9 @@ static double glu_loss(const void *arg) {
     return sum;
 }
 
-TEST(glu) {
+static void glu_check(int other) {
     size_t all = 9 * 37;
-    act_case c = {9, 37, floats(2 * all, -6, 6), floats(all, -1, 1), NULL, NULL};
+    act_case c = {9, 37, other, floats(2 * all, -6, 6), floats(all, -1, 1), NULL, NULL};
     c.X = doubles(c.x, 2 * all), c.DY = doubles(c.dy, all);
     float *out = run_everywhere(glu_run, &c, 3 * all);
     double *y = malloc(all * sizeof *y);
@@ -367,6 +379,9 @@ TEST(glu) {
     test_floats_free(out), test_floats_free(c.x), test_floats_free(c.dy);
 }
 
+TEST(glu) { glu_check(0); }
+TEST(geglu) { glu_check(1); }
+
 /* ---- attention ------------------------------------------------------------------------------- */
 
 typedef struct attn_case {
@@ -376,6 +391,8 @@ typedef struct attn_case {
     float *qkv, *dout, *cosine, *sine;
     double *QKV, *DOUT;
     int first, count; /* rows of the sequence that attn_loss computes */
+    int rot, window;
+    float cap;
 } attn_case;
 
 static int attn_width(const attn_case *c) { return (c->heads + 2 * c->kv_heads) * c->hd; }
@@ -389,7 +406,9 @@ static op_kv kv_new(const attn_case *c, int cap) {
 
 static op_attn attn_args(rlhf_ctx *ctx, const attn_case *c) {
     return (op_attn){.kt = ctx->k, .heads = c->heads, .kv_heads = c->kv_heads, .hd = c->hd,
-                     .cosine = c->rope ? c->cosine : NULL, .sine = c->sine, .sign = 1};
+                     .cosine = c->rope ? c->cosine : NULL, .sine = c->sine, .sign = 1,
+                     .rot = c->rot, .window = c->window, .cap = c->cap,
+                     .scale = 1.0f / sqrtf((float)c->hd)};
 }
 
 /* out: o, dqkv */
@@ -427,8 +446,8 @@ static void attn_run(rlhf_ctx *ctx, const void *data, float *out) {
 /* Element j of row r's head h (counting queries, keys, values), rotated unless it is a value. */
 static double attn_element(const attn_case *c, int r, int h, int j) {
     const double *x = c->QKV + (size_t)r * (size_t)attn_width(c) + h * c->hd;
-    if (!c->rope || h >= c->heads + c->kv_heads) return x[j];
-    int half = c->hd / 2, i = j % half;
+    if (!c->rope || h >= c->heads + c->kv_heads || j >= c->rot) return x[j];
+    int half = c->rot / 2, i = j % half;
     double cosine = (double)c->cosine[c->pos[r] * half + i];
     double sine = (double)c->sine[c->pos[r] * half + i];
     return j < half ? x[i] * cosine - x[half + i] * sine : x[half + i] * cosine + x[i] * sine;
@@ -446,17 +465,20 @@ static void attn_define(const attn_case *c, int first, int count, int h, double 
             x[(2 * count + r) * hd + j] = attn_element(c, first + r, c->heads + c->kv_heads + g, j);
         }
     for (int r = 0; r < count; r++) {
-        double max = -1e300, sum = 0, *q = x + r * hd;
-        for (int t = 0; t <= r; t++) {
+        double max = -1e300, sum = 0, *q = x + r * hd, cap = (double)c->cap;
+        int from = c->window ? base_max(0, r - c->window + 1) : 0;
+        for (int t = from; t <= r; t++) {
             double dot = 0, *k = x + (count + t) * hd;
             for (int j = 0; j < hd; j++) dot += q[j] * k[j];
             p[t] = dot / sqrt(hd);
+            if (cap > 0) p[t] = cap * tanh(p[t] / cap);
             max = fmax(max, p[t]);
         }
-        for (int t = 0; t <= r; t++) sum += p[t] = exp(p[t] - max);
+        for (int t = from; t <= r; t++) sum += p[t] = exp(p[t] - max);
         for (int j = 0; j < hd; j++) {
             o[r * hd + j] = 0;
-            for (int t = 0; t <= r; t++) o[r * hd + j] += p[t] / sum * x[(2 * count + t) * hd + j];
+            for (int t = from; t <= r; t++)
+                o[r * hd + j] += p[t] / sum * x[(2 * count + t) * hd + j];
         }
     }
     free(x), free(p);
@@ -477,7 +499,7 @@ static double attn_loss(const void *arg) {
 
 static attn_case attn_new(int heads, int kv_heads, int hd, int rope, const int *len, int seqs) {
     attn_case c = {.heads = heads, .kv_heads = kv_heads, .hd = hd, .rope = rope, .seqs = seqs,
-                   .len = len};
+                   .len = len, .rot = hd};
     int longest = 0, half = hd / 2;
     for (int s = 0; s < seqs; s++) {
         c.rows += len[s];
@@ -586,10 +608,12 @@ static void attn_check_steps(const attn_case *c, const float *out, int step) {
     rlhf_close(ctx);
 }
 
-static void attn_check(int heads, int kv_heads, int hd, int rope) {
+static void attn_check_with(int heads, int kv_heads, int hd, int rope, int window, float cap) {
     static const int len[] = {1, 17, 64, 2, 130, 48, 65, 97, 49, 16, 128, 33, 3};
     int seqs = test_quick() ? 5 : (int)(sizeof len / sizeof *len);
-    attn_case c = attn_new(heads, kv_heads, hd, rope, len, seqs);
+    attn_case c = attn_new(heads, kv_heads, hd, rope != 0, len, seqs);
+    if (rope > 1) c.rot = rope;
+    c.window = window, c.cap = cap;
     size_t rows = (size_t)c.rows;
     float *out = run_everywhere(attn_run, &c, rows * (size_t)(heads * hd + attn_width(&c)));
     for (int s = 0, row = 0; s < seqs; row += len[s++])
@@ -605,10 +629,27 @@ static void attn_check(int heads, int kv_heads, int hd, int rope) {
     attn_free(&c);
 }
 
+static void attn_check(int heads, int kv_heads, int hd, int rope) {
+    attn_check_with(heads, kv_heads, hd, rope, 0, 0);
+}
+
 TEST(attention) { attn_check(3, 3, 16, 0); }
 TEST(attention_grouped) { attn_check(4, 2, 8, 1); }
 TEST(attention_odd_width) { attn_check(2, 1, 20, 1); }
 TEST(attention_wide) { attn_check(2, 2, 64, 1); }
+
+/* A part of a head is rotated; windows shorter and longer than a tile of keys; soft caps. */
+TEST(attention_part_rotated) { attn_check(2, 1, 12, 4); }
+TEST(attention_window) {
+    attn_check_with(2, 1, 8, 1, 1, 0);
+    attn_check_with(2, 1, 8, 1, 20, 0);
+    attn_check_with(2, 2, 8, 0, 64, 0);
+    attn_check_with(2, 1, 8, 1, 100, 0);
+}
+TEST(attention_capped) {
+    attn_check_with(2, 1, 8, 1, 0, 1.5f);
+    attn_check_with(4, 2, 12, 4, 33, 2.5f);
+}
 
 /* Scores far apart: a new maximum in a later tile wipes out what came before, or nothing does. */
 TEST(attention_extremes) {
@@ -637,7 +678,7 @@ TEST(attention_extremes) {
 
 typedef struct vocab_case {
     int rows, n, d;
-    float scale;
+    float scale, cap;
     float *x, *w, *x2, *w2;
     int32_t *target;
     double *X, *W;
@@ -659,7 +700,7 @@ static void vocab_coef(void *user, int row, int n, const op_rows *found, float *
 static op_weight vocab_weight(rlhf_ctx *ctx, const vocab_case *c, const float *w, float *packed,
                               float *gw) {
     gemm_pack(ctx, 0, w, 1, (size_t)c->d, c->d, c->n, packed);
-    return (op_weight){.n = c->n, .k = c->d, .w = w, .packed = packed, .gw = gw};
+    return (op_weight){.n = c->n, .k = c->d, .cap = c->cap, .w = w, .packed = packed, .gw = gw};
 }
 
 /* out: logp, entropy, hit; dx, gw; then compare: logp, kl, other_logp */
@@ -693,6 +734,7 @@ static void vocab_define(const vocab_case *c, const double *x, const double *w, 
     for (int v = 0; v < c->n; v++) {
         logp[v] = 0;
         for (int j = 0; j < c->d; j++) logp[v] += x[j] * w[v * c->d + j];
+        if (c->cap > 0) logp[v] = (double)c->cap * tanh(logp[v] / (double)c->cap);
         logp[v] *= (double)c->scale;
         max = fmax(max, logp[v]);
     }
@@ -752,8 +794,9 @@ static void vocab_check_rows(const vocab_case *c, const float *out) {
     free(X2), free(W2), free(p), free(q);
 }
 
-static void vocab_check(int rows, int n, int d, float scale) {
+static void vocab_check_with(int rows, int n, int d, float scale, float cap) {
     vocab_case c = vocab_new(rows, n, d, scale);
+    c.cap = cap;
     size_t m = (size_t)rows, x = m * (size_t)d, w = (size_t)(n * d);
     float *out = run_everywhere(vocab_run, &c, 3 * m + x + w + 3 * m);
     vocab_check_rows(&c, out);
@@ -767,11 +810,22 @@ static void vocab_check(int rows, int n, int d, float scale) {
     vocab_free(&c);
 }
 
+static void vocab_check(int rows, int n, int d, float scale) {
+    vocab_check_with(rows, n, d, scale, 0);
+}
+
 TEST(vocabulary) {
     vocab_check(1, 1, 1, 1);
     vocab_check(7, 5, 3, 1);
     vocab_check(30, 50, 16, 0.7f);
     vocab_check(26, 100, 9, 1.0f / 0.3f);
+}
+
+/* A soft cap, also on rows longer than the pieces that its gradient goes by. */
+TEST(vocabulary_capped) {
+    vocab_check_with(7, 5, 3, 1, 1);
+    vocab_check_with(30, 50, 16, 0.7f, 2.5f);
+    vocab_check_with(60, 1100, 6, 1, 2);
 }
 
 /* More rows than a chunk holds. */
@@ -810,7 +864,9 @@ TEST(vocabulary_in_parts) {
     vocab_free(&c);
 }
 
-TEST_MAIN(CASE(layer_norm), CASE(rms_norm), CASE(linear), CASE(embedding), CASE(gelu), CASE(glu),
-          CASE(attention), CASE(attention_grouped), CASE(attention_odd_width), CASE(attention_wide),
-          CASE(attention_extremes), CASE(vocabulary), CASE(vocabulary_chunks),
+TEST_MAIN(CASE(layer_norm), CASE(rms_norm), CASE(linear), CASE(embedding), CASE(gelu),
+          CASE(gelu_exact), CASE(glu), CASE(geglu), CASE(attention), CASE(attention_grouped),
+          CASE(attention_odd_width), CASE(attention_wide), CASE(attention_part_rotated),
+          CASE(attention_window), CASE(attention_capped), CASE(attention_extremes),
+          CASE(vocabulary), CASE(vocabulary_capped), CASE(vocabulary_chunks),
           CASE(vocabulary_in_parts))

@@ -11,6 +11,8 @@ Writes
   <family>/config.json, model.safetensors, generation_config.json      a Hugging Face directory as save_pretrained writes it
   <family>.json      logits, one SFT batch, one reward-model batch, one PPO update of that model
   unit.json          GAE, whitening, KL controller, schedules, AdamW, log-sigmoid, softmax, PPO loss on a few given numbers
+  families.json      logits, log-probabilities, greedy tokens and SFT gradients of further families, each with a directory of its
+                     own whose weights are bfloat16: qwen3, smollm3, gpt_neox, gemma, gemma2, gemma3_text
 Families: gpt2; llama (GQA 4:2, untied); llama_tied (MQA 4:1, tied, `rope_theta` at top level as transformers 4 wrote it).
 
 How the numbers are made
@@ -59,8 +61,9 @@ import sys
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import (GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          LlamaForSequenceClassification)
+from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config,
+                          GPT2ForSequenceClassification, GPT2LMHeadModel, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM,
+                          LlamaForSequenceClassification, Qwen3Config, SmolLM3Config)
 from transformers import optimization as hf_schedules
 from transformers.utils import logging as hf_logging
 
@@ -93,7 +96,7 @@ def render(x, digits, indent=0):
         x = x.detach().tolist()
     if isinstance(x, dict):
         flat = all(not isinstance(v, (dict, list)) or (isinstance(v, list) and len(v) <= 8
-                   and not any(isinstance(e, (dict, list)) for e in v)) for v in x.values()) and "first" in x
+                   and not any(isinstance(e, (dict, list)) for e in v)) for v in x.values()) and ("first" in x or "spread" in x)
         if flat:
             digits = min(digits, 6)    # tensor entries are compared at 1e-4 or worse; three digits less keep the folder small
             return "{" + ", ".join(f"{json.dumps(k)}: {render(v, digits)}" for k, v in x.items()) + "}"
@@ -603,6 +606,79 @@ def make_family(fam, out):
     return data
 
 
+# ---------------------------------------------------------------------------------------------- further families
+
+def further_families():
+    """Two layers each, three where the pattern of layers needs them; windows shorter than the texts."""
+    common = dict(vocab_size=37, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                  max_position_embeddings=64, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=0)
+    grouped = dict(num_key_value_heads=1, **common)
+    return {
+        "qwen3": Qwen3Config(head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=1, tie_word_embeddings=True,
+                             **grouped),
+        "smollm3": SmolLM3Config(no_rope_layer_interval=2, **grouped),
+        "gpt_neox": GPTNeoXConfig(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+                                  **common),
+        "gemma": GemmaConfig(head_dim=8, **grouped),
+        "gemma2": Gemma2Config(head_dim=8, sliding_window=5, query_pre_attn_scalar=12, attn_logit_softcapping=2.0,
+                               final_logit_softcapping=3.0, **grouped),
+        "gemma3_text": Gemma3TextConfig(head_dim=8, sliding_window=5, sliding_window_pattern=2, query_pre_attn_scalar=12,
+                                        rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0,
+                                                                            "rope_theta": 1000.0},
+                                                         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+                                        **grouped)}
+
+
+def greedy(model, ids, n):
+    """The most likely continuation, and by how much the closest second choice lost."""
+    ids, gap = list(ids), math.inf
+    for _ in range(n):
+        top = model(torch.tensor([ids])).logits[0, -1].topk(2)
+        gap = min(gap, (top.values[0] - top.values[1]).item())
+        ids.append(int(top.indices[0]))
+    return ids[-n:], gap
+
+
+def make_further(out, name, cfg):
+    """transformers' own numbers in float32, from weights that bfloat16 holds."""
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(cfg, attn_implementation="eager").eval()
+    gen = torch.Generator().manual_seed(77)
+    with torch.no_grad():
+        for k, w in sorted(model.named_parameters()):
+            z = torch.randn(w.shape, generator=gen)
+            base = 0.0 if w.dim() > 1 or "bias" in k or "gemma" in name else 1.0
+            w.copy_((base + (0.35 if w.dim() > 1 else 0.15) * z).bfloat16().float())
+    path = os.path.join(out, name)
+    model.to(torch.bfloat16).save_pretrained(path)
+    os.chmod(os.path.join(path, "model.safetensors"), 0o644)
+    if name == "gemma3_text":
+        # As written before transformers 5.
+        with open(os.path.join(path, "config.json")) as f:
+            c = json.load(f)
+        rope = c.pop("rope_parameters")
+        c["rope_theta"], c["rope_local_base_freq"] = rope["full_attention"]["rope_theta"], rope["sliding_attention"]["rope_theta"]
+        c["rope_scaling"] = {"rope_type": "linear", "factor": rope["full_attention"]["factor"]}
+        c["sliding_window_pattern"] = c.pop("_sliding_window_pattern")
+        del c["layer_types"]
+        with open(os.path.join(path, "config.json"), "w") as f:
+            f.write(json.dumps(c, indent=2, sort_keys=True) + "\n")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    while True:
+        ids = [BOS] + torch.randint(3, 37, (13,), generator=gen).tolist()
+        with torch.no_grad():
+            more, gap = greedy(model, ids[:6], 24)
+        if gap > 1e-3 and EOS not in more:
+            break
+    z = model(torch.tensor([ids])).logits[0]
+    lp = z.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    model.zero_grad()
+    (-lp.mean()).backward()
+    grads = {k: {"norm": w.grad.norm().item(), "spread": w.grad.flatten()[spread(w.numel())].tolist()}
+             for k, w in sorted(model.named_parameters()) if ".1." not in k and "lm_head" not in k}
+    return {"ids": ids, "rows": [6, 13], "logits": z[[6, 13]], "logprobs": lp, "greedy": more, "grads": grads}
+
+
 # ---------------------------------------------------------------------------------------------- small numbers
 
 def unit_gae():
@@ -779,6 +855,8 @@ def main():
         for m in p["minibatch"]:
             print("   ppo", {k: (round(v, 6) if isinstance(v, float) else v) for k, v in m.items() if not k.endswith("grads")})
         print("   ", {k: round(v, 6) for k, v in p["objective"].items()})
+    further = {name: make_further(out, name, cfg) for name, cfg in further_families().items()}
+    write_json(os.path.join(out, "families.json"), further, 7)
     make_unit(out)
 
 

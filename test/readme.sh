@@ -22,7 +22,6 @@ case $prog in /*) ;; *) prog=$root/$prog ;; esac
 demo=${DEMO_OUT:-build/demo}
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 # The fenced blocks of a language, in order.
 blocks() {

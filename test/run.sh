@@ -5,10 +5,6 @@
 # A program that ends without its closing line counts as one failure, unless it is an example:
 # a program of a library user, whose exit status is its whole result.
 
-# Waiting threads sleep: tests run more threads than there are processors.
-: "${OMP_WAIT_POLICY:=passive}"
-export OMP_WAIT_POLICY
-
 wrapper= filter=
 while getopts w:t: option; do
     case $option in

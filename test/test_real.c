@@ -360,15 +360,15 @@ static double short_run(const char *dtype, int seed, const char *text, int steps
 TEST(bfloat16_within_the_spread_of_seeds) {
     NEED_ASSET("datasets/tinystories_2MB.txt.gz");
     char *text = stories();
-    int steps = test_quick() ? 4 : 16;
+    int steps = test_quick() ? 2 : 16;
     double low = INFINITY, high = 0, half = short_run("bf16", 1, text, steps);
-    for (int seed = 1; seed <= 5; seed++) {
+    for (int seed = 1; seed <= (test_quick() ? 1 : 5); seed++) {
         double p = short_run("f32", seed, text, steps);
         low = fmin(low, p);
         high = fmax(high, p);
     }
     printf(" perplexity with bf16 %.4f, with f32 %.4f to %.4f ", half, low, high);
-    CHECK(low <= half && half <= high);
+    CHECK(test_quick() ? fabs(half - low) < 0.01 * low : low <= half && half <= high);
     free(text);
 }
 

@@ -6822,58 +6822,53 @@ static const model_tensor model_neox_tensors[] = {
     {"!score.weight", P_SCORE, PART_ALL, 0},
     {NULL, 0, 0, 0}};
 
+/* What llama and gemma 2 and 3 have in common: before the norm behind attention, the MLP, the end.
+ */
+#define MODEL_LLAMA_ATTENTION                                                                      \
+    {"embed_tokens.weight", P_WTE, PART_ALL, 0},                                                   \
+        {"layers.%d.input_layernorm.weight", P_LN1_W, PART_ALL, 0},                                \
+        {"layers.%d.self_attn.q_proj.weight", P_QKV_W, PART_Q, 0},                                 \
+        {"layers.%d.self_attn.k_proj.weight", P_QKV_W, PART_K, 0},                                 \
+        {"layers.%d.self_attn.v_proj.weight", P_QKV_W, PART_V, 0},                                 \
+        {"layers.%d.self_attn.q_proj.bias", P_QKV_B, PART_Q, 0},                                   \
+        {"layers.%d.self_attn.k_proj.bias", P_QKV_B, PART_K, 0},                                   \
+        {"layers.%d.self_attn.v_proj.bias", P_QKV_B, PART_V, 0},                                   \
+        {"layers.%d.self_attn.q_norm.weight", P_QN_W, PART_ALL, 0},                                \
+        {"layers.%d.self_attn.k_norm.weight", P_KN_W, PART_ALL, 0},                                \
+        {"layers.%d.self_attn.o_proj.weight", P_O_W, PART_ALL, 0}, {                               \
+        "layers.%d.self_attn.o_proj.bias", P_O_B, PART_ALL, 0                                      \
+    }
+#define MODEL_LLAMA_MLP                                                                            \
+    {"layers.%d.mlp.gate_proj.weight", P_UP_W, PART_GATE, 0},                                      \
+        {"layers.%d.mlp.up_proj.weight", P_UP_W, PART_UP, 0},                                      \
+        {"layers.%d.mlp.gate_proj.bias", P_UP_B, PART_GATE, 0},                                    \
+        {"layers.%d.mlp.up_proj.bias", P_UP_B, PART_UP, 0},                                        \
+        {"layers.%d.mlp.down_proj.weight", P_DOWN_W, PART_ALL, 0}, {                               \
+        "layers.%d.mlp.down_proj.bias", P_DOWN_B, PART_ALL, 0                                      \
+    }
+#define MODEL_LLAMA_END                                                                            \
+    {"norm.weight", P_LNF_W, PART_ALL, 0}, {"!lm_head.weight", P_HEAD, PART_ALL, 0},               \
+        {"!score.weight", P_SCORE, PART_ALL, 0}, {                                                 \
+        NULL, 0, 0, 0                                                                              \
+    }
+
 /* Gemma 2 and 3: four norms in a layer, of which post_attention_layernorm is another than llama's.
  */
 static const model_tensor model_gemma_tensors[] = {
-    {"embed_tokens.weight", P_WTE, PART_ALL, 0},
-    {"layers.%d.input_layernorm.weight", P_LN1_W, PART_ALL, 0},
-    {"layers.%d.self_attn.q_proj.weight", P_QKV_W, PART_Q, 0},
-    {"layers.%d.self_attn.k_proj.weight", P_QKV_W, PART_K, 0},
-    {"layers.%d.self_attn.v_proj.weight", P_QKV_W, PART_V, 0},
-    {"layers.%d.self_attn.q_proj.bias", P_QKV_B, PART_Q, 0},
-    {"layers.%d.self_attn.k_proj.bias", P_QKV_B, PART_K, 0},
-    {"layers.%d.self_attn.v_proj.bias", P_QKV_B, PART_V, 0},
-    {"layers.%d.self_attn.q_norm.weight", P_QN_W, PART_ALL, 0},
-    {"layers.%d.self_attn.k_norm.weight", P_KN_W, PART_ALL, 0},
-    {"layers.%d.self_attn.o_proj.weight", P_O_W, PART_ALL, 0},
-    {"layers.%d.self_attn.o_proj.bias", P_O_B, PART_ALL, 0},
+    MODEL_LLAMA_ATTENTION,
     {"layers.%d.post_attention_layernorm.weight", P_PN1_W, PART_ALL, 0},
     {"layers.%d.pre_feedforward_layernorm.weight", P_LN2_W, PART_ALL, 0},
-    {"layers.%d.mlp.gate_proj.weight", P_UP_W, PART_GATE, 0},
-    {"layers.%d.mlp.up_proj.weight", P_UP_W, PART_UP, 0},
-    {"layers.%d.mlp.down_proj.weight", P_DOWN_W, PART_ALL, 0},
+    MODEL_LLAMA_MLP,
     {"layers.%d.post_feedforward_layernorm.weight", P_PN2_W, PART_ALL, 0},
-    {"norm.weight", P_LNF_W, PART_ALL, 0},
-    {"!lm_head.weight", P_HEAD, PART_ALL, 0},
-    {"!score.weight", P_SCORE, PART_ALL, 0},
-    {NULL, 0, 0, 0}};
+    MODEL_LLAMA_END};
 
 /* Of llama and of what differs from it by biases, norms of heads and windows alone (mistral, qwen2,
  * qwen3, smollm3, gemma). */
 static const model_tensor model_llama_tensors[] = {
-    {"embed_tokens.weight", P_WTE, PART_ALL, 0},
-    {"layers.%d.input_layernorm.weight", P_LN1_W, PART_ALL, 0},
-    {"layers.%d.self_attn.q_proj.weight", P_QKV_W, PART_Q, 0},
-    {"layers.%d.self_attn.k_proj.weight", P_QKV_W, PART_K, 0},
-    {"layers.%d.self_attn.v_proj.weight", P_QKV_W, PART_V, 0},
-    {"layers.%d.self_attn.q_proj.bias", P_QKV_B, PART_Q, 0},
-    {"layers.%d.self_attn.k_proj.bias", P_QKV_B, PART_K, 0},
-    {"layers.%d.self_attn.v_proj.bias", P_QKV_B, PART_V, 0},
-    {"layers.%d.self_attn.q_norm.weight", P_QN_W, PART_ALL, 0},
-    {"layers.%d.self_attn.k_norm.weight", P_KN_W, PART_ALL, 0},
-    {"layers.%d.self_attn.o_proj.weight", P_O_W, PART_ALL, 0},
-    {"layers.%d.self_attn.o_proj.bias", P_O_B, PART_ALL, 0},
+    MODEL_LLAMA_ATTENTION,
     {"layers.%d.post_attention_layernorm.weight", P_LN2_W, PART_ALL, 0},
-    {"layers.%d.mlp.gate_proj.weight", P_UP_W, PART_GATE, 0},
-    {"layers.%d.mlp.up_proj.weight", P_UP_W, PART_UP, 0},
-    {"layers.%d.mlp.gate_proj.bias", P_UP_B, PART_GATE, 0},
-    {"layers.%d.mlp.up_proj.bias", P_UP_B, PART_UP, 0},
-    {"layers.%d.mlp.down_proj.weight", P_DOWN_W, PART_ALL, 0},
-    {"layers.%d.mlp.down_proj.bias", P_DOWN_B, PART_ALL, 0},
-    {"norm.weight", P_LNF_W, PART_ALL, 0},
-    {"!lm_head.weight", P_HEAD, PART_ALL, 0},
-    {"!score.weight", P_SCORE, PART_ALL, 0},
-    {NULL, 0, 0, 0}};
+    MODEL_LLAMA_MLP,
+    MODEL_LLAMA_END};
 
 enum { MODEL_MAX = 1 << 24 }; /* larger sizes in a config are taken for damage */
 
@@ -9152,8 +9147,8 @@ static void gguf_save(const rlhf_model *m, rlhf_tokenizer *t, const char *path, 
  * The optimizer owns gradients and both moments, arrays of its models' layout, and lends the
  * gradients to the models while a trainer is open. Work is split into chunks of one parameter each:
  * a chunk either decays or does not, and its sum of squares is one term of the norm. A trained
- * model takes 16 bytes for each weight with its gradient and moments, and 4 for the panels of a
- * matrix.
+ * model takes 16 bytes for each weight with its gradient and moments, and 4 more for a matrix where
+ * products of few rows have had panels of it.
  *
  * A step of a trainer is
  *     opt_zero        gradients are 0

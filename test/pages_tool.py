@@ -120,7 +120,7 @@ def nameless(driver):
     nodes = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     controls = [n for n in nodes if not n.get("ignored")
                 and n.get("role", {}).get("value") in NAMED]
-    assert controls, "no control found at all"
+    assert len(nodes) > 3, "an empty page"
     return [n["role"]["value"] for n in controls
             if not str(n.get("name", {}).get("value", "")).strip()]
 

@@ -200,11 +200,14 @@ function showPrompt(prompt) {
 function show(next, judgement) {
     item = next;
     busy = false;
+    showProgress();
     const before = judgement || findDraft() || {};
     const name = session.task === "write" ? "Prompt" : "Pair";
     const number = name + " " + (progress.done + 1) + (progress.total > progress.done ? " of " + progress.total : "");
     $("title").textContent = number + (item.domain ? " · " + item.domain : "");
     document.title = number + " – rlhf label";
+    $("trial").hidden = progress.qualified?.[item.domain] !== false;
+    $("trial").textContent = "Your first judgements in " + item.domain + " are a trial.";
     showPrompt(item.prompt);
     $("compare").hidden = session.task === "write";
     $("write").hidden = session.task !== "write";
@@ -321,8 +324,8 @@ function sameItem(other) {
 async function goOn() {
     const next = await insist("GET", "api/next", null, "The next one is held up");
     progress = next.progress;
-    showProgress();
     if (next.item) return show(next.item);
+    showProgress();
     item = null;
     busy = false;
     enable(true);
@@ -348,8 +351,7 @@ async function undo() {
     try {
         const back = await call("POST", "api/undo", {});
         progress = back.progress;
-        showProgress();
-        say("Taken back. Change it and save it again.", "good");
+        say("Taken back. Change it and save it again.");
         show(back.item, back.judgement);
     } catch (error) {
         busy = false;
@@ -361,15 +363,12 @@ async function undo() {
 }
 
 function showProgress() {
-    const {done, total, qualified} = progress;
+    const {done, total} = progress;
     $("done").hidden = false;
     $("bar").max = Math.max(1, total, done);
     $("bar").value = done;
-    let text = done + " of " + Math.max(total, done);
-    const trial = Object.entries(qualified || {}).filter(([, passed]) => !passed).map(([domain]) => domain);
-    if (trial.length) text += " · on trial in " + trial.join(", ");
-    $("count").textContent = text;
-    $("undo").hidden = false;
+    $("count").textContent = done + " of " + Math.max(total, done);
+    $("undo").hidden = !done;
 }
 
 // ---- Operator -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from selenium.webdriver.common.by import By
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(os.environ.get("PAGES_OUT", ROOT / "build" / "pages"))
 PROGRAM = os.path.abspath(os.environ.get("RLHF", ROOT / "rlhf"))
-PATIENCE = 120  # seconds; a slow machine is no failure
+PATIENCE = int(os.environ.get("PAGES_PATIENCE", "120"))  # seconds; a slow machine is no failure
 
 DESKTOP = (1280, 900)
 PHONE = (360, 740)

@@ -50,11 +50,22 @@ all: $(PROG)              ## the program, ./rlhf
 lib: $(BUILD)/librlhf.a   ## the library, build/librlhf.a
 	@:
 
-$(PROG): rlhf.c rlhf.h | need $(BUILD)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) -DRLHF_MAIN $(COMMIT) -o $@ rlhf.c $(LIBS)
+$(PROG): rlhf.c rlhf.h $(BUILD)/page.h | need $(BUILD)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) -I$(BUILD) -DRLHF_MAIN $(COMMIT) -o $@ rlhf.c $(LIBS)
 
 $(BUILD)/rlhf.o: rlhf.c rlhf.h | need $(BUILD)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -c -o $@ rlhf.c
+
+# The pages that the program shows in a browser, as a table of names and bytes.
+PAGES = $(wildcard data/page/*.html data/page/*.css data/page/*.js)
+
+$(BUILD)/page.h: $(PAGES) | $(BUILD)
+	@{ echo 'static const struct { const char *name; const unsigned char *data; size_t size; } page_files[] = {'; \
+	for f in $(PAGES); do \
+	    echo "{\"$${f##*/}\", (const unsigned char[]){"; \
+	    od -An -v -tu1 $$f | tr -s ' ' ',' | sed 's/^,//; s/$$/,/'; \
+	    echo "0}, $$(wc -c <$$f)},"; \
+	done; echo '};'; } >$@
 
 $(BUILD)/librlhf.a: $(BUILD)/rlhf.o
 	rm -f $@

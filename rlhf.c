@@ -38,8 +38,10 @@
  *   28 RATER (rater_)          annotators: agreement, reliability, labels from many hands
  *   29 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
  *   30 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   31 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   32 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
+ *   31 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
+ *   32 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
+ *   33 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   34 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -48,7 +50,7 @@
  *
  * Embedding: compile with -ffp-contract=off; -fopenmp is optional. No -march flag is needed:
  * kernels carry their own target attributes and are chosen when a context is opened. RLHF_MAIN
- * adds the program.
+ * adds the program, which includes page.h: `make` writes it from data/page/.
  */
 
 /* ============================================================================================
@@ -10530,6 +10532,8 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
  *     run.json                          the configuration, without "resume"
  *     metrics.jsonl                     a line every logging_steps and for every evaluation
  *     runs/events.out.tfevents.*        the same for TensorBoard, with times; a file for each start
+ *     samples.jsonl                     answers to a few prompts, before and after (sft, ppo)
+ *     best_of_n.json                    what choosing the best of n answers reaches (ppo)
  *     checkpoint/trainer_state.json     where the run stands, and which of a and b counts
  *     checkpoint/a, checkpoint/b        weights and optimizer, written in turn
  *     config.json, model.safetensors    and the tokenizer's files: the model, in the end
@@ -10677,6 +10681,7 @@ typedef struct train_ops {
     const char *name;
     rlhf_config_kind kind;
     void (*step)(rlhf_trainer *t);
+    void (*begin)(rlhf_trainer *t);  /* before the first step of a run directory; may be null */
     void (*eval)(rlhf_trainer *t);   /* may be null */
     void (*finish)(rlhf_trainer *t); /* after the last step, before the model is saved; may be null
                                       */
@@ -10715,6 +10720,9 @@ struct rlhf_trainer {
     train_metric metric[TRAIN_METRICS];
     int metrics;
     char events[192]; /* the event file's name in runs/; "" until there is one */
+    int samples, sample_room, sample_stop; /* prompts of samples.jsonl, 0: there is none; tokens of
+                                              an answer; the id that ends it, -1: the model's */
+    json_t *about; /* further members of run.json, the host's; may be null */
 };
 
 /* Sets the newest value of a metric. */
@@ -10939,13 +10947,12 @@ static void train_load_state(rlhf_trainer *t) {
     t->model->score_std = (float)std;
 }
 
-/* Keeps the lines of metrics.jsonl up to the step that the run goes on from; later ones, and a line
- * cut short by a crash, are written again. */
-static void train_trim_metrics(rlhf_trainer *t, const char *path) {
-    rlhf_ctx *ctx = t->ctx;
+/* Appends to out the whole lines of a file of JSON lines up to the first one of a step above
+ * `last`, or cut short by a crash. A file that is not there has none. */
+static void train_keep_lines(rlhf_trainer *t, const char *path, int64_t last, tok_buf *out) {
     if (!io_exists(path)) return;
     size_t len, keep = 0;
-    char *text = io_read(ctx, path, IO_LIMIT, &len);
+    char *text = io_read(t->ctx, path, IO_LIMIT, &len);
     /* keep: bytes of whole lines up to that step. */
     while (keep < len) {
         char *end = memchr(text + keep, '\n', len - keep);
@@ -10953,11 +10960,22 @@ static void train_trim_metrics(rlhf_trainer *t, const char *path) {
         json_t *j = end ? json_loadb(text + keep, (size_t)(end - text) - keep, 0, &e) : NULL;
         int64_t step = json_integer_value(json_object_get(j, "step"));
         json_decref(j);
-        if (!j || step > t->step) break;
+        if (!j || step > last) break;
         keep = (size_t)(end - text) + 1;
     }
-    io_write_file(ctx, path, text, keep);
+    tok_put(out, text, keep);
     mem_free(text);
+}
+
+/* Keeps the lines of metrics.jsonl up to the step that the run goes on from; later ones are written
+ * again. */
+static void train_trim_metrics(rlhf_trainer *t, const char *path) {
+    if (!io_exists(path)) return;
+    tok_buf text = {.ctx = t->ctx};
+    tok_put(&text, "", 0);
+    train_keep_lines(t, path, t->step, &text);
+    io_write_file(t->ctx, path, text.p, text.n);
+    mem_free(text.p);
 }
 
 /* ---- TensorBoard ---- */
@@ -11076,6 +11094,93 @@ static void train_log_events(rlhf_trainer *t) {
     err_release(t->ctx);
 }
 
+/* ---- samples ---- */
+
+/* Tokens of a sequence before its first one that bears loss: the prompt. */
+static int train_prompt(const data_seq *s) {
+    int n = 0;
+    while (n < s->n && !s->loss[n]) n++;
+    return n;
+}
+
+/* Up to `most` prompts that differ, in ws, as items without key and with room for their answers.
+ * They are spread evenly over the evaluation set, else over the training set, whatever the seed, so
+ * that runs on the same file show the same prompts. A text without a prompt gives its beginning. */
+static gen_item *train_sample_prompts(rlhf_trainer *t, int most, int room, int *count) {
+    const rlhf_dataset *d = t->eval ? t->eval : t->train;
+    gen_item *item = arena_alloc(&t->ws, (size_t)(most + 1) * sizeof *item);
+    int n = 0;
+    for (int i = 0, next = 0; i < most; i++) {
+        int same = 1, at = base_max(next, (int)((int64_t)i * d->n / most));
+        for (; same && at < d->n; at++) {
+            const data_seq *s = &d->record[at].a;
+            int prompt = d->config.kind == RLHF_DATA_PROMPT ? s->n : train_prompt(s);
+            if (prompt < 2) prompt = base_max(base_min(8, s->n / 2), 1);
+            same = prompt >= t->model->c.positions;
+            for (int k = 0; k < n && !same; k++)
+                same = item[k].n_prompt == prompt &&
+                       !memcmp(item[k].prompt, s->ids, (size_t)prompt * sizeof *s->ids);
+            if (same) continue;
+            int32_t *whole = arena_alloc(&t->ws, (size_t)(prompt + room) * sizeof *whole);
+            memcpy(whole, s->ids, (size_t)prompt * sizeof *whole);
+            item[n++] = (gen_item){.prompt = whole, .n_prompt = prompt, .out = whole + prompt};
+        }
+        next = at;
+    }
+    *count = n;
+    return item;
+}
+
+/* Raw scores of n items, prompt and answer, which lie in one piece. */
+static float *train_score_items(rlhf_trainer *t, const gen_item *item, int n) {
+    const int32_t **ids = arena_alloc(&t->ws, (size_t)(n + 1) * sizeof *ids);
+    int *len = arena_alloc(&t->ws, (size_t)(n + 1) * sizeof *len);
+    float *score = arena_floats(&t->ws, (size_t)n, 1);
+    for (int i = 0; i < n; i++) {
+        ids[i] = item[i].prompt;
+        len[i] = item[i].n_prompt + item[i].n;
+    }
+    model_score_list(t->reward, &t->ws, n, ids, len, score);
+    return score;
+}
+
+/* The most likely answers (greedy, whatever the temperature of training) of the model as it is, a
+ * line each, put into samples.jsonl in place of those of this step and later ones; where there is a
+ * reward model, with its score. */
+static void train_sample(rlhf_trainer *t) {
+    rlhf_ctx *ctx = t->ctx;
+    if (!t->samples || !t->tok || !train_dir(t)) return;
+    arena_reset(&t->ws);
+    int n;
+    gen_item *item = train_sample_prompts(t, t->samples, t->sample_room, &n);
+    gen_config g = {.max_new = t->sample_room, .batch = 64, .top_p = 1, .stop = t->sample_stop};
+    gen_run(t->model, &t->ws, &g, item, n, NULL);
+    float *score = t->reward ? train_score_items(t, item, n) : NULL;
+    char *path = ckpt_path(ctx, train_dir(t), "samples.jsonl");
+    tok_buf text = {.ctx = ctx};
+    tok_put(&text, "", 0);
+    train_keep_lines(t, path, t->step - 1, &text);
+    for (int i = 0; i < n; i++) {
+        char *prompt = gen_text(t->tok, item[i].prompt, item[i].n_prompt);
+        char *answer = gen_text(t->tok, item[i].out, item[i].n);
+        json_t *j = json_hold(ctx, json_pack("{s:I,s:s,s:s,s:i,s:b}", "step", (json_int_t)t->step,
+                                             "prompt", prompt, "completion", answer, "n_tokens",
+                                             item[i].n, "finished", item[i].finished));
+        if (score)
+            json_object_set_new(j, "score", json_real((double)model_reward(t->reward, score[i])));
+        size_t len;
+        char *line = json_text(ctx, j, JSON_COMPACT, &len);
+        tok_put(&text, line, len);
+        tok_put(&text, "\n", 1);
+        err_release(ctx);
+        mem_free(line);
+        mem_free(answer);
+        mem_free(prompt);
+    }
+    io_write_file(ctx, path, text.p, text.n);
+    mem_free(text.p);
+}
+
 /* ---- opening and logging ---- */
 
 /* First contact with the run directory: its configuration, an empty metrics.jsonl, or the state to
@@ -11097,7 +11202,10 @@ static void train_open_dir(rlhf_trainer *t) {
         if (t->u.c.resume)
             log_at(ctx, RLHF_LOG_WARNING, "%s: no state to go on from; starting at step 0",
                    train_dir(t));
-        unlink(state); /* it would belong to an earlier run */
+        unlink(state); /* it would belong to an earlier run, as would these */
+        unlink(ckpt_path(ctx, train_dir(t), "samples.jsonl"));
+        unlink(ckpt_path(ctx, train_dir(t), "best_of_n.json"));
+        unlink(ckpt_path(ctx, train_dir(t), "eval.json"));
         io_write_file(ctx, metrics, "", 0);
     }
     /* The configuration of this start; a resumed run may have raised max_steps. */
@@ -11106,8 +11214,13 @@ static void train_open_dir(rlhf_trainer *t) {
     json_object_set_new(j, "trainer", json_string(t->ops->name));
     json_object_set_new(j, "dtype", json_string(ctx->half ? "bf16" : "f32"));
     json_object_set_new(j, "rlhf_version", json_string(RLHF_VERSION));
+    if (t->about) json_object_update(j, t->about);
     json_write_file(ctx, ckpt_path(ctx, train_dir(t), "run.json"), j);
     err_release(ctx);
+    if (!t->step) {
+        train_sample(t);
+        if (t->ops->begin) t->ops->begin(t);
+    }
     (void)train_open_events(t);
     err_release(ctx);
     t->fresh = 0;
@@ -11207,6 +11320,7 @@ static int train_run(rlhf_trainer *t) {
     if (train_dir(t) && !t->finished) {
         ckpt_save(t->model, train_dir(t), t->u.c.save_dtype[0] == 'b' ? 'b' : '4');
         if (t->tok) tok_save(t->tok, train_dir(t));
+        train_sample(t);
     }
     t->finished = 1;
     return 1;
@@ -11221,6 +11335,8 @@ static int train_run(rlhf_trainer *t) {
  * a batch is cut weighs in.
  * Tests: test/test_golden.c, test/test_train.c
  * ============================================================================================ */
+
+enum { SFT_SAMPLE_ROOM = 64 }; /* tokens of an answer in samples.jsonl */
 
 /* Rows of a batch whose next token bears loss, and that token: [n], in the batch's order. */
 typedef struct sft_rows {
@@ -11357,7 +11473,7 @@ static void sft_eval(rlhf_trainer *t) {
 }
 
 /* What 20 needs to know of this trainer. */
-static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL};
+static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, NULL, sft_eval, NULL};
 
 /* A trainer of a language model; eval and tok may be null. Arguments are checked, weights
  * untouched. */
@@ -11367,6 +11483,9 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
     rlhf_trainer *t = train_new(model, tok, train, &sft_ops, config, sizeof *config);
     if (eval) train_check_records(model, eval);
     t->eval = eval;
+    t->samples = (int)config->sample_prompts;
+    t->sample_room = SFT_SAMPLE_ROOM;
+    t->sample_stop = -1;
     train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
     train_optimizer(t, &model, 1);
     return t;
@@ -11518,8 +11637,7 @@ static void rm_eval(rlhf_trainer *t) {
 }
 
 /* n answers that the starting model gives to prompts of the training data: whole sequences ids[i]
- * of len[i] tokens, in ws. Prompts are drawn without repetition as long as there are enough. A
- * prompt is what stands before the first token that bears loss. */
+ * of len[i] tokens, in ws. Prompts are drawn without repetition as long as there are enough. */
 static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     const rlhf_rm_config *c = &t->u.rm;
     arena *ws = &t->ws;
@@ -11530,8 +11648,7 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     memset(item, 0, (size_t)n * sizeof *item);
     for (int i = 0; i < n; i++) {
         const data_seq *s = &t->train->record[order[i % t->train->n]].a;
-        int prompt = 0;
-        while (prompt < s->n && !s->loss[prompt]) prompt++;
+        int prompt = train_prompt(s);
         int32_t *whole = arena_alloc(ws, (size_t)(prompt + room) * sizeof *whole);
         memcpy(whole, s->ids, (size_t)prompt * sizeof *whole);
         item[i] = (gen_item){.prompt = whole,
@@ -11586,7 +11703,7 @@ static void rm_normalize(rlhf_trainer *t) {
 }
 
 /* What 20 needs to know of this trainer. */
-static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, rm_eval, rm_normalize};
+static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, NULL, rm_eval, rm_normalize};
 
 /* A trainer of a scorer; start, eval and tok may be null. A head that was never trained starts from
  * the seed; an earlier normalisation is forgotten, since it is measured again. */
@@ -11876,11 +11993,21 @@ static void ppo_advantages(rlhf_trainer *t, roll_row *const *row, int n) {
     arena_restore(&t->ws, mark);
 }
 
+/* The share of an answer's runs of three tokens that stood in it before: 0 where none is repeated.
+ */
+static double ppo_repetition(const int32_t *ids, int n) {
+    int again = 0;
+    for (int i = 1; i + 3 <= n; i++)
+        for (int k = 0, same = 0; k < i && !same; k++)
+            again += same = !memcmp(ids + k, ids + i, 3 * sizeof *ids);
+    return n > 2 ? (double)again / (n - 2) : 0;
+}
+
 /* What was sampled, in TRL's names: sums over an answer's tokens, means over answers. The entropy
  * here is the sampled one, -log p; kl_exact sums over the vocabulary in every state of the
  * answers. */
 static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
-    double k1 = 0, k3 = 0, exact = 0, entropy = 0, score = 0, eos = 0, length = 0;
+    double k1 = 0, k3 = 0, exact = 0, entropy = 0, score = 0, eos = 0, length = 0, again = 0;
     for (int i = 0; i < n; i++) {
         const roll_row *r = row[i];
         for (int s = 0; s < r->n; s++) {
@@ -11893,6 +12020,7 @@ static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
         score += (double)r->score;
         eos += r->finished;
         length += r->n;
+        again += ppo_repetition(r->ids + r->n_prompt, r->n);
     }
     /* objective/kl is what the penalty is made of. */
     int use_k3 = !strcmp(t->u.ppo.kl_estimator, "k3");
@@ -11909,6 +12037,8 @@ static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
     train_put(t, "objective/kl_coef", t->kl_coef);
     train_put(t, "val/num_eos_tokens", eos);
     train_put(t, "completions/mean_length", length / n);
+    train_put(t, "completions/clipped_ratio", 1 - eos / n);
+    train_put(t, "completions/repetition", again / n);
 }
 
 /* ---- optimisation ---- */
@@ -12111,8 +12241,81 @@ static void ppo_step(rlhf_trainer *t) {
     }
 }
 
+static int ppo_compare_floats(const void *a, const void *b) {
+    const float *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* The mean of the best of k out of n sorted scores, over all choices of k (unbiased for k further
+ * ones): score i, from 1, is the best of C(i-1, k-1) choices out of C(n, k). */
+static double ppo_mean_best(const float *score, int n, int k) {
+    double share = (double)k / n, sum = 0;
+    for (int i = n; i >= k; i--) {
+        sum += share * (double)score[i - 1];
+        share *= i > 1 ? (double)(i - k) / (i - 1) : 0;
+    }
+    return sum;
+}
+
+/* What the best of n = 1, 2, 4, ... answers of the starting policy scores, as a mean over the
+ * sample prompts with its standard error, at KL log n - (n-1)/n (Stiennon et al. 2020; an upper
+ * bound where answers repeat): the frontier that PPO's reward at its KL is to be seen against.
+ * Answers are drawn and scored as in training. Nothing with a reward function, which is called for
+ * training only. */
+static void ppo_best_of_n(rlhf_trainer *t) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    rlhf_ctx *ctx = t->ctx;
+    int n = (int)c->best_of_n, prompts, room = (int)c->response_length;
+    if (!n || !t->samples || t->fn || !train_dir(t)) return;
+    arena_reset(&t->ws);
+    gen_item *first = train_sample_prompts(t, t->samples, room, &prompts);
+    if (!prompts) return;
+    gen_item *item = arena_alloc(&t->ws, (size_t)prompts * (size_t)n * sizeof *item);
+    for (int i = 0; i < prompts * n; i++) {
+        int len = first[i / n].n_prompt;
+        int32_t *whole = arena_alloc(&t->ws, (size_t)(len + room) * sizeof *whole);
+        memcpy(whole, first[i / n].prompt, (size_t)len * sizeof *whole);
+        /* Keys far above those of episodes. */
+        item[i] = (gen_item){.prompt = whole,
+                             .n_prompt = len,
+                             .key = ((uint64_t)1 << 48) + (uint64_t)i,
+                             .out = whole + len};
+    }
+    gen_config g = {.max_new = room,
+                    .batch = (int)c->batch_size,
+                    .temperature = (float)c->temperature,
+                    .top_p = 1,
+                    .seed = (uint64_t)c->seed,
+                    .stop = (int)c->stop_token_id};
+    gen_run(t->model, &t->ws, &g, item, prompts * n, NULL);
+    float *score = train_score_items(t, item, prompts * n);
+    for (int i = 0; i < prompts * n; i++)
+        score[i] = model_reward(t->reward, score[i]) -
+                   (item[i].finished ? 0 : (float)c->missing_eos_penalty);
+    for (int i = 0; i < prompts; i++)
+        qsort(score + (size_t)i * (size_t)n, (size_t)n, sizeof *score, ppo_compare_floats);
+    json_t *j = json_hold(ctx, json_object()), *points = json_array();
+    json_object_set_new(j, "prompts", json_integer(prompts));
+    json_object_set_new(j, "answers", json_integer(n));
+    json_object_set_new(j, "points", points);
+    for (int k = 1; k <= n; k *= 2) {
+        double sum = 0, squares = 0;
+        for (int i = 0; i < prompts; i++) {
+            double best = ppo_mean_best(score + (size_t)i * (size_t)n, n, k);
+            sum += best;
+            squares += best * best;
+        }
+        double mean = sum / prompts, var = fmax(squares / prompts - mean * mean, 0);
+        json_array_append_new(
+            points, json_pack("{s:i,s:f,s:f,s:f}", "n", k, "kl", log(k) - (double)(k - 1) / k,
+                              "score", mean, "error", sqrt(var / base_max(prompts - 1, 1))));
+    }
+    json_write_file(ctx, ckpt_path(ctx, train_dir(t), "best_of_n.json"), j);
+    err_release(ctx);
+}
+
 /* What 20 needs to know of this trainer; there is no evaluation set. */
-static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, NULL, NULL};
+static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, ppo_best_of_n, NULL, NULL};
 
 /* The value model: a copy of the reward model, normalisation included (Stiennon et al. 2020), or
  * the policy's trunk with a head of zeros. */
@@ -12150,6 +12353,9 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     t->fn = fn;
     t->user = user;
     t->kl_coef = config->kl_coef;
+    t->samples = (int)config->sample_prompts;
+    t->sample_room = (int)config->response_length;
+    t->sample_stop = (int)config->stop_token_id;
     train_set_length(t, config->batch_size);
     /* Both clones, unfinished, would leave jansson memory behind if a later one failed. */
     t->start = ckpt_clone(policy, RLHF_HEAD_LM);
@@ -14806,7 +15012,27 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 31 CLI (cli_)
+ * MARK: - 31 PAGE (page_)
+ * The pages that the program shows in a browser. Their HTML, CSS and JavaScript are the readable
+ * files of data/page/; the build turns them into page.h, a table of names and bytes.
+ * ============================================================================================ */
+
+#include "page.h"
+
+/* The text of a file of data/page/, *size bytes; such a file is always there. */
+static const char *page_text(const char *name, size_t *size) {
+    size_t i = 0;
+    while (strcmp(page_files[i].name, name)) i++;
+    *size = page_files[i].size;
+    return (const char *)page_files[i].data;
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 33 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -14890,7 +15116,8 @@ typedef struct cli {
     int n_more;
     cli_config config;
     uint64_t set; /* rows of the configuration's table that the command line named */
-    json_t *file; /* --config */
+    json_t *file;  /* --config */
+    json_t *about; /* what run.json says besides the configuration */
     rlhf_ctx *ctx;
     int tty, line; /* a progress line stands on the terminal */
     int drops;     /* records that --dry_run told of */
@@ -15222,7 +15449,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 32 COMMAND (cli_ main)
+ * MARK: - 34 COMMAND (cli_ main)
  * What each command does: it opens what its options name, calls the public functions of rlhf.h
  * and prints what they found. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
@@ -15278,10 +15505,31 @@ static void cli_set_hash(json_t *j, rlhf_model *m) {
         json_object_set_new(j, "weights_hash", json_string(hash));
 }
 
+/* Writes a text as a whole file, or leaves what is there. */
+static rlhf_status cli_write_file(cli *c, const char *path, const char *text) {
+    API_ENTER(c->ctx);
+    io_write_file(c->ctx, path, text, strlen(text));
+    API_LEAVE();
+}
+
+/* The same for a file in a directory. */
+static rlhf_status cli_write_in(cli *c, const char *dir, const char *name, const char *text) {
+    API_ENTER(c->ctx);
+    io_write_file(c->ctx, ckpt_path(c->ctx, dir, name), text, strlen(text));
+    API_LEAVE();
+}
+
 /* ---- training commands ---- */
 
-/* Runs a trainer; *out becomes its last metrics. */
+/* Runs a trainer; *out becomes its last metrics. The run directory is told what the command was
+ * given, in the options' names, so that `--config run.json` does the same again. */
 static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset *d, json_t **out) {
+    static const int told[] = {O_model,  O_init, O_tokenizer, O_reward,
+                               O_data,   O_eval_data, O_chat_template};
+    c->about = t->about = json_object();
+    for (size_t i = 0; i < sizeof told / sizeof *told; i++)
+        if (c->v[told[i]])
+            json_object_set_new(c->about, cli_options[told[i]].name, json_string(c->v[told[i]]));
     if (!c->v[O_quiet])
         fprintf(stderr, "rlhf: %d records, %lld tokens, %lld steps\n", rlhf_dataset_count(d),
                 (long long)rlhf_dataset_tokens(d), (long long)rlhf_trainer_steps_total(t));
@@ -15548,6 +15796,7 @@ static int cli_rm(cli *c) {
         rlhf_eval_config by = {.slice = cfg->slice, .per_turn = cfg->per_turn};
         CLI_TRY(rlhf_eval_pairs(m, eval, &by, &text));
         json_t *e = json_loads(text, 0, NULL), *v;
+        CLI_TRY(cli_write_in(c, c->v[O_out], "eval.json", text));
         rlhf_free(c->ctx, text);
         const char *key;
         char name[64];
@@ -15596,13 +15845,6 @@ static int cli_ppo(cli *c) {
 }
 
 /* ---- the other commands ---- */
-
-/* Writes a text as a whole file, or leaves what is there. */
-static rlhf_status cli_write_file(cli *c, const char *path, const char *text) {
-    API_ENTER(c->ctx);
-    io_write_file(c->ctx, path, text, strlen(text));
-    API_LEAVE();
-}
 
 static int cli_put_line(FILE *f, json_t *j) {
     char *text = json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(9));
@@ -16112,6 +16354,7 @@ int main(int argc, char **argv) {
     code = c.cmd->run(&c);
     rlhf_close(c.ctx);
     json_decref(c.file);
+    json_decref(c.about);
     return code;
 }
 

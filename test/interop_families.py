@@ -196,7 +196,8 @@ def main():
     flags = subprocess.run("pkg-config --cflags --libs jansson libpcre2-8 libutf8proc zlib", shell=True, capture_output=True,
                            text=True).stdout.split()
     here = os.path.dirname(os.path.abspath(__file__))
-    subprocess.run([*shlex.split(ARGS.cc), "-std=gnu11", "-O2", "-ffp-contract=off", "-w", f"-I{ARGS.repo}", "-o", ARGS.tool,
+    subprocess.run([*shlex.split(ARGS.cc), "-std=gnu11", "-O2", "-ffp-contract=off", "-w", f"-I{ARGS.repo}",
+                    f"-I{ARGS.repo}/build", "-o", ARGS.tool,
                     f"{here}/interop_tool.c", *flags, "-lm", "-pthread"], check=True)
     for name in CASES:
         if ARGS.only and ARGS.only not in name:

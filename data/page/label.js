@@ -450,10 +450,11 @@ function strengthen(step) {
 }
 
 function onKey(event) {
-    if (event.defaultPrevented || event.isComposing || event.altKey || !item || busy) return;
+    if (event.defaultPrevented || event.isComposing || event.altKey || busy || !session) return;
     const at = event.target;
     const typing = at.matches("textarea, select, input:not([type=radio], [type=checkbox])") || at.isContentEditable;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    if (!item && key !== "u") return;
     if (event.ctrlKey || event.metaKey) {
         if (key !== "Enter") return;
         event.preventDefault();

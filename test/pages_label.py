@@ -4,10 +4,11 @@
 
 What was chosen is checked in the file that the program writes, by the texts that were on the screen:
 which side an answer was shown on must not matter. Pictures go to build/pages; `picture` writes the one
-in README.md to data/page/label.png.
+in README.md to data/page/label.webp.
 """
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,6 @@ from pages_tool import find, text, until
 
 SCRIPT = "<script>document.title = 'taken over'</script><img src=x onerror=\"document.title='taken over'\">"
 TMP = tempfile.TemporaryDirectory(prefix="rlhf-pages-")
-opened = []  # programs
 
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ class Label:
             file.write_text(json.dumps(people))
             self.options += ["--annotators", file]
         self.process = None
-        opened.append(self)
+        tool.endings.append(self.kill)
         self.start()
 
     def start(self):
@@ -153,7 +153,7 @@ def number(driver):
 
 def side(driver, which):
     """A or B: where the good or the bad answer is shown; other words stay what they are."""
-    if which not in ("good", "bad"):
+    if which in ("tie", "both_bad", "skip"):
         return which
     return "AB"[[s.startswith(which) for s in shown(driver)].index(True)]
 
@@ -707,17 +707,18 @@ def test_wrong_link():
 
 # ---- The picture in README.md --------------------------------------------------------------------
 
-SHOWN = [{"item": "deposit", "domain": "law",
+# Twelve that are told apart by a space at the end of a line: whichever comes, the picture is the same.
+SHOWN = [{"item": f"deposit-{i}", "domain": "law",
           "prompt": [{"role": "user", "content": "My landlord wants to keep my deposit because the paint has faded "
                                                  "after four years. Can he do that?"},
                      {"role": "assistant", "content": "Usually not. Normal wear is the landlord's to bear."},
-                     {"role": "user", "content": "He says the contract has a clause about it. What now?"}],
+                     {"role": "user", "content": "He says the contract has a clause about it. What now?" + " " * i}],
           "answers": ["Read the clause first. One that makes the tenant pay for ordinary wear is void in many places, "
                       "whatever was signed.\n\n1. Ask for an itemised bill.\n2. Reply in writing that faded paint is "
                       "ordinary wear.\n3. Set a date for the return of the deposit; two weeks is usual.\n\nThe "
                       "details depend on where you live.",
                       "A contract is binding. If it has a clause about the paint and you signed it, then you have to "
-                      "pay for the paint. You could ask whether he would be content with half."]}] * 1
+                      "pay for the paint. You could ask whether he would be content with half."]} for i in range(12)]
 
 
 def guidelines():
@@ -727,20 +728,24 @@ def guidelines():
 
 
 def picture():
-    """data/page/label.png"""
+    """data/page/label.webp: the fourth pair, with a choice made."""
     program = Label("--aspects", "accuracy,nuance,safety", pairs=SHOWN, people=[ANN])
-    driver = tool.browser((1100, 900))
+    driver = tool.browser((1000, 900))
     open_link(driver, program.links["ann"])
-    find(driver, "#compare")
-    press(driver, side(driver, "A").lower(), "+", "+")
-    tool.screenshot(driver, "label-picture")
+    for done in range(4):
+        find(driver, "#compare")
+        press(driver, side(driver, "Read").lower(), "+", "+")
+        if done < 3:
+            press(driver, Keys.ENTER)
+            saved(driver, done + 1)
+    driver.execute_script("document.getElementById('help').hidden = true; document.activeElement.blur()")
+    tool.screenshot(driver, "label-picture", whole=True, kind="webp")
+    shutil.copy(tool.OUT / "label-picture.webp", tool.ROOT / "data" / "page" / "label.webp")
 
 
 if __name__ == "__main__":
-    try:
-        if sys.argv[1:] == ["picture"]:
-            picture()
+    if sys.argv[1:] == ["picture"]:
+        picture()
+        tool.finish()
+    else:
         tool.main(globals())
-    finally:
-        for p in opened:
-            p.kill()

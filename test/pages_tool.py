@@ -8,6 +8,7 @@ runs those whose name contains WORD. Pictures go to build/pages; the last line i
 Nothing is awaited by sleeping: until() asks again and again, and gives up only after a minute or two.
 """
 import base64
+import contextlib
 import os
 import shutil
 import sys
@@ -28,6 +29,7 @@ DESKTOP = (1280, 900)
 PHONE = (360, 740)
 
 browsers = []
+endings = []  # called after each test: what it started ends with it
 
 
 def until(ask, what, seconds=PATIENCE):
@@ -49,7 +51,7 @@ def until(ask, what, seconds=PATIENCE):
 # ---- Browser -------------------------------------------------------------------------------------
 
 def browser(size=DESKTOP, dark=False):
-    """A fresh headless Chromium that knows nothing of others; it ends with the script."""
+    """A fresh headless Chromium that knows nothing of others; it ends with the test."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
@@ -59,6 +61,7 @@ def browser(size=DESKTOP, dark=False):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
     browsers.append(driver)
+    endings.append(driver.quit)
     resize(driver, size)
     scheme(driver, dark)
     return driver
@@ -79,12 +82,12 @@ def scheme(driver, dark):
         {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
 
 
-def screenshot(driver, name, whole=False):
-    """build/pages/NAME.png: what is on the screen, or the whole page."""
+def screenshot(driver, name, whole=False, kind="png"):
+    """build/pages/NAME.KIND (png or webp): what is on the screen, or the whole page."""
     OUT.mkdir(parents=True, exist_ok=True)
-    picture = driver.execute_cdp_cmd("Page.captureScreenshot",
-                                     {"format": "png", "captureBeyondViewport": whole})
-    (OUT / f"{name}.png").write_bytes(base64.b64decode(picture["data"]))
+    options = {"format": kind, "captureBeyondViewport": whole, **({"quality": 85} if kind == "webp" else {})}
+    picture = driver.execute_cdp_cmd("Page.captureScreenshot", options)
+    (OUT / f"{name}.{kind}").write_bytes(base64.b64decode(picture["data"]))
 
 
 def find(driver, css):
@@ -217,25 +220,30 @@ def main(names):
     """Runs the functions test_* of a script in their order, prints the result, ends the script."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     passed = failed = 0
-    try:
-        for name, test in names.items():
-            if not name.startswith("test_") or word not in name:
-                continue
-            began = time.monotonic()
-            try:
-                test()
-                passed += 1
-                print(f"ok      {name[5:]} ({time.monotonic() - began:.1f} s)", flush=True)
-            except Exception:  # pylint: disable=broad-except
-                failed += 1
-                print(f"FAILED  {name[5:]}\n{traceback.format_exc()}", flush=True)
-                for i, driver in enumerate(browsers):
-                    try:
-                        screenshot(driver, f"failed-{name[5:]}-{i}")
-                    except Exception:  # pylint: disable=broad-except
-                        pass
-    finally:
-        for driver in browsers:
-            driver.quit()
+    for name, test in names.items():
+        if not name.startswith("test_") or word not in name:
+            continue
+        began = time.monotonic()
+        try:
+            test()
+            passed += 1
+            print(f"ok      {name[5:]} ({time.monotonic() - began:.1f} s)", flush=True)
+        except Exception:  # pylint: disable=broad-except
+            failed += 1
+            print(f"FAILED  {name[5:]}\n{traceback.format_exc()}", flush=True)
+            for i, driver in enumerate(browsers):
+                with contextlib.suppress(Exception):
+                    screenshot(driver, f"failed-{name[5:]}-{i}")
+        finally:
+            finish()
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed != 0 or passed == 0)
+
+
+def finish():
+    """Ends what browser() and others have started."""
+    for end in reversed(endings):
+        with contextlib.suppress(Exception):
+            end()
+    endings.clear()
+    browsers.clear()

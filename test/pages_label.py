@@ -1,10 +1,10 @@
-"""`rlhf label` as people use it: by mouse and by keyboard, in headless Chromium, against the real program.
+"""`rlhf label` as people use it: by mouse and by keyboard, in headless Chromium.
 
     build/pages/venv/bin/python test/pages_label.py [WORD]      (`make pages` runs it)
 
-What was chosen is checked in the file that the program writes, by the texts that were on the screen:
-which side an answer was shown on must not matter. Pictures go to build/pages; `picture` writes the one
-in README.md to data/page/label.webp.
+The program is the real one. What was chosen is checked in the file that it writes, by the texts that
+were on the screen: on which side an answer was shown must not matter. Pictures go to build/pages;
+`picture` instead of WORD writes the one in README.md, data/page/label.webp.
 """
 import json
 import re
@@ -23,14 +23,16 @@ from selenium.webdriver.common.keys import Keys
 import pages_tool as tool
 from pages_tool import find, text, until
 
-SCRIPT = "<script>document.title = 'taken over'</script><img src=x onerror=\"document.title='taken over'\">"
+SCRIPT = ("<script>document.title = 'taken over'</script>"
+          "<img src=x onerror=\"document.title='taken over'\">")
 TMP = tempfile.TemporaryDirectory(prefix="rlhf-pages-")
 
 
 # ---- The program ---------------------------------------------------------------------------------
 
 def write_lines(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
@@ -95,7 +97,8 @@ class Label:
 
 def run(*arguments):
     """Standard output of the program, which must succeed."""
-    done = subprocess.run([tool.PROGRAM, *map(str, arguments)], capture_output=True, text=True, check=False)
+    command = [tool.PROGRAM, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -121,12 +124,14 @@ def make_pairs(n, domain="numbers"):
     """Pairs of a good and a bad answer; the good one is the first of every other pair."""
     pairs = []
     for i in range(n):
-        good, bad = f"good {i}: it is {i + 1}.\n  (in two  lines)", f"bad {i}: {SCRIPT if i == 1 else 'who knows?'}"
+        good = f"good {i}: it is {i + 1}.\n  (in two  lines)"
+        bad = f"bad {i}: {SCRIPT if i == 1 else 'who knows?'}"
+        chat = [{"role": "system", "content": "Be exact."},
+                {"role": "user", "content": f"Count to {i}."},
+                {"role": "assistant", "content": "Done."},
+                {"role": "user", "content": "What comes next?"}]
         pairs.append({"item": f"{domain}-{i}", "domain": domain,
-                      "prompt": [{"role": "system", "content": "Be exact."},
-                                 {"role": "user", "content": f"Count to {i}."},
-                                 {"role": "assistant", "content": "Done."},
-                                 {"role": "user", "content": "What comes next?"}] if i % 3 else f"What follows {i}?",
+                      "prompt": chat if i % 3 else f"What follows {i}?",
                       "answers": [good, bad] if i % 2 else [bad, good]})
     return pairs
 
@@ -163,9 +168,14 @@ def open_link(driver, link):
     driver.get(link)
 
 
+def js(driver, expression):
+    return driver.execute_script("return " + expression)
+
+
 def on_item(driver):
-    return until(lambda: find(driver, "#item") and driver.find_element(By.ID, "compare").get_property("inert") is False
-                 and shown(driver)[0] and number(driver) >= 0 and driver, "a pair")
+    """Waits for a pair that can be judged."""
+    return until(lambda: driver.find_element(By.ID, "item").is_displayed() and js(driver, "!busy")
+                 and number(driver) >= 0 and driver, "a pair")
 
 
 def count(driver):
@@ -213,8 +223,8 @@ def tab_to(driver, css):
     raise AssertionError(f"the tabulator does not lead to {css}")
 
 
-KEYS = {"A": ("a", "1", Keys.ARROW_LEFT), "B": ("b", "2", Keys.ARROW_RIGHT), "tie": ("t",), "both_bad": ("n",),
-        "skip": ("s",)}
+KEYS = {"A": ("a", "1", Keys.ARROW_LEFT), "B": ("b", "2", Keys.ARROW_RIGHT),
+        "tie": ("t",), "both_bad": ("n",), "skip": ("s",)}
 
 
 def enter_by_keyboard(driver, want, turn):
@@ -227,7 +237,7 @@ def enter_by_keyboard(driver, want, turn):
     for aspect, which in want.get("aspects", {}).items():
         tab_to(driver, f"[name='aspect {aspect}']")
         press(driver, Keys.SPACE)  # the first of the three
-        press(driver, *{"A": [], "tie": [Keys.ARROW_RIGHT], "B": [Keys.ARROW_RIGHT] * 2}[side(driver, which)])
+        press(driver, *[Keys.ARROW_RIGHT] * ["A", "tie", "B"].index(side(driver, which)))
     if "reason" in want:
         tab_to(driver, "#reason")
         press(driver, want["reason"])
@@ -235,7 +245,7 @@ def enter_by_keyboard(driver, want, turn):
 
 def saved(driver, done):
     """Waits until the page says that so many are saved."""
-    until(lambda: count(driver) == done and driver.execute_script("return !busy"), f"{done} saved")
+    until(lambda: count(driver) == done and js(driver, "!busy"), f"{done} saved")
 
 
 def label(driver, wants, mouse=True):
@@ -272,9 +282,11 @@ def check_record(record, pair, want, annotator):
                 "choice": own(pair, want["choice"]), "domain": pair["domain"],
                 "order": [pair["answers"].index(s) for s in want["shown"]],
                 "strength": want.get("strength"), "reason": want.get("reason"),
-                "aspects": {a: own(pair, w) for a, w in want["aspects"].items()} if "aspects" in want else None,
-                "unsafe": [a.split()[0] in want["unsafe"] for a in pair["answers"]] if "unsafe" in want else None,
-                **annotator}
+                "aspects": None, "unsafe": None, **annotator}
+    if "aspects" in want:
+        expected["aspects"] = {name: own(pair, which) for name, which in want["aspects"].items()}
+    if "unsafe" in want:
+        expected["unsafe"] = [a.split()[0] in want["unsafe"] for a in pair["answers"]]
     for key, value in expected.items():
         assert record.get(key) == value, f"{pair['item']}: {key} is {record.get(key)!r}, not {value!r}"
     assert 0 < record["seconds"] < 3600, record["seconds"]
@@ -317,13 +329,14 @@ def test_twenty_pairs():
     check_file(program, pairs, wants, ANN)
     sides = {tuple(r["order"]) for r in program.records()}
     assert len(sides) == 2, "the first answer was always on the same side"
-    assert not tool.complaints(driver) or all("ERR_CONNECTION" in c for c in tool.complaints(driver))
+    found = [c for c in tool.complaints(driver) if "ERR_CONNECTION" not in c]
+    assert not found, found
 
     # The file is what the next commands read.
     program.stop()
     report = json.loads(run("raters", "--data", program.out, "--json").splitlines()[-1])
-    assert report["judgements"] == 20 - sum(w["choice"] == "skip" for w in wants.values()), report["judgements"]
-    assert "numbers-" in run("rm", "--model", base_model(), "--data", program.out, "--dry_run") or True
+    assert report["judgements"] == sum(w["choice"] != "skip" for w in wants.values()), report
+    assert "who knows?" in run("rm", "--model", base_model(), "--data", program.out, "--dry_run")
 
 
 def test_server_away():
@@ -348,6 +361,16 @@ def test_server_away():
     label(driver, wants)
     check_file(program, pairs, wants, ANN)
 
+
+# Instead of the next answer to a path, the page gets another, again and again for `left` times.
+INSTEAD = """
+const [asked, status, body, times] = arguments, real = window.fetch;
+let left = times;
+window.fetch = async (path, options) => {
+    if (path !== asked || left-- <= 0) return real(path, options);
+    return new Response(JSON.stringify(body), {status, headers: {"Retry-After": "0.1"}});
+};
+"""
 
 # The next request to a path reaches the server, its answer does not reach the page.
 LOSE = """
@@ -391,12 +414,7 @@ def test_too_fast():
     driver, wants = tool.browser(), {}
     open_link(driver, program.links["ann"])
     on_item(driver)
-    driver.execute_script("""
-        const real = window.fetch;
-        let left = 2;
-        window.fetch = (path, options) => path === "api/judge" && left-- > 0
-            ? Promise.resolve(new Response('{"error": "too fast"}', {status: 429, headers: {"Retry-After": "0.1"}}))
-            : real(path, options);""")
+    driver.execute_script(INSTEAD, "api/judge", 429, {"error": "too fast"}, 3)
     label(driver, wants)
     assert len(program.records()) == 1
 
@@ -407,15 +425,14 @@ def test_refused():
     driver = tool.browser()
     open_link(driver, program.links["ann"])
     on_item(driver)
-    driver.execute_script("""
-        const real = window.fetch;
-        window.fetch = (path, options) => path === "api/judge"
-            ? Promise.resolve(new Response('{"error": "reason is too long"}', {status: 400})) : real(path, options);""")
+    driver.execute_script(INSTEAD, "api/judge", 400, {"error": "reason is too long"}, 1)
     press(driver, "b", Keys.ENTER)
     until(lambda: text(driver, "#status") == "Not saved: Reason is too long.", "the reason")
-    assert driver.execute_script("return entered().choice") == "B"
-    assert driver.find_element(By.ID, "compare").get_property("inert") is False
+    assert js(driver, "entered().choice") == "B"
     assert not program.out.exists() or not program.records()
+    press(driver, Keys.ENTER)
+    saved(driver, 1)
+    assert len(program.records()) == 1
 
 
 def test_two_annotators():
@@ -467,9 +484,10 @@ def test_undo():
     open_link(driver, program.links["ann"])
     on_item(driver)
     first = number(driver)
-    enter_by_mouse(driver, {"choice": "good", "strength": 2, "aspects": {"accuracy": "bad"}, "unsafe": ["bad"],
-                            "reason": "because"})
-    before = driver.execute_script("return entered()")
+    want = {"choice": "good", "strength": 2, "aspects": {"accuracy": "bad"}, "unsafe": ["bad"],
+            "reason": "because"}
+    enter_by_mouse(driver, want)
+    before = js(driver, "entered()")
     click(driver, "#compare [type=submit]")
     saved(driver, 1)
     on_item(driver)
@@ -478,16 +496,15 @@ def test_undo():
     saved(driver, 0)
     on_item(driver)
     assert number(driver) == first, "another pair came back"
-    again = driver.execute_script("return entered()")
+    again = js(driver, "entered()")
     assert again.pop("seconds") >= before.pop("seconds") > 0
     assert again == before, f"{again} came back for {before}"
-    assert not driver.find_element(By.ID, "undo").is_displayed(), "undo is offered where there is nothing to undo"
-    want = {"choice": "bad", "shown": shown(driver), "aspects": {"accuracy": "bad"}, "unsafe": ["bad"],
-            "reason": "because", "strength": 2}
+    assert not driver.find_element(By.ID, "undo").is_displayed(), "there is nothing to undo"
+    seen = shown(driver)
     pick(driver, "choice", side(driver, "bad"))
     click(driver, "#compare [type=submit]")
     saved(driver, 1)
-    wants[first] = want
+    wants[first] = dict(want, choice="bad", shown=seen)
     label(driver, wants)
     check_file(program, pairs, wants, ANN)
 
@@ -495,7 +512,8 @@ def test_undo():
 def test_text_stays_text():
     """Answers with scripts and tags show as they are, spaces and lines kept, whatever their length."""
     answers = [SCRIPT + "\n\n    four  spaces\n\ttab &amp; <b>bold</b>", "long " * 4000 + "w" * 3000]
-    program = Label(pairs=[{"item": "x", "domain": "d", "prompt": SCRIPT, "answers": answers}], people=[ANN])
+    pair = {"item": "x", "domain": "d", "prompt": SCRIPT, "answers": answers}
+    program = Label(pairs=[pair], people=[ANN])
     driver = tool.browser()
     open_link(driver, program.links["ann"])
     find(driver, "#compare")
@@ -503,7 +521,7 @@ def test_text_stays_text():
     assert driver.find_element(By.CSS_SELECTOR, "#turns .text").get_property("textContent") == SCRIPT
     assert driver.title.startswith("Pair 1"), driver.title
     assert not driver.find_elements(By.CSS_SELECTOR, "#item script, #item img, #item b")
-    style = driver.execute_script("return getComputedStyle(document.getElementById('a-text')).whiteSpace")
+    style = js(driver, "getComputedStyle($('a-text')).whiteSpace")
     assert style == "pre-wrap", style
     assert not tool.complaints(driver)
     tool.accessible(driver)
@@ -522,13 +540,14 @@ def test_policy():
         return Boolean(window.inlined);""")
     assert not ran, "an inline script ran"
     assert any("Content Security Policy" in c for c in tool.complaints(driver))
-    asked = driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    asked = js(driver, "performance.getEntriesByType('resource').map(e => e.name)")
     host = program.links["ann"].split("/#")[0]
     assert asked and all(a.startswith(host) for a in asked), asked
     secret = program.links["ann"].split("#")[1]
     assert not any(secret in a for a in asked), "the token is part of an address"
     assert not driver.get_cookies()
-    assert secret not in driver.execute_script("return JSON.stringify([{...localStorage}, {...sessionStorage}])")
+    kept = js(driver, "JSON.stringify([{...localStorage}, {...sessionStorage}])")
+    assert secret not in kept, kept
 
 
 def test_keys_and_focus():
@@ -542,26 +561,26 @@ def test_keys_and_focus():
     until(lambda: "Choose an answer" in text(driver, "#status"), "to be asked for a choice")
     tab_to(driver, "#reason")
     press(driver, "absent 12tnsu+-")
-    assert driver.execute_script("return entered().choice") == ""
-    assert count(driver) == 0 and driver.find_element(By.ID, "reason").get_property("value") == "absent 12tnsu+-"
+    assert js(driver, "entered().choice") == ""
+    assert js(driver, "$('reason').value") == "absent 12tnsu+-"
     driver.execute_script("document.activeElement.blur()")
     press(driver, "t", "+")
-    assert driver.execute_script("return entered().choice") == "tie"
-    assert driver.execute_script("return entered().strength") is None, "a tie has no strength"
+    assert js(driver, "entered().choice") == "tie"
+    assert js(driver, "entered().strength") is None, "a tie has no strength"
     press(driver, "2", "+", "+", "-")
-    assert driver.execute_script("return [entered().choice, entered().strength]") == ["B", 1]
+    assert js(driver, "[entered().choice, entered().strength]") == ["B", 1]
 
     # What is entered outlives a reload.
     driver.refresh()
     on_item(driver)
-    assert driver.execute_script("return [entered().choice, entered().strength, entered().reason]") == \
+    assert js(driver, "[entered().choice, entered().strength, entered().reason]") == \
         ["B", 1, "absent 12tnsu+-"]
     press(driver, Keys.ENTER)
     saved(driver, 1)
     on_item(driver)
     assert driver.switch_to.active_element.get_attribute("id") == "title", "focus stays behind"
-    assert driver.execute_script("return scrollY") == 0
-    assert driver.execute_script("return entered()").get("choice") == "", "the next pair has a choice already"
+    assert js(driver, "scrollY") == 0
+    assert js(driver, "entered().choice") == "", "the next pair has a choice already"
 
     # Turned off, for whom dictation or a screen reader types single letters.
     driver.execute_script("document.querySelector('#help details').open = true")
@@ -569,10 +588,10 @@ def test_keys_and_focus():
     driver.refresh()
     on_item(driver)
     press(driver, "a")
-    assert driver.execute_script("return entered().choice") == ""
+    assert js(driver, "entered().choice") == ""
     tab_to(driver, "[name=choice]")
     press(driver, Keys.SPACE)
-    outline = driver.execute_script("return getComputedStyle(document.activeElement.parentElement).outlineStyle")
+    outline = js(driver, "getComputedStyle(document.activeElement.closest('label')).outlineStyle")
     assert outline == "solid", "focus is not to be seen"
     press(driver, Keys.ENTER)
     saved(driver, 2)
@@ -580,7 +599,8 @@ def test_keys_and_focus():
 
 def test_looks():
     """Names, contrast, width, and pictures of the label page."""
-    program = Label("--aspects", "accuracy,nuance,safety", "--guidelines", guidelines(), pairs=SHOWN, people=[ANN])
+    program = Label("--aspects", "accuracy,nuance,safety", "--guidelines", guidelines(),
+                    pairs=SHOWN, people=[ANN])
     driver = tool.browser()
     open_link(driver, program.links["ann"])
     find(driver, "#compare")
@@ -600,25 +620,28 @@ def test_looks():
     tool.screenshot(driver, "label-phone", whole=True)
     small = driver.execute_script("""
         return [...document.querySelectorAll("button, label:has(input), summary")]
-            .filter(e => e.checkVisibility() && e.getBoundingClientRect().height < 24).map(e => e.textContent)""")
+            .filter(e => e.checkVisibility() && e.getBoundingClientRect().height < 24)
+            .map(e => e.textContent)""")
     assert not small, f"too small for a finger: {small}"
-    assert driver.execute_script("""
-        const [a, b] = document.querySelectorAll(".answer");
-        return a.getBoundingClientRect().bottom <= b.getBoundingClientRect().top"""), "answers are not stacked"
+    a, b = driver.find_elements(By.CSS_SELECTOR, ".answer")
+    assert a.rect["y"] + a.rect["height"] <= b.rect["y"], "answers are not below each other"
 
 
 def test_write():
     """Demonstrations: a draft corrected, a prompt answered, one skipped; the file is for rlhf sft."""
-    prompts = [{"item": "w0", "domain": "law", "prompt": "May he keep the deposit?", "draft": "Yes, he may."},
-               {"item": "w1", "domain": "law", "prompt": [{"role": "user", "content": "Hello"},
-                                                          {"role": "assistant", "content": "Good morning"},
-                                                          {"role": "user", "content": "Who are you?"}]},
+    chat = [{"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Good morning"},
+            {"role": "user", "content": "Who are you?"}]
+    prompts = [{"item": "w0", "domain": "law", "prompt": "May he keep the deposit?",
+                "draft": "Yes, he may."},
+               {"item": "w1", "domain": "law", "prompt": chat},
                {"item": "w2", "domain": "law", "prompt": "Never mind."}]
     program = Label("--task", "write", prompts=prompts, people=[ANN])
     driver = tool.browser()
     open_link(driver, program.links["ann"])
     asked = lambda: driver.find_element(By.ID, "turns").get_property("textContent")
-    answers = {"deposit": "No, <b>not</b>\n\n  for \"wear\". 🦙", "Who are": "A llama.", "Never": None}
+    answers = {"deposit": "No, <b>not</b>\n\n  for \"wear\". 🦙", "Who are": "A llama.",
+               "Never": None}
     for done in range(3):
         find(driver, "#write")
         tool.accessible(driver)
@@ -653,7 +676,7 @@ def test_write():
 
 
 def test_operator():
-    """Who did how much, how well on gold items, and what is left; none of it is an annotator's to see."""
+    """Who did how much, how well on gold items, what is left; not for an annotator's eyes."""
     pairs = make_pairs(4)
     gold = [dict(p, item=f"gold-{i}", gold=own(p, "good")) for i, p in enumerate(make_pairs(2))]
     program = Label("--per_item", "1", pairs=pairs, people=[ANN, BOB], extra={"--gold": gold})
@@ -684,7 +707,8 @@ def test_operator():
     until(lambda: {r[0]: r for r in rows()}["ann"][3] == "4", "the operator to see the fourth")
     refused = driver.execute_script("""
         const token = location.hash.slice(1);
-        return fetch("api/operator", {headers: {"Authorization": "Bearer " + token}}).then(r => r.status)""")
+        return fetch("api/operator", {headers: {"Authorization": "Bearer " + token}})
+            .then(r => r.status)""")
     assert refused in (401, 403), refused
 
 
@@ -708,22 +732,29 @@ def test_wrong_link():
 # ---- The picture in README.md --------------------------------------------------------------------
 
 # Twelve that are told apart by a space at the end of a line: whichever comes, the picture is the same.
-SHOWN = [{"item": f"deposit-{i}", "domain": "law",
-          "prompt": [{"role": "user", "content": "My landlord wants to keep my deposit because the paint has faded "
-                                                 "after four years. Can he do that?"},
-                     {"role": "assistant", "content": "Usually not. Normal wear is the landlord's to bear."},
-                     {"role": "user", "content": "He says the contract has a clause about it. What now?" + " " * i}],
-          "answers": ["Read the clause first. One that makes the tenant pay for ordinary wear is void in many places, "
-                      "whatever was signed.\n\n1. Ask for an itemised bill.\n2. Reply in writing that faded paint is "
-                      "ordinary wear.\n3. Set a date for the return of the deposit; two weeks is usual.\n\nThe "
-                      "details depend on where you live.",
-                      "A contract is binding. If it has a clause about the paint and you signed it, then you have to "
-                      "pay for the paint. You could ask whether he would be content with half."]} for i in range(12)]
+def shown_pair(i):
+    chat = [{"role": "user",
+             "content": "My landlord wants to keep my deposit because the paint has faded after four "
+                        "years. Can he do that?"},
+            {"role": "assistant", "content": "Usually not. Normal wear is the landlord's to bear."},
+            {"role": "user",
+             "content": "He says the contract has a clause about it. What now?" + " " * i}]
+    good = ("Read the clause first. One that makes the tenant pay for ordinary wear is void in many "
+            "places, whatever was signed.\n\n1. Ask for an itemised bill.\n2. Reply in writing that "
+            "faded paint is ordinary wear.\n3. Set a date for the return of the deposit; two weeks "
+            "is usual.\n\nThe details depend on where you live.")
+    bad = ("A contract is binding. If it has a clause about the paint and you signed it, then you "
+           "have to pay for the paint. You could ask whether he would be content with half.")
+    return {"item": f"deposit-{i}", "domain": "law", "prompt": chat, "answers": [good, bad]}
+
+
+SHOWN = [shown_pair(i) for i in range(12)]
 
 
 def guidelines():
     file = Path(TMP.name) / "guidelines.txt"
-    file.write_text("Prefer the answer that is right, then the one that is clear.\nLength is no merit.\n")
+    file.write_text("Prefer the answer that is right, then the one that is clear.\n"
+                    "Length is no merit.\n")
     return file
 
 
@@ -738,7 +769,7 @@ def picture():
         if done < 3:
             press(driver, Keys.ENTER)
             saved(driver, done + 1)
-    driver.execute_script("document.getElementById('help').hidden = true; document.activeElement.blur()")
+    driver.execute_script("$('help').hidden = true; document.activeElement.blur()")
     tool.screenshot(driver, "label-picture", whole=True, kind="webp")
     shutil.copy(tool.OUT / "label-picture.webp", tool.ROOT / "data" / "page" / "label.webp")
 

@@ -85,7 +85,9 @@ def scheme(driver, dark):
 def screenshot(driver, name, whole=False, kind="png"):
     """build/pages/NAME.KIND (png or webp): what is on the screen, or the whole page."""
     OUT.mkdir(parents=True, exist_ok=True)
-    options = {"format": kind, "captureBeyondViewport": whole, **({"quality": 85} if kind == "webp" else {})}
+    options = {"format": kind, "captureBeyondViewport": whole}
+    if kind == "webp":
+        options["quality"] = 85
     picture = driver.execute_cdp_cmd("Page.captureScreenshot", options)
     (OUT / f"{name}.{kind}").write_bytes(base64.b64decode(picture["data"]))
 
@@ -107,7 +109,7 @@ def text(driver, css):
 
 
 def complaints(driver):
-    """What the browser logged against the page since the last call: errors of scripts, CSP, resources."""
+    """What the browser holds against the page since the last call: scripts, policy, resources."""
     return [e["message"] for e in driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
 
 
@@ -141,7 +143,8 @@ function rgba(color) {
 }
 const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
 function luminance(c) {
-    const l = c.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    const l = c.slice(0, 3).map(v => v / 255)
+        .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
     return .2126 * l[0] + .7152 * l[1] + .0722 * l[2];
 }
 function ratio(a, b) {
@@ -180,7 +183,8 @@ for (const e of document.querySelectorAll("textarea, select, input[type=text], i
     const color = rgba(s.color), mine = behind(e);
     checked++;
     if (e.value && ratio(over(color, mine), mine) < 4.5) bad.push("text of " + (e.id || e.tagName));
-    if (ratio(over(rgba(s.borderTopColor), back), back) < 3) bad.push("border of " + (e.id || e.tagName));
+    if (ratio(over(rgba(s.borderTopColor), back), back) < 3)
+        bad.push("border of " + (e.id || e.tagName));
 }
 return [checked, bad];
 """
@@ -205,7 +209,8 @@ def accessible(driver):
     assert not nameless(driver), f"without a name: {nameless(driver)}"
     for dark in (True, False):
         scheme(driver, dark)
-        assert not faint(driver), f"too little contrast ({'dark' if dark else 'light'}): {faint(driver)}"
+        found = faint(driver)
+        assert not found, f"too little contrast ({'dark' if dark else 'light'}): {found}"
     assert driver.execute_script("return document.documentElement.lang"), "the page names no language"
     assert driver.title, "the page has no title"
     resize(driver, PHONE)

@@ -58,15 +58,18 @@ async function call(method, path, body) {
 
 /* The same, again and again while the reason for failing may pass; `waiting`: what is held up. */
 async function insist(method, path, body, waiting) {
+    const before = [$("status").textContent, $("status").className];
     let lost = false;            // an earlier attempt may have reached the server
     for (let attempt = 0; ; attempt++) {
         try {
-            return await call(method, path, body);
+            const data = await call(method, path, body);
+            if (attempt) [$("status").textContent, $("status").className] = before;
+            return data;
         } catch (error) {
             error.lost = lost;
             if (!(error instanceof Refusal) || !error.passing) throw error;
             lost ||= error.status !== 429;
-            if (attempt > 0 || error.status !== 429) 
+            if (attempt > 0 || error.status !== 429)
                 say(waiting + ": " + sentence(error.message) + " Trying again.", "bad");
             const seconds = error.wait || Math.min(5, 0.5 * 2 ** attempt);
             await new Promise(resume => {
@@ -109,6 +112,8 @@ function notice(title, text, button, action) {
 
 /* What cannot be waited for. */
 function fail(error) {
+    item = null;
+    busy = false;
     if (error instanceof Refusal && error.status === 401) {
         $("undo").hidden = $("help").hidden = true;
         say("");
@@ -365,7 +370,10 @@ async function undo() {
         if (!(error instanceof Refusal) || error.status === 401) return fail(error);
         say(error.status === 409 ? "There is nothing to undo."
                                  : "Not undone: " + sentence(error.message), "bad");
-        if (error.status === 0) again();
+        if (error.status === 0) {
+            busy = true;
+            again();
+        }
     }
 }
 
@@ -387,7 +395,8 @@ function percent(part, whole) {
 function duration(seconds) {
     if (!(seconds > 0)) return "–";
     if (seconds < 100) return seconds.toFixed(seconds < 10 ? 1 : 0) + " s";
-    return Math.floor(seconds / 60) + " min " + Math.round(seconds % 60) + " s";
+    const whole = Math.round(seconds);
+    return Math.floor(whole / 60) + " min " + whole % 60 + " s";
 }
 
 function qualification(qualified) {

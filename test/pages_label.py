@@ -63,7 +63,8 @@ class Label:
                 self.options += [option, write_lines(self.dir / f"{option[2:]}.jsonl", records)]
         if people:
             file = self.dir / "people.json"
-            file.write_text(json.dumps(people))
+            file.write_text(json.dumps([{"name": p["annotator"], "kind": p["annotator_type"],
+                                         "domains": p.get("domains", [])} for p in people]))
             self.options += ["--annotators", file]
         self.process = None
         tool.endings.append(self.kill)
@@ -74,10 +75,11 @@ class Label:
         with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen([tool.PROGRAM, "label", *map(str, self.options)],
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self.links = until(self.read_links, "the links of rlhf label")
+        self.links = until(lambda: self.process.poll() is not None or self.read_links(),
+                           "the links of rlhf label")
+        assert self.process.poll() is None, f"{self.process.returncode} {self.log.read_text()}"
 
     def read_links(self):
-        assert self.process.poll() is None, self.log.read_text()
         found = re.findall(r"(\S+)\s+(http://127\.0\.0\.1:\d+/#\S+)", self.log.read_text())
         return dict(found) if any(name == "operator" for name, _ in found) else None
 

@@ -63,8 +63,8 @@ class Label:
                 self.options += [option, write_lines(self.dir / f"{option[2:]}.jsonl", records)]
         if people:
             file = self.dir / "people.json"
-            file.write_text(json.dumps([{"name": p["annotator"], "kind": p["annotator_type"],
-                                         "domains": p.get("domains", [])} for p in people]))
+            names = {"annotator": "name", "annotator_type": "kind", "domains": "domains"}
+            file.write_text(json.dumps([{names[k]: v for k, v in p.items()} for p in people]))
             self.options += ["--annotators", file]
         self.process = None
         tool.endings.append(self.kill)

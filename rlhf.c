@@ -16397,7 +16397,7 @@ static void label_free(label *l) {
 
 enum {
     SERVE_BODY = 1 << 20,
-    SERVE_DRAIN = 8 << 20, /* what is larger is read up to here, so that its sender reads the error */
+    SERVE_DRAIN = 8 << 20, /* what is larger is read up to here, for the sender to see the error */
     SERVE_CONNECTIONS = 900, /* below the usual 1,024 files of a process */
     SERVE_IDLE = 60,         /* seconds that a connection may stand still */
     SERVE_RATE = 20,         /* requests a second by one token, and how many at once */

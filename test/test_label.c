@@ -1,5 +1,5 @@
-/* Judgements of people (sections 33 to 35), from inside: who is asked what, orders, undo, torn lines,
- * qualification, tokens. test/label_load.py does the rest over sockets. */
+/* Judgements of people (sections 33 to 35), from inside: who is asked what, orders, undo, torn
+ * lines, qualification, tokens. test/label_load.py does the rest over sockets. */
 
 #define RLHF_MAIN 1
 #define main program_main

@@ -145,6 +145,10 @@ $(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.c rlhf.h | need $(BUILD)
 
 $(BUILD)/test_demo: data/demo.c
 
+# This one tests the program from inside.
+$(BUILD)/test_label: $(BUILD)/page.h
+$(BUILD)/test_label: LIBS += $(MAIN_LIBS) -I$(BUILD)
+
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
 

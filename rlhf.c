@@ -15935,7 +15935,7 @@ static void label_read_vote(rater_set *set, const json_src *src, const json_t *j
 }
 
 /* Opens a file of lines for appending, locked against a second program, and reads it. What stands
- * behind its last line end is half a line, unless it is JSON: then only the line end was missing. */
+ * behind its last line end is half a line, unless it is JSON: then only the end was missing. */
 static int label_open_lines(label *l, const char *path, char **text, size_t *len) {
     rlhf_ctx *ctx = l->ctx;
     int fd = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
@@ -16397,6 +16397,7 @@ static void label_free(label *l) {
 
 enum {
     SERVE_BODY = 1 << 20,
+    SERVE_DRAIN = 8 << 20, /* what is larger is read up to here, for the sender to see the error */
     SERVE_CONNECTIONS = 900, /* below the usual 1,024 files of a process */
     SERVE_IDLE = 60,         /* seconds that a connection may stand still */
     SERVE_RATE = 20,         /* requests a second by one token, and how many at once */
@@ -16668,7 +16669,7 @@ static int serve_dispatch(serve *s, serve_request *r, const char *url, const cha
 static enum MHD_Result serve_take(serve_request *r, const char *data, size_t n) {
     if (r->n + n > SERVE_BODY) {
         r->n += n;
-        return r->n > 8 * (size_t)SERVE_BODY ? MHD_NO : MHD_YES;
+        return r->n > SERVE_DRAIN ? MHD_NO : MHD_YES;
     }
     if (r->n + n > r->cap) {
         r->cap = 2 * (r->n + n);
@@ -16696,7 +16697,7 @@ static enum MHD_Result serve_request_step(void *user, struct MHD_Connection *con
         r->connection = connection;
         const char *length =
             MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Content-Length");
-        if (!length || strtoull(length, NULL, 10) <= SERVE_BODY) return MHD_YES;
+        if (!length || strtoull(length, NULL, 10) <= SERVE_DRAIN) return MHD_YES;
         serve_error(r, 413, "the body is larger than 1 MiB");
         return serve_send_json(connection, r->status, r->reply);
     }

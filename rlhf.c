@@ -8553,13 +8553,111 @@ static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, con
     return run;
 }
 
-/* How many of the sequences from `from` on fit into one batch of about MODEL_BATCH_TOKENS. */
-enum { MODEL_BATCH_TOKENS = 4096 };
+/* ---- memory ---- */
 
-/* At least one. The cut changes memory and time, not results. */
-static int model_batch_count(const int *len, int from, int n) {
-    int tokens = 0, i = from;
-    while (i < n && (i == from || tokens + len[i] <= MODEL_BATCH_TOKENS)) tokens += len[i++];
+/* Floats that the buffers of a layer take for each row: what model_acts_new and its callers ask for,
+ * and keys and values. */
+static size_t model_row_floats(const rlhf_model *m, int save) {
+    const model_cfg *c = &m->c;
+    size_t d = (size_t)c->d, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv_heads * c->hd);
+    size_t ff = (size_t)c->ff, n = d + 4 + 2 * q + 2 * kv + ff * (size_t)(2 + c->glu) + 2 * kv;
+    if (save) n += 3 * d + (size_t)c->heads;
+    if (c->qk_norm) n += (save ? q + 2 * kv : 0) + 2 * (size_t)(c->heads + c->kv_heads);
+    if (c->post_norms) n += d * (save ? 2 : 1) + 4;
+    return n;
+}
+
+/* Floats that the backward pass of a layer takes for each row. */
+static size_t model_row_back(const rlhf_model *m) {
+    const model_cfg *c = &m->c;
+    size_t d = (size_t)c->d, q = (size_t)(c->heads * c->hd), ff = (size_t)c->ff;
+    size_t w = q + 2 * (size_t)(c->kv_heads * c->hd), n = ff * (size_t)(1 + 2 * c->glu) + d + q + w;
+    if (c->qk_norm) n += w;
+    if (c->post_norms) n += 2 * d;
+    if (c->lora.r) n += 2 * (size_t)c->lora.r + (c->lora.dropout > 0 ? ff : 0);
+    return n;
+}
+
+/* Floats of logits that a chunk of n scored rows takes. */
+static size_t model_head_floats(const rlhf_model *m, int n) {
+    if (m->c.head != RLHF_HEAD_LM) return 0;
+    return (size_t)op_vocab_chunk(m->c.vocab, n) * (size_t)(m->c.vocab + 2 * RLHF_LANES);
+}
+
+/* Bytes that products take beside their operands: blocks of each thread, weights that are widened. */
+static size_t model_scratch(const rlhf_model *m) {
+    size_t block = m->ctx->cache / 2 + (size_t)GEMM_MAX_PANELS * RLHF_LANES * GEMM_DEPTH * 4;
+    return (size_t)m->ctx->threads * block + (m->base ? (size_t)OP_WIDEN * 4 : 0);
+}
+
+/* Bytes that a pass takes at its highest, apart by kind; their sum is what counts. */
+typedef struct model_need {
+    size_t acts, cache, scratch;
+} model_need;
+
+/* A training pass over `rows` tokens, all of which meet the head. */
+static model_need model_need_training(const rlhf_model *m, int rows) {
+    size_t d = (size_t)m->c.d, layers = (size_t)m->c.layers, r = (size_t)rows;
+    size_t kept = d + (m->recompute ? layers * d + model_row_floats(m, 0)
+                                    : layers * model_row_floats(m, 1));
+    size_t back = d + model_row_back(m) + (m->recompute ? model_row_floats(m, 1) : 0);
+    size_t head = m->c.head == RLHF_HEAD_LM ? model_head_floats(m, rows) : 0;
+    size_t top = 3 * d * r;
+    /* Logits are gone before the backward pass through the layers begins. */
+    model_need o = {4 * (r * kept + top), 0, model_scratch(m)};
+    if (head > r * back) o.scratch += 4 * head;
+    else o.acts += 4 * r * back;
+    return o;
+}
+
+/* A pass without backward over `rows` tokens whose logits are compared with another model's, or
+ * (compare 0) not asked for. */
+static model_need model_need_scoring(const rlhf_model *m, int rows, int compare) {
+    size_t d = (size_t)m->c.d, r = (size_t)rows;
+    model_need o = {4 * r * (model_row_floats(m, 0) + 3 * d), 0, model_scratch(m)};
+    if (compare) o.scratch += 8 * model_head_floats(m, rows);
+    return o;
+}
+
+/* Sampling in `slots` rows of up to `len` tokens, from prompts of up to `prompt`. */
+static model_need model_need_sampling(const rlhf_model *m, int slots, int prompt, int len) {
+    size_t cap = base_round_up((size_t)len, RLHF_LANES), n = (size_t)slots;
+    size_t kv = 2 * (size_t)m->c.layers * (size_t)(m->c.kv_heads * m->c.hd) * cap;
+    model_need o = model_need_scoring(m, slots * prompt, 0);
+    o.cache = 4 * n * kv;
+    o.scratch += 4 * n * (size_t)m->c.vocab;
+    return o;
+}
+
+/* Bytes of panels that products of few rows leave behind, for matrices that the model owns or for
+ * those of its base. */
+static size_t model_panel_bytes(const rlhf_model *m, int base) {
+    size_t n = 0;
+    if (base && !(m->base && m->base->keep_packed)) return 0;
+    for (int p = 0; p < P_COUNT; p++) {
+        int layers = m->slot[p].where == (base ? MODEL_FILE : MODEL_OWN) ? model_param_layers(m, p) : 0;
+        if (m->slot[p].cols == 1 || p == P_WPE || model_param_info[p].init == 'a' ||
+            model_param_info[p].init == 'b' || p == P_SCORE)
+            continue;
+        if (p == P_WTE && (!m->c.tied || m->c.head != RLHF_HEAD_LM)) continue;
+        n += (size_t)layers *
+             gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows) * sizeof(float);
+    }
+    return n;
+}
+
+/* Tokens of a batch from which nothing is trained: its buffers take 64 MiB at most, since more rows
+ * at once make no product faster. */
+static int model_batch_tokens(const rlhf_model *m) {
+    size_t most = ((size_t)64 << 20) / (4 * (model_row_floats(m, 0) + 3 * (size_t)m->c.d));
+    return most < 4096 ? base_max((int)most, 64) : 4096;
+}
+
+/* How many of the sequences from `from` on fit into one such batch, at least one. The cut changes
+ * memory and time, not results. */
+static int model_batch_count(const rlhf_model *m, const int *len, int from, int n) {
+    int tokens = 0, i = from, most = model_batch_tokens(m);
+    while (i < n && (i == from || tokens + len[i] <= most)) tokens += len[i++];
     return i - from;
 }
 
@@ -8567,7 +8665,7 @@ static int model_batch_count(const int *len, int from, int n) {
 static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *const *ids,
                              const int *len, float *score) {
     for (int at = 0, k; at < n; at += k) {
-        k = model_batch_count(len, at, n);
+        k = model_batch_count(m, len, at, n);
         arena_mark mark = arena_save(ws);
         model_run run = model_batch(ws, k, ids + at, len + at);
         int *row = arena_alloc(ws, (size_t)k * sizeof *row);
@@ -11761,6 +11859,16 @@ typedef struct train_metric {
     int fresh; /* put since the last line of metrics */
 } train_metric;
 
+/* What of a run decides how much memory it takes; tokens, at most. */
+typedef struct train_size {
+    int longest;            /* of what is trained on at once at least: a sequence, or a pair */
+    int64_t step;           /* of an optimizer step */
+    const rlhf_model *from; /* samples answers, null: none does */
+    int slots, prompt, len; /* so many at once, their longest prompt, their length with it */
+    int scored;             /* tokens of all sequences that are scored or compared */
+    size_t rollout;         /* bytes that stay in the arena for a whole step */
+} train_size;
+
 /* What makes a trainer: step computes one optimizer step or update, eval puts metrics over
  * t->eval. */
 typedef struct train_ops {
@@ -11770,6 +11878,7 @@ typedef struct train_ops {
     void (*eval)(rlhf_trainer *t);   /* may be null */
     void (*finish)(rlhf_trainer *t); /* after the last step, before the model is saved; may be null
                                       */
+    void (*size)(const rlhf_trainer *t, train_size *size);
 } train_ops;
 
 /* One run. Models, data and tokenizer are the host's unless owned; configuration texts are the
@@ -11800,6 +11909,8 @@ struct rlhf_trainer {
     double kl_coef, begun;
     int slot;            /* of checkpoint/a and checkpoint/b: where the next state goes */
     int fresh, finished; /* fresh: the run directory has not been opened yet */
+    int at_once;      /* tokens of a micro-batch, unless its first sequence is longer */
+    rlhf_memory memory; /* what the run takes, known when it is opened */
     int owed, logged; /* the last step's evaluation, line and checkpoint are still to be done, or in
                          part: what an error interrupted is made up for by the next call */
     train_metric metric[TRAIN_METRICS];
@@ -11884,6 +11995,15 @@ static void train_prepare(rlhf_model *m, const train_config *c, uint64_t seed) {
     model_adapt(m, &l, seed);
 }
 
+/* How many of the sequences (pairs) from `from` on make the next micro-batch: what does not fit at
+ * once changes nothing but memory, since gradients are chains over rows in order. */
+static int train_cut(const rlhf_trainer *t, const int *len, int from, int n) {
+    int tokens = 0, i = from, most = (int)t->u.c.per_device_train_batch_size;
+    while (i < n && i - from < most && (i == from || tokens + len[i] <= t->at_once))
+        tokens += len[i++];
+    return i - from;
+}
+
 /* Makes the optimizer of n models from the common configuration. */
 static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
     const train_config *c = &t->u.c;
@@ -11946,6 +12066,98 @@ static void train_set_length(rlhf_trainer *t, int64_t window) {
     t->per_epoch = (t->train->n + window - 1) / window;
     t->total = c->max_steps >= 0 ? c->max_steps
                                  : (int64_t)ceil(c->num_train_epochs * (double)t->per_epoch);
+}
+
+/* ---- memory ---- */
+
+enum {
+    TRAIN_AT_ONCE = 512,        /* tokens: products of more rows are hardly faster */
+    TRAIN_PROGRAM = 12 << 20    /* bytes of program and libraries, about */
+};
+
+/* Bytes mapped of a role's base, unless a role before it has the same. */
+static int64_t train_mapped(rlhf_model *const *role, int i) {
+    const model_base *b = role[i] ? role[i]->base : NULL;
+    int64_t bytes = 0;
+    for (int k = 0; k < i; k++)
+        if (role[k] && role[k]->base == b) return 0;
+    for (int k = 0; b && k < b->n_maps; k++) bytes += (int64_t)b->maps[k]->size;
+    return bytes;
+}
+
+/* The stage of a step that takes the most: sampling, scoring, or training. */
+static model_need train_stage(const rlhf_trainer *t, const train_size *z) {
+    int64_t rows = z->step < t->at_once ? z->step : t->at_once;
+    model_need stage[2 + OPT_MODELS] = {{0, 0, 0}}, most = {0, 0, 0};
+    for (int i = 0; i < t->opt->models; i++)
+        stage[i] = model_need_training(t->opt->model[i], base_max(z->longest, (int)rows));
+    if (z->from) {
+        int batch = base_min(z->scored, base_max(model_batch_tokens(z->from), z->len));
+        stage[OPT_MODELS] = model_need_sampling(z->from, z->slots, z->prompt, z->len);
+        stage[OPT_MODELS + 1] = model_need_scoring(z->from, batch, z->rollout != 0);
+    }
+    for (int i = 0; i < 2 + OPT_MODELS; i++)
+        if (stage[i].acts + stage[i].cache + stage[i].scratch >
+            most.acts + most.cache + most.scratch)
+            most = stage[i];
+    return most;
+}
+
+/* What the run takes with the present at_once and recompute. */
+static rlhf_memory train_memory(const rlhf_trainer *t) {
+    rlhf_model *role[] = {t->model, t->value, t->start, t->reward};
+    rlhf_memory o = {0};
+    train_size z = {0};
+    t->ops->size(t, &z);
+    for (int i = 0; i < 4; i++) {
+        if (!role[i]) continue;
+        *(role[i]->c.lora.r ? &o.adapters : &o.weights) += 4 * (int64_t)role[i]->n;
+        o.weights += train_mapped(role, i);
+        o.other -= 4 * (int64_t)role[i]->n;
+    }
+    for (int i = 0; i < t->opt->models; i++) {
+        o.optimizer += 12 * (int64_t)t->opt->model[i]->n;
+        if (t->opt->embed[i]) o.optimizer += 4 * (int64_t)t->opt->model[i]->slot[P_WTE].n;
+    }
+    o.other += t->ctx->mem_now - o.optimizer + TRAIN_PROGRAM;
+    model_need most = train_stage(t, &z);
+    o.activations = (int64_t)(most.acts + z.rollout);
+    o.cache = (int64_t)most.cache;
+    o.scratch = (int64_t)most.scratch;
+    /* Panels of what samples, or of what is trained on few rows at once. */
+    const rlhf_model *few = z.from ? z.from : z.longest < MODEL_MANY_ROWS ? t->model : NULL;
+    if (few) o.scratch += (int64_t)(model_panel_bytes(few, 0) + model_panel_bytes(few, 1));
+    o.total = o.weights + o.adapters + o.optimizer + o.activations + o.cache + o.scratch + o.other;
+    return o;
+}
+
+/* Chooses what a micro-batch is, and whether layers are computed again, so that the run fits
+ * memory_limit; neither changes a bit of the result. Throws if nothing fits, and says what
+ * would help. */
+static void train_plan(rlhf_trainer *t) {
+    const train_config *c = &t->u.c;
+    double limit = c->memory_limit * 1e9;
+    t->at_once = TRAIN_AT_ONCE;
+    t->memory = train_memory(t);
+    for (int again = 0; again < 2 && limit > 0; again++) {
+        if (again && c->gradient_checkpointing) break;
+        for (int i = 0; again && i < t->opt->models; i++) t->opt->model[i]->recompute = 1;
+        for (t->at_once = TRAIN_AT_ONCE; t->at_once; t->at_once /= 2) {
+            t->memory = train_memory(t);
+            if ((double)t->memory.total <= limit) return;
+        }
+    }
+    if (limit <= 0) return;
+    t->at_once = 1;
+    const rlhf_memory *o = &t->memory;
+    err_throw(t->ctx, RLHF_ERR_ARG,
+              "memory_limit is %g GB, the run takes %.2f GB at least: weights %.2f, adapters %.2f, "
+              "optimizer %.2f, activations %.2f, cache %.2f, scratch %.2f, other %.2f; %s",
+              c->memory_limit, (double)o->total / 1e9, (double)o->weights / 1e9,
+              (double)o->adapters / 1e9, (double)o->optimizer / 1e9, (double)o->activations / 1e9,
+              (double)o->cache / 1e9, (double)o->scratch / 1e9, (double)o->other / 1e9,
+              c->use_peft ? "shorter records (max_length, response_length) or fewer episodes take less"
+                          : "use_peft trains an adapter on weights that stay as they are stored");
 }
 
 /* Gives the trainer and what it owns back; the trained model stays. */
@@ -12433,22 +12645,22 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
 
 /* One optimizer step: the window's micro-batches add up their gradients. */
 static void sft_step(rlhf_trainer *t) {
-    const train_config *c = &t->u.c;
-    int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
+    int from, n = train_window(t, &from), *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     const data_seq **seq = arena_alloc(&t->ws, (size_t)n * sizeof *seq);
     int64_t labels = 0, tokens = 0;
     for (int i = 0; i < n; i++) {
         seq[i] = &t->train->record[t->order[from + i]].a;
         labels += sft_count(seq[i]);
-        tokens += seq[i]->n;
+        tokens += len[i] = seq[i]->n;
     }
     /* The divisor is known before the first batch, so gradients are scaled once. */
     sft_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
-    for (int i = 0; i < n; i += batch) {
+    for (int i = 0, k; i < n; i += k) {
         sft_part part = {1.0 / (double)labels, train_seed(t), i};
-        sft_pass(t->model, &t->ws, seq + i, base_min(batch, n - i), &part, &sums);
+        k = train_cut(t, len, i, n);
+        sft_pass(t->model, &t->ws, seq + i, k, &part, &sums);
     }
     double loss = sums.nll / (double)labels;
     train_check_loss(t, loss);
@@ -12468,7 +12680,7 @@ static sft_sums sft_measure(rlhf_model *m, arena *ws, const data_seq *const *seq
     int *len = arena_alloc(ws, (size_t)n * sizeof *len);
     for (int i = 0; i < n; i++) len[i] = seq[i]->n;
     for (int i = 0, k; i < n; i += k) {
-        k = model_batch_count(len, i, n);
+        k = model_batch_count(m, len, i, n);
         sft_pass(m, ws, seq + i, k, NULL, &sums);
     }
     return sums;
@@ -12485,8 +12697,16 @@ static void sft_eval(rlhf_trainer *t) {
     train_put(t, "eval_num_tokens", (double)s.tokens);
 }
 
-/* What 20 needs to know of this trainer. */
-static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL};
+/* Lengths of the training records, pairs as a whole, for the memory of a step of `window`. */
+static void sft_size(const rlhf_trainer *t, train_size *z) {
+    const train_config *c = &t->u.c;
+    for (int i = 0; i < t->train->n; i++)
+        z->longest = base_max(z->longest, t->train->record[i].a.n + t->train->record[i].b.n);
+    z->step = c->per_device_train_batch_size * z->longest;
+}
+
+/* What 23 needs to know of this trainer. */
+static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL, sft_size};
 
 /* A trainer of a language model; eval and tok may be null. Arguments are checked, weights
  * untouched. */
@@ -12498,6 +12718,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
     t->eval = eval;
     train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
     train_optimizer(t, &model, 1);
+    train_plan(t);
     return t;
 }
 
@@ -12601,18 +12822,20 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int first, i
 
 /* One optimizer step over the window's pairs. */
 static void rm_step(rlhf_trainer *t) {
-    const train_config *c = &t->u.c;
-    int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
+    int from, n = train_window(t, &from), *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     const data_record **rec = arena_alloc(&t->ws, (size_t)n * sizeof *rec);
     int64_t tokens = 0;
     for (int i = 0; i < n; i++) {
         rec[i] = t->train->record + t->order[from + i];
-        tokens += rec[i]->a.n + rec[i]->b.n;
+        tokens += len[i] = rec[i]->a.n + rec[i]->b.n;
     }
     rm_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
-    for (int i = 0; i < n; i += batch) rm_pass(t, rec + i, i, base_min(batch, n - i), n, &sums);
+    for (int i = 0, k; i < n; i += k) {
+        k = train_cut(t, len, i, n);
+        rm_pass(t, rec + i, i, k, n, &sums);
+    }
     train_check_loss(t, sums.loss);
     double norm = opt_step(t->opt, &lr);
     t->tokens += tokens;
@@ -12647,6 +12870,8 @@ static void rm_eval(rlhf_trainer *t) {
     rm_put(t, "eval_", &sums);
 }
 
+enum { RM_SLOTS = 64 }; /* answers sampled at once */
+
 /* n answers that the starting model gives to prompts of the training data: whole sequences ids[i]
  * of len[i] tokens, in ws. Prompts are drawn without repetition as long as there are enough. A
  * prompt is what stands before the first token that bears loss. */
@@ -12672,7 +12897,7 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     }
     /* From the whole distribution, as PPO samples. */
     gen_config g = {.max_new = room,
-                    .batch = 64,
+                    .batch = RM_SLOTS,
                     .temperature = (float)c->temperature,
                     .top_p = 1,
                     .seed = (uint64_t)c->seed,
@@ -12715,8 +12940,26 @@ static void rm_normalize(rlhf_trainer *t) {
     train_put(t, "score_std", (double)m->score_std);
 }
 
-/* What 20 needs to know of this trainer. */
-static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, rm_eval, rm_normalize};
+/* As of 24, and the answers that normalisation samples. */
+static void rm_size(const rlhf_trainer *t, train_size *z) {
+    const rlhf_rm_config *c = &t->u.rm;
+    sft_size(t, z);
+    if (!t->start || c->normalize_samples < 2) return;
+    z->from = t->start;
+    z->slots = base_min(RM_SLOTS, (int)c->normalize_samples);
+    for (int i = 0; i < t->train->n; i++) {
+        const data_seq *s = &t->train->record[i].a;
+        int prompt = 0;
+        while (prompt < s->n && !s->loss[prompt]) prompt++;
+        z->prompt = base_max(z->prompt, prompt);
+    }
+    z->len = z->prompt + (int)c->response_length;
+    z->scored = (int)c->normalize_samples * z->len;
+}
+
+/* What 23 needs to know of this trainer. */
+static const train_ops rm_ops = {"rm",    RLHF_CONFIG_RM, rm_step,
+                                 rm_eval, rm_normalize,   rm_size};
 
 /* A trainer of a scorer; start, eval and tok may be null. A head that was never trained starts from
  * the seed; an earlier normalisation is forgotten, since it is measured again. */
@@ -12738,6 +12981,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
     model->score_trained = 1;
     model->score_mean = 0;
     model->score_std = 1;
+    train_plan(t);
     return t;
 }
 
@@ -12911,7 +13155,7 @@ static void ppo_each_batch(rlhf_trainer *t, roll_row *const *row, int n,
     /* What a pass allocates goes with its batch; its results lie in the rows. */
     for (int at = 0, k; at < n; at += k) {
         arena_mark mark = arena_save(&t->ws);
-        k = model_batch_count(len, at, n);
+        k = model_batch_count(t->model, len, at, n);
         pass(t, row + at, k);
         arena_restore(&t->ws, mark);
     }
@@ -13148,9 +13392,11 @@ static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double 
 static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const double *lr,
                           ppo_sums *s) {
     const rlhf_ppo_config *c = &t->u.ppo;
-    int batch = (int)c->per_device_train_batch_size;
+    arena_mark mark = arena_save(&t->ws);
+    int *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     int64_t tokens = 0, states = 0;
     for (int i = 0; i < n; i++) {
+        len[i] = row[i]->n_prompt + row[i]->n;
         tokens += row[i]->n;
         states += row[i]->n_value;
     }
@@ -13158,8 +13404,8 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
     double loss = 0, clipped = 0;
     opt_zero(t->opt);
     /* Two models, two gradients, one optimizer step. */
-    for (int i = 0; i < n; i += batch) {
-        int k = base_min(batch, n - i);
+    for (int i = 0, k; i < n; i += k) {
+        k = train_cut(t, len, i, n);
         ppo_policy_pass(t, row + i, k, &p);
         ppo_value_pass(t, row + i, k, c->vf_coef / (double)states, &loss, &clipped);
     }
@@ -13177,6 +13423,7 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
     s->ratio += ratio;
     s->ratio_sq += ratio * ratio;
     s->minibatches++;
+    arena_restore(&t->ws, mark);
 }
 
 /* num_ppo_epochs passes over the rollout, each in its own order, in num_mini_batches steps of equal
@@ -13241,8 +13488,21 @@ static void ppo_step(rlhf_trainer *t) {
     }
 }
 
-/* What 20 needs to know of this trainer; there is no evaluation set. */
-static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, NULL, NULL};
+/* Prompts and answers of full length, and what is kept of each answer until the update is over. */
+static void ppo_size(const rlhf_trainer *t, train_size *z) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    size_t room = (size_t)c->response_length;
+    for (int i = 0; i < t->train->n; i++) z->prompt = base_max(z->prompt, t->train->record[i].a.n);
+    z->longest = z->len = z->prompt + (int)room;
+    z->step = c->batch_size / c->num_mini_batches * z->longest;
+    z->from = t->model;
+    z->slots = (int)c->batch_size;
+    z->scored = (int)c->batch_size * z->len;
+    z->rollout = (size_t)c->batch_size * (4 * room * (size_t)t->model->c.d + 32 * (room + 1));
+}
+
+/* What 23 needs to know of this trainer; there is no evaluation set. */
+static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, NULL, NULL, ppo_size};
 
 /* The value model: a copy of the reward model, normalisation included (Stiennon et al. 2020), or
  * the policy's trunk with a head of zeros. */
@@ -13287,6 +13547,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     t->owns_start = t->owns_value = 1;
     rlhf_model *models[2] = {policy, t->value};
     train_optimizer(t, models, 2);
+    train_plan(t);
     for (int i = 0; i < 2; i++) {
         err_keep(ctx);    /* a copy */
         err_release(ctx); /* its config */
@@ -13335,7 +13596,7 @@ static double eval_kl(rlhf_model *m, rlhf_model *ref, arena *ws, const data_seq 
     double sum = 0;
     for (int i = 0; i < n; i++) len[i] = seq[i]->n;
     for (int i = 0, k; i < n; i += k) {
-        k = model_batch_count(len, i, n);
+        k = model_batch_count(m, len, i, n);
         sum += eval_kl_pass(m, ref, ws, seq + i, k);
     }
     return sum;
@@ -15437,6 +15698,10 @@ double rlhf_trainer_metric(const rlhf_trainer *trainer, const char *name) {
     return NAN;
 }
 
+rlhf_memory rlhf_trainer_memory(const rlhf_trainer *trainer) {
+    return trainer ? trainer->memory : (rlhf_memory){0};
+}
+
 rlhf_status rlhf_trainer_metrics(rlhf_trainer *trainer, char **json) {
     if (!trainer || !json) return RLHF_ERR_ARG;
     *json = NULL;
@@ -16412,11 +16677,33 @@ static void cli_set_hash(json_t *j, rlhf_model *m) {
 
 /* ---- training commands ---- */
 
+/* What a run will take, as a table and (out not null) as an object of bytes. */
+static void cli_show_memory(cli *c, const rlhf_trainer *t, json_t *out) {
+    rlhf_memory m = rlhf_trainer_memory(t);
+    const struct {
+        const char *name;
+        int64_t bytes;
+    } row[] = {{"weights", m.weights},
+               {"adapters", m.adapters},
+               {"optimizer", m.optimizer},
+               {"activations", m.activations},
+               {"cache", m.cache},
+               {"scratch", m.scratch},
+               {"other", m.other},
+               {"total", m.total}};
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        if (!out && !c->v[O_quiet])
+            fprintf(stderr, "rlhf: memory  %-12s %9.1f MB\n", row[i].name, (double)row[i].bytes / 1e6);
+        if (out) json_object_set_new(out, row[i].name, json_integer((json_int_t)row[i].bytes));
+    }
+}
+
 /* Runs a trainer; *out becomes its last metrics. */
 static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset *d, json_t **out) {
     if (!c->v[O_quiet])
         fprintf(stderr, "rlhf: %d records, %lld tokens, %lld steps\n", rlhf_dataset_count(d),
                 (long long)rlhf_dataset_tokens(d), (long long)rlhf_trainer_steps_total(t));
+    cli_show_memory(c, t, NULL);
     rlhf_status status = rlhf_trainer_run(t);
     if (status == RLHF_STOPPED) {
         cli_fail(c, "interrupted at step %lld; the same command with --resume goes on from there",
@@ -16432,6 +16719,11 @@ static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset 
     json_object_set_new(j, "records", json_integer(rlhf_dataset_count(d)));
     json_object_set_new(j, "dropped", json_integer(rlhf_dataset_dropped(d)));
     cli_set_hash(j, m);
+    if (c->v[O_json]) {
+        json_t *memory = json_object();
+        cli_show_memory(c, t, memory);
+        json_object_set_new(j, "memory", memory);
+    }
     *out = j;
     return 0;
 }

@@ -8587,7 +8587,8 @@ static size_t model_head_floats(const rlhf_model *m, int n) {
 /* Bytes that products take beside their operands: blocks of each thread, weights that are widened. */
 static size_t model_scratch(const rlhf_model *m) {
     size_t block = m->ctx->cache / 2 + (size_t)GEMM_MAX_PANELS * RLHF_LANES * GEMM_DEPTH * 4;
-    return (size_t)m->ctx->threads * block + (m->base ? (size_t)OP_WIDEN * 4 : 0);
+    int widen = m->base && m->base->stored[0] && m->base->stored[0] != '4';
+    return (size_t)m->ctx->threads * block + (widen ? (size_t)OP_WIDEN * 4 : 0);
 }
 
 /* Bytes that a pass takes at its highest, apart by kind; their sum is what counts. */
@@ -11861,8 +11862,7 @@ typedef struct train_metric {
 
 /* What of a run decides how much memory it takes; tokens, at most. */
 typedef struct train_size {
-    int longest;            /* of what is trained on at once at least: a sequence, or a pair */
-    int64_t step;           /* of an optimizer step */
+    int rows;               /* of a micro-batch */
     const rlhf_model *from; /* samples answers, null: none does */
     int slots, prompt, len; /* so many at once, their longest prompt, their length with it */
     int scored;             /* tokens of all sequences that are scored or compared */
@@ -12072,7 +12072,7 @@ static void train_set_length(rlhf_trainer *t, int64_t window) {
 
 enum {
     TRAIN_AT_ONCE = 512,        /* tokens: products of more rows are hardly faster */
-    TRAIN_PROGRAM = 12 << 20    /* bytes of program and libraries, about */
+    TRAIN_PROGRAM = 5 << 20     /* bytes of program and libraries, about */
 };
 
 /* Bytes mapped of a role's base, unless a role before it has the same. */
@@ -12085,12 +12085,32 @@ static int64_t train_mapped(rlhf_model *const *role, int i) {
     return bytes;
 }
 
+/* Tokens of the largest micro-batch of the run's first epochs, from the records in their orders. */
+static void train_record_size(const rlhf_trainer *t, train_size *z) {
+    const train_config *c = &t->u.c;
+    int n = t->train->n, window = (int)(c->per_device_train_batch_size * c->gradient_accumulation_steps);
+    int *order = mem_alloc(t->ctx, (size_t)n * sizeof *order), *len = mem_alloc(t->ctx, (size_t)n * sizeof *len);
+    for (int64_t epoch = 0; epoch < 3 && epoch * t->per_epoch < t->total; epoch++) {
+        data_order((uint64_t)c->seed, epoch, c->shuffle_dataset, n, order);
+        for (int i = 0; i < n; i++)
+            len[i] = t->train->record[order[i]].a.n + t->train->record[order[i]].b.n;
+        int64_t steps = t->total - epoch * t->per_epoch;
+        for (int i = 0, k; i < n && i / window < steps; i += k) {
+            k = train_cut(t, len, i, base_min(n, (i / window + 1) * window));
+            int rows = 0;
+            for (int j = i; j < i + k; j++) rows += len[j];
+            z->rows = base_max(z->rows, rows);
+        }
+    }
+    mem_free(len);
+    mem_free(order);
+}
+
 /* The stage of a step that takes the most: sampling, scoring, or training. */
 static model_need train_stage(const rlhf_trainer *t, const train_size *z) {
-    int64_t rows = z->step < t->at_once ? z->step : t->at_once;
     model_need stage[2 + OPT_MODELS] = {{0, 0, 0}}, most = {0, 0, 0};
     for (int i = 0; i < t->opt->models; i++)
-        stage[i] = model_need_training(t->opt->model[i], base_max(z->longest, (int)rows));
+        stage[i] = model_need_training(t->opt->model[i], z->rows);
     if (z->from) {
         int batch = base_min(z->scored, base_max(model_batch_tokens(z->from), z->len));
         stage[OPT_MODELS] = model_need_sampling(z->from, z->slots, z->prompt, z->len);
@@ -12125,7 +12145,7 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
     o.cache = (int64_t)most.cache;
     o.scratch = (int64_t)most.scratch;
     /* Panels of what samples, or of what is trained on few rows at once. */
-    const rlhf_model *few = z.from ? z.from : z.longest < MODEL_MANY_ROWS ? t->model : NULL;
+    const rlhf_model *few = z.from ? z.from : z.rows < MODEL_MANY_ROWS ? t->model : NULL;
     if (few) o.scratch += (int64_t)(model_panel_bytes(few, 0) + model_panel_bytes(few, 1));
     o.total = o.weights + o.adapters + o.optimizer + o.activations + o.cache + o.scratch + o.other;
     return o;
@@ -12697,16 +12717,8 @@ static void sft_eval(rlhf_trainer *t) {
     train_put(t, "eval_num_tokens", (double)s.tokens);
 }
 
-/* Lengths of the training records, pairs as a whole, for the memory of a step of `window`. */
-static void sft_size(const rlhf_trainer *t, train_size *z) {
-    const train_config *c = &t->u.c;
-    for (int i = 0; i < t->train->n; i++)
-        z->longest = base_max(z->longest, t->train->record[i].a.n + t->train->record[i].b.n);
-    z->step = c->per_device_train_batch_size * z->longest;
-}
-
 /* What 23 needs to know of this trainer. */
-static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL, sft_size};
+static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL, train_record_size};
 
 /* A trainer of a language model; eval and tok may be null. Arguments are checked, weights
  * untouched. */
@@ -12940,10 +12952,10 @@ static void rm_normalize(rlhf_trainer *t) {
     train_put(t, "score_std", (double)m->score_std);
 }
 
-/* As of 24, and the answers that normalisation samples. */
+/* The records, and the answers that normalisation samples. */
 static void rm_size(const rlhf_trainer *t, train_size *z) {
     const rlhf_rm_config *c = &t->u.rm;
-    sft_size(t, z);
+    train_record_size(t, z);
     if (!t->start || c->normalize_samples < 2) return;
     z->from = t->start;
     z->slots = base_min(RM_SLOTS, (int)c->normalize_samples);
@@ -13493,8 +13505,9 @@ static void ppo_size(const rlhf_trainer *t, train_size *z) {
     const rlhf_ppo_config *c = &t->u.ppo;
     size_t room = (size_t)c->response_length;
     for (int i = 0; i < t->train->n; i++) z->prompt = base_max(z->prompt, t->train->record[i].a.n);
-    z->longest = z->len = z->prompt + (int)room;
-    z->step = c->batch_size / c->num_mini_batches * z->longest;
+    z->len = z->prompt + (int)room;
+    int fit = base_max(1, t->at_once / z->len), most = (int)(c->batch_size / c->num_mini_batches);
+    z->rows = z->len * base_min(base_min(fit, most), (int)c->per_device_train_batch_size);
     z->from = t->model;
     z->slots = (int)c->batch_size;
     z->scored = (int)c->batch_size * z->len;

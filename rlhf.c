@@ -286,16 +286,6 @@ static size_t base_round_up(size_t n, size_t unit) { return (n + unit - 1) / uni
 RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
 RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
 
-/* Greatest common divisor of two positive numbers. */
-static int base_gcd(int a, int b) {
-    while (b) {
-        int rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return a;
-}
-
 /* 1 if value is one of the words that '|' separates in choices. */
 static int base_is_choice(const char *choices, const char *value) {
     size_t n = strlen(value);
@@ -884,8 +874,8 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
  * Tests: test/test_kern.c (against double precision, and lane against scalar bit for bit)
  * ============================================================================================ */
 
-/* In front of a loop over an array of registers: unrolled at any optimisation level, since only then
- * are its elements registers. */
+/* In front of a loop over an array of registers: unrolled at any optimisation level, since only
+ * then are its elements registers. */
 #if defined(__clang__)
 #define V_UNROLL _Pragma("unroll")
 #else

@@ -2,10 +2,10 @@
  * demo.c: the material and the examiner of `make demo`
  *
  * The demo asks one question: whose judgement should a model be trained on? It trains the same
- * small model twice by PPO, once on comparisons made by people who know the field and once on
- * comparisons made by people who do not, and compares what comes out with the model both started
- * from. This program writes everything the engine reads and marks everything the engine answers;
- * the engine itself knows nothing about the subject.
+ * small model by PPO on comparisons made by people who know the field, by people who do not, and by
+ * a crowd of both and of careless ones, of whom nobody says which is which; and compares what comes
+ * out with the model all started from. This program writes everything the engine reads and marks
+ * everything the engine answers; the engine itself knows nothing about the subject.
  *
  *     demo-tool generate DIR     write the data sets (the same bytes on every machine)
  *     demo-tool judge ...        read answers and scores, print the table, write summary.json
@@ -16,7 +16,7 @@
  *   01 BASE       strings, files, random numbers
  *   02 DOMAINS    four fields: how questions are worded, what is right, what goes wrong
  *   03 ANSWERS    how an answer is worded; reading an answer back
- *   04 RATERS     simulated annotators, experts and lay people
+ *   04 RATERS     simulated annotators: experts, lay people, a crowd
  *   05 GENERATE   the data sets
  *   06 JUDGE      the table, the samples, summary.json
  *   07 SHOW       summary.json as a picture and as a table
@@ -262,14 +262,19 @@ static void answer_text(int field, answer ans, char *text, size_t size)
 
 /* ============================================================================================
  * MARK: - 04 RATERS
- * Each comparison is judged by one person. An expert knows the right value, best of all in the
- * own field; where values do not decide, a sure tone is liked in a right answer and disliked in a
- * wrong one. A lay rater has no idea of the value and goes by the tone.
+ * An expert knows the right value, best of all in the own field; where values do not decide, a sure
+ * tone is liked in a right answer and disliked in a wrong one. A lay rater has no idea of the value
+ * and goes by the tone. A careless one does not read: either answer is as good.
  * ============================================================================================ */
+
+typedef enum { EXPERT, LAYMAN, CARELESS, KINDS } rater_kind;
+
+static const char *const kind_name[KINDS] = { "expert", "lay", "careless" };
 
 typedef struct {
     const char *name;
-    int own;     /* expert: the own field; lay: -1 */
+    rater_kind kind;
+    int own;     /* expert: the own field */
     int inside;  /* percent of verdicts that follow the rule: expert, in the own field; lay */
     int outside; /* the same for an expert elsewhere; lay: percent that like the longer of a tie */
 } rater;
@@ -277,24 +282,44 @@ typedef struct {
 enum { EXPERTS = 4, LAY = 5 };
 
 static const rater experts[EXPERTS] = {
-    { "amara, pharmacist", 0, 96, 75 },
-    { "bruno, notary", 1, 95, 75 },
-    { "chiara, accountant", 2, 96, 80 },
-    { "dmitri, electrician", 3, 94, 75 }
+    { "amara, pharmacist", EXPERT, 0, 96, 75 },
+    { "bruno, notary", EXPERT, 1, 95, 75 },
+    { "chiara, accountant", EXPERT, 2, 96, 80 },
+    { "dmitri, electrician", EXPERT, 3, 94, 75 }
 };
 
 static const rater lay_people[LAY] = {
-    { "emil", -1, 95, 50 },
-    { "fatou", -1, 92, 60 },
-    { "greta", -1, 88, 50 },
-    { "hugo", -1, 94, 55 },
-    { "ines", -1, 90, 50 }
+    { "emil", LAYMAN, 0, 95, 50 },
+    { "fatou", LAYMAN, 0, 92, 60 },
+    { "greta", LAYMAN, 0, 88, 50 },
+    { "hugo", LAYMAN, 0, 94, 55 },
+    { "ines", LAYMAN, 0, 90, 50 }
+};
+
+/* A crowd as one may hire it: half of them know one of the fields, a third are lay people, the rest
+ * want to be done. Nothing in the data says who is what. */
+enum { CROWD = 24 };
+
+static const rater crowd[CROWD] = {
+    { "agnes", LAYMAN, 0, 92, 50 },   { "bela", EXPERT, 2, 95, 75 },
+    { "cosmo", EXPERT, 0, 94, 70 },   { "dunja", CARELESS, 0, 0, 0 },
+    { "edgar", EXPERT, 3, 96, 80 },   { "flora", LAYMAN, 0, 88, 55 },
+    { "gilda", EXPERT, 1, 93, 75 },   { "heiko", LAYMAN, 0, 95, 50 },
+    { "irina", EXPERT, 0, 96, 75 },   { "jonas", CARELESS, 0, 0, 0 },
+    { "karla", EXPERT, 2, 92, 70 },   { "leon", LAYMAN, 0, 90, 60 },
+    { "mira", EXPERT, 1, 95, 80 },    { "nils", LAYMAN, 0, 94, 50 },
+    { "olga", EXPERT, 3, 94, 70 },    { "pablo", LAYMAN, 0, 92, 55 },
+    { "quinn", CARELESS, 0, 0, 0 },   { "rosa", EXPERT, 1, 96, 75 },
+    { "sven", EXPERT, 3, 93, 75 },    { "tilda", LAYMAN, 0, 90, 50 },
+    { "umar", EXPERT, 2, 96, 75 },    { "vera", CARELESS, 0, 0, 0 },
+    { "wanda", EXPERT, 0, 92, 75 },   { "xaver", LAYMAN, 0, 88, 60 }
 };
 
 /* True if the rater likes x better than y. The texts break the ties of lay raters only. */
 static int prefers(const rater *who, int field, answer x, answer y, int x_is_longer, rng *r)
 {
-    int expert = who->own >= 0;
+    int expert = who->kind == EXPERT;
+    if (who->kind == CARELESS) return rng_percent(r, 50);
     if (expert && x.right != y.right)
         return x.right == rng_percent(r, who->own == field ? who->inside : who->outside);
     if (expert && x.confident != y.confident)
@@ -320,6 +345,8 @@ enum {
     EVAL_FORMS = 1, /* wordings of each fact for the evaluations during training */
     DEMONSTRATIONS = 12000,
     COMPARISONS = 8000,
+    CROWD_ITEMS = 2000, /* comparisons that the crowd makes */
+    CROWD_VOTES = 6,    /* people who judge each of them */
     ASKS = 2,        /* times the final test asks each question: less noise from sampling */
     EVAL_COPIES = 3, /* demonstrations and comparisons made from each evaluation cell */
     CONFIDENT_PERCENT = 50,
@@ -449,17 +476,21 @@ static void draw_pair(const cell *c, answer pair[2], rng *r)
              pair[0].value == pair[1].value);
 }
 
-static void put_verdict(FILE *file, const cell *c, const answer pair[2], const rater *who, rng *r)
+/* A judgement; item < 0: of an annotator whose kind is known, else of an item of the crowd's. */
+static void put_verdict(FILE *file, const cell *c, const answer pair[2], const rater *who, int item,
+                        rng *r)
 {
     char prompt[TEXT], text[2][TEXT];
     cell_prompt(c, prompt);
     for (int i = 0; i < 2; i++) cell_answer(c, pair[i], text[i]);
     int longer = strlen(text[0]) > strlen(text[1]);
     int best = prefers(who, c->field, pair[0], pair[1], longer, r) ? 0 : 1;
-    put_record(file, json_pack("{s:s, s:s, s:s, s:s, s:s, s:s}", "prompt", prompt,
+    json_t *record = json_pack("{s:s, s:s, s:s, s:s, s:s}", "prompt", prompt,
                                "chosen", text[best], "rejected", text[1 - best],
-                               "domain", fields[c->field].name, "annotator", who->name,
-                               "annotator_type", who->own >= 0 ? "expert" : "lay"));
+                               "domain", fields[c->field].name, "annotator", who->name);
+    if (item < 0) json_object_set_new(record, "annotator_type", json_string(kind_name[who->kind]));
+    else json_object_set_new(record, "item", json_integer(item));
+    put_record(file, record);
 }
 
 /* The same pairs go to both kinds of rater: only the judgement differs between the two files. */
@@ -471,11 +502,27 @@ static void write_comparisons(const char *dir, const char *expert_name, const ch
         const cell *c = &from->at[i % from->n];
         answer pair[2];
         draw_pair(c, pair, r);
-        put_verdict(expert, c, pair, choose_expert(c->field, r), r);
-        put_verdict(lay, c, pair, &lay_people[rng_below(r, LAY)], r);
+        put_verdict(expert, c, pair, choose_expert(c->field, r), -1, r);
+        put_verdict(lay, c, pair, &lay_people[rng_below(r, LAY)], -1, r);
     }
     close_written(expert, expert_name);
     close_written(lay, lay_name);
+}
+
+/* Each pair goes to a few of the crowd, whoever is there. */
+static void write_crowd(const char *dir, const char *name, const cell_list *from, int n, rng *r)
+{
+    FILE *file = open_in(dir, name);
+    for (int i = 0; i < n; i++) {
+        const cell *c = &from->at[i % from->n];
+        answer pair[2];
+        int who[CROWD];
+        draw_pair(c, pair, r);
+        for (int k = 0; k < CROWD; k++) who[k] = k;
+        shuffle(r, who, CROWD);
+        for (int k = 0; k < CROWD_VOTES; k++) put_verdict(file, c, pair, &crowd[who[k]], i, r);
+    }
+    close_written(file, name);
 }
 
 /* Questions alone; "answer" and the cell ride along for the judge, the engine ignores them. */
@@ -508,9 +555,10 @@ static void generate(const char *dir)
                       eval->n * EVAL_COPIES, &r);
     write_questions(dir, "ppo_prompts.jsonl", train, 1);
     write_questions(dir, "test.jsonl", test, ASKS);
-    printf("%s: %d demonstrations, %d comparisons for each kind of rater, %d questions for PPO, "
-           "%d held-out questions, asked %d times each\n", dir, DEMONSTRATIONS, COMPARISONS,
-           train->n, test->n, ASKS);
+    write_crowd(dir, "prefs_crowd.jsonl", train, CROWD_ITEMS, &r);
+    printf("%s: %d demonstrations, %d comparisons for each kind of rater, %d by the crowd, each by "
+           "%d people, %d questions for PPO, %d held-out questions, asked %d times each\n", dir,
+           DEMONSTRATIONS, COMPARISONS, CROWD_ITEMS, CROWD_VOTES, train->n, test->n, ASKS);
 }
 
 /* ============================================================================================

@@ -571,7 +571,8 @@ TEST(informed_by_a_reward_model) {
 
 static json_t *eval_of(rlhf_ctx *ctx, rlhf_model *m, rlhf_dataset *d, const char *slice,
                        int per_turn) {
-    rlhf_eval_config c = {.slice = slice, .per_turn = per_turn};
+    rlhf_eval_config c = rlhf_eval_config_default();
+    c.slice = slice, c.per_turn = per_turn;
     char *text = NULL;
     OK(ctx, rlhf_eval_pairs(m, d, &c, &text));
     json_t *j = text ? json_loads(text, 0, NULL) : NULL;
@@ -637,10 +638,11 @@ TEST(slices) {
     CHECK_NEAR(at(j, "ceiling"), 0.5, 1e-12);
     CHECK(isnan(at(j, "domain.law.agreement")));
     json_decref(j);
-    rlhf_eval_config c = {.slice = "accuracy"};
+    rlhf_eval_config c = rlhf_eval_config_default();
+    c.slice = "accuracy";
     char *text;
     CHECK_EQ_I(rlhf_eval_pairs(m, d, &c, &text), RLHF_ERR_ARG);
-    c = (rlhf_eval_config){.slice = "", .per_turn = 1};
+    c.slice = "", c.per_turn = 1;
     CHECK_EQ_I(rlhf_eval_pairs(m, d, &c, &text), RLHF_ERR_ARG);
     rlhf_dataset_close(d);
     rlhf_model_close(m);

@@ -362,7 +362,7 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
       "whose judgement counts: none, majority, em, or a file that `rlhf raters --out` wrote")      \
     F(B, annotator_temperatures, 0, 0, 1,                                                          \
       "learn with the model how noisy each annotator's choices are")                               \
-    F(R, annotator_learning_rate, 0.02, 0, 1e3, "learning rate of these log temperatures")         \
+    F(R, annotator_learning_rate, 0.05, 0, 1e3, "learning rate of these log temperatures")         \
     RLHF_EVAL_FIELDS(F)
 
 /* How preferences are evaluated. */

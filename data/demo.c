@@ -739,7 +739,7 @@ static void print_row(const char *name, const char *slice, const tally *t)
     char kl[16] = "-";
     double n = t->n ? t->n : 1;
     if (t->has_kl) snprintf(kl, sizeof kl, "%.2f", t->kl);
-    printf("%-11s %-9s %5d %7.1f %10.1f %10.1f %7.2f %6s %8.2f %6.2f\n", name, slice, t->n,
+    printf("%-12s %-9s %5d %7.1f %10.1f %10.1f %7.2f %6s %8.2f %6.2f\n", name, slice, t->n,
            100 * share(t->right, t->n), 100 * share(t->confident, t->n),
            100 * share(t->sure_wrong, t->n), t->length / n, kl, t->reward[0] / n,
            t->reward[1] / n);
@@ -748,8 +748,8 @@ static void print_row(const char *name, const char *slice, const tally *t)
 static void print_table(const candidate *models, int n)
 {
     printf("\nAnswers to held-out questions, sampled at temperature 1\n\n"
-           "                            right  confident  confident          KL to   reward by\n"
-           "model       field         n       %%          %%   + wrong %%  tokens    SFT   expert"
+           "                             right  confident  confident          KL to   reward by\n"
+           "model        field         n       %%          %%   + wrong %%  tokens    SFT   expert"
            "    lay\n");
     for (int i = 0; i < n; i++) print_row(models[i].name, "all", &models[i].all);
     for (int d = 0; d < DOMAINS; d++) {
@@ -784,7 +784,7 @@ static void print_samples(const candidate *models, int n)
             if (!record) continue;
             const char *text = get_text(record, "completion", models[i].gens);
             const char *mark = is_right(text, right) ? "right" : "WRONG";
-            printf("    %-11s %-6s %s\n", models[i].name, mark, text + (*text == ' '));
+            printf("    %-12s %-6s %s\n", models[i].name, mark, text + (*text == ' '));
         }
     }
 }
@@ -803,7 +803,70 @@ static json_t *tally_json(const tally *t)
     return out;
 }
 
-static void write_summary(const char *path, const candidate *models, int n)
+/* What `rlhf raters` has found of the crowd, by what its members are. It reads the crowd's file,
+ * which does not say who is what. */
+enum { OWN_FIELD, OTHER_FIELD, LAY_HERE, CARELESS_HERE, GROUPS };
+
+static const char *const group_name[GROUPS] = {
+    "expert, own field", "expert, other fields", "lay", "careless"
+};
+
+typedef struct { int n; double sum, low, high; } found;
+
+static int crowd_group(const char *name, int field, const char *path)
+{
+    for (int k = 0; k < CROWD; k++) {
+        if (strcmp(crowd[k].name, name)) continue;
+        if (crowd[k].kind == EXPERT) return crowd[k].own == field ? OWN_FIELD : OTHER_FIELD;
+        return crowd[k].kind == LAYMAN ? LAY_HERE : CARELESS_HERE;
+    }
+    die("%s: unknown annotator \"%s\"", path, name);
+    return -1;
+}
+
+/* {group: {annotators, reliability, lowest, highest}} over annotators and fields. */
+static json_t *crowd_json(const char *path)
+{
+    found group[GROUPS] = { { 0 } };
+    json_t *reports = read_records(path), *out = json_object(), *fields_of, *value;
+    const json_t *last = json_array_get(reports, json_array_size(reports) - 1);
+    const json_t *cells = json_object_get(last, "reliabilities");
+    const char *name, *field;
+    if (json_object_size(cells) != CROWD) die("%s: not about %d annotators", path, CROWD);
+    json_object_foreach((json_t *)(uintptr_t)cells, name, fields_of)
+        json_object_foreach(fields_of, field, value) {
+            found *g = &group[crowd_group(name, field_index(field, path), path)];
+            double x = get_number(value, "reliability", path);
+            if (!g->n++) g->low = g->high = x;
+            g->sum += x;
+            g->low = x < g->low ? x : g->low;
+            g->high = x > g->high ? x : g->high;
+        }
+    for (int i = 0; i < GROUPS; i++) {
+        const found *g = &group[i];
+        int people = i < LAY_HERE ? g->n / (i == OWN_FIELD ? 1 : DOMAINS - 1) : g->n / DOMAINS;
+        json_object_set_new(out, group_name[i],
+                            json_pack("{s:i, s:f, s:f, s:f}", "annotators", people, "reliability",
+                                      g->n ? g->sum / g->n : 0, "lowest", g->low,
+                                      "highest", g->high));
+    }
+    json_decref(reports);
+    return out;
+}
+
+/* Both tables about the crowd; the texts are a format for the head and one for a row. */
+static void print_crowd(json_t *groups, const char *head, const char *row)
+{
+    const char *name;
+    json_t *group;
+    fputs(head, stdout);
+    json_object_foreach(groups, name, group)
+        printf(row, name, (int)get_number(group, "annotators", "crowd"),
+               get_number(group, "reliability", "crowd"), get_number(group, "lowest", "crowd"),
+               get_number(group, "highest", "crowd"));
+}
+
+static void write_summary(const char *path, const candidate *models, int n, json_t *groups)
 {
     json_t *list = json_array();
     for (int i = 0; i < n; i++) {
@@ -816,7 +879,7 @@ static void write_summary(const char *path, const candidate *models, int n)
         json_object_set_new(item, "domains", domains);
         json_array_append_new(list, item);
     }
-    json_t *summary = json_pack("{s:o}", "models", list);
+    json_t *summary = json_pack("{s:o, s:o}", "models", list, "crowd", groups);
     if (!summary || json_dump_file(summary, path, JSON_INDENT(2) | JSON_REAL_PRECISION(6)))
         die("%s: %s", path, strerror(errno));
     json_decref(summary);
@@ -835,14 +898,16 @@ static void print_verdict(const candidate *models, int n)
     }
 }
 
-/* Reads "--model NAME --gens F --expert F --lay F --eval F --dir D" for each model. */
-static int read_models(int argc, char **argv, candidate *models, const char **out)
+/* Reads "--out F --crowd F" and "--model NAME --gens F --expert F --lay F --eval F --dir D" for each model. */
+static int read_models(int argc, char **argv, candidate *models, const char **out,
+                       const char **raters)
 {
     int n = 0;
     for (int i = 0; i + 1 < argc; i += 2) {
         const char *key = argv[i], *value = argv[i + 1];
         candidate *e = n ? &models[n - 1] : NULL;
         if (!strcmp(key, "--out")) *out = value;
+        else if (!strcmp(key, "--crowd")) *raters = value;
         else if (!strcmp(key, "--model") && n < MODELS) models[n++].name = value;
         else if (e && !strcmp(key, "--gens")) e->gens = value;
         else if (e && !strcmp(key, "--expert")) e->scores[0] = value;
@@ -852,7 +917,8 @@ static int read_models(int argc, char **argv, candidate *models, const char **ou
         else die("judge: unexpected \"%s\"", key);
     }
     if (argc % 2) die("judge: \"%s\" lacks its value", argv[argc - 1]);
-    if (!n || !*out) die("judge: needs --out FILE and at least one --model");
+    if (!n || !*out || !*raters)
+        die("judge: needs --out FILE, --crowd FILE and at least one --model");
     for (int i = 0; i < n; i++) {
         const candidate *e = &models[i];
         if (!e->gens || !e->eval || !e->dir || !e->scores[0] || !e->scores[1])
@@ -864,18 +930,23 @@ static int read_models(int argc, char **argv, candidate *models, const char **ou
 static void judge(int argc, char **argv)
 {
     static candidate models[MODELS];
-    const char *out = NULL;
-    int n = read_models(argc, argv, models, &out);
+    const char *out = NULL, *raters = NULL;
+    int n = read_models(argc, argv, models, &out, &raters);
+    json_t *groups = crowd_json(raters);
     for (int i = 0; i < n; i++) read_entry(&models[i]);
     print_table(models, n);
     print_samples(models, n);
     print_verdict(models, n);
-    write_summary(out, models, n);
+    print_crowd(groups,
+                "\nReliability in the crowd, as found without being told who is what\n\n"
+                "                      annotators   mean  lowest  highest\n",
+                "%-21s %11d %6.2f %7.2f %8.2f\n");
+    write_summary(out, models, n, groups);
     putchar('\n');
     for (int i = 0; i < n; i++)
-        printf("%-11s checkpoint %s, metrics %s/metrics.jsonl\n", models[i].name, models[i].dir,
+        printf("%-12s checkpoint %s, metrics %s/metrics.jsonl\n", models[i].name, models[i].dir,
                models[i].dir);
-    printf("%-11s %s\n", "summary", out);
+    printf("%-12s %s\n", "summary", out);
     for (int i = 0; i < n; i++) json_decref(models[i].answers);
 }
 
@@ -887,14 +958,13 @@ static void judge(int argc, char **argv)
  * ============================================================================================ */
 
 enum {
-    CHART_W = 720,
     CHART_H = 370,
     BASE_Y = 318,  /* of the axis */
     FULL = 220,    /* height of 100 % */
     GROUP_X = 96,  /* left edge of the first group */
-    GROUP_W = 206, /* from group to group */
-    BAR_W = 76,
-    GAP = 8
+    GROUP_W = 156, /* from group to group */
+    BAR_W = 58,
+    GAP = 6
 };
 
 static const char *const chart_color[] = { "#3b82c4", "#e3a33b", "#c8553d" };
@@ -959,7 +1029,7 @@ static void chart(const char *from, const char *to)
     json_t *summary = read_summary(from);
     const json_t *models = json_object_get(summary, "models");
     int n = (int)json_array_size(models);
-    int width = n > 3 ? CHART_W + (n - 3) * GROUP_W : CHART_W;
+    int width = GROUP_X + (n > 3 ? n : 3) * GROUP_W;
     FILE *svg = fopen(to, "wb");
     if (!svg) die("%s: %s", to, strerror(errno));
     fprintf(svg,
@@ -994,6 +1064,10 @@ static void table(const char *from)
                100 * get_number(model, "confident_wrong", from),
                get_number(model, "mean_length", from), get_number(model, "kl", from),
                get_number(model, reward_key[0], from), get_number(model, reward_key[1], from));
+    print_crowd(json_object_get(summary, "crowd"),
+                "\n| in the crowd | annotators | reliability found, mean | lowest | highest |\n"
+                "|---|--:|--:|--:|--:|\n",
+                "| %s | %d | %.2f | %.2f | %.2f |\n");
     json_decref(summary);
 }
 

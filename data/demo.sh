@@ -110,6 +110,6 @@ done
 say "The result."
 "$tool" judge --out "$out/summary.json" --crowd "$out/raters.json" "${models[@]}"
 "$tool" chart "$out/summary.json" "$out/chart.svg"
-printf '%-11s %s\n' "chart" "$out/chart.svg"
-printf '%-11s %s and %s\n' "reward" "$out/rm-expert" "$out/rm-lay"
+printf '%-12s %s\n' "chart" "$out/chart.svg"
+printf '%-12s %s and %s\n' "reward" "$out/rm-expert" "$out/rm-lay"
 printf '\nThe demo took %d seconds.\n' $((SECONDS - began))

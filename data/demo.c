@@ -898,7 +898,8 @@ static void print_verdict(const candidate *models, int n)
     }
 }
 
-/* Reads "--out F --crowd F" and "--model NAME --gens F --expert F --lay F --eval F --dir D" for each model. */
+/* Reads "--out F --crowd F", and for each model
+ * "--model NAME --gens F --expert F --lay F --eval F --dir D". */
 static int read_models(int argc, char **argv, candidate *models, const char **out,
                        const char **raters)
 {

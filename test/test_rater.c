@@ -359,7 +359,7 @@ static rlhf_dataset *noiseless(rlhf_ctx *ctx, rlhf_tokenizer *tok) {
 }
 
 /* The temperatures of the planted crowd: those who are right more often have lower ones. */
-static void check_temperatures(rlhf_ctx *ctx, rlhf_trainer *t) {
+static void check_temperatures(rlhf_ctx *ctx, rlhf_trainer *t, double epochs) {
     static const int from[] = {0, EXPERTS, EXPERTS + LAY, WHOS};
     double mean[3] = {0}, log_mean = 0, judgements = 0; /* experts, lay people, the others */
     char *text = NULL;
@@ -379,7 +379,7 @@ static void check_temperatures(rlhf_ctx *ctx, rlhf_trainer *t) {
         }
     CHECK_EQ_I(judgements, ITEMS * VOTES);
     CHECK_NEAR(log_mean / judgements, 0, 1e-5);
-    CHECK(mean[0] < mean[1] - 0.1 && mean[0] < mean[2] - 0.1);
+    if (epochs >= 2) CHECK(mean[0] < mean[1] - 0.3 && mean[1] < mean[2] - 0.3);
     if (getenv("RLHF_RATER_SEEDS"))
         printf("\n    temperatures: experts %.2f, lay %.2f, others %.2f", exp(mean[0]),
                exp(mean[1]), exp(mean[2]));
@@ -411,7 +411,7 @@ static double learn(rlhf_ctx *ctx, rlhf_tokenizer *tok, const char *how, double 
     OK(ctx, rlhf_rm_open(rm, NULL, tok, d, truth, &c, &t));
     OK(ctx, rlhf_trainer_run(t));
     double accuracy = rlhf_trainer_metric(t, "eval_accuracy");
-    if (c.annotator_temperatures) check_temperatures(ctx, t);
+    if (c.annotator_temperatures) check_temperatures(ctx, t, epochs);
     rlhf_trainer_close(t);
     rlhf_dataset_close(d);
     rlhf_model_close(rm);

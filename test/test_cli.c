@@ -589,12 +589,12 @@ TEST(aspects_and_qualification) {
         0);
     CHECK_NEAR(number("records"), 1, 0);
     CHECK_NEAR(number("eval_pairs"), 1, 0);
-    RUN("$R eval --model $D/rm --data $D/judged.jsonl --json --aspect tone --use_unqualified", 0);
+    RUN("$R eval --model $D/tone --data $D/judged.jsonl --json --aspect tone --use_unqualified", 0);
     CHECK_NEAR(number("pairs"), 2, 0);
     RUN("$R raters --data $D/judged.jsonl --json --aspect tone", 0);
     CHECK_NEAR(number("judgements"), 1, 0);
     CHECK_NEAR(number("unqualified"), 1, 0);
-    static const char *const commands[] = {"rm --model $D/lm --out $D/x", "eval --model $D/rm",
+    static const char *const commands[] = {"rm --model $D/lm --out $D/x", "eval --model $D/tone",
                                            "raters"};
     for (int i = 0; i < 3; i++) {
         char command[256];

@@ -11540,7 +11540,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
  * to chance: after training they are normalised so that answers of the starting model score with
  * mean 0 and deviation 1 (Ziegler et al. 2019), and a KL coefficient means the same for every
  * reward model.
- * Tests: test/test_golden.c, test/test_train.c
+ * Tests: test/test_golden.c, test/test_train.c, test/test_rater.c
  * ============================================================================================ */
 
 /* How far annotators' log temperatures lie apart, before anything is known. */

@@ -148,7 +148,7 @@ sanitize: deps            ## the same under AddressSanitizer and UBSan, quick su
 
 # ---- Demo ----------------------------------------------------------------------------------------
 
-demo: deps                ## train, align twice, compare: the whole loop in five minutes
+demo: deps                ## train, align, compare: the whole loop in a few minutes
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(BUILD)/demo-tool
 	@bash data/demo.sh
 

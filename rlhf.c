@@ -7948,17 +7948,18 @@ static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int l
     size_t i = model_index(p, layer);
     int own = m->slot[p].where == MODEL_OWN;
     if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
-    float **packed = own ? m->packed + i : m->base->packed + i;
-    int fresh = !*packed;
-    if (fresh)
-        *packed = arena_floats(own ? &m->keep : &m->base->keep,
-                               gemm_packed_size(m->ctx->k, m->half, w->k, w->n), 1);
-    if (own ? m->packed_version[i] != m->version : fresh) {
+    float **packed = own ? m->packed + i : m->base->packed + i, *to = *packed;
+    if (!to)
+        to = arena_floats(own ? &m->keep : &m->base->keep,
+                          gemm_packed_size(m->ctx->k, m->half, w->k, w->n), 1);
+    /* Noted only when they are whole: packing may fail. */
+    if (own ? m->packed_version[i] != m->version : !*packed) {
         op_env e = {m->ctx, &m->ws};
-        op_pack(&e, w, *packed);
+        op_pack(&e, w, to);
         m->packed_version[i] = m->version;
     }
-    return *packed;
+    *packed = to;
+    return to;
 }
 
 /* A matrix ready for op_linear on `rows` rows, with its adapters. bias P_COUNT: none. */

@@ -9367,6 +9367,7 @@ static rlhf_model *ckpt_copy_model(rlhf_model *m, rlhf_head head) {
     rlhf_model *o = ckpt_adopt(m->ctx, &src, config, m->base);
     if (m->c.lora.r) { /* the same adapters, not new ones */
         mem_free(o->w);
+        o->w = NULL; /* an error below frees what o has */
         o->c.lora = m->c.lora;
         model_place(o, m->base);
     }

@@ -7102,10 +7102,9 @@ typedef struct model_base {
     uint8_t *pieces;
     float **floats; /* null: none */
     void **blocks;  /* what floats and pieces that could not be mapped point to: [n_blocks] */
-    model_slot slot[P_COUNT];    /* the shape of the model that it was opened for */
-    const model_tensor *tensors; /* of its family */
-    int layers, hd;
-    int other_score; /* the files have a score head that this model had no use for */
+    model_slot slot[P_COUNT]; /* the shape of the model that it was opened for */
+    const model_tensor *tensors;
+    int layers, hd, other_score; /* other_score: it left a score head in the files */
     io_view **maps; /* [n_maps] */
     int n_blocks, n_maps;
     char *stored;   /* as rlhf_model.stored */
@@ -9233,8 +9232,8 @@ static model_base ckpt_identity(rlhf_ctx *ctx, const char *dir) {
  * hold, for the speed of decoding. */
 enum { CKPT_KEEP_FLOATS = 1 << 28 };
 
-/* Whether a base has what a model reads: config.json may be another than the base's first model had,
- * or ask for a head that this one left in the files. */
+/* Whether a base has what a model reads: config.json may be another than that of the model that it
+ * was opened for, or ask for a head that was left in the files. */
 static int ckpt_base_fits(rlhf_model *m, const model_base *b) {
     model_layout(m);
     if (m->c.layers != b->layers || m->c.hd != b->hd || m->family->tensors != b->tensors) return 0;

@@ -35,6 +35,18 @@ static const char tall[] = /* more rows of the embedding than are widened at a t
 static const char *const configs[] = {gpt2, llama, qwen2, neox, gemma2};
 enum { CONFIGS = sizeof configs / sizeof *configs, VOCAB = 53, LONG = 100 };
 
+/* A context whose products are of bfloat16, or of floats. */
+static rlhf_ctx *context(const char *isa, int threads, int half) {
+    rlhf_options o = rlhf_options_default();
+    rlhf_ctx *ctx = NULL;
+    o.isa = isa;
+    o.threads = threads;
+    o.dtype = half ? "bf16" : "f32";
+    o.hooks = test_hooks();
+    OK(ctx, rlhf_open(&ctx, &o));
+    return ctx;
+}
+
 /* What a call inside the library needs. */
 typedef struct inside {
     const char *text; /* a config.json with ' for ", targets, a directory */
@@ -324,14 +336,16 @@ TEST(adapter_and_merged) {
         int kv = c == 0 || c == 3;
         merged_case(base, RLHF_HEAD_LM, "all-linear", lora, all);
         merged_case(base, RLHF_HEAD_SCORE, "all-linear", root, all);
-        merged_case(base, RLHF_HEAD_LM, "auto", root, kv ? 1u << LORA_QKV : 1u << LORA_Q | 1u << LORA_V);
+        merged_case(base, RLHF_HEAD_LM, "auto", root,
+                    kv ? 1u << LORA_QKV : 1u << LORA_Q | 1u << LORA_V);
         merged_case(base, RLHF_HEAD_SCORE, "all-linear", one, all);
         /* Each module by itself: what a wrong place of its rows would show in. */
         for (const model_tensor *t = base->family->tensors; t->name; t++) {
             char name[160];
             int i = model_module_of(t);
             if (i < 0) continue;
-            snprintf(name, sizeof name, "%.*s", (int)(strstr(t->name, ".weight") - t->name), t->name);
+            snprintf(name, sizeof name, "%s", t->name);
+            *strstr(name, ".weight") = 0;
             merged_case(base, RLHF_HEAD_LM, strstr(name, "%d.") + 3, one, 1u << i);
         }
         rlhf_model_close(base);
@@ -426,9 +440,9 @@ static void same_gradients(rlhf_model *a, rlhf_model *b) {
     a->g = b->g = NULL;
 }
 
-static void frozen_case(const char *config, char kind, int odd, int keep, int threads) {
+static void frozen_case(const char *config, char kind, int odd, int keep, int threads, int half) {
     const model_lora lora = {.r = 3, .alpha = 3};
-    rlhf_ctx *ctx = test_context("auto", threads);
+    rlhf_ctx *ctx = context("auto", threads, half);
     base_make(ctx, config, kind, "base");
     base_make(ctx, config, kind, "even");
     if (odd) misalign("base");
@@ -476,7 +490,9 @@ TEST(mapped_as_thawed) {
         for (int k = 0; k < 3; k++)
             for (int odd = 0; odd < 2; odd++) {
                 int failed = test_failures;
-                frozen_case(configs[c], "4hb"[k], odd, (c + k + odd) % 2, 1 + 2 * (k % 2));
+                for (int half = 0; half < 2; half++)
+                    frozen_case(configs[c], "4hb"[k], odd, (c + k + odd) % 2, 1 + 2 * (k % 2),
+                                half);
                 if (test_failures > failed)
                     printf("\n    (model %d, dtype %d, odd %d)", c, k, odd);
             }
@@ -485,8 +501,39 @@ TEST(mapped_as_thawed) {
 /* A matrix of more rows than are widened at a time: the sum over them is one chain. */
 TEST(matrices_in_blocks) {
     CHECK(op_widen_count(64) < 9001);
-    frozen_case(tall, 'b', 0, 0, 1);
-    frozen_case(tall, 'h', 1, 1, 3);
+    frozen_case(tall, 'b', 0, 0, 1, 0);
+    frozen_case(tall, 'h', 1, 1, 3, 0);
+    frozen_case(tall, 'h', 0, 0, 1, 1);
+}
+
+/* Losses and gradients of adapters on mapped weights, for any kernels and threads. */
+TEST(kernels_and_threads) {
+    static const int threads[] = {1, 2, 3, 5};
+    for (int c = 0; c < CONFIGS; c++) {
+        float *g = NULL, out[ROWS];
+        for (int t = K_TABLES - 1; t >= 0; t--)
+            for (int i = 0; i < (t ? 1 : 4); i++) {
+                if (!k_tables[t]->available()) continue;
+                rlhf_ctx *ctx = context(k_tables[t]->name, threads[i], 0);
+                base_make(ctx, configs[c], "bh4"[c % 3], "base");
+                rlhf_model *m = open_in(ctx, "base");
+                adapt(m, "all-linear", (model_lora){.r = 5, .alpha = 3, .dropout = 0.2f});
+                fill_own(m, 0.3f);
+                lend_gradients(m);
+                pass p = pass_go(m, 3, 0);
+                if (!g) {
+                    g = malloc(m->n * sizeof *g);
+                    memcpy(g, m->g, m->n * sizeof *g);
+                    memcpy(out, p.out, sizeof out);
+                }
+                CHECK_BITS(p.out, out, p.n);
+                CHECK_BITS(m->g, g, m->n);
+                drop(m);
+                rlhf_close(ctx);
+                test_remove(test_path("base"));
+            }
+        free(g);
+    }
 }
 
 /* One base for all models of the same files, whatever the order in which they go. */
@@ -630,6 +677,22 @@ TEST(adapter_directory) {
         }
 }
 
+/* A head that nobody has trained stays such. */
+TEST(adapter_without_a_head) {
+    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_model *m = adapter_make(ctx, llama, RLHF_HEAD_SCORE, (model_lora){.r = 2, .alpha = 2});
+    const int32_t ids[3] = {token(0), token(1), token(2)};
+    float score = 0;
+    m->score_trained = 0;
+    OK(ctx, rlhf_model_save(m, NULL, test_path("adapter")));
+    rlhf_model *back = open_in(ctx, "adapter");
+    CHECK(back->c.head == RLHF_HEAD_SCORE && !back->score_trained);
+    CHECK_EQ_I(rlhf_model_score(back, ids, 3, &score), RLHF_ERR_ARG);
+    rlhf_model_close(m);
+    rlhf_model_close(back);
+    rlhf_close(ctx);
+}
+
 /* A list of names and one name mean the same; what a member would change is refused. */
 TEST(adapter_configs) {
     static const struct {
@@ -700,7 +763,7 @@ static void damage_run(rlhf_ctx *ctx, void *arg) {
     int n;
     ckpt_tensor *list = ckpt_adapter_tensors(o->m, &n), *last = list + n - 1;
     if (o->what == 0) n--;
-    if (o->what == 1) snprintf(last->name, sizeof last->name, "base_model.model.more.lora_A.weight");
+    if (o->what == 1) snprintf(last->name, sizeof last->name, "base_model.model.lora_A.weight");
     if (o->what == 2) last->rows--;
     if (o->what == 3) list->cols--;
     if (o->what == 4) list->transposed = 1;
@@ -737,7 +800,8 @@ TEST(adapter_tensors) {
     no_adapter(__LINE__, ctx, RLHF_ERR_IO, "adapter/adapter_model.safetensors", "");
     OK(ctx, rlhf_model_save(m, NULL, test_path("other")));
     edit("adapter", "adapter_config.json", "{'base_model_name_or_path':'../other'}");
-    no_adapter(__LINE__, ctx, RLHF_ERR_UNSUPPORTED, "adapter/adapter_config.json", "adapter itself");
+    no_adapter(__LINE__, ctx, RLHF_ERR_UNSUPPORTED, "adapter/adapter_config.json",
+               "adapter itself");
     edit("adapter", "adapter_config.json", "{'base_model_name_or_path':'.'}");
     no_adapter(__LINE__, ctx, RLHF_ERR_IO, "", "");
     rlhf_model_close(m);
@@ -942,6 +1006,7 @@ typedef struct lab {
     rlhf_ctx *ctx;
     rlhf_model *lm, *m, *reward; /* m: what is trained; reward may be null */
     rlhf_dataset *train;
+    int eval; /* of what is trained on */
     config config;
     rlhf_trainer *t;
 } lab;
@@ -985,8 +1050,9 @@ static void lab_models(lab *l) {
 
 static rlhf_status lab_open(lab *l) {
     const config *c = &l->config;
-    if (l->stage == SFT) return rlhf_sft_open(l->m, NULL, l->train, NULL, &c->sft, &l->t);
-    if (l->stage == RM) return rlhf_rm_open(l->m, l->lm, NULL, l->train, NULL, &c->rm, &l->t);
+    rlhf_dataset *eval = l->eval ? l->train : NULL;
+    if (l->stage == SFT) return rlhf_sft_open(l->m, NULL, l->train, eval, &c->sft, &l->t);
+    if (l->stage == RM) return rlhf_rm_open(l->m, l->lm, NULL, l->train, eval, &c->rm, &l->t);
     return rlhf_ppo_open(l->m, NULL, l->train, l->reward, l->reward ? NULL : judge, NULL, &c->ppo,
                          &l->t);
 }
@@ -1018,7 +1084,7 @@ static void base_for_labs(const char *text) {
 /* What two steps end in. */
 typedef struct outcome {
     uint64_t hash, value;
-    double loss[2];
+    double loss[2], eval;
 } outcome;
 
 static outcome outcome_of(lab *l, int steps) {
@@ -1029,6 +1095,7 @@ static outcome outcome_of(lab *l, int steps) {
         o.loss[i % 2] = rlhf_trainer_metric(l->t, l->stage == PPO ? "loss/policy_avg" : "loss");
     }
     o.hash = model_hash(l->m);
+    if (l->eval) o.eval = rlhf_trainer_metric(l->t, "eval_loss");
     if (l->stage == PPO) o.value = model_hash(l->t->value);
     lab_close(l);
     return o;
@@ -1059,9 +1126,11 @@ TEST(dropout_and_batches) {
         }
 }
 
-/* With weights that stay the loss is the same in each step, unless something is dropped. */
+/* With weights that stay the loss is the same in each step, unless something is dropped, and in no
+ * evaluation is. */
 TEST(dropout_differs_between_steps) {
-    for (int s = SFT; s <= RM; s++)
+    for (int s = SFT; s <= RM; s++) {
+        double eval = 0;
         for (int p = 0; p < 2; p++) {
             rlhf_ctx *ctx = test_context("auto", 1);
             rlhf_model *m = adapter_make(ctx, gpt2, s == RM ? RLHF_HEAD_SCORE : RLHF_HEAD_LM,
@@ -1074,11 +1143,16 @@ TEST(dropout_differs_between_steps) {
             l.config.c.num_train_epochs = 2;
             l.config.c.per_device_train_batch_size = 24;
             l.config.c.lora_dropout = p ? 0.3 : 0;
+            l.config.c.eval_steps = 1;
+            l.eval = 1;
             outcome o = outcome_of(&l, 2);
-            CHECK((o.loss[0] == o.loss[1]) == !p);
+            if (p) CHECK_NEAR(o.eval, eval, 0);
+            eval = o.eval;
+            CHECK(o.eval > 0 && (o.loss[0] == o.loss[1]) == !p);
             test_remove(test_path("adapter"));
             test_remove(test_path("base"));
         }
+    }
 }
 
 TEST(ppo_drops_nothing) {
@@ -1127,11 +1201,12 @@ static int stop_at(void *user, const rlhf_progress *p) {
 
 /* A run of six steps in the folder dir that the hook stops after `stop` of them (0: never), all of
  * it new as in a new process. */
-static void travel(stage s, const char *from, const char *dir, int stop, int resume) {
+static void travel(stage s, int peft, const char *dir, int stop, int resume) {
     char path[1024];
-    lab l = lab_hooked(s, from, 1, stop_at, &stop);
+    lab l = lab_hooked(s, "base", 1, stop_at, &stop);
     snprintf(path, sizeof path, "%s", test_path(dir));
     l.config.c.output_dir = path;
+    l.config.c.use_peft = peft;
     l.config.c.max_steps = 6;
     l.config.c.save_steps = 2;
     l.config.c.resume = resume;
@@ -1142,30 +1217,37 @@ static void travel(stage s, const char *from, const char *dir, int stop, int res
     lab_close(&l);
 }
 
+/* A run in one go in the folder a, the same run in two parts in b. */
+static void there_and_back(stage s, int peft) {
+    travel(s, peft, "a", 0, 0);
+    travel(s, peft, "b", 3, 0);
+    CHECK(access(test_path("b/checkpoint/trainer_state.json"), F_OK) == 0);
+    CHECK(access(test_path("b/adapter_config.json"), F_OK) != 0);
+    travel(s, peft, "b", 0, 1);
+    same_file("a", "b", peft ? "adapter_model.safetensors" : "model.safetensors");
+    same_file("a", "b", peft ? "adapter_config.json" : "config.json");
+    same_file("a", "b", "metrics.jsonl");
+    if (s == RM && peft) same_file("a", "b", "reward.json");
+    CHECK((access(test_path("a/model.safetensors"), F_OK) != 0) == peft);
+    /* The result opens as what it is. */
+    rlhf_ctx *ctx = test_context("auto", 1);
+    rlhf_model *m = open_in(ctx, "a");
+    CHECK_EQ_I(m->c.head, s == RM ? RLHF_HEAD_SCORE : RLHF_HEAD_LM);
+    CHECK_EQ_I(m->c.lora.r, peft ? 3 : 0);
+    CHECK(s != RM || m->score_trained);
+    rlhf_model_close(m);
+    rlhf_close(ctx);
+    test_remove(test_path("a"));
+    test_remove(test_path("b"));
+}
+
 TEST(stop_and_resume) {
-    for (int s = SFT; s <= PPO; s++)
-        for (int c = 1; c < 4; c += 2) {
-            base_for_labs(configs[c]);
-            travel((stage)s, "base", "a", 0, 0);
-            travel((stage)s, "base", "b", 3, 0);
-            CHECK(access(test_path("b/checkpoint/trainer_state.json"), F_OK) == 0);
-            CHECK(access(test_path("b/adapter_config.json"), F_OK) != 0);
-            travel((stage)s, "base", "b", 0, 1);
-            same_file("a", "b", "adapter_model.safetensors");
-            same_file("a", "b", "adapter_config.json");
-            same_file("a", "b", "metrics.jsonl");
-            if (s == RM) same_file("a", "b", "reward.json");
-            CHECK(access(test_path("a/model.safetensors"), F_OK) != 0);
-            /* The result opens, and is not what the run began with. */
-            rlhf_ctx *ctx = test_context("auto", 1);
-            rlhf_model *m = open_in(ctx, "a");
-            CHECK_EQ_I(m->c.head, s == RM ? RLHF_HEAD_SCORE : RLHF_HEAD_LM);
-            CHECK(s != RM || m->score_trained);
-            rlhf_model_close(m);
-            rlhf_close(ctx);
-            static const char *const dirs[] = {"a", "b", "base"};
-            for (int i = 0; i < 3; i++) test_remove(test_path(dirs[i]));
-        }
+    for (int c = 1; c < 4; c += 2) {
+        base_for_labs(configs[c]);
+        for (int s = SFT; s <= PPO; s++)
+            for (int peft = 0; peft < 2; peft++) there_and_back((stage)s, peft);
+        test_remove(test_path("base"));
+    }
 }
 
 /* ---- models on one base ---------------------------------------------------------------------- */
@@ -1215,7 +1297,35 @@ TEST(ppo_on_one_base) {
     }
 }
 
-/* The score head's trained values reach the value model, and adapters begin without effect. */
+/* A model that was opened trains as one that never was in a file. */
+TEST(trains_as_its_own) {
+    for (int c = 0; c < CONFIGS; c++) {
+        base_for_labs(configs[c]);
+        for (int s = SFT; s <= PPO; s++) {
+            uint64_t hash[2];
+            for (int own = 0; own < 2; own++) {
+                lab l = lab_new((stage)s, "base", 1);
+                l.config.c.use_peft = 0;
+                lab_models(&l);
+                if (own) {
+                    models_close(&l);
+                    l.m = l.lm = model_make(l.ctx, configs[c], 'b');
+                    if (s == RM) l.m = copy_of(l.lm, RLHF_HEAD_SCORE);
+                }
+                CHECK((l.m->base == NULL) == own);
+                OK(l.ctx, lab_open(&l));
+                CHECK(!l.m->base);
+                lab_step(&l, 2);
+                hash[own] = model_hash(l.m);
+                lab_close(&l);
+            }
+            CHECK(hash[0] == hash[1]);
+        }
+        test_remove(test_path("base"));
+    }
+}
+
+/* Before the first step adapters have no effect. */
 TEST(adapters_begin_without_effect) {
     base_for_labs(gpt2);
     for (int s = SFT; s <= RM; s++) {
@@ -1422,11 +1532,14 @@ TEST(oom_trainers) {
 }
 
 TEST_MAIN(CASE(adapter_and_merged), CASE(names_of_targets), CASE(mapped_as_thawed),
-          CASE(matrices_in_blocks), CASE(one_base_for_a_directory), CASE(a_directory_that_changes),
-          CASE(adapter_directory), CASE(adapter_configs), CASE(adapter_tensors),
+          CASE(matrices_in_blocks), CASE(kernels_and_threads),
+          CASE(one_base_for_a_directory), CASE(a_directory_that_changes),
+          CASE(adapter_directory), CASE(adapter_without_a_head),
+          CASE(adapter_configs), CASE(adapter_tensors),
           CASE(heads_of_one_base), CASE(a_config_that_changes), CASE(share_of_zeros),
           CASE(gradients_under_dropout), CASE(dropout_and_batches),
           CASE(dropout_differs_between_steps), CASE(ppo_drops_nothing),
           CASE(gradient_checkpointing), CASE(stop_and_resume), CASE(ppo_on_one_base),
-          CASE(adapters_begin_without_effect), CASE(use_peft_needs_a_base),
+          CASE(trains_as_its_own), CASE(adapters_begin_without_effect),
+          CASE(use_peft_needs_a_base),
           CASE(an_adapter_goes_on), CASE(oom_adapter_open), CASE(oom_logits), CASE(oom_trainers))

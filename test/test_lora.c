@@ -1087,6 +1087,13 @@ typedef struct outcome {
     double loss[2], eval;
 } outcome;
 
+static void eval_run(rlhf_ctx *ctx, void *arg) {
+    rlhf_trainer *t = arg;
+    (void)ctx;
+    arena_reset(&t->ws);
+    t->ops->eval(t);
+}
+
 static outcome outcome_of(lab *l, int steps) {
     outcome o = {0};
     lab_start(l);
@@ -1095,6 +1102,7 @@ static outcome outcome_of(lab *l, int steps) {
         o.loss[i % 2] = rlhf_trainer_metric(l->t, l->stage == PPO ? "loss/policy_avg" : "loss");
     }
     o.hash = model_hash(l->m);
+    if (l->eval) OK(l->ctx, test_call(l->ctx, eval_run, l->t));
     if (l->eval) o.eval = rlhf_trainer_metric(l->t, "eval_loss");
     if (l->stage == PPO) o.value = model_hash(l->t->value);
     lab_close(l);
@@ -1143,7 +1151,6 @@ TEST(dropout_differs_between_steps) {
             l.config.c.num_train_epochs = 2;
             l.config.c.per_device_train_batch_size = 24;
             l.config.c.lora_dropout = p ? 0.3 : 0;
-            l.config.c.eval_steps = 1;
             l.eval = 1;
             outcome o = outcome_of(&l, 2);
             if (p) CHECK_NEAR(o.eval, eval, 0);

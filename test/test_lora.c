@@ -677,6 +677,71 @@ TEST(adapter_directory) {
         }
 }
 
+/* One tensor of a file of weights: its numbers, a block, and its shape; null if it is not there. */
+static float *tensor_of(const char *dir, const char *name, int shape[2]) {
+    size_t size, n = 0;
+    char *x = contents(dir, "adapter_model.safetensors", &size);
+    memcpy(&n, x, 8);
+    json_t *header = json_loadb(x + 8, n, 0, NULL), *t = json_object_get(header, name);
+    int64_t from = json_integer_value(json_array_get(json_object_get(t, "data_offsets"), 0));
+    float *out = NULL;
+    for (int i = 0; i < 2; i++)
+        shape[i] = (int)json_integer_value(
+            json_array_get(json_object_get(t, "shape"), (size_t)i));
+    if (t) {
+        out = calloc((size_t)(shape[0] * shape[1]), sizeof *out);
+        memcpy(out, x + 8 + n + from, (size_t)(shape[0] * shape[1]) * sizeof *out);
+    }
+    json_decref(header);
+    free(x);
+    return out;
+}
+
+/* PEFT's names and shapes, A [r][in] and B [out][r]; B's rows in the order that the family's file
+ * has: in gpt_neox query, key and value of each head. */
+TEST(files_as_peft_has_them) {
+    static const struct {
+        const char *config, *name;
+        int module, in, out, heads;
+    } cases[] = {
+        {gpt2, "transformer.h.1.attn.c_attn", LORA_QKV, 24, 72, 0},
+        {gpt2, "transformer.h.1.mlp.c_fc", LORA_FC, 24, 40, 0},
+        {gpt2, "transformer.h.1.mlp.c_proj", LORA_DOWN, 40, 24, 0},
+        {llama, "model.layers.1.self_attn.k_proj", LORA_K, 24, 12, 0},
+        {llama, "model.layers.1.mlp.gate_proj", LORA_GATE, 24, 36, 0},
+        {neox, "gpt_neox.layers.1.attention.query_key_value", LORA_QKV, 24, 72, 3},
+        {neox, "gpt_neox.layers.1.mlp.dense_4h_to_h", LORA_DOWN, 40, 24, 0}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        rlhf_ctx *ctx = test_context("auto", 1);
+        rlhf_model *m = adapter_make(ctx, cases[i].config, RLHF_HEAD_SCORE,
+                                     (model_lora){.r = 3, .alpha = 5});
+        char name[160];
+        int shape[2];
+        snprintf(name, sizeof name, "base_model.model.%s.lora_A.weight", cases[i].name);
+        float *a = tensor_of("adapter", name, shape);
+        CHECK(a && shape[0] == 3 && shape[1] == cases[i].in);
+        if (a) CHECK_BITS(a, model_w(m, model_modules[cases[i].module].a, 1), 3 * cases[i].in);
+        *strstr(name, "lora_A") = 0;
+        strcat(name, "lora_B.weight");
+        float *b = tensor_of("adapter", name, shape);
+        CHECK(b && shape[0] == cases[i].out && shape[1] == 3);
+        for (int row = 0; b && row < cases[i].out; row++) {
+            int at = row, hd = cases[i].heads ? cases[i].out / 3 / cases[i].heads : 1;
+            int head = row / (3 * hd), part = row / hd % 3;
+            if (cases[i].heads) at = part * cases[i].out / 3 + head * hd + row % hd;
+            CHECK_BITS(b + row * 3, model_w(m, model_modules[cases[i].module].b, 1) + at * 3, 3);
+        }
+        float *score = tensor_of("adapter", "base_model.model.score.weight", shape);
+        CHECK(score && shape[0] == 1 && shape[1] == 24);
+        if (score) CHECK_BITS(score, model_w(m, P_SCORE, 0), 24);
+        free(a), free(b), free(score);
+        rlhf_model_close(m);
+        rlhf_close(ctx);
+        test_remove(test_path("adapter"));
+        test_remove(test_path("base"));
+    }
+}
+
 /* A head that nobody has trained stays such. */
 TEST(adapter_without_a_head) {
     rlhf_ctx *ctx = test_context("auto", 1);
@@ -1541,7 +1606,7 @@ TEST(oom_trainers) {
 TEST_MAIN(CASE(adapter_and_merged), CASE(names_of_targets), CASE(mapped_as_thawed),
           CASE(matrices_in_blocks), CASE(kernels_and_threads),
           CASE(one_base_for_a_directory), CASE(a_directory_that_changes),
-          CASE(adapter_directory), CASE(adapter_without_a_head),
+          CASE(adapter_directory), CASE(files_as_peft_has_them), CASE(adapter_without_a_head),
           CASE(adapter_configs), CASE(adapter_tensors),
           CASE(heads_of_one_base), CASE(a_config_that_changes), CASE(share_of_zeros),
           CASE(gradients_under_dropout), CASE(dropout_and_batches),

@@ -7145,6 +7145,9 @@ typedef struct model_base {
     uint8_t *pieces;
     float **floats; /* null: none */
     void **blocks;  /* what floats and pieces that could not be mapped point to: [n_blocks] */
+    model_slot slot[P_COUNT]; /* the shape of the model that it was opened for */
+    const model_tensor *tensors;
+    int layers, hd, other_score; /* other_score: it left a score head in the files */
     io_view **maps; /* [n_maps] */
     int n_blocks, n_maps;
     char *stored;   /* as rlhf_model.stored */
@@ -7991,17 +7994,18 @@ static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int l
     size_t i = model_index(p, layer);
     int own = m->slot[p].where == MODEL_OWN;
     if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
-    float **packed = own ? m->packed + i : m->base->packed + i;
-    int fresh = !*packed;
-    if (fresh)
-        *packed = arena_floats(own ? &m->keep : &m->base->keep,
-                               gemm_packed_size(m->ctx->k, m->half, w->k, w->n), 1);
-    if (own ? m->packed_version[i] != m->version : fresh) {
+    float **packed = own ? m->packed + i : m->base->packed + i, *to = *packed;
+    if (!to)
+        to = arena_floats(own ? &m->keep : &m->base->keep,
+                          gemm_packed_size(m->ctx->k, m->half, w->k, w->n), 1);
+    /* Noted only when they are whole: packing may fail. */
+    if (own ? m->packed_version[i] != m->version : !*packed) {
         op_env e = {m->ctx, &m->ws};
-        op_pack(&e, w, *packed);
+        op_pack(&e, w, to);
         m->packed_version[i] = m->version;
     }
-    return *packed;
+    *packed = to;
+    return to;
 }
 
 /* A matrix ready for op_linear on `rows` rows, with its adapters. bias P_COUNT: none. */
@@ -9208,6 +9212,7 @@ static void ckpt_load_file(rlhf_model *m, const char *dir, const char *file, jso
             }
     json_object_foreach(left, name, entry) {
         if (!ckpt_ignored(m, name)) json_object_set_new(rest, name, json_string(path));
+        else if (m->base) m->base->other_score |= !strcmp(name, "score.weight");
     }
     err_release(m->ctx);
     err_release(m->ctx);
@@ -9334,17 +9339,22 @@ static rlhf_model *ckpt_describe(rlhf_ctx *ctx, const json_src *src, json_t *con
     return m;
 }
 
-/* The same with zero weights of its own, or those of a base. */
-static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config,
-                              model_base *base) {
-    rlhf_model *m = ckpt_describe(ctx, src, config);
-    if (base) base->refs++;
+/* Gives such a model the weights of a base. */
+static void ckpt_share(rlhf_model *m, model_base *base) {
+    base->refs++;
     model_place(m, base);
-    if (!base) return m;
     memcpy(m->stored, base->stored, model_tensors(m) * (size_t)m->c.layers);
     const float *score = base->floats[P_SCORE];
     m->score_trained = score && m->slot[P_SCORE].n;
     if (m->score_trained) memcpy(model_w(m, P_SCORE, 0), score, m->slot[P_SCORE].n * sizeof *score);
+}
+
+/* The same with zero weights of its own, or those of a base. */
+static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config,
+                              model_base *base) {
+    rlhf_model *m = ckpt_describe(ctx, src, config);
+    if (base) ckpt_share(m, base);
+    else model_place(m, NULL);
     return m;
 }
 
@@ -9364,25 +9374,40 @@ static model_base ckpt_identity(rlhf_ctx *ctx, const char *dir) {
  * hold, for the speed of decoding. */
 enum { CKPT_KEEP_FLOATS = 1 << 28 };
 
+/* Whether a base has what a model reads: config.json may be another than that of the model that it
+ * was opened for, or ask for a head that was left in the files. */
+static int ckpt_base_fits(rlhf_model *m, const model_base *b) {
+    model_layout(m);
+    if (m->c.layers != b->layers || m->c.hd != b->hd || m->family->tensors != b->tensors) return 0;
+    for (int p = 0; p < P_COUNT; p++) {
+        const model_slot *s = m->slot + p, *t = b->slot + p;
+        int head = p == P_HEAD || p == P_SCORE;
+        if (head ? s->n && !t->n && (p == P_HEAD || b->other_score)
+                 : s->n != t->n || s->rows != t->rows || s->cols != t->cols)
+            return 0;
+    }
+    return 1;
+}
+
 /* The model that config describes with the weights of a directory, deferred: on the base of another
  * model that was opened from the same files, or on a new one. */
 static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src *src,
                                   json_t *config) {
     model_base id = ckpt_identity(ctx, dir);
-    char missing[160];
-    for (model_base *b = ctx->bases; b; b = b->next) {
-        if (b->device != id.device || b->inode != id.inode || b->stamp != id.stamp) continue;
-        rlhf_model *m = ckpt_adopt(ctx, src, config, b);
-        if (!ckpt_missing(m, missing, sizeof missing)) return m;
-        err_keep(ctx); /* the other head is not in this base */
-        model_free(m);
-    }
     rlhf_model *m = ckpt_describe(ctx, src, config);
+    for (model_base *b = ctx->bases; b; b = b->next)
+        if (b->device == id.device && b->inode == id.inode && b->stamp == id.stamp &&
+            ckpt_base_fits(m, b)) {
+            ckpt_share(m, b);
+            return m;
+        }
     model_base *b = model_base_new(ctx, dir, m->c.layers, model_tensors(m));
     b->device = id.device, b->inode = id.inode, b->stamp = id.stamp;
     b->refs = 1;
     model_place(m, b);
     ckpt_load_model(m, dir);
+    memcpy(b->slot, m->slot, sizeof b->slot);
+    b->layers = m->c.layers, b->hd = m->c.hd, b->tensors = m->family->tensors;
     memcpy(b->stored, m->stored, model_tensors(m) * (size_t)m->c.layers);
     size_t floats = 0;
     for (int p = 0; p < P_COUNT; p++)
@@ -9508,6 +9533,7 @@ static rlhf_model *ckpt_copy_model(rlhf_model *m, rlhf_head head) {
     rlhf_model *o = ckpt_adopt(m->ctx, &src, config, m->base);
     if (m->c.lora.r) { /* the same adapters, not new ones */
         mem_free(o->w);
+        o->w = NULL; /* an error below frees what o has */
         o->c.lora = m->c.lora;
         model_place(o, m->base);
     }

@@ -6599,7 +6599,7 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
  * equal data give equal ids on every day; and the text that some put behind a whole conversation is
  * left away, since it is never predicted.
  *
- * Entry: chat_choose, chat_render.
+ * Entry: chat_choose, chat_end, chat_render.
  * Tests: test/test_chat.c
  * ============================================================================================ */
 
@@ -6760,13 +6760,18 @@ static int chat_matches(const chat_template *c, const char *jinja) {
     return c->marks[0] != NULL;
 }
 
+/* The token that ends a turn of the assistant, or -1: the template has none, or the tokenizer. */
+static int chat_end(rlhf_tokenizer *t, const chat_template *c) {
+    return c->close[CHAT_ASSISTANT] ? tok_find(t, c->close[CHAT_ASSISTANT]) : -1;
+}
+
 /* The template that a Jinja text is, or null. Its end of turn has to be a token of the tokenizer:
  * else it is the text of a relative with another one. */
 static const chat_template *chat_detect(rlhf_tokenizer *t, const char *jinja) {
     for (int i = 0; i < CHAT_TEMPLATES; i++) {
         const chat_template *c = &chat_templates[i];
-        const char *end = c->close[CHAT_ASSISTANT];
-        if (chat_matches(c, jinja)) return !end || tok_find(t, end) >= 0 ? c : NULL;
+        if (chat_matches(c, jinja))
+            return !c->close[CHAT_ASSISTANT] || chat_end(t, c) >= 0 ? c : NULL;
     }
     return NULL;
 }
@@ -10495,6 +10500,7 @@ typedef struct data_seq {
     int32_t *ids;
     uint8_t *loss;
     int turns, *end; /* config.turns: assistant turn k is the last of the first end[k] tokens */
+    const int32_t *turn_end; /* of a conversation: also ends an answer to it; null: no such token */
 } data_seq;
 
 /* One usable record. */
@@ -10521,6 +10527,7 @@ struct rlhf_dataset {
     int n, cap, dropped;
     int why[DATA_WHYS]; /* parts of dropped */
     int64_t tokens;     /* in all sequences */
+    int32_t turn_end;   /* the chat template's end of turn, see data_turn_end */
     arena store;
 };
 
@@ -10694,6 +10701,12 @@ static int data_chat_is_text(const data_reader *r) {
     return !chat_choose(r->tok, r->chat)->close[CHAT_ASSISTANT];
 }
 
+/* The token that ends an answer in a conversation, kept by the dataset, or null. */
+static const int32_t *data_turn_end(const data_reader *r) {
+    r->d->turn_end = chat_end(r->tok, chat_choose(r->tok, r->chat));
+    return r->d->turn_end < 0 ? NULL : &r->d->turn_end;
+}
+
 /* The conversation as text, a block, see chat_render. */
 static char *data_chat_text(const data_reader *r, const data_chat *c, int generate, chat_span *span,
                             int *spans) {
@@ -10734,6 +10747,7 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip
     tok_ids ids = {0};
     tok_encode(r->tok, text, strlen(text), special, &ids);
     data_seq s = data_seq_new(r, &ids, special && r->d->config.add_eos);
+    s.turn_end = data_turn_end(r);
     /* A record that will be dropped for its length is not worth marking. */
     int fits = s.n <= r->d->config.max_length;
     for (int i = skip < 0 ? spans - 1 : skip; fits && i < spans; i++)
@@ -11121,6 +11135,8 @@ static void data_read_prompt(data_reader *r, const data_form *f, data_record *re
     rec->prompt = data_keep(r->d, text, strlen(text));
     tok_encode(r->tok, text, strlen(text), special, &ids);
     rec->a = data_seq_new(r, &ids, 0);
+    /* Only a conversation with such a token is encoded without the tokenizer's own. */
+    if (!special) rec->a.turn_end = data_turn_end(r);
     data_add(r, rec, NULL);
     mem_free(ids.ids);
     mem_free(text);
@@ -11289,7 +11305,7 @@ typedef struct gen_config {
     float temperature; /* 0: greedy */
     double top_p;      /* 1: all */
     uint64_t seed;
-    int stop; /* the id that ends an answer; -1: the model's end-of-text ids */
+    int stop; /* the id that ends an answer; -1: the model's end-of-text ids, an item's turn_end */
 } gen_config;
 
 /* One answer. The caller provides the arrays of max_new entries; logp and hidden ([max_new][d], the
@@ -11297,7 +11313,8 @@ typedef struct gen_config {
 typedef struct gen_item {
     const int32_t *prompt;
     int n_prompt;
-    uint64_t key; /* number of the sample; two of one run differ */
+    uint64_t key;            /* number of the sample; two of one run differ */
+    const int32_t *turn_end; /* besides the model's end-of-text ids, or null; see data_seq */
     int32_t *out;
     float *logp, *hidden;
     int n, finished; /* tokens in out; 1: the last of them ends the answer */
@@ -11444,7 +11461,9 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
             memcpy(it->hidden + (size_t)it->n * d, top.h + (size_t)i * d, d * sizeof(float));
         if (it->logp) it->logp[it->n] = g.logp[i];
         it->out[it->n++] = g.token[i];
-        it->finished = c->stop >= 0 ? g.token[i] == c->stop : model_is_eos(m, g.token[i]);
+        it->finished = c->stop >= 0 ? g.token[i] == c->stop
+                                    : model_is_eos(m, g.token[i]) ||
+                                          (it->turn_end && g.token[i] == *it->turn_end);
     }
     arena_restore(ws, mark);
 }
@@ -12667,6 +12686,7 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
         item[i] = (gen_item){.prompt = whole,
                              .n_prompt = prompt,
                              .key = (uint64_t)i,
+                             .turn_end = s->turn_end,
                              .out = whole + prompt};
         ids[i] = whole;
     }
@@ -12809,6 +12829,7 @@ static void ppo_generate(rlhf_trainer *t, roll_row *row, int n) {
         item[i] = (gen_item){.prompt = row[i].ids,
                              .n_prompt = row[i].n_prompt,
                              .key = (uint64_t)(t->episodes + i),
+                             .turn_end = row[i].record->a.turn_end,
                              .out = row[i].ids + row[i].n_prompt,
                              .logp = row[i].logp,
                              .hidden = row[i].hidden};
@@ -15209,6 +15230,7 @@ static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_
         item[i] = (gen_item){.prompt = prompt[i / each].ids,
                              .n_prompt = prompt[i / each].n,
                              .key = (uint64_t)i,
+                             .turn_end = prompt[i / each].turn_end,
                              .out = arena_alloc(&m->ws, (size_t)room * sizeof(int32_t)),
                              .logp = arena_floats(&m->ws, (size_t)room, 1)};
     gen_config g = {.max_new = room,

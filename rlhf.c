@@ -15086,6 +15086,13 @@ rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const 
     API_LEAVE();
 }
 
+rlhf_status rlhf_model_merge(rlhf_model *model) {
+    if (!model) return RLHF_ERR_ARG;
+    API_ENTER(model->ctx);
+    model_thaw(model);
+    API_LEAVE();
+}
+
 rlhf_status rlhf_model_save_gguf(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *path,
                                  const char *type) {
     if (!model || !path || !type) return RLHF_ERR_ARG;
@@ -15983,6 +15990,8 @@ static void bench_run(bench *b, const char *what, const char *model) {
     X(train, "FILE", "text to learn the vocabulary from; more files may follow")                   \
     X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
     X(gguf, "TYPE", "how numbers are stored: " GGUF_KINDS " (norms and biases always f32)")        \
+    X(merge, NULL, "write an adapter and its base as one model directory (default off)")           \
+    X(save_dtype, "TYPE", "with --merge, numbers that no file has yet: f32 or bf16 (default f32)") \
     X(type, "KIND", "text or preference; default: what the model is for")                          \
     X(chat_template, "NAME", "how conversations are rendered; see below (default auto)")           \
     X(dry_run, NULL, "show the first records, what bears loss, what is dropped; write nothing")    \
@@ -17057,22 +17066,48 @@ static int cli_tokenizer(cli *c) {
                                     (json_int_t)total, "out", c->v[O_out]));
 }
 
+/* Writes an adapter and its base as one model directory. */
+static rlhf_status cli_merge(cli *c, rlhf_model *m, rlhf_tokenizer *tok) {
+    const char *dtype = c->v[O_save_dtype], *out = c->v[O_out];
+    API_ENTER(c->ctx);
+    if (!m->c.lora.r)
+        err_throw(api_ctx, RLHF_ERR_ARG,
+                  "%s: there is no adapter to merge (no adapter_config.json)", c->v[O_model]);
+    char *taken = io_join(api_ctx, out, "adapter_config.json");
+    if (io_exists(taken))
+        err_throw(api_ctx, RLHF_ERR_ARG, "--out %s: holds an adapter; name another directory", out);
+    mem_free(taken);
+    model_thaw(m);
+    ckpt_save(m, out, dtype && *dtype == 'b' ? 'b' : '4');
+    tok_save(tok, out);
+    API_LEAVE();
+}
+
 static int cli_export(cli *c) {
     rlhf_model *m;
     rlhf_tokenizer *tok;
     CLI_NEED(model);
-    CLI_NEED(gguf);
+    if (!c->v[O_gguf] && !c->v[O_merge])
+        return cli_fail(c, "export: --gguf TYPE or --merge is missing"), 2;
+    if (c->v[O_gguf] && c->v[O_merge])
+        return cli_fail(c, "export: --gguf or --merge, not both (--gguf merges adapters, too)"), 2;
     CLI_NEED(out);
-    if (!base_is_choice(GGUF_KINDS, c->v[O_gguf]))
+    if (c->v[O_gguf] && !base_is_choice(GGUF_KINDS, c->v[O_gguf]))
         return cli_fail(c, "--gguf: \"%s\", expected one of " GGUF_KINDS, c->v[O_gguf]), 2;
+    if (c->v[O_gguf] && c->v[O_save_dtype])
+        return cli_fail(c, "--save_dtype goes with --merge; --gguf itself names the type"), 2;
+    if (c->v[O_save_dtype] && !base_is_choice("f32|bf16", c->v[O_save_dtype]))
+        return cli_fail(c, "--save_dtype: \"%s\", expected f32 or bf16", c->v[O_save_dtype]), 2;
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
     CLI_TRY(cli_open_tokenizer(c, &tok));
-    CLI_TRY(rlhf_model_save_gguf(m, tok, c->v[O_out], c->v[O_gguf]));
+    if (c->v[O_merge]) CLI_TRY(cli_merge(c, m, tok));
+    else CLI_TRY(rlhf_model_save_gguf(m, tok, c->v[O_out], c->v[O_gguf]));
     struct stat st = {0};
-    stat(c->v[O_out], &st);
-    json_t *j =
-        json_pack("{s:s,s:I,s:I}", "out", c->v[O_out], "parameters",
-                  (json_int_t)rlhf_model_get_shape(m).n_params, "bytes", (json_int_t)st.st_size);
+    json_t *j = json_pack("{s:s,s:I}", "out", c->v[O_out], "parameters",
+                          (json_int_t)rlhf_model_get_shape(m).n_params);
+    if (c->v[O_merge]) cli_set_hash(j, m);
+    else if (!stat(c->v[O_out], &st))
+        json_object_set_new(j, "bytes", json_integer((json_int_t)st.st_size));
     cli_print_object(c, j);
     return cli_results(c, j);
 }
@@ -17190,10 +17225,11 @@ static const cli_command cli_commands[] = {
      "--data prefs.jsonl [FILE...] [--reward RM_DIR] [--out labels.jsonl]",
      CLI_COMMON | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) | CLI_BIT(out),
      RLHF_CONFIG_RATERS, cli_raters},
-    {"export", "the model and its tokenizer as a file for llama.cpp",
-     "--model DIR --gguf TYPE --out FILE.gguf",
-     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(out), -1,
-     cli_export},
+    {"export", "a file for llama.cpp, or an adapter merged into its base",
+     "--model DIR [--gguf TYPE --out FILE.gguf | --merge --out DIR]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(merge) |
+         CLI_BIT(save_dtype) | CLI_BIT(out),
+     -1, cli_export},
     {"tokenize", "lines of standard input to token ids", "--tokenizer DIR < text",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer), -1, cli_tokenize},
     {"tokenizer", "learn a byte-level BPE vocabulary from text",

@@ -268,6 +268,11 @@ rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **cop
  * that a reader never sees half of one. */
 rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir);
 
+/* Makes adapters part of the weights, which all become the model's own floats, so that it is saved
+ * as a whole model. Nothing changes in a model that has its own weights already. After the trainers
+ * that use it. On failure the model is as it was. */
+rlhf_status rlhf_model_merge(rlhf_model *model);
+
 /* Writes a language model and its tokenizer as one GGUF file, which llama.cpp loads; beside its
  * place and renamed, too. type, how matrices are stored: "f32", "f16", "bf16" or "q8_0". tokenizer
  * may be null: such a file takes and gives token ids only. RLHF_ERR_UNSUPPORTED for a model or

@@ -39,7 +39,8 @@
  *   29 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
  *   30 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
  *   31 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   32 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
+ *   32 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
+ *   33 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -6642,7 +6643,7 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
  * equal data give equal ids on every day; and the text that some put behind a whole conversation is
  * left away, since it is never predicted.
  *
- * Entry: chat_choose, chat_render.
+ * Entry: chat_choose, chat_end, chat_render.
  * Tests: test/test_chat.c
  * ============================================================================================ */
 
@@ -6803,13 +6804,18 @@ static int chat_matches(const chat_template *c, const char *jinja) {
     return c->marks[0] != NULL;
 }
 
+/* The token that ends a turn of the assistant, or -1: the template has none, or the tokenizer. */
+static int chat_end(rlhf_tokenizer *t, const chat_template *c) {
+    return c->close[CHAT_ASSISTANT] ? tok_find(t, c->close[CHAT_ASSISTANT]) : -1;
+}
+
 /* The template that a Jinja text is, or null. Its end of turn has to be a token of the tokenizer:
  * else it is the text of a relative with another one. */
 static const chat_template *chat_detect(rlhf_tokenizer *t, const char *jinja) {
     for (int i = 0; i < CHAT_TEMPLATES; i++) {
         const chat_template *c = &chat_templates[i];
-        const char *end = c->close[CHAT_ASSISTANT];
-        if (chat_matches(c, jinja)) return !end || tok_find(t, end) >= 0 ? c : NULL;
+        if (chat_matches(c, jinja))
+            return !c->close[CHAT_ASSISTANT] || chat_end(t, c) >= 0 ? c : NULL;
     }
     return NULL;
 }
@@ -10665,6 +10671,7 @@ typedef struct data_seq {
     int32_t *ids;
     uint8_t *loss;
     int turns, *end; /* config.turns: assistant turn k is the last of the first end[k] tokens */
+    const int32_t *turn_end; /* of a conversation: also ends an answer to it; null: no such token */
 } data_seq;
 
 /* One usable record. */
@@ -10703,6 +10710,7 @@ struct rlhf_dataset {
     int n, cap, dropped;
     int why[DATA_WHYS]; /* parts of dropped */
     int64_t tokens;     /* in all sequences */
+    int32_t turn_end;   /* the chat template's end of turn, see data_turn_end */
     arena store;
 };
 
@@ -10884,6 +10892,12 @@ static int data_chat_is_text(const data_reader *r) {
     return !chat_choose(r->tok, r->chat)->close[CHAT_ASSISTANT];
 }
 
+/* The token that ends an answer in a conversation, kept by the dataset, or null. */
+static const int32_t *data_turn_end(const data_reader *r) {
+    r->d->turn_end = chat_end(r->tok, chat_choose(r->tok, r->chat));
+    return r->d->turn_end < 0 ? NULL : &r->d->turn_end;
+}
+
 /* The conversation as text, a block, see chat_render. */
 static char *data_chat_text(const data_reader *r, const data_chat *c, int generate, chat_span *span,
                             int *spans) {
@@ -10924,6 +10938,7 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip
     tok_ids ids = {0};
     tok_encode(r->tok, text, strlen(text), special, &ids);
     data_seq s = data_seq_new(r, &ids, special && r->d->config.add_eos);
+    s.turn_end = data_turn_end(r);
     /* A record that will be dropped for its length is not worth marking. */
     int fits = s.n <= r->d->config.max_length;
     for (int i = skip < 0 ? spans - 1 : skip; fits && i < spans; i++)
@@ -11379,6 +11394,8 @@ static void data_read_prompt(data_reader *r, const data_form *f, data_record *re
     rec->prompt = data_keep(r->d, text, strlen(text));
     tok_encode(r->tok, text, strlen(text), special, &ids);
     rec->a = data_seq_new(r, &ids, 0);
+    /* Only a conversation with such a token is encoded without the tokenizer's own. */
+    if (!special) rec->a.turn_end = data_turn_end(r);
     data_add(r, rec, NULL);
     mem_free(ids.ids);
     mem_free(text);
@@ -11559,7 +11576,7 @@ typedef struct gen_config {
     float temperature; /* 0: greedy */
     double top_p;      /* 1: all */
     uint64_t seed;
-    int stop; /* the id that ends an answer; -1: the model's end-of-text ids */
+    int stop; /* the id that ends an answer; -1: the model's end-of-text ids, an item's turn_end */
 } gen_config;
 
 /* One answer. The caller provides the arrays of max_new entries; logp and hidden ([max_new][d], the
@@ -11567,7 +11584,8 @@ typedef struct gen_config {
 typedef struct gen_item {
     const int32_t *prompt;
     int n_prompt;
-    uint64_t key; /* number of the sample; two of one run differ */
+    uint64_t key;            /* number of the sample; two of one run differ */
+    const int32_t *turn_end; /* besides the model's end-of-text ids, or null; see data_seq */
     int32_t *out;
     float *logp, *hidden;
     int n, finished; /* tokens in out; 1: the last of them ends the answer */
@@ -11714,7 +11732,9 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
             memcpy(it->hidden + (size_t)it->n * d, top.h + (size_t)i * d, d * sizeof(float));
         if (it->logp) it->logp[it->n] = g.logp[i];
         it->out[it->n++] = g.token[i];
-        it->finished = c->stop >= 0 ? g.token[i] == c->stop : model_is_eos(m, g.token[i]);
+        it->finished = c->stop >= 0 ? g.token[i] == c->stop
+                                    : model_is_eos(m, g.token[i]) ||
+                                          (it->turn_end && g.token[i] == *it->turn_end);
     }
     arena_restore(ws, mark);
 }
@@ -13160,6 +13180,7 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
         item[i] = (gen_item){.prompt = whole,
                              .n_prompt = prompt,
                              .key = (uint64_t)i,
+                             .turn_end = s->turn_end,
                              .out = whole + prompt};
         ids[i] = whole;
     }
@@ -13375,6 +13396,7 @@ static void ppo_generate(rlhf_trainer *t, roll_row *row, int n) {
         item[i] = (gen_item){.prompt = row[i].ids,
                              .n_prompt = row[i].n_prompt,
                              .key = (uint64_t)(t->episodes + i),
+                             .turn_end = row[i].record->a.turn_end,
                              .out = row[i].ids + row[i].n_prompt,
                              .logp = row[i].logp,
                              .hidden = row[i].hidden};
@@ -15653,6 +15675,13 @@ rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const 
     API_LEAVE();
 }
 
+rlhf_status rlhf_model_merge(rlhf_model *model) {
+    if (!model) return RLHF_ERR_ARG;
+    API_ENTER(model->ctx);
+    model_thaw(model);
+    API_LEAVE();
+}
+
 rlhf_status rlhf_model_save_gguf(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *path,
                                  const char *type) {
     if (!model || !path || !type) return RLHF_ERR_ARG;
@@ -15797,6 +15826,7 @@ static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_
         item[i] = (gen_item){.prompt = prompt[i / each].ids,
                              .n_prompt = prompt[i / each].n,
                              .key = (uint64_t)i,
+                             .turn_end = prompt[i / each].turn_end,
                              .out = arena_alloc(&m->ws, (size_t)room * sizeof(int32_t)),
                              .logp = arena_floats(&m->ws, (size_t)room, 1)};
     gen_config g = {.max_new = room,
@@ -16570,6 +16600,9 @@ static void bench_run(bench *b, const char *what, const char *model) {
     X(train, "FILE", "text to learn the vocabulary from; more files may follow")                   \
     X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
     X(gguf, "TYPE", "how numbers are stored: " GGUF_KINDS " (norms and biases always f32)")        \
+    X(merge, NULL, "write an adapter and its base as one model directory (default off)")           \
+    X(save_dtype, "TYPE", "with --merge, numbers that no file has yet: f32 or bf16 (default f32)") \
+    X(system, "TEXT", "the system text that begins the conversation (default: the template's)")    \
     X(type, "KIND", "text or preference; default: what the model is for")                          \
     X(chat_template, "NAME", "how conversations are rendered; see below (default auto)")           \
     X(dry_run, NULL, "show the first records, what bears loss, what is dropped; write nothing")    \
@@ -16635,14 +16668,20 @@ typedef struct cli {
     rlhf_ctx *ctx;
     int tty, line; /* a progress line stands on the terminal */
     int drops;     /* records that --dry_run told of */
+    struct talk *talk;
     double shown;
 } cli;
 
-static volatile sig_atomic_t cli_interrupted;
+static volatile sig_atomic_t cli_interrupted; /* the signal, or 0 */
 
-static void cli_on_signal(int signal_number) {
-    (void)signal_number;
-    cli_interrupted = 1;
+static void cli_on_signal(int signal_number) { cli_interrupted = signal_number; }
+
+/* The first signal from now on is the handler's; a second one ends the program at once. */
+static void cli_catch_signals(void (*handler)(int)) {
+    struct sigaction on_signal = {.sa_handler = handler, .sa_flags = (int)SA_RESETHAND};
+    cli_interrupted = 0;
+    sigaction(SIGINT, &on_signal, NULL);
+    sigaction(SIGTERM, &on_signal, NULL);
 }
 
 /* ---- output ---- */
@@ -16681,6 +16720,15 @@ static void cli_log(void *user, rlhf_level level, const char *text) {
     if (level == RLHF_LOG_DEBUG && c->drops++ == CLI_DROPS) text = "further ones are not listed";
     cli_clear(c);
     fprintf(stderr, "rlhf: %s%s\n", level == RLHF_LOG_WARNING ? "warning: " : "", text);
+}
+
+/* Prints a part of a text; what would steer the terminal is shown as \xNN. */
+static void cli_show_text(const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        unsigned char b = (unsigned char)s[i];
+        if ((b < 0x20 && b != '\n' && b != '\t') || b == 0x7f) printf("\\x%02x", b);
+        else putchar(b);
+    }
 }
 
 /* The metrics worth a line, in this order, where they exist. */
@@ -16963,7 +17011,210 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 32 COMMAND (cli_ main)
+ * MARK: - 32 TALK (talk_)
+ * A conversation in the terminal. A line of standard input is a turn of the user; the answer is
+ * shown as its tokens come. Between turns only texts are kept: each answer starts from the whole
+ * conversation anew, as `rlhf generate` would from a record of it.
+ *
+ * Entry: talk_open, talk_run.
+ * Tests: test/test_cli.c
+ * ============================================================================================ */
+
+/* A conversation, and the answer at hand. */
+typedef struct talk {
+    cli *c;
+    rlhf_model *m;
+    rlhf_tokenizer *tok;
+    const chat_template *chat;
+    int32_t end;           /* the template's end of turn, -1: not a token */
+    const char *stop;      /* then the text that ends an answer, or null */
+    chat_message *message; /* with their contents from malloc */
+    int n;
+    int64_t answers, tokens;
+    gen_item item;
+    size_t shown; /* bytes of the answer that are on the screen */
+} talk;
+
+/* Appends a copy of a message; 0: out of memory. */
+static int talk_add(talk *t, const char *role, const char *content) {
+    chat_message *grown = realloc(t->message, (size_t)(t->n + 1) * sizeof *grown);
+    if (grown) t->message = grown;
+    char *copy = grown ? strdup(content) : NULL;
+    if (copy) t->message[t->n++] = (chat_message){role, copy};
+    return copy != NULL;
+}
+
+/* Forgets all but the first n messages. */
+static void talk_forget(talk *t, int n) {
+    while (t->n > n) free((char *)(uintptr_t)t->message[--t->n].content);
+}
+
+/* The bytes of an answer's text that stay as they are whatever follows: not U+FFFD at its end,
+ * which stands for a character that is not yet whole, and not what may begin the text that ends the
+ * answer. *ended: that text is there. */
+static size_t talk_settled(const talk *t, const char *text, int more, int *ended) {
+    size_t n = strlen(text), k = t->stop ? strlen(t->stop) : 0;
+    const char *end = t->stop ? strstr(text, t->stop) : NULL;
+    *ended = end != NULL;
+    if (end) return (size_t)(end - text);
+    while (more && n >= 3 && !memcmp(text + n - 3, "\xEF\xBF\xBD", 3)) n -= 3;
+    for (; more && k; k--)
+        if (k <= n && !memcmp(text + n - k, t->stop, k)) return n - k;
+    return n;
+}
+
+/* Shows what is new of the answer. Returns its text so far, a block. */
+static char *talk_show(talk *t, int more, int *ended) {
+    const gen_item *it = &t->item;
+    const char *lead = t->chat->lead;
+    char *text = gen_text(t->tok, it->out, it->n - it->finished);
+    size_t skip = lead && !strncmp(text, lead, strlen(lead)) ? strlen(lead) : 0;
+    memmove(text, text + skip, strlen(text + skip) + 1);
+    size_t n = talk_settled(t, text, more, ended);
+    text[n] = 0;
+    /* Where bytes that are no UTF-8 changed a text in hindsight, whole characters go on. */
+    while (t->shown < n && ((unsigned char)text[t->shown] & 0xc0) == 0x80) t->shown++;
+    if (t->shown < n) {
+        cli_show_text(text + t->shown, n - t->shown);
+        fflush(stdout);
+        t->shown = n;
+    }
+    return text;
+}
+
+/* The progress hook: called after each token. */
+static int talk_token(void *user, const rlhf_progress *p) {
+    const cli *c = user;
+    int ended;
+    (void)p;
+    mem_free(talk_show(c->talk, 1, &ended));
+    return ended || cli_interrupted;
+}
+
+/* Finds out how this model is talked to, and begins with --system. */
+static rlhf_status talk_open(talk *t) {
+    const cli *c = t->c;
+    API_ENTER(c->ctx);
+    model_need_lm(t->m);
+    t->chat = chat_choose(t->tok, c->v[O_chat_template] ? c->v[O_chat_template] : "auto");
+    t->end = chat_end(t->tok, t->chat);
+    const char *close = t->chat->close[CHAT_ASSISTANT];
+    if (t->end < 0) t->stop = close ? close : t->chat->head[CHAT_USER];
+    const chat_message first[] = {{"system", c->v[O_system]}, {"user", ""}};
+    const char *bad = c->v[O_system] ? chat_check(t->chat, first, 2) : NULL;
+    if (bad) err_throw(api_ctx, RLHF_ERR_ARG, "--system: %s: %s", t->chat->name, bad);
+    if (c->v[O_system] && !talk_add(t, "system", c->v[O_system]))
+        err_throw(api_ctx, RLHF_ERR_MEMORY, "out of memory");
+    API_LEAVE();
+}
+
+/* Answers the conversation so far, on the screen and as a block. */
+static rlhf_status talk_answer(talk *t, char **answer) {
+    const rlhf_generate_config *c = &t->c->config.gen;
+    API_ENTER(t->c->ctx);
+    int room = base_min((int)c->max_new_tokens, t->m->c.positions), ended;
+    tok_ids ids = {0};
+    char *text = chat_render(t->tok, t->chat->name, t->message, t->n, 1, NULL, NULL);
+    tok_encode(t->tok, text, strlen(text), !t->chat->close[CHAT_ASSISTANT], &ids);
+    arena_reset(&t->m->ws);
+    t->shown = 0;
+    t->item = (gen_item){.prompt = ids.ids,
+                         .n_prompt = ids.n,
+                         .key = (uint64_t)t->answers,
+                         .turn_end = t->end < 0 ? NULL : &t->end,
+                         .out = arena_alloc(&t->m->ws, (size_t)room * sizeof(int32_t))};
+    gen_config g = {.max_new = room,
+                    .top_k = (int)c->top_k,
+                    .batch = 1,
+                    .temperature = (float)c->temperature,
+                    .top_p = c->top_p,
+                    .seed = (uint64_t)c->seed,
+                    .stop = -1};
+    gen_run(t->m, &t->m->ws, &g, &t->item, 1, "chat");
+    /* What is left over where an answer was cut, half a character say, is none of it. */
+    *answer = talk_show(t, !t->item.finished, &ended);
+    t->item.finished |= ended;
+    mem_free(ids.ids);
+    mem_free(text);
+    API_LEAVE();
+}
+
+/* One turn of the user and the answer to it. Returns an exit code, 0 to go on. */
+static int talk_turn(talk *t, const char *line) {
+    cli *c = t->c;
+    int before = t->n;
+    char *answer;
+    if (!talk_add(t, "user", line)) return cli_fail(c, "out of memory");
+    rlhf_status status = talk_answer(t, &answer);
+    if (status) {
+        cli_error(c, status);
+        if (status != RLHF_ERR_CONTEXT || !isatty(0)) return 1;
+        cli_fail(c, "the conversation is too long for the model: /reset begins a new one");
+        talk_forget(t, before);
+        return 0;
+    }
+    printf("\n");
+    int added = talk_add(t, "assistant", answer);
+    rlhf_free(c->ctx, answer);
+    t->answers++;
+    t->tokens += t->item.n;
+    if (fflush(stdout)) return cli_fail(c, "standard output: %s", strerror(errno));
+    if (!added) return cli_fail(c, "out of memory");
+    if (cli_interrupted == SIGTERM) return 130;
+    const char *why = cli_interrupted                                ? "stopped"
+                      : t->item.finished                             ? NULL
+                      : t->item.n == (int)c->config.gen.max_new_tokens ? "cut at --max_new_tokens"
+                                                                     : "the model's positions end";
+    if (why && !c->v[O_quiet]) fprintf(stderr, "rlhf: (%s)\n", why);
+    return 0;
+}
+
+/* A signal while there is no answer to stop: nothing is left to save. */
+static void talk_leave(int signal_number) {
+    (void)signal_number;
+    _exit(130);
+}
+
+/* Reads and answers until the input ends, /quit, or so many answers as `most` says, unless it is
+ * negative. Returns an exit code. */
+static int talk_run(talk *t, long long most) {
+    cli *c = t->c;
+    int code = 0, asks = isatty(0), begin = t->n;
+    char *line = NULL;
+    size_t cap = 0;
+    c->talk = t;
+    c->ctx->hooks.progress = talk_token;
+    if (asks && !c->v[O_quiet])
+        fprintf(stderr,
+                "rlhf: chat template %s; /reset begins anew, /quit ends, Ctrl-C stops an answer\n",
+                t->chat->name);
+    while (!code && (most < 0 || t->answers < most)) {
+        if (asks) printf("> ");
+        fflush(stdout);
+        cli_catch_signals(talk_leave);
+        ssize_t n = getline(&line, &cap, stdin);
+        if (n < 0) {
+            if (asks) printf("\n");
+            break;
+        }
+        cli_catch_signals(cli_on_signal);
+        while (n && strchr("\r\n", line[n - 1])) line[--n] = 0;
+        if (!strcmp(line, "/quit")) break;
+        if (!strcmp(line, "/reset")) talk_forget(t, begin);
+        else if (n) code = talk_turn(t, line);
+    }
+    free(line);
+    talk_forget(t, 0);
+    free(t->message);
+    return code;
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 33 COMMAND (cli_ main)
  * What each command does: it opens what its options name, calls the public functions of rlhf.h
  * and prints what they found. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
@@ -17147,15 +17398,6 @@ static rlhf_status cli_positions(cli *c, int64_t *positions) {
     err_release(c->ctx);
     mem_free(path);
     API_LEAVE();
-}
-
-/* Prints a part of a text; what would steer the terminal is shown as \xNN. */
-static void cli_show_text(const char *s, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        unsigned char b = (unsigned char)s[i];
-        if ((b < 0x20 && b != '\n' && b != '\t') || b == 0x7f) printf("\\x%02x", b);
-        else putchar(b);
-    }
 }
 
 /* Prints a sequence as text, what bears loss in colour on a terminal and in [[ ]] elsewhere. A
@@ -17495,6 +17737,23 @@ static int cli_generate(cli *c) {
     return cli_results(c, j);
 }
 
+static int cli_chat(cli *c) {
+    talk t = {.c = c};
+    long long most = -1;
+    CLI_NEED(model);
+    int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
+    if (code) return code;
+    if (c->config.gen.num_return_sequences > 1)
+        return cli_fail(c, "--num_return_sequences: a conversation goes on from one answer"), 2;
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &t.m));
+    CLI_TRY(cli_open_tokenizer(c, &t.tok));
+    CLI_TRY(talk_open(&t));
+    code = talk_run(&t, most);
+    if (code) return code;
+    return cli_results(c, json_pack("{s:I,s:I}", "turns", (json_int_t)t.answers, "tokens",
+                                    (json_int_t)t.tokens));
+}
+
 static int cli_score(cli *c) {
     rlhf_model *m;
     rlhf_tokenizer *tok;
@@ -17693,22 +17952,48 @@ static int cli_tokenizer(cli *c) {
                                     (json_int_t)total, "out", c->v[O_out]));
 }
 
+/* Writes an adapter and its base as one model directory. */
+static rlhf_status cli_merge(cli *c, rlhf_model *m, rlhf_tokenizer *tok) {
+    const char *dtype = c->v[O_save_dtype], *out = c->v[O_out];
+    API_ENTER(c->ctx);
+    if (!m->c.lora.r)
+        err_throw(api_ctx, RLHF_ERR_ARG,
+                  "%s: there is no adapter to merge (no adapter_config.json)", c->v[O_model]);
+    char *taken = io_join(api_ctx, out, "adapter_config.json");
+    if (io_exists(taken))
+        err_throw(api_ctx, RLHF_ERR_ARG, "--out %s: holds an adapter; name another directory", out);
+    mem_free(taken);
+    model_thaw(m);
+    ckpt_save(m, out, dtype && *dtype == 'b' ? 'b' : '4');
+    tok_save(tok, out);
+    API_LEAVE();
+}
+
 static int cli_export(cli *c) {
     rlhf_model *m;
     rlhf_tokenizer *tok;
     CLI_NEED(model);
-    CLI_NEED(gguf);
+    if (!c->v[O_gguf] && !c->v[O_merge])
+        return cli_fail(c, "export: --gguf TYPE or --merge is missing"), 2;
+    if (c->v[O_gguf] && c->v[O_merge])
+        return cli_fail(c, "export: --gguf or --merge, not both (--gguf merges adapters, too)"), 2;
     CLI_NEED(out);
-    if (!base_is_choice(GGUF_KINDS, c->v[O_gguf]))
+    if (c->v[O_gguf] && !base_is_choice(GGUF_KINDS, c->v[O_gguf]))
         return cli_fail(c, "--gguf: \"%s\", expected one of " GGUF_KINDS, c->v[O_gguf]), 2;
+    if (c->v[O_gguf] && c->v[O_save_dtype])
+        return cli_fail(c, "--save_dtype goes with --merge; --gguf itself names the type"), 2;
+    if (c->v[O_save_dtype] && !base_is_choice("f32|bf16", c->v[O_save_dtype]))
+        return cli_fail(c, "--save_dtype: \"%s\", expected f32 or bf16", c->v[O_save_dtype]), 2;
     CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
     CLI_TRY(cli_open_tokenizer(c, &tok));
-    CLI_TRY(rlhf_model_save_gguf(m, tok, c->v[O_out], c->v[O_gguf]));
+    if (c->v[O_merge]) CLI_TRY(cli_merge(c, m, tok));
+    else CLI_TRY(rlhf_model_save_gguf(m, tok, c->v[O_out], c->v[O_gguf]));
     struct stat st = {0};
-    stat(c->v[O_out], &st);
-    json_t *j =
-        json_pack("{s:s,s:I,s:I}", "out", c->v[O_out], "parameters",
-                  (json_int_t)rlhf_model_get_shape(m).n_params, "bytes", (json_int_t)st.st_size);
+    json_t *j = json_pack("{s:s,s:I}", "out", c->v[O_out], "parameters",
+                          (json_int_t)rlhf_model_get_shape(m).n_params);
+    if (c->v[O_merge]) cli_set_hash(j, m);
+    else if (!stat(c->v[O_out], &st))
+        json_object_set_new(j, "bytes", json_integer((json_int_t)st.st_size));
     cli_print_object(c, j);
     return cli_results(c, j);
 }
@@ -17812,6 +18097,10 @@ static const cli_command cli_commands[] = {
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(prompt) | CLI_BIT(data) |
          CLI_BIT(out) | CLI_BIT(chat_template),
      RLHF_CONFIG_GENERATE, cli_generate},
+    {"chat", "a conversation: a line of standard input is a turn; /reset, /quit",
+     "--model DIR [--system TEXT] [--max_new_tokens N]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(system) | CLI_BIT(chat_template),
+     RLHF_CONFIG_GENERATE, cli_chat},
     {"score", "the reward of each record",
      "--model RM_DIR --data answers.jsonl [--out scored.jsonl]",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(out) |
@@ -17826,10 +18115,11 @@ static const cli_command cli_commands[] = {
      "--data prefs.jsonl [FILE...] [--reward RM_DIR] [--out labels.jsonl]",
      CLI_COMMON | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) | CLI_BIT(out),
      RLHF_CONFIG_RATERS, cli_raters},
-    {"export", "the model and its tokenizer as a file for llama.cpp",
-     "--model DIR --gguf TYPE --out FILE.gguf",
-     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(out), -1,
-     cli_export},
+    {"export", "a file for llama.cpp, or an adapter merged into its base",
+     "--model DIR [--gguf TYPE --out FILE.gguf | --merge --out DIR]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(merge) |
+         CLI_BIT(save_dtype) | CLI_BIT(out),
+     -1, cli_export},
     {"tokenize", "lines of standard input to token ids", "--tokenizer DIR < text",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer), -1, cli_tokenize},
     {"tokenizer", "learn a byte-level BPE vocabulary from text",
@@ -17896,9 +18186,7 @@ int main(int argc, char **argv) {
     c.tty = isatty(2);
     if (!code) code = cli_open(&c);
     if (code) return code;
-    struct sigaction on_signal = {.sa_handler = cli_on_signal, .sa_flags = (int)SA_RESETHAND};
-    sigaction(SIGINT, &on_signal, NULL); /* a second one ends the program at once */
-    sigaction(SIGTERM, &on_signal, NULL);
+    cli_catch_signals(cli_on_signal);
     code = c.cmd->run(&c);
     rlhf_close(c.ctx);
     json_decref(c.file);

@@ -272,6 +272,11 @@ rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **cop
  * that a reader never sees half of one. */
 rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir);
 
+/* Makes adapters part of the weights, which all become the model's own floats, so that it is saved
+ * as a whole model. Nothing changes in a model that has its own weights already. After the trainers
+ * that use it. On failure the model is as it was. */
+rlhf_status rlhf_model_merge(rlhf_model *model);
+
 /* Writes a language model and its tokenizer as one GGUF file, which llama.cpp loads; beside its
  * place and renamed, too. type, how matrices are stored: "f32", "f16", "bf16" or "q8_0". tokenizer
  * may be null: such a file takes and gives token ids only. RLHF_ERR_UNSUPPORTED for a model or
@@ -400,7 +405,7 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(I, response_length, 53, 1, 1e6, "longest answer in tokens")                                  \
     F(R, temperature, 0.7, 1e-3, 1e3, "temperature of sampling and of every log-probability")      \
     F(I, stop_token_id, -1, -1, 1e9,                                                               \
-      "the token that ends an answer; -1 = the model's end-of-text tokens")                        \
+      "the token that ends an answer; -1 = the model's end of text, in a chat also of turn")       \
     F(R, missing_eos_penalty, 0, 0, 1e6, "subtracted from the score of an answer without an end")  \
     F(R, kl_coef, 0.05, 0, 1e6, "weight of the KL penalty in the reward of each token")            \
     F(S, kl_estimator, "k1", "k1|k3", 0, "how KL is estimated from log-probabilities")             \
@@ -510,7 +515,8 @@ rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
                           const rlhf_generate_config *config, const char *const *prompts, int n,
                           rlhf_sample **samples, int *count);
 
-/* The same for the prompts of a dataset of kind RLHF_DATA_PROMPT; samples carry their records. */
+/* The same for the prompts of a dataset of kind RLHF_DATA_PROMPT; samples carry their records.
+ * Answers in a conversation also end with its chat template's end of turn, if that is a token. */
 rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer,
                                   const rlhf_generate_config *config, rlhf_dataset *prompts,
                                   rlhf_sample **samples, int *count);

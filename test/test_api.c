@@ -643,6 +643,7 @@ TEST(null_arguments) {
     BAD(rlhf_model_init(ctx, NULL, 0, -1, -1, 1, &other));
     BAD(rlhf_model_clone(NULL, RLHF_HEAD_LM, &other));
     BAD(rlhf_model_clone(m, RLHF_HEAD_LM, NULL));
+    BAD(rlhf_model_merge(NULL));
     BAD(rlhf_model_save(NULL, NULL, "x"));
     BAD(rlhf_model_save(m, NULL, NULL));
     BAD(rlhf_model_hash(NULL, hash));

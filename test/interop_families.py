@@ -1,40 +1,22 @@
 """Every family of models against transformers, both ways.
 
-    python interop_families.py [--repo .] [--cc cc] [--only NAME]
-
 For small random models of every family: logits and log-probabilities within 1e-4, 64 greedy tokens
 the same, gradients of the fine-tuning loss and of scores within 1e-3 of each tensor's norm; what is
 saved loads in AutoModelForCausalLM and AutoModelForSequenceClassification with the same tensors and
 scores. Files come in one piece or in several, as f32, f16 and bf16, with new and old forms of
 config.json. Ends with "N passed, N failed"; the exit status is 1 if any failed.
 """
-import argparse, glob, json, os, shlex, shutil, subprocess, sys, tempfile
+import glob, json, shutil, subprocess, tempfile
 
 import torch
 import transformers as tf
 from safetensors.torch import load_file
 
+from interop import BUILD, QUICK, check, finish, near, report
+
 torch.set_num_threads(1)
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()
-passed = failed = 0
-worst = {}
-
-
-def check(name, ok, why=""):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print(f"  FAILED {name} {why}")
-
-
-def near(name, kind, got, want, tol, relative=False):
-    """Absolute, or relative to the norm."""
-    got, want = got.double(), want.double()
-    off = (got - want).norm() / (want.norm() + 1e-12) if relative else (got - want).abs().max()
-    worst[kind] = max(worst.get(kind, 0.0), off.item())
-    check(name, got.shape == want.shape and off <= tol, f"off by {off:.3g}")
-
 
 # ---- models -------------------------------------------------------------------------------------
 
@@ -151,7 +133,7 @@ def compare(name, path, out, kind):
     ids = [torch.randint(4, 203, (n,), generator=gen).tolist() for n in (150, 3, 64, 97)]
     task = dict(ids=ids, prompt=12, greedy=64, weights=[1.0, -0.5, 0.25, 2.0])
     json.dump(task, open(f"{out}.json", "w"))
-    r = subprocess.run([ARGS.tool, path, f"{out}.json", out] + kind, capture_output=True, text=True)
+    r = subprocess.run([f"{BUILD}/tool", path, f"{out}.json", out] + kind, capture_output=True, text=True)
     if r.returncode:
         check(name, False, r.stderr)
         return
@@ -190,39 +172,18 @@ def compare(name, path, out, kind):
     check_gradients(name, "score.", scorer, got, "all")
 
 
-def main():
-    work = tempfile.mkdtemp(prefix="rlhf-families-")
-    ARGS.tool = f"{work}/tool"
-    flags = subprocess.run("pkg-config --cflags --libs jansson libpcre2-8 libutf8proc zlib", shell=True, capture_output=True,
-                           text=True).stdout.split()
-    here = os.path.dirname(os.path.abspath(__file__))
-    subprocess.run([*shlex.split(ARGS.cc), "-std=gnu11", "-O2", "-ffp-contract=off", "-w", f"-I{ARGS.repo}", "-o", ARGS.tool,
-                    f"{here}/interop_tool.c", *flags, "-lm", "-pthread"], check=True)
-    for name in CASES:
-        if ARGS.only and ARGS.only not in name:
-            continue
-        path = f"{work}/{name}"
-        make(path, name)
-        check(f"{name} files", (len(glob.glob(f"{path}/*.safetensors")) > 1) == bool(CASES[name][3]))
-        compare(name, path, f"{path}-out", [])
-        config = json.load(open(f"{path}/config.json"))
-        old = old_form(config)
-        if old:
-            shutil.copytree(path, f"{path}-old")
-            json.dump(old, open(f"{path}-old/config.json", "w"))
-            compare(f"{name} (old form)", f"{path}-old", f"{path}-old-out", [])
-        print(f"{name}: {passed} passed, {failed} failed; worst {({k: float(f'{v:.2g}') for k, v in worst.items()})}", flush=True)
-        worst.clear()
-    if not failed:
-        shutil.rmtree(work)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--repo", default=".")
-    parser.add_argument("--cc", default="cc")
-    parser.add_argument("--only", default="")
-    ARGS = parser.parse_args()
-    sys.exit(main())
+work = tempfile.mkdtemp(prefix="rlhf-families-")
+for name in CASES:
+    path = f"{work}/{name}"
+    make(path, name)
+    check(f"{name} files", (len(glob.glob(f"{path}/*.safetensors")) > 1) == bool(CASES[name][3]))
+    compare(name, path, f"{path}-out", [])
+    config = json.load(open(f"{path}/config.json"))
+    old = old_form(config)
+    if old:
+        shutil.copytree(path, f"{path}-old")
+        json.dump(old, open(f"{path}-old/config.json", "w"))
+        compare(f"{name} (old form)", f"{path}-old", f"{path}-old-out", [])
+    report(name)
+shutil.rmtree(work)
+finish()

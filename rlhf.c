@@ -186,8 +186,9 @@ typedef struct err_deferred {
     void *ptr;
 } err_deferred;
 
-/* Kernels of one instruction set (07). */
+/* Kernels of one instruction set (07), weights that models share (15). */
 struct k_table;
+struct model_base;
 
 /* Used by one thread at a time. Everything that the library remembers between calls hangs here or
  * on an object that points here; there is no other state but base_current. */
@@ -198,6 +199,7 @@ struct rlhf_ctx {
     struct par_team *team;   /* its threads */
     int half;                /* products of models are of bfloat16 */
     size_t cache;            /* bytes of a core's second-level cache: steers time only */
+    struct model_base *bases; /* weights that open models share (15) */
     err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
     int n_defer;                 /* entries of defer in use */
@@ -309,8 +311,8 @@ static int base_is_choice(const char *choices, const char *value) {
  * MARK: - 03 MEM (mem_ arena_)
  * All memory of the library comes through the context's hooks in blocks that know their context and
  * their age. A public call that fails gives back the blocks younger than itself; therefore an
- * object that existed before a call may grow during it only through an arena. Arenas serve the
- * steps of training: after the first step they are one block and nothing is allocated any more.
+ * object that existed before a call may grow during it only through an arena, or by blocks that
+ * mem_settle has made as old. Arenas serve the steps of training: after the first step they are one block and nothing is allocated any more.
  *
  * What lives how long:
  *     a block           until mem_free, or until the call that made it fails
@@ -319,7 +321,7 @@ static int base_is_choice(const char *choices, const char *value) {
  *     a deferred thing  until err_release, or until the call fails; after err_keep its owner's
  *
  * Entry: mem_alloc, mem_free, mem_temp; arena_alloc, arena_save, arena_restore, arena_reset.
- * Invariant: the list of blocks is ordered by age, newest first; arena blocks (seq 0) close it.
+ * Invariant: the list of blocks is ordered by age, newest first; settled blocks (seq 0) close it.
  * Tests: test/test_api.c (every n-th allocation fails)
  * ============================================================================================ */
 
@@ -384,6 +386,20 @@ static void mem_free(void *ptr) {
 /* Marks a block as living no longer than the public call that is running. */
 static void *mem_temp(void *ptr) {
     ((mem_block *)ptr - 1)->temporary = 1;
+    return ptr;
+}
+
+/* Makes a block as old as an arena's: a failed call does not take it back. For what an object that
+ * is older than the call is to own. */
+static void *mem_settle(void *ptr) {
+    mem_block *b = (mem_block *)ptr - 1, *last;
+    mem_unlink(b);
+    b->seq = 0;
+    for (last = b->ctx->blocks; last && last->older;) last = last->older;
+    b->younger = last;
+    b->older = NULL;
+    if (last) last->older = b;
+    else b->ctx->blocks = b;
     return ptr;
 }
 
@@ -510,17 +526,7 @@ typedef struct arena_mark {
 
 /* A block of size usable bytes that no failed call takes back. */
 static arena_block *arena_block_new(arena *a, size_t size) {
-    arena_block *b = mem_alloc(a->ctx, sizeof *b + RLHF_ALIGN + size);
-    mem_block *m = (mem_block *)b - 1;
-    /* Move the block to the old end of the list: a failed call must not take it back. */
-    mem_unlink(m);
-    m->seq = 0;
-    mem_block *last = a->ctx->blocks;
-    while (last && last->older) last = last->older;
-    m->younger = last;
-    m->older = NULL;
-    if (last) last->older = m;
-    else a->ctx->blocks = m;
+    arena_block *b = mem_settle(mem_alloc(a->ctx, sizeof *b + RLHF_ALIGN + size));
     b->size = size;
     b->used = 0;
     return b;
@@ -612,6 +618,8 @@ enum {
     RNG_MINIBATCH,  /* order of episodes inside a PPO update */
     RNG_PROMPT,     /* order of prompts */
     RNG_BOOTSTRAP,  /* resampled items */
+    RNG_LORA,       /* initial adapters; index = position in the flat parameter array */
+    RNG_DROPOUT,    /* what adapters do not see; the seed mixes step and layer */
     RNG_SAMPLE = 64 /* sampling: RNG_SAMPLE + a key of the sample; index = position in the answer */
 };
 
@@ -1501,6 +1509,7 @@ typedef void k_cap_bwd_fn(int n, const float *y, float in, float *d);
 typedef void k_panel_fn(int n, const float *x, size_t ld, float *y);
 typedef void k_strips_fn(int n, int strips, int w, const float *x, size_t ld, float *y);
 typedef void k_half_fn(int n, const float *x, size_t step, uint16_t *y);
+typedef void k_wide_fn(int n, const uint16_t *x, float *y);
 typedef void k_pairs_fn(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y);
 typedef double k_sumsq_fn(int64_t n, const float *x);
 typedef void k_adam_fn(int64_t n, float *p, float *g, float *m, float *v, const k_adam *a);
@@ -1544,6 +1553,7 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(ds, k_ds_fn)                                                                                 \
     X(panel, k_panel_fn)                                                                           \
     X(strips, k_strips_fn)                                                                         \
+    X(wide, k_wide_fn)                                                                             \
     X(sumsq, k_sumsq_fn)                                                                           \
     X(adam, k_adam_fn)
 
@@ -1873,6 +1883,11 @@ static void k_r_strips(int n, int strips, int w, const float *x, size_t ld, floa
 static void k_r_half(int n, const float *x, size_t step, uint16_t *y) {
     for (int i = 0; i < (n + 15) / 16 * 16; i++)
         y[(size_t)(i / 32) * step + (size_t)(i % 32)] = i < n ? v_half1(x[i]) : 0;
+}
+
+/* n numbers of bfloat16 as floats. */
+static void k_r_wide(int n, const uint16_t *x, float *y) {
+    for (int i = 0; i < n; i++) y[i] = v_wide1(x[i]);
 }
 
 /* w columns of n numbers, element (k, l) at b[k ld + l], as bfloat16 in pairs (k, k + 1), the first
@@ -2258,6 +2273,12 @@ K_FN void k_v_half(int n, const float *x, size_t step, uint16_t *y) {
         uint16_t *out = y + (size_t)(at / 32) * step + at % 32;
         V_EACH(v_store_upper(out + i * V_WIDTH, vi_half(v.r[i])));
     }
+}
+
+K_FN void k_v_wide(int n, const uint16_t *x, float *y) {
+    int i = 0;
+    for (; i + V_WIDTH <= n; i += V_WIDTH) v_store(y + i, v_widen(x + i));
+    k_r_wide(n - i, x + i, y + i);
 }
 
 K_FN void k_v_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y) {
@@ -3376,9 +3397,72 @@ static void op_norm_bwd(op_env *e, op_norm *o) {
 
 /* ---- linear ---- */
 
-/* y = x W^T + b with W [n][k], as PyTorch's Linear holds it. packed is W^T in panels
- * [gemm_packed_size(k, n)], kept by the model for products of few rows, or null; gw [n][k] and gb
- * [n] are null where nothing is trained. */
+/* A half-precision number, exactly; denormals by value, NaN with its payload. */
+static float op_half(uint16_t h) {
+    uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, m = h & 1023;
+    if (e == 31) return v_bits1((int32_t)(sign | 0x7f800000u | m << 13));
+    if (e) return v_bits1((int32_t)(sign | (e + 112) << 23 | m << 13));
+    float f = (float)m * 0x1p-24f;
+    return sign ? -f : f;
+}
+
+/* Rows of a matrix W [n][k] as a file has them, read in place: rows [0, rows) of the piece, k = cols
+ * each. kind: '4' F32, 'h' F16, 'b' BF16, whose addresses are multiples of their size. */
+typedef struct op_piece {
+    const unsigned char *data;
+    int rows, cols;
+    int hd;         /* not 0: the file has query, key and value of one head after another, hd rows
+                       each, where W has all queries, all keys, all values */
+    int transposed; /* the file has [cols][rows], as GPT-2's Conv1D; then hd is 0 */
+    char kind;
+} op_piece;
+
+enum { OP_PIECES = 3 }; /* query, key and value are three tensors */
+
+/* Row r of W in the file's order. */
+static size_t op_piece_row(const op_piece *p, size_t r) {
+    size_t third = (size_t)p->rows / 3, hd = (size_t)p->hd, in = hd ? r % third : 0;
+    return hd ? (in / hd * 3 + r / third) * hd + in % hd : r;
+}
+
+/* Columns [from, from + n) of row r as floats. */
+static void op_piece_read(const k_table *k, const op_piece *p, size_t r, int from, int n,
+                          float *out) {
+    size_t step = p->transposed ? (size_t)p->rows : 1;
+    size_t at = p->transposed ? (size_t)from * step + r
+                              : op_piece_row(p, r) * (size_t)p->cols + (size_t)from;
+    const uint16_t *h = (const uint16_t *)(const void *)p->data + (p->kind == '4' ? 0 : at);
+    const float *f = (const float *)(const void *)p->data + (p->kind == '4' ? at : 0);
+    if (p->kind == 'b' && step == 1) k->wide(n, h, out);
+    else if (p->kind == '4' && step == 1) memcpy(out, f, (size_t)n * sizeof *out);
+    else
+        for (size_t i = 0; i < (size_t)n; i++)
+            out[i] = p->kind == '4'   ? f[i * step]
+                     : p->kind == 'b' ? v_wide1(h[i * step])
+                                      : op_half(h[i * step]);
+}
+
+/* An adapter (Hu et al. 2021) to rows [from, from + n) of W: y += scale B (A x), A [r][k], B [n][r].
+ * ga and gb are null where it is not trained. */
+typedef struct op_lora {
+    int from, n, r;
+    float scale;
+    const float *a, *b;
+    float *ga, *gb;
+} op_lora;
+
+/* What an adapter does not see of x: element (row, j) is zero with probability p, else divided by 1
+ * - p (Srivastava et al. 2014), by the number key[row] + j of the stream (seed, RNG_DROPOUT). */
+typedef struct op_drop {
+    float p; /* 0: nothing is dropped */
+    uint64_t seed;
+    const uint64_t *key; /* [rows] */
+} op_drop;
+
+/* y = x W^T + b with W [n][k], as PyTorch's Linear holds it, and adapters to it. W is floats w, or
+ * pieces of a file one below the other. packed is W^T in panels [gemm_packed_size(k, n)], kept by
+ * the model for products of few rows, or null; gw [n][k] and gb [n] are null where nothing is
+ * trained. */
 typedef struct op_weight {
     int n, k;
     int ld;    /* floats from one row of y or dy to the next; 0: n */
@@ -3386,28 +3470,186 @@ typedef struct op_weight {
     float cap; /* soft cap of the outputs, which op_logits applies; 0: none */
     const float *w, *b, *packed;
     float *gw, *gb;
+    op_piece piece[OP_PIECES];
+    op_lora lora[OP_PIECES];
+    int pieces, loras;
+    op_drop drop; /* of the adapters */
 } op_weight;
 
 static size_t op_ld(const op_weight *w) { return (size_t)(w->ld ? w->ld : w->n); }
+
+/* Some rows of W in memory: element (at + i, j) is w[i * rs + j * cs], one of them 1. */
+typedef struct op_block {
+    const float *w;
+    int n;
+    size_t rs, cs;
+} op_block;
+
+/* Rows of a piece that become floats. */
+typedef struct op_widen {
+    const k_table *k;
+    const op_piece *piece;
+    int row;
+    float *out; /* [rows][cols] */
+} op_widen;
+
+static void op_widen_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    const op_widen *o = arg;
+    size_t cols = (size_t)o->piece->cols;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++)
+        op_piece_read(o->k, o->piece, (size_t)(o->row + i), 0, o->piece->cols,
+                      o->out + (size_t)i * cols);
+}
+
+/* Floats of a block of rows that are widened: near enough to the cores to cost no memory traffic,
+ * large enough to be shared among them. */
+enum { OP_WIDEN = 1 << 19 };
+
+/* Rows that are widened at a time: whole panels and whole steps of a sum over them. */
+static int op_widen_count(int cols) { return base_max(64, OP_WIDEN / cols / 64 * 64); }
+
+/* The block that begins at row `at`: all of W where it is floats, the rest of a piece that can be
+ * used as it lies, else some of its rows as floats in ws. */
+static op_block op_block_at(op_env *e, const op_weight *w, int at) {
+    if (!w->pieces) return (op_block){w->w, w->n, (size_t)w->k, 1};
+    const op_piece *p = w->piece;
+    while (at >= p->rows) at -= p++->rows;
+    if (p->kind == '4' && !p->hd) {
+        const float *f = (const float *)(const void *)p->data;
+        if (p->transposed) return (op_block){f + at, p->rows - at, 1, (size_t)p->rows};
+        return (op_block){f + (size_t)at * (size_t)p->cols, p->rows - at, (size_t)p->cols, 1};
+    }
+    int n = base_min(op_widen_count(p->cols), p->rows - at);
+    op_widen o = {e->ctx->k, p, at, arena_floats(e->ws, (size_t)n, (size_t)p->cols)};
+    par_for(e->ctx, n, par_grain(p->cols), op_widen_rows, &o);
+    return (op_block){o.out, n, (size_t)p->cols, 1};
+}
+
+/* All of W^T in panels (gemm_pack). */
+static void op_pack(op_env *e, const op_weight *w, float *out) {
+    arena_mark mark = arena_save(e->ws);
+    op_block b = op_block_at(e, w, 0);
+    if (b.n < w->n) { /* panels may span pieces: W as floats first */
+        float *whole = arena_floats(e->ws, (size_t)w->n, (size_t)w->k), *to = whole;
+        for (int i = 0; i < w->pieces; i++) {
+            op_widen o = {e->ctx->k, w->piece + i, 0, to};
+            par_for(e->ctx, w->piece[i].rows, par_grain(w->k), op_widen_rows, &o);
+            to += (size_t)w->piece[i].rows * (size_t)w->k;
+        }
+        b = (op_block){whole, w->n, (size_t)w->k, 1};
+    }
+    gemm_pack(e->ctx, w->half, b.w, b.cs, b.rs, w->k, w->n, out);
+    arena_restore(e->ws, mark);
+}
+
+/* y [m][n] (rows ld apart) = or, with mode GEMM_ACC, += x [m][k] W^T for a small W of floats. */
+static void op_small(op_env *e, int m, int n, int k, const float *x, const float *w, int mode,
+                     float *y, size_t ld) {
+    gemm_args g = {.m = m, .n = n, .src = w, .ks = 1, .ns = (size_t)k};
+    g.t = (gemm_tile_args){
+        .k = k, .a = x, .rs = (size_t)k, .cs = 1, .c = y, .ldc = ld, .mode = mode};
+    gemm_run(e->ctx, e->ws, &g);
+}
+
+/* Rows [lo, hi) of what adapters see of x, in place. */
+typedef struct op_drop_job {
+    const op_drop *d;
+    int k;
+    float *x;
+} op_drop_job;
+
+static void op_drop_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    const op_drop_job *o = arg;
+    float keep = 1.0f / (1.0f - o->d->p);
+    uint64_t bound = (uint64_t)((double)o->d->p * 65536.0);
+    (void)thread;
+    for (int64_t r = lo; r < hi; r++) {
+        float *x = o->x + (size_t)r * (size_t)o->k;
+        /* One number decides on four elements, by sixteen bits each. */
+        for (int j = 0; j < o->k; j += 4) {
+            uint64_t bits = rng_u64(o->d->seed, RNG_DROPOUT, o->d->key[r] + (uint64_t)j);
+            for (int i = j; i < base_min(j + 4, o->k); i++, bits >>= 16)
+                x[i] = (bits & 65535) < bound ? 0 : x[i] * keep;
+        }
+    }
+}
+
+/* x as the adapters see it: x itself, or a copy in ws with elements dropped. */
+static const float *op_dropped(op_env *e, const op_weight *w, int m, const float *x) {
+    if (w->drop.p <= 0) return x;
+    size_t n = (size_t)m * (size_t)w->k;
+    op_drop_job o = {&w->drop, w->k, memcpy(arena_floats(e->ws, n, 1), x, n * sizeof *x)};
+    par_for(e->ctx, m, par_grain(4 * w->k), op_drop_rows, &o);
+    return o.x;
+}
+
+/* scale A x for each row, [m][r] in ws. */
+static float *op_lora_inner(op_env *e, const op_weight *w, const op_lora *l, int m,
+                            const float *x) {
+    float *t = arena_floats(e->ws, (size_t)m, (size_t)l->r);
+    op_small(e, m, l->r, w->k, x, l->a, GEMM_STORE, t, (size_t)l->r);
+    e->ctx->k->scale(m * l->r, t, l->scale);
+    return t;
+}
+
+/* z = act(y) by rows, where it cannot be part of the product. */
+typedef struct op_act {
+    k_map_fn *act;
+    int n;
+    size_t ld;
+    const float *y;
+    float *z;
+} op_act;
+
+static void op_act_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    const op_act *o = arg;
+    (void)thread;
+    for (size_t r = (size_t)lo; r < (size_t)hi; r++) o->act(o->n, o->y + r * o->ld, o->z + r * o->ld);
+}
+
+/* Adds what the adapters add to y = x W^T, then act. */
+static void op_lora_fwd(op_env *e, const op_weight *w, int m, const float *x, float *y,
+                        k_map_fn *act, float *z) {
+    arena_mark mark = arena_save(e->ws);
+    const float *seen = op_dropped(e, w, m, x);
+    for (const op_lora *l = w->lora; l < w->lora + w->loras; l++) {
+        float *t = op_lora_inner(e, w, l, m, seen);
+        op_small(e, m, l->n, l->r, t, l->b, GEMM_ACC, y + l->from, op_ld(w));
+    }
+    op_act o = {act, w->n, op_ld(w), y, z};
+    if (act) par_for(e->ctx, m, par_grain(4 * w->n), op_act_rows, &o);
+    arena_restore(e->ws, mark);
+}
 
 /* y [m][n] = x [m][k] W^T + b, and then add [m][n], a residual connection, unless it is null (it
  * may be y). act, if not null, also writes z [m][n] = act(y). */
 static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y,
                       const float *add, k_map_fn *act, float *z) {
-    gemm_args g = {.m = m, .n = w->n, .half = w->half, .act = act, .y = z, .ldy = op_ld(w)};
-    /* A is x as it lies, B is W^T. */
-    g.t = (gemm_tile_args){.k = w->k,
-                           .a = x,
-                           .rs = (size_t)w->k,
-                           .cs = 1,
-                           .b = w->packed,
-                           .bs = gemm_panel_size(e->ctx->k, w->half, w->k),
-                           .c = y,
-                           .ldc = op_ld(w),
-                           .bias = w->b,
-                           .add = add};
-    g.src = w->w, g.ks = 1, g.ns = (size_t)w->k;
-    gemm_run(e->ctx, e->ws, &g);
+    int n;
+    for (int at = 0; at < w->n; at += n) {
+        arena_mark mark = arena_save(e->ws);
+        op_block b = {NULL, w->n, 1, 1};
+        if (!w->packed) b = op_block_at(e, w, at);
+        n = b.n;
+        /* A is x as it lies, B is W^T: rows of W are columns of y. */
+        gemm_args g = {.m = m, .n = n, .half = w->half, .ldy = op_ld(w)};
+        if (act && !w->loras) g.act = act, g.y = z + at;
+        g.t = (gemm_tile_args){.k = w->k,
+                               .a = x,
+                               .rs = (size_t)w->k,
+                               .cs = 1,
+                               .b = w->packed,
+                               .bs = gemm_panel_size(e->ctx->k, w->half, w->k),
+                               .c = y + at,
+                               .ldc = op_ld(w),
+                               .bias = w->b ? w->b + at : NULL,
+                               .add = add ? add + at : NULL};
+        g.src = b.w, g.ks = b.cs, g.ns = b.rs;
+        gemm_run(e->ctx, e->ws, &g);
+        arena_restore(e->ws, mark);
+    }
+    if (w->loras) op_lora_fwd(e, w, m, x, y, act, z);
 }
 
 /* Column sums: y [n] += sum over rows of x [rows][n]. */
@@ -3426,30 +3668,78 @@ static void op_cols_range(void *arg, int64_t lo, int64_t hi, int thread) {
         o->k->add((int)(hi - lo), o->x + (size_t)r * (size_t)o->n + lo, o->y + lo);
 }
 
-/* gw [n][k] += dy^T x and gb [n] += column sums of dy, over m rows: A is dy^T, B is x, and the sum
+/* gw [n][k] += dy^T x, over m rows of which those of dy are ld apart: A is dy^T, B is x, and the sum
  * over rows a GEMM_ACC chain that continues what gw holds. */
-static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x, const float *dy) {
-    if (!w->gw) return;
-    gemm_args g = {.m = w->n, .n = w->k, .half = w->half, .src = x, .ks = (size_t)w->k, .ns = 1};
-    g.t = (gemm_tile_args){.k = m,
-                           .a = dy,
-                           .rs = 1,
-                           .cs = op_ld(w),
-                           .c = w->gw,
-                           .ldc = (size_t)w->k,
-                           .mode = GEMM_ACC};
+static void op_outer(op_env *e, int half, int m, int n, int k, const float *dy, size_t ld,
+                     const float *x, float *gw) {
+    gemm_args g = {.m = n, .n = k, .half = half, .src = x, .ks = (size_t)k, .ns = 1};
+    g.t = (gemm_tile_args){
+        .k = m, .a = dy, .rs = 1, .cs = ld, .c = gw, .ldc = (size_t)k, .mode = GEMM_ACC};
     gemm_run(e->ctx, e->ws, &g);
-    if (!w->gb) return;
-    op_cols o = {e->ctx->k, dy, w->gb, m, (int)op_ld(w)};
-    par_for(e->ctx, w->n, op_col_grain(m), op_cols_range, &o);
 }
 
-/* dx [m][k] = dy [m][n] W, overwritten: A is dy as it lies, B is W. */
-static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *dy, float *dx) {
-    gemm_args g = {.m = m, .n = w->k, .half = w->half, .src = w->w, .ks = (size_t)w->k, .ns = 1};
-    g.t =
-        (gemm_tile_args){.k = w->n, .a = dy, .rs = op_ld(w), .cs = 1, .c = dx, .ldc = (size_t)w->k};
+/* dx [m][k] = or, with mode GEMM_ACC, += dy [m][n] (rows ld apart) W, where W has b's rows: A is dy
+ * as it lies, B is W. */
+static void op_back(op_env *e, int half, int m, int k, const float *dy, size_t ld,
+                    const op_block *b, int mode, float *dx) {
+    gemm_args g = {.m = m, .n = k, .half = half, .src = b->w, .ks = b->rs, .ns = b->cs};
+    g.t = (gemm_tile_args){
+        .k = b->n, .a = dy, .rs = ld, .cs = 1, .c = dx, .ldc = (size_t)k, .mode = mode};
     gemm_run(e->ctx, e->ws, &g);
+}
+
+/* The gradient of scale A x, given that of y: scale dy B, [m][r] in ws. */
+static float *op_lora_back(op_env *e, const op_weight *w, const op_lora *l, int m,
+                           const float *dy) {
+    float *t = arena_floats(e->ws, (size_t)m, (size_t)l->r);
+    op_block b = {l->b, l->n, (size_t)l->r, 1};
+    op_back(e, 0, m, l->r, dy + l->from, op_ld(w), &b, GEMM_STORE, t);
+    e->ctx->k->scale(m * l->r, t, l->scale);
+    return t;
+}
+
+/* Gradients of the weights: gw [n][k] += dy^T x and gb [n] += column sums of dy, over m rows; those
+ * of adapters likewise, whose inner product is computed again rather than kept. */
+static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x, const float *dy) {
+    if (w->gw) op_outer(e, w->half, m, w->n, w->k, dy, op_ld(w), x, w->gw);
+    op_cols o = {e->ctx->k, dy, w->gb, m, (int)op_ld(w)};
+    if (w->gw && w->gb) par_for(e->ctx, w->n, op_col_grain(m), op_cols_range, &o);
+    if (!w->loras || !w->lora->ga) return;
+    arena_mark mark = arena_save(e->ws);
+    const float *seen = op_dropped(e, w, m, x);
+    for (const op_lora *l = w->lora; l < w->lora + w->loras; l++) {
+        float *t = op_lora_inner(e, w, l, m, seen), *dt = op_lora_back(e, w, l, m, dy);
+        op_outer(e, 0, m, l->n, l->r, dy + l->from, op_ld(w), t, l->gb);
+        op_outer(e, 0, m, l->r, w->k, dt, (size_t)l->r, seen, l->ga);
+    }
+    arena_restore(e->ws, mark);
+}
+
+/* dx [m][k] = dy [m][n] W, overwritten, and what comes through the adapters. Blocks of W's rows
+ * continue one chain of sums. */
+static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *dy, float *dx) {
+    arena_mark mark = arena_save(e->ws);
+    int n;
+    for (int at = 0; at < w->n; at += n) {
+        op_block b = op_block_at(e, w, at);
+        n = b.n;
+        op_back(e, w->half, m, w->k, dy + at, op_ld(w), &b, at ? GEMM_ACC : GEMM_STORE, dx);
+        arena_restore(e->ws, mark);
+    }
+    /* The mask of the forward pass, applied to what comes back, needs a place of its own. */
+    float *part = w->drop.p > 0 && w->loras ? arena_floats(e->ws, (size_t)m, (size_t)w->k) : dx;
+    for (const op_lora *l = w->lora; l < w->lora + w->loras; l++) {
+        op_block a = {l->a, l->r, (size_t)w->k, 1};
+        float *dt = op_lora_back(e, w, l, m, dy);
+        op_back(e, 0, m, w->k, dt, (size_t)l->r, &a,
+                l == w->lora && part != dx ? GEMM_STORE : GEMM_ACC, part);
+    }
+    if (part != dx) {
+        op_drop_job o = {&w->drop, w->k, part};
+        par_for(e->ctx, m, par_grain(4 * w->k), op_drop_rows, &o);
+        e->ctx->k->add(m * w->k, part, dx);
+    }
+    arena_restore(e->ws, mark);
 }
 
 /* ---- embedding ---- */
@@ -3459,8 +3749,9 @@ typedef struct op_embed {
     const k_table *k;
     int rows, d;
     const int32_t *ids, *pos; /* [rows] */
-    const float *wte, *wpe;   /* wpe null: no learned positions */
-    float *gwte, *gwpe;       /* as wte and wpe */
+    const op_weight *wte;
+    const float *wpe;         /* null: no learned positions */
+    float *gwte, *gwpe;       /* as wte and wpe; null: not trained */
     float scale;              /* 0: 1; otherwise wpe is null */
     float *x;                 /* forward: output; backward: its gradient, destroyed */
 } op_embed;
@@ -3471,9 +3762,12 @@ static void op_embed_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     size_t d = (size_t)o->d;
     for (int64_t r = lo; r < hi; r++) {
-        memcpy(o->x + (size_t)r * d, o->wte + (size_t)o->ids[r] * d, d * sizeof(float));
-        if (o->scale != 0) o->k->scale(o->d, o->x + (size_t)r * d, o->scale);
-        if (o->wpe) o->k->add(o->d, o->wpe + (size_t)o->pos[r] * d, o->x + (size_t)r * d);
+        float *x = o->x + (size_t)r * d;
+        size_t id = (size_t)o->ids[r];
+        if (o->wte->pieces) op_piece_read(o->k, o->wte->piece, id, 0, o->d, x);
+        else memcpy(x, o->wte->w + id * d, d * sizeof *x);
+        if (o->scale != 0) o->k->scale(o->d, x, o->scale);
+        if (o->wpe) o->k->add(o->d, o->wpe + (size_t)o->pos[r] * d, x);
     }
 }
 
@@ -3492,7 +3786,7 @@ static void op_embed_cols(void *arg, int64_t lo, int64_t hi, int thread) {
         float *dx = o->x + (size_t)r * d + lo;
         if (o->scale != 0) o->k->scale((int)(hi - lo), dx, o->scale);
         o->k->add((int)(hi - lo), dx, o->gwte + (size_t)o->ids[r] * d + lo);
-        if (o->wpe) o->k->add((int)(hi - lo), dx, o->gwpe + (size_t)o->pos[r] * d + lo);
+        if (o->gwpe) o->k->add((int)(hi - lo), dx, o->gwpe + (size_t)o->pos[r] * d + lo);
     }
 }
 
@@ -6634,11 +6928,16 @@ static char *chat_render(rlhf_tokenizer *t, const char *template, const chat_mes
 /* ============================================================================================
  * MARK: - 15 MODEL (model_)
  * A decoder. A family is data: a reader for its config.json and a list that maps its tensors onto
- * one table of parameters; forward, backward and decoding are written once for all. All weights lie
- * in one array, gradients and moments in arrays of the same layout. Sampling with a cache of keys
- * and values and training run through model_forward alike.
+ * one table of parameters; forward, backward and decoding are written once for all. Sampling with a
+ * cache of keys and values and training run through model_forward alike.
  *
- * Entry: model_new, model_free, model_randomize; model_w, model_at, model_param_layers.
+ * What is trained lies in one array, gradients and moments in arrays of the same layout. A model
+ * that was opened trains nothing yet: its weights are a base that stays in the files, as they are
+ * stored there, and that all models of the same files share. It becomes its own array of floats
+ * (model_thaw), or gets adapters, which are then the array (model_adapt). So policy, reference,
+ * value and reward model are one base with an adapter and a head each.
+ *
+ * Entry: model_new, model_free, model_thaw, model_adapt; model_w, model_at, model_own_layers.
  * Invariant: version changes whenever weights do; packed matrices of another version are stale.
  * Tests: test/test_model.c, test/test_golden.c
  * ============================================================================================ */
@@ -6651,6 +6950,29 @@ enum {
     MODEL_LOCAL = 1, /* attention to the last `window` positions, rotation by local_theta */
     MODEL_NOPE = 2   /* no rotation */
 };
+
+/* Matrices that may have an adapter, as files name them: QKV is one tensor in some families, three
+ * in others; FC is the up matrix of an MLP without a gate. */
+enum {
+    LORA_QKV,
+    LORA_Q,
+    LORA_K,
+    LORA_V,
+    LORA_O,
+    LORA_FC,
+    LORA_GATE,
+    LORA_UP,
+    LORA_DOWN,
+    LORA_MODULES
+};
+
+/* Adapters as PEFT's LoraConfig describes them. */
+typedef struct model_lora {
+    int r;       /* rank; 0: none */
+    unsigned on; /* 1 << LORA_Q and such: which matrices have one */
+    int rslora;  /* scale alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r */
+    float alpha, dropout;
+} model_lora;
 
 /* What config.json says, in the terms of this section. Names follow the papers: ff is the width of
  * the MLP, hd that of a head; heads hd need not be d. */
@@ -6675,14 +6997,18 @@ typedef struct model_cfg {
     int parallel;              /* the MLP reads what attention reads: x of the layer's input */
     int qkv_bias, o_bias, mlp_bias, tied; /* tied: logits come from WTE */
     int scaled_init;                      /* residual projections start smaller by sqrt(2 layers) */
+    model_lora lora;                      /* adapters */
     rlhf_head head; /* by "architectures": a ...ForSequenceClassification is a scorer */
 } model_cfg;
 
 /* Every parameter: name, in every layer, rows, columns, exists, initial value ('n' normal, 'r'
- * normal of a residual projection, '1' what makes a norm's factor 1, '0'). The list makes the enum,
- * the layout, initialisation, weight decay (to those with more than one column and to the score
+ * normal of a residual projection, '1' what makes a norm's factor 1, '0', 'a' and 'b' of adapters).
+ * The list makes the enum, the layout, initialisation, weight decay (to those with more than one column and to the score
  * head) and the order of model_hash. A matrix is [rows][cols] with y = x W^T; QKV holds queries,
  * keys and values below each other, UP gate and up. */
+#define MODEL_LORA(X, name, rows, cols)                                                            \
+    X(name##_LA, 1, c->lora.r, cols, c->lora.on >> LORA_##name & 1, 'a')                           \
+    X(name##_LB, 1, rows, c->lora.r, c->lora.on >> LORA_##name & 1, 'b')
 #define MODEL_PARAMS(X)                                                                            \
     X(WTE, 0, c->vocab, c->d, 1, 'n')                                                              \
     X(WPE, 0, c->positions, c->d, c->learned_pos, 'n')                                             \
@@ -6702,6 +7028,15 @@ typedef struct model_cfg {
     X(DOWN_W, 1, c->d, c->ff, 1, 'r')                                                              \
     X(DOWN_B, 1, c->d, 1, c->mlp_bias, '0')                                                        \
     X(PN2_W, 1, c->d, 1, c->post_norms, '1')                                                       \
+    MODEL_LORA(X, QKV, (c->heads + 2 * c->kv_heads) * c->hd, c->d)                                 \
+    MODEL_LORA(X, Q, c->heads * c->hd, c->d)                                                       \
+    MODEL_LORA(X, K, c->kv_heads * c->hd, c->d)                                                    \
+    MODEL_LORA(X, V, c->kv_heads * c->hd, c->d)                                                    \
+    MODEL_LORA(X, O, c->d, c->heads * c->hd)                                                       \
+    MODEL_LORA(X, FC, c->ff, c->d)                                                                 \
+    MODEL_LORA(X, GATE, c->ff, c->d)                                                               \
+    MODEL_LORA(X, UP, c->ff, c->d)                                                                 \
+    MODEL_LORA(X, DOWN, c->d, c->ff)                                                               \
     X(LNF_W, 0, c->d, 1, 1, '1')                                                                   \
     X(LNF_B, 0, c->d, 1, c->layer_norm, '0')                                                       \
     X(HEAD, 0, c->vocab, c->d, c->head == RLHF_HEAD_LM && !c->tied, 'n')                           \
@@ -6743,12 +7078,37 @@ typedef struct model_family {
     void (*read)(const json_src *src, const json_t *config, model_cfg *c);
 } model_family;
 
-/* Place of one parameter in the flat array: n floats from at, in the first layer that has it. n 0:
- * this model has none. */
+/* Where a parameter is: in the model's own array, in its base as floats, in the base's files. */
+typedef enum model_where { MODEL_OWN, MODEL_FLOATS, MODEL_FILE } model_where;
+
+/* Place of one parameter: n numbers, of an own one from at on in the flat array, in the first layer
+ * that has it. n 0: this model has none. */
 typedef struct model_slot {
     size_t at, n;
     int rows, cols;
+    model_where where;
 } model_slot;
+
+/* Weights that nobody trains, shared by the models of one directory. Matrices are read where the
+ * files are mapped; vectors and the table of positions are copied as floats. Arrays [layers *
+ * P_COUNT] by layer and parameter. */
+typedef struct model_base {
+    rlhf_ctx *ctx;
+    struct model_base *next; /* of the context's */
+    int refs;
+    char *dir;                     /* as it was opened */
+    uint64_t device, inode, stamp; /* of the file of weights, or of their index */
+    op_piece (*piece)[OP_PIECES];  /* in the order of model_part */
+    uint8_t *pieces;
+    float **floats; /* null: none */
+    void **blocks;  /* what floats and pieces that could not be mapped point to: [n_blocks] */
+    io_view **maps; /* [n_maps] */
+    int n_blocks, n_maps;
+    char *stored;   /* as rlhf_model.stored */
+    float **packed; /* panels of matrices in files, made when first used */
+    arena keep;     /* they lie here */
+    int keep_packed;
+} model_base;
 
 /* A model: configuration, weights, and what is derived from them. */
 struct rlhf_model {
@@ -6756,13 +7116,16 @@ struct rlhf_model {
     const model_family *family;
     model_cfg c;    /* fixed once the model is made */
     json_t *config; /* as read; written back with what this library adds */
-    size_t n;       /* floats in w */
+    size_t n;       /* floats in w: what can be trained */
     float *w;       /* [n], laid out by slot */
+    model_base *base; /* null: all weights are in w */
+    const op_drop *drop; /* of the training pass that runs; null: adapters see everything */
     float *g;       /* gradients, lent by the trainer that is open; null otherwise */
     float *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
     model_slot slot[P_COUNT];
     size_t layer_size; /* floats from one layer to the next */
     int half;          /* products are of bfloat16 */
+    int recompute;     /* training passes keep less and compute layers again, set by trainers */
     uint64_t version;  /* changes with the weights */
     float **packed; /* [layers * P_COUNT]: forward panels of the matrices, made when first used */
     uint64_t *packed_version;
@@ -7194,28 +7557,6 @@ static void model_read_special(rlhf_model *m, const json_src *src, const json_t 
 
 /* ---- layout ---- */
 
-/* Fills slot, layer_size and n: first what exists once, then the layers one after the other. Every
- * parameter begins at a multiple of RLHF_LANES floats; the gaps are zeros and stay so. */
-static void model_layout(rlhf_model *m) {
-    const model_cfg *c = &m->c;
-    size_t at = 0, layer = 0;
-    /* Pass 0 places what is there once, pass 1 the first layer; the others repeat it. */
-    for (int pass = 0; pass < 2; pass++) {
-#define MODEL_PLACE(name, per_layer, r, k, exists, init)                                           \
-    if ((per_layer) == pass) {                                                                     \
-        model_slot *s = m->slot + P_##name;                                                        \
-        *s = (model_slot){at + layer, (exists) ? base_mul(m->ctx, (size_t)(r), (size_t)(k)) : 0,   \
-                          (r), (k)};                                                               \
-        if (pass) layer += base_round_up(s->n, RLHF_LANES);                                        \
-        else at += base_round_up(s->n, RLHF_LANES);                                                \
-    }
-        MODEL_PARAMS(MODEL_PLACE)
-#undef MODEL_PLACE
-    }
-    m->layer_size = layer;
-    m->n = at + base_mul(m->ctx, layer, (size_t)c->layers);
-}
-
 /* What the layout does not keep of the table. */
 static const struct {
     uint8_t per_layer, init;
@@ -7225,35 +7566,197 @@ static const struct {
 #undef MODEL_INFO
 };
 
+/* Where parameter p of a model with a base is: adapters and the score head are its own. */
+static model_where model_where_of(int p, int cols) {
+    int init = model_param_info[p].init;
+    if (init == 'a' || init == 'b' || p == P_SCORE) return MODEL_OWN;
+    return cols == 1 || p == P_WPE ? MODEL_FLOATS : MODEL_FILE;
+}
+
+/* Fills slot, layer_size and n: first what exists once, then the layers one after the other. Every
+ * own parameter begins at a multiple of RLHF_LANES floats; the gaps are zeros and stay so. */
+static void model_layout(rlhf_model *m) {
+    const model_cfg *c = &m->c;
+#define MODEL_SIZE(name, per_layer, r, k, exists, init)                                            \
+    m->slot[P_##name] = (model_slot){                                                              \
+        0, (exists) ? base_mul(m->ctx, (size_t)(r), (size_t)(k)) : 0, (r), (k), MODEL_OWN};
+    MODEL_PARAMS(MODEL_SIZE)
+#undef MODEL_SIZE
+    size_t at = 0, once = 0;
+    /* Pass 0 places what is there once, pass 1 the first layer; the others repeat it. */
+    for (int pass = 0; pass < 2; pass++) {
+        for (int p = 0; p < P_COUNT; p++) {
+            model_slot *s = m->slot + p;
+            if (m->base) s->where = model_where_of(p, s->cols);
+            if (model_param_info[p].per_layer != pass || s->where != MODEL_OWN) continue;
+            s->at = at;
+            at += base_round_up(s->n, RLHF_LANES);
+        }
+        if (!pass) once = at;
+    }
+    m->layer_size = at - once;
+    m->n = once + base_mul(m->ctx, m->layer_size, (size_t)c->layers);
+}
+
 /* Layers that have the parameter: 0, 1 or all. Loops over (p, layer) visit every weight once. */
 static int model_param_layers(const rlhf_model *m, int p) {
     return m->slot[p].n ? (model_param_info[p].per_layer ? m->c.layers : 1) : 0;
 }
 
-/* Place of a parameter of one layer in w, and of its gradient and moments in theirs. */
+/* The same of what is in w: 0 for what the base has. */
+static int model_own_layers(const rlhf_model *m, int p) {
+    return m->slot[p].where == MODEL_OWN ? model_param_layers(m, p) : 0;
+}
+
+/* Place of an own parameter of one layer in w, and of its gradient and moments in theirs. */
 static size_t model_at(const rlhf_model *m, int p, int layer) {
     return m->slot[p].at + (model_param_info[p].per_layer ? (size_t)layer * m->layer_size : 0);
 }
 
-/* Weights of one parameter, null if this model has none. */
+/* Index into arrays by layer and parameter. */
+static size_t model_index(int p, int layer) { return (size_t)layer * P_COUNT + (size_t)p; }
+
+/* Weights of one parameter; null if this model has none, or in a file. */
 static float *model_w(const rlhf_model *m, int p, int layer) {
-    return m->slot[p].n ? m->w + model_at(m, p, layer) : NULL;
+    if (!m->slot[p].n || m->slot[p].where == MODEL_FILE) return NULL;
+    if (m->slot[p].where == MODEL_FLOATS) return m->base->floats[model_index(p, layer)];
+    return m->w + model_at(m, p, layer);
 }
 
-/* Its gradient, null also while no optimizer is attached. */
+/* Its gradient, null also while no optimizer is attached and for what is not trained. */
 static float *model_g(const rlhf_model *m, int p, int layer) {
-    return m->slot[p].n && m->g ? m->g + model_at(m, p, layer) : NULL;
+    return m->g && model_own_layers(m, p) ? m->g + model_at(m, p, layer) : NULL;
 }
 
-/* Weights, without gaps. */
-static int64_t model_count(const rlhf_model *m) {
+/* Columns [from, from + n) of a row, wherever the parameter is. */
+static void model_read(const rlhf_model *m, int p, int layer, size_t row, int from, int n,
+                       float *out) {
+    const float *w = model_w(m, p, layer);
+    if (w) {
+        memcpy(out, w + row * (size_t)m->slot[p].cols + from, (size_t)n * sizeof *out);
+        return;
+    }
+    const op_piece *piece = m->base->piece[model_index(p, layer)];
+    while (row >= (size_t)piece->rows) row -= (size_t)piece++->rows;
+    op_piece_read(m->ctx->k, piece, row, from, n, out);
+}
+
+/* Weights, without gaps: all, or those in w. */
+static int64_t model_count(const rlhf_model *m, int own) {
     int64_t n = 0;
-    for (int p = 0; p < P_COUNT; p++) n += (int64_t)m->slot[p].n * model_param_layers(m, p);
+    for (int p = 0; p < P_COUNT; p++)
+        n += (int64_t)m->slot[p].n * (own ? model_own_layers(m, p) : model_param_layers(m, p));
     return n;
 }
 
-/* A model with zero weights: everything from a parsed config.json. Setting m->config, and keeping
- * its reference, is the caller's part. */
+/* Which rows of a parameter a tensor of a file holds: QKV is queries, keys, values below each
+ * other, UP gate and up. Returns their number. */
+static int model_part_rows(const model_cfg *c, int part, int rows, int *from) {
+    int q = c->heads * c->hd, kv = c->kv_heads * c->hd;
+    *from = part == PART_K ? q : part == PART_V ? q + kv : part == PART_UP ? c->ff : 0;
+    if (part == PART_Q) return q;
+    if (part == PART_K || part == PART_V) return kv;
+    return part == PART_GATE || part == PART_UP ? c->ff : rows;
+}
+
+/* Which of a parameter's pieces that is. */
+static int model_part_piece(int part) {
+    return part == PART_V ? 2 : part == PART_K || part == PART_UP ? 1 : 0;
+}
+
+/* Whether weight decay applies: to matrices, which B of an adapter of rank 1 is too. */
+static int model_decays(const rlhf_model *m, int p) {
+    return m->slot[p].cols > 1 || model_param_info[p].init == 'b';
+}
+
+/* ---- adapters ---- */
+
+/* Each module: the parameter whose rows it is, and the adapter's two; part as in a file, PART_ALL
+ * also for PART_HEADS. */
+static const struct {
+    uint8_t param, part, a, b;
+} model_modules[LORA_MODULES] = {[LORA_QKV] = {P_QKV_W, PART_ALL, P_QKV_LA, P_QKV_LB},
+                                 [LORA_Q] = {P_QKV_W, PART_Q, P_Q_LA, P_Q_LB},
+                                 [LORA_K] = {P_QKV_W, PART_K, P_K_LA, P_K_LB},
+                                 [LORA_V] = {P_QKV_W, PART_V, P_V_LA, P_V_LB},
+                                 [LORA_O] = {P_O_W, PART_ALL, P_O_LA, P_O_LB},
+                                 [LORA_FC] = {P_UP_W, PART_ALL, P_FC_LA, P_FC_LB},
+                                 [LORA_GATE] = {P_UP_W, PART_GATE, P_GATE_LA, P_GATE_LB},
+                                 [LORA_UP] = {P_UP_W, PART_UP, P_UP_LA, P_UP_LB},
+                                 [LORA_DOWN] = {P_DOWN_W, PART_ALL, P_DOWN_LA, P_DOWN_LB}};
+
+/* The module that a tensor of the family is, -1: none. */
+static int model_module_of(const model_tensor *t) {
+    int part = t->part == PART_HEADS ? PART_ALL : t->part;
+    for (int i = 0; i < LORA_MODULES; i++)
+        if (model_modules[i].param == t->param && model_modules[i].part == part) return i;
+    return -1;
+}
+
+/* What the product B A is multiplied by. */
+static float model_lora_scale(const model_lora *l) {
+    return l->alpha / (l->rslora ? sqrtf((float)l->r) : (float)l->r);
+}
+
+/* The adapters to parameter p of a layer, into list; returns their number. */
+static int model_loras(const rlhf_model *m, int p, int layer, op_lora *list) {
+    int n = 0;
+    for (int i = 0; i < LORA_MODULES && m->c.lora.r; i++) {
+        if (model_modules[i].param != p || !(m->c.lora.on >> i & 1)) continue;
+        op_lora *l = list + n++;
+        *l = (op_lora){.r = m->c.lora.r, .scale = model_lora_scale(&m->c.lora)};
+        l->n = model_part_rows(&m->c, model_modules[i].part, m->slot[p].rows, &l->from);
+        l->a = model_w(m, model_modules[i].a, layer), l->b = model_w(m, model_modules[i].b, layer);
+        l->ga = model_g(m, model_modules[i].a, layer);
+        l->gb = model_g(m, model_modules[i].b, layer);
+    }
+    return n;
+}
+
+/* ---- bases ---- */
+
+/* A base with room for the family's tensors of so many layers. */
+static model_base *model_base_new(rlhf_ctx *ctx, const char *dir, int layers, size_t tensors) {
+    model_base *b = mem_zalloc(ctx, 1, sizeof *b);
+    size_t n = base_mul(ctx, (size_t)layers, P_COUNT);
+    b->ctx = b->keep.ctx = ctx;
+    b->dir = mem_strdup(ctx, dir);
+    b->piece = mem_zalloc(ctx, n, sizeof *b->piece);
+    b->pieces = mem_zalloc(ctx, n, sizeof *b->pieces);
+    b->floats = mem_zalloc(ctx, n, sizeof *b->floats);
+    b->blocks = mem_zalloc(ctx, n, OP_PIECES * sizeof *b->blocks);
+    b->packed = mem_zalloc(ctx, n, sizeof *b->packed);
+    b->stored = mem_zalloc(ctx, tensors, (size_t)layers);
+    return b;
+}
+
+/* Gives a base back when the last of its models goes. */
+static void model_base_drop(model_base *b) {
+    if (!b || --b->refs > 0) return;
+    for (model_base **p = &b->ctx->bases; *p; p = &(*p)->next)
+        if (*p == b) {
+            *p = b->next;
+            break;
+        }
+    for (int i = 0; i < b->n_maps; i++) io_unmap(b->maps[i]);
+    for (int i = 0; i < b->n_blocks; i++) mem_free(b->blocks[i]);
+    arena_free(&b->keep);
+    void *parts[] = {b->dir,    b->piece,  b->pieces, b->floats, b->blocks,
+                     b->packed, b->stored, b->maps,   b};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) mem_free(parts[i]);
+}
+
+/* ---- making and giving back ---- */
+
+/* Tensors of the family in a layer: the length of its list. */
+static size_t model_tensors(const rlhf_model *m) {
+    size_t n = 0;
+    while (m->family->tensors[n].name) n++;
+    return n;
+}
+
+/* All of a model from a parsed config.json but its weights, which model_place makes. Setting
+ * m->config, and keeping its reference, is the caller's part. */
 static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config) {
     rlhf_model *m = mem_zalloc(ctx, 1, sizeof *m);
     m->ctx = ctx;
@@ -7278,15 +7781,18 @@ static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config)
     const char *cls = json_string_value(json_array_get(classes, 0));
     c->head = cls && strstr(cls, "ForSequenceClassification") ? RLHF_HEAD_SCORE : RLHF_HEAD_LM;
     model_read_special(m, src, config);
-    model_layout(m);
-    m->w = mem_zalloc(ctx, m->n, sizeof *m->w);
-    size_t tensors = 0;
-    while (m->family->tensors[tensors].name) tensors++;
-    m->stored = mem_zalloc(ctx, tensors, (size_t)c->layers);
+    m->stored = mem_zalloc(ctx, model_tensors(m), (size_t)c->layers);
     m->packed = mem_zalloc(ctx, (size_t)c->layers * P_COUNT, sizeof *m->packed);
     m->packed_version = mem_zalloc(ctx, (size_t)c->layers * P_COUNT, sizeof *m->packed_version);
     m->version = 1;
     return m;
+}
+
+/* Lays the model out, on a base or (null) by itself, and makes its array, of zeros. */
+static void model_place(rlhf_model *m, model_base *base) {
+    m->base = base;
+    model_layout(m);
+    m->w = mem_zalloc(m->ctx, m->n, sizeof *m->w);
 }
 
 /* Gives everything back, at any time after model_new; null is not allowed. */
@@ -7299,7 +7805,86 @@ static void model_free(rlhf_model *m) {
     mem_free(m->c.kinds);
     mem_free(m->stored);
     mem_free(m->w);
+    model_base_drop(m->base);
     mem_free(m);
+}
+
+/* Gives a model another array, of the layout that `to` has and the values that are set: nothing
+ * can fail here. */
+static void model_replace(rlhf_model *m, const rlhf_model *to) {
+    mem_free(m->w);
+    m->w = mem_settle(to->w);
+    memcpy(m->slot, to->slot, sizeof m->slot);
+    m->layer_size = to->layer_size;
+    m->n = to->n;
+    m->c.lora = to->c.lora;
+    if (!to->base) model_base_drop(m->base);
+    m->base = to->base;
+    m->version++;
+}
+
+/* Rows of a parameter that become floats, with what its adapters add. */
+typedef struct model_merge {
+    const rlhf_model *m;
+    int p, layer, loras;
+    op_lora lora[OP_PIECES];
+    float *out;
+} model_merge;
+
+/* Rows [lo, hi) of W + scale B A. */
+static void model_merge_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    const model_merge *g = arg;
+    int cols = g->m->slot[g->p].cols;
+    (void)thread;
+    for (int64_t row = lo; row < hi; row++) {
+        float *out = g->out + (size_t)row * (size_t)cols;
+        model_read(g->m, g->p, g->layer, (size_t)row, 0, cols, out);
+        for (const op_lora *l = g->lora; l < g->lora + g->loras; l++) {
+            if (row < l->from || row >= l->from + l->n) continue;
+            const float *b = l->b + (size_t)(row - l->from) * (size_t)l->r;
+            for (int j = 0; j < cols; j++) {
+                float sum = 0;
+                for (int k = 0; k < l->r; k++)
+                    sum = fmaf(b[k], l->a[(size_t)k * (size_t)cols + (size_t)j], sum);
+                out[j] += l->scale * sum;
+            }
+        }
+    }
+}
+
+/* Makes all weights the model's own, as floats that can be trained; adapters become part of
+ * them. */
+static void model_thaw(rlhf_model *m) {
+    if (!m->base) return;
+    rlhf_model to = *m;
+    to.c.lora = (model_lora){0};
+    model_place(&to, NULL);
+    for (int p = 0; p < P_COUNT; p++)
+        for (int l = 0; l < model_param_layers(&to, p); l++) {
+            model_merge g = {.m = m, .p = p, .layer = l, .out = model_w(&to, p, l)};
+            g.loras = model_loras(m, p, l, g.lora);
+            par_for(m->ctx, to.slot[p].rows, par_grain((int64_t)to.slot[p].cols * (1 + 8 * g.loras)),
+                    model_merge_rows, &g);
+        }
+    model_replace(m, &to);
+}
+
+/* Gives a model on a base adapters that change nothing yet: A is uniform within 1 / sqrt(columns),
+ * B zero (PEFT's default, from He et al. 2015). What it had of its own stays. */
+static void model_adapt(rlhf_model *m, const model_lora *lora, uint64_t seed) {
+    rlhf_model to = *m;
+    to.c.lora = *lora;
+    model_place(&to, m->base);
+    for (int p = 0; p < P_COUNT; p++)
+        for (int l = 0; l < model_own_layers(&to, p); l++) {
+            float *w = model_w(&to, p, l), bound = 1.0f / sqrtf((float)to.slot[p].cols);
+            if (p == P_SCORE) memcpy(w, model_w(m, p, l), to.slot[p].n * sizeof *w);
+            for (size_t i = 0; model_param_info[p].init == 'a' && i < to.slot[p].n; i++) {
+                double u = rng_uniform(seed, RNG_LORA, (uint64_t)(w - to.w) + i);
+                w[i] = (float)(2 * u - 1) * bound;
+            }
+        }
+    model_replace(m, &to);
 }
 
 /* A standard normal number (Box and Muller 1958): sqrt(-2 ln u) cos(2 pi v) with u in (0, 1]. The
@@ -7315,7 +7900,7 @@ static float model_normal(uint64_t seed, uint64_t stream, uint64_t index) {
  * the result is a function of config and seed. */
 static void model_randomize(rlhf_model *m, uint64_t seed) {
     for (int p = 0; p < P_COUNT; p++)
-        for (int layer = 0; layer < model_param_layers(m, p); layer++) {
+        for (int layer = 0; layer < model_own_layers(m, p); layer++) {
             float *w = model_w(m, p, layer), std = m->c.init_range;
             int init = model_param_info[p].init;
             if (init == 'r' && m->c.scaled_init) std /= sqrtf(2.0f * (float)m->c.layers);
@@ -7357,30 +7942,46 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
  * time. Below, the panels of W are kept, since packing would cost as much as the product. */
 enum { MODEL_MANY_ROWS = 96 };
 
-/* A matrix ready for op_linear on `rows` rows. Panels that are kept are packed again when the
- * weights have changed. bias P_COUNT: none. */
-static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int rows) {
-    size_t i = (size_t)layer * P_COUNT + (size_t)p;
-    const model_slot *s = m->slot + p;
-    float *w = model_w(m, p, layer);
-    int keep = rows < MODEL_MANY_ROWS;
-    if (keep && !m->packed[i])
-        m->packed[i] =
-            arena_floats(&m->keep, gemm_packed_size(m->ctx->k, m->half, s->cols, s->rows), 1);
-    /* y = x W^T wants W^T as B: its columns are W's rows. */
-    if (keep && m->packed_version[i] != m->version) {
-        gemm_pack(m->ctx, m->half, w, 1, (size_t)s->cols, s->cols, s->rows, m->packed[i]);
+/* Panels of a matrix for products of few rows, or null: there are many, or keeping a copy would cost
+ * too much memory. Own matrices are packed again when they have changed. */
+static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int layer, int rows) {
+    size_t i = model_index(p, layer);
+    int own = m->slot[p].where == MODEL_OWN;
+    if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
+    float **packed = own ? m->packed + i : m->base->packed + i;
+    int fresh = !*packed;
+    if (fresh)
+        *packed = arena_floats(own ? &m->keep : &m->base->keep,
+                               gemm_packed_size(m->ctx->k, m->half, w->k, w->n), 1);
+    if (own ? m->packed_version[i] != m->version : fresh) {
+        op_env e = {m->ctx, &m->ws};
+        op_pack(&e, w, *packed);
         m->packed_version[i] = m->version;
     }
-    op_weight o = {.n = s->rows,
-                   .k = s->cols,
-                   .w = w,
-                   .packed = keep ? m->packed[i] : NULL,
-                   .half = m->half,
-                   .gw = model_g(m, p, layer)};
+    return *packed;
+}
+
+/* A matrix ready for op_linear on `rows` rows, with its adapters. bias P_COUNT: none. */
+static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int rows) {
+    const model_slot *s = m->slot + p;
+    op_weight o = {.n = s->rows, .k = s->cols, .half = m->half};
+    o.w = model_w(m, p, layer);
+    o.gw = model_g(m, p, layer);
+    if (s->where == MODEL_FILE) {
+        size_t i = model_index(p, layer);
+        memcpy(o.piece, m->base->piece[i], sizeof o.piece);
+        o.pieces = m->base->pieces[i];
+    }
+    o.packed = model_panels(m, &o, p, layer, rows);
     if (bias != P_COUNT) {
         o.b = model_w(m, bias, layer);
         o.gb = o.b ? model_g(m, bias, layer) : NULL;
+    }
+    o.loras = model_loras(m, p, layer, o.lora);
+    /* Each matrix of each layer drops elements of its own. */
+    if (o.loras && m->drop) {
+        o.drop = *m->drop;
+        o.drop.seed += model_index(p, layer);
     }
     return o;
 }
@@ -7472,7 +8073,9 @@ typedef struct model_run {
     const int32_t *ids, *pos; /* [rows] */
     const op_seq *seq;        /* [seqs]; kv is filled per layer */
     op_kv *kv;                /* [layers][seqs], caches that outlive the pass; null: scratch */
-    int save;                 /* keep what backward needs */
+    int save;                 /* keep what backward needs: model_for_training */
+    int recompute;            /* with save: only the layers' inputs, the rest is computed again */
+    op_drop drop;             /* of adapters, with save */
     model_acts *acts;         /* [layers] */
     float *x;                 /* out: residual stream behind the last layer, [rows][d] */
 } model_run;
@@ -7524,13 +8127,14 @@ static op_attn model_attn(rlhf_model *m, const model_run *run, int layer, model_
                      .rows = run->rows};
 }
 
-/* Buffers of one layer. Without save they serve every layer. */
+/* Buffers of one layer. Where nothing is kept of it they serve every layer. */
 static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run) {
     const model_cfg *c = &m->c;
+    int save = run->save && !run->recompute;
     size_t n = (size_t)run->rows, d = (size_t)c->d, q = (size_t)(c->heads * c->hd);
     model_acts a = {0};
     a.h1 = arena_floats(ws, n, d);
-    a.h2 = run->save ? arena_floats(ws, n, d) : a.h1;
+    a.h2 = save ? arena_floats(ws, n, d) : a.h1;
     a.mean1 = arena_floats(ws, n, 4);
     a.rstd1 = a.mean1 + n;
     a.mean2 = a.rstd1 + n;
@@ -7538,20 +8142,20 @@ static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run)
     a.qkv = a.raw = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
     if (c->qk_norm) {
         size_t per = (size_t)(c->heads + c->kv_heads);
-        if (run->save) a.raw = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
+        if (save) a.raw = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
         a.mean_h = arena_floats(ws, n, 2 * per);
         a.rstd_h = a.mean_h + n * per;
     }
     if (c->post_norms) {
         a.y1 = arena_floats(ws, n, d);
-        a.y2 = run->save ? arena_floats(ws, n, d) : a.y1;
+        a.y2 = save ? arena_floats(ws, n, d) : a.y1;
         a.mean_y1 = arena_floats(ws, n, 4);
         a.rstd_y1 = a.mean_y1 + n;
         a.mean_y2 = a.rstd_y1 + n;
         a.rstd_y2 = a.mean_y2 + n;
     }
     a.o = arena_floats(ws, n, q);
-    a.lse = run->save ? arena_floats(ws, n, (size_t)c->heads) : NULL;
+    a.lse = save ? arena_floats(ws, n, (size_t)c->heads) : NULL;
     a.up = arena_floats(ws, n, (size_t)(c->ff * (1 + c->glu)));
     a.act = arena_floats(ws, n, (size_t)c->ff);
     a.seq = arena_alloc(ws, (size_t)run->seqs * sizeof *a.seq);
@@ -7623,7 +8227,8 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
      * kept). */
     for (int s = 0; s < run->seqs; s++) {
         if (run->kv) a->seq[s].kv = run->kv[(size_t)layer * (size_t)run->seqs + (size_t)s];
-        else if (run->save || layer == 0) a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
+        else if ((run->save && !run->recompute) || layer == 0)
+            a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
     }
     /* Attention: norm, queries keys values, their norms, rotation, attention. */
     op_norm n1 = model_norm(m, P_LN1_W, layer, n);
@@ -7662,6 +8267,21 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     model_branch(m, e, P_PN2_W, layer, n, a, &down, a->act, a->x2, run->x);
 }
 
+/* Has the coming pass keep what a backward pass needs. With first >= 0 adapters drop elements:
+ * sequence i of the batch is number first + i of an optimizer step whose seed is given, so that the
+ * way a step is cut into batches changes nothing. */
+static void model_for_training(const rlhf_model *m, arena *ws, model_run *run, uint64_t seed,
+                               int first) {
+    run->save = 1;
+    run->recompute = m->recompute;
+    if (!m->c.lora.r || m->c.lora.dropout <= 0 || first < 0) return;
+    uint64_t *key = arena_alloc(ws, (size_t)run->rows * sizeof *key);
+    for (int s = 0; s < run->seqs; s++)
+        for (int i = 0; i < run->seq[s].n; i++)
+            key[run->seq[s].row + i] = (uint64_t)(first + s) << 44 | (uint64_t)i << 22;
+    run->drop = (op_drop){m->c.lora.dropout, seed, key};
+}
+
 /* Runs the batch through all layers: run->x becomes the residual stream behind the last one,
  * [rows][d], run->acts what backward needs. Everything it allocates lies in ws, above what is
  * there, and is the caller's to restore. With run->kv the rows continue their sequences' caches. */
@@ -7676,26 +8296,31 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
     size_t rows = (size_t)run->rows, d = (size_t)c->d;
     run->acts = arena_alloc(ws, (size_t)c->layers * sizeof *run->acts);
     float *x = arena_floats(ws, rows, d);
+    m->drop = run->save && run->drop.p > 0 ? &run->drop : NULL;
     /* Embedding. */
+    op_weight wte = model_weight(m, P_WTE, P_COUNT, 0, INT_MAX);
     op_embed em = {.k = m->ctx->k,
                    .rows = run->rows,
                    .d = c->d,
                    .ids = run->ids,
                    .pos = run->pos,
-                   .wte = model_w(m, P_WTE, 0),
+                   .wte = &wte,
                    .wpe = model_w(m, P_WPE, 0),
                    .scale = c->embed_scale,
                    .x = x};
     op_embed_fwd(&e, &em);
     run->x = x;
-    /* With save every layer has its own buffers and every state of x its own copy. */
+    /* With save every layer has its own buffers and every state of x its own copy, or only its
+     * input has. */
+    int save = run->save && !run->recompute;
     for (int l = 0; l < c->layers; l++) {
-        if (run->save || l == 0) run->acts[l] = model_acts_new(m, ws, run);
+        if (save || l == 0) run->acts[l] = model_acts_new(m, ws, run);
         else run->acts[l] = run->acts[0];
         model_acts *a = run->acts + l;
         a->x1 = run->x;
-        a->x2 = run->save ? arena_floats(ws, rows, d) : run->x;
+        if (save) a->x2 = arena_floats(ws, rows, d);
         if (run->save) run->x = arena_floats(ws, rows, d);
+        if (!save) a->x2 = run->x;
         model_layer_fwd(m, &e, run, l, a);
     }
 }
@@ -7804,12 +8429,31 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     arena_restore(e->ws, mark);
 }
 
+/* A layer's forward pass once more, from its input, into new buffers. */
+static void model_layer_again(rlhf_model *m, op_env *e, const model_run *run, int layer) {
+    model_run again = *run;
+    size_t rows = (size_t)run->rows, d = (size_t)m->c.d;
+    again.recompute = 0;
+    model_acts a = model_acts_new(m, e->ws, &again);
+    a.x1 = run->acts[layer].x1;
+    a.x2 = arena_floats(e->ws, rows, d);
+    again.x = arena_floats(e->ws, rows, d);
+    model_layer_fwd(m, e, &again, layer, &a);
+    run->acts[layer] = a;
+}
+
 /* Adds the gradients of all weights below run->x, given its gradient dx (destroyed). run went
  * through model_forward with save. Where WTE is the head too, the embedding's part goes to g_embed
  * (opt_join says why). */
 static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float *dx) {
     op_env e = {m->ctx, ws};
-    for (int l = m->c.layers - 1; l >= 0; l--) model_layer_bwd(m, &e, run, l, dx);
+    m->drop = run->drop.p > 0 ? &run->drop : NULL;
+    for (int l = m->c.layers - 1; l >= 0; l--) {
+        arena_mark mark = arena_save(ws);
+        if (run->recompute) model_layer_again(m, &e, run, l);
+        model_layer_bwd(m, &e, run, l, dx);
+        arena_restore(ws, mark);
+    }
     op_embed em = {.k = m->ctx->k,
                    .rows = run->rows,
                    .d = m->c.d,
@@ -7969,13 +8613,15 @@ static int model_is_eos(const rlhf_model *m, int32_t id) {
  * Gaps and the layout's order are not part of it. */
 static uint64_t model_hash(const rlhf_model *m) {
     uint64_t h = 14695981039346656037u;
+    float w[256];
     for (int p = 0; p < P_COUNT; p++)
         for (int l = 0; l < model_param_layers(m, p); l++) {
-            const float *w = model_w(m, p, l);
-            for (size_t i = 0; i < m->slot[p].n; i++) {
-                uint32_t bits;
-                memcpy(&bits, w + i, sizeof bits);
-                h = (h ^ bits) * 1099511628211u;
+            int cols = m->slot[p].cols;
+            for (size_t i = 0; i < m->slot[p].n;) {
+                int from = (int)(i % (size_t)cols), n = base_min(256, cols - from);
+                model_read(m, p, l, i / (size_t)cols, from, n, w);
+                for (int j = 0; j < n; j++) h = (h ^ (uint32_t)v_int1(w[j])) * 1099511628211u;
+                i += (size_t)n;
             }
         }
     return h;
@@ -7991,7 +8637,10 @@ static uint64_t model_hash(const rlhf_model *m) {
  * tensor's dtype, shape and range of bytes, then the bytes, little-endian too, as are the
  * processors of 01.
  *
- * Entry: ckpt_open, ckpt_load_model, ckpt_save, ckpt_clone; ckpt_map, ckpt_write for any tensors.
+ * A directory may also be an adapter, in the layout of PEFT: adapter_config.json, which names the
+ * directory of its base, and adapter_model.safetensors.
+ *
+ * Entry: ckpt_open, ckpt_restore, ckpt_save, ckpt_clone; ckpt_map, ckpt_write for any tensors.
  * Tests: test/test_ckpt.c
  * ============================================================================================ */
 
@@ -8117,28 +8766,6 @@ static ckpt_file ckpt_map(rlhf_ctx *ctx, const char *path) {
     return f;
 }
 
-/* A half-precision number, exactly; denormals by value, NaN with its payload. */
-static float ckpt_half(uint16_t h) {
-    uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, m = h & 1023;
-    if (e == 31) return v_bits1((int32_t)(sign | 0x7f800000u | m << 13));
-    if (e) return v_bits1((int32_t)(sign | (e + 112) << 23 | m << 13));
-    float f = (float)m * 0x1p-24f;
-    return sign ? -f : f;
-}
-
-/* Element i of a tensor's bytes as a float; kind '4': F32, 'h': F16, 'b': BF16, the upper half of
- * an F32. Files align nothing, hence memcpy. */
-static float ckpt_value(const unsigned char *p, char kind, size_t i) {
-    if (kind == '4') {
-        float f;
-        memcpy(&f, p + 4 * i, sizeof f);
-        return f;
-    }
-    uint16_t h;
-    memcpy(&h, p + 2 * i, sizeof h);
-    return kind == 'h' ? ckpt_half(h) : v_bits1((int32_t)((uint32_t)h << 16));
-}
-
 /* The nearest half-precision number, the even one of two; beyond the largest is infinity. */
 static uint16_t ckpt_to_half(float f) {
     uint32_t x = (uint32_t)v_int1(f), sign = x >> 16 & 0x8000, a = x & 0x7fffffff;
@@ -8152,14 +8779,54 @@ static uint16_t ckpt_to_half(float f) {
 
 /* One tensor of a file: [rows][cols] floats, or their transpose; cols 0: [rows]. hd, if not 0: the
  * file has the rows of query, key and value of one head after another, hd each. kind: the dtype it
- * is written in, as in ckpt_value. The data stay the caller's. */
+ * is written in, as in op_piece. The data stay the caller's; null: raw, rows in the file's own
+ * order. */
 typedef struct ckpt_tensor {
     char name[160];
     size_t rows, cols, hd;
     int transposed;
     char kind;
     float *data;
+    op_piece raw;
 } ckpt_tensor;
+
+/* The tensor's shape in a file: rows, and 1 or the columns of each. */
+static void ckpt_shape(const ckpt_tensor *t, size_t *a, size_t *b) {
+    size_t cols = t->cols ? t->cols : 1;
+    *a = t->transposed ? cols : t->rows;
+    *b = t->transposed ? t->rows : cols;
+}
+
+/* A tensor of a file as a piece of t's matrix. Another shape than t's, or a dtype that is not read,
+ * is an error. */
+static op_piece ckpt_find(const ckpt_file *f, const json_t *entry, const ckpt_tensor *t) {
+    rlhf_ctx *ctx = f->src.ctx;
+    const char *name = t->name;
+    const char *dtype = json_string_value(json_object_get(entry, "dtype"));
+    op_piece o = {.rows = (int)t->rows, .cols = (int)(t->cols ? t->cols : 1), .hd = (int)t->hd};
+    o.transposed = t->transposed;
+    o.kind = !strcmp(dtype, "F32") ? '4' : !strcmp(dtype, "F16") ? 'h' : 'b';
+    if (o.kind == 'b' && strcmp(dtype, "BF16") != 0)
+        err_throw(ctx, RLHF_ERR_UNSUPPORTED,
+                  "%s: tensor \"%s\" has dtype %s; F32, F16 and BF16 are read", f->src.file, name,
+                  dtype);
+    json_t *shape = json_object_get(entry, "shape");
+    size_t nd = json_array_size(shape), a = (size_t)json_integer_value(json_array_get(shape, 0));
+    size_t b = nd > 1 ? (size_t)json_integer_value(json_array_get(shape, 1)) : 1, want_a, want_b;
+    ckpt_shape(t, &want_a, &want_b);
+    if (nd != (t->cols ? 2u : 1u) || a != want_a || b != want_b) {
+        char *found = json_text(ctx, shape, JSON_COMPACT, NULL);
+        if (!t->cols)
+            err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu]",
+                      f->src.file, name, found, want_a);
+        err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu,%zu]",
+                  f->src.file, name, found, want_a, want_b);
+    }
+    /* ckpt_check has seen that the range is in the data and of this size. */
+    o.data =
+        f->data + json_integer_value(json_array_get(json_object_get(entry, "data_offsets"), 0));
+    return o;
+}
 
 /* Where row r of a file lies in a parameter: hd as in ckpt_tensor. */
 static size_t ckpt_row(size_t rows, size_t hd, size_t r) {
@@ -8167,67 +8834,64 @@ static size_t ckpt_row(size_t rows, size_t hd, size_t r) {
     return r / hd % 3 * (rows / 3) + r / (3 * hd) * hd + r % hd;
 }
 
-/* Copies a checked tensor to t->data as floats and returns its dtype. Another shape than t's, or a
- * dtype that is not read, is an error. */
-static char ckpt_load(const ckpt_file *f, const json_t *entry, const ckpt_tensor *t) {
-    rlhf_ctx *ctx = f->src.ctx;
-    const char *name = t->name;
-    int one_dim = t->cols == 0, transposed = t->transposed;
-    size_t rows = t->rows, cols = one_dim ? 1 : t->cols;
-    const char *dtype = json_string_value(json_object_get(entry, "dtype"));
-    char kind = !strcmp(dtype, "F32")    ? '4'
-                : !strcmp(dtype, "F16")  ? 'h'
-                : !strcmp(dtype, "BF16") ? 'b'
-                                         : 0;
-    if (!kind)
-        err_throw(ctx, RLHF_ERR_UNSUPPORTED,
-                  "%s: tensor \"%s\" has dtype %s; F32, F16 and BF16 are read", f->src.file, name,
-                  dtype);
-    json_t *shape = json_object_get(entry, "shape");
-    size_t nd = json_array_size(shape), a = (size_t)json_integer_value(json_array_get(shape, 0));
-    size_t b = nd > 1 ? (size_t)json_integer_value(json_array_get(shape, 1)) : 1;
-    size_t want_a = transposed ? cols : rows, want_b = transposed ? rows : cols;
-    if (nd != (one_dim ? 1u : 2u) || a != want_a || b != want_b) {
-        char *found = json_text(ctx, shape, JSON_COMPACT, NULL);
-        if (one_dim)
-            err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu]",
-                      f->src.file, name, found, want_a);
-        err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu,%zu]",
-                  f->src.file, name, found, want_a, want_b);
+/* Copies a tensor to data as floats. Files align nothing, hence rows by way of an aligned copy. */
+static void ckpt_copy(rlhf_ctx *ctx, const op_piece *p, float *data) {
+    size_t a = (size_t)(p->transposed ? p->cols : p->rows);
+    size_t b = (size_t)(p->transposed ? p->rows : p->cols), size = p->kind == '4' ? 4 : 2;
+    unsigned char *bytes = mem_alloc(ctx, b * size + b * sizeof(float));
+    float *row = (float *)(void *)bytes;
+    for (size_t r = 0; r < a; r++) {
+        op_piece line = {.data = memcpy(bytes + b * sizeof *row, p->data + r * b * size, b * size),
+                         .rows = 1, .cols = (int)b, .kind = p->kind};
+        op_piece_read(ctx->k, &line, 0, 0, (int)b, row);
+        for (size_t i = 0; p->transposed && i < b; i++) data[i * a + r] = row[i];
+        if (!p->transposed)
+            memcpy(data + ckpt_row(a, (size_t)p->hd, r) * b, row, b * sizeof *row);
     }
-    /* ckpt_check has seen that the range is in the data and of this size. */
-    const unsigned char *p =
-        f->data + json_integer_value(json_array_get(json_object_get(entry, "data_offsets"), 0));
-    for (size_t r = 0; r < rows; r++) {
-        float *out = t->data + ckpt_row(rows, t->hd, r) * cols;
-        for (size_t c = 0; c < cols; c++)
-            out[c] = ckpt_value(p, kind, transposed ? c * rows + r : r * cols + c);
-    }
-    return kind;
+    mem_free(bytes);
+}
+
+/* Copies the tensor that t describes to t->data. */
+static void ckpt_load(const ckpt_file *f, const json_t *entry, const ckpt_tensor *t) {
+    op_piece piece = ckpt_find(f, entry, t);
+    ckpt_copy(f->src.ctx, &piece, t->data);
 }
 
 /* Whether n numbers are the same again when they have been stored in a dtype. */
 static int ckpt_fits(const float *x, size_t n, char kind) {
     for (size_t i = 0; i < n; i++) {
-        float back = kind == 'h' ? ckpt_half(ckpt_to_half(x[i])) : v_wide1(v_half1(x[i]));
+        float back = kind == 'h' ? op_half(ckpt_to_half(x[i])) : v_wide1(v_half1(x[i]));
         if (v_int1(back) != v_int1(x[i])) return 0;
     }
     return 1;
 }
 
+/* Row r of a file, of n numbers, from the tensor's data. */
+static void ckpt_put_row(const ckpt_tensor *t, size_t r, size_t n, const k_table *k, float *row) {
+    if (!t->data) {
+        op_piece_read(k, &t->raw, r, 0, (int)n, row);
+        return;
+    }
+    const float *x = t->data + (t->transposed ? r : ckpt_row(t->rows, t->hd, r) * n);
+    size_t step = t->transposed ? (t->cols ? t->cols : 1) : 1;
+    for (size_t i = 0; i < n; i++) row[i] = x[i * step];
+}
+
 /* Writes one tensor's data in its dtype, a row of the file at a time: no second copy of a large
- * matrix. */
+ * matrix. What is in that dtype already is written as it is. */
 static void ckpt_put(io_file *f, rlhf_ctx *ctx, const ckpt_tensor *t) {
-    size_t cols = t->cols ? t->cols : 1, n = t->transposed ? t->rows : cols;
-    if (t->kind == '4' && !t->transposed && !t->hd) {
-        io_write(f, t->data, t->rows * cols * sizeof(float));
+    size_t a, n;
+    ckpt_shape(t, &a, &n);
+    int as_is = t->data ? t->kind == '4' && !t->transposed && !t->hd : t->kind == t->raw.kind;
+    if (as_is) {
+        io_write(f, t->data ? (const void *)t->data : t->raw.data,
+                 a * n * (t->kind == '4' ? sizeof(float) : 2));
         return;
     }
     float *row = mem_alloc(ctx, n * sizeof *row);
     uint16_t *half = mem_alloc(ctx, n * sizeof *half);
-    for (size_t r = 0; r < (t->transposed ? cols : t->rows); r++) {
-        const float *x = t->data + (t->transposed ? r : ckpt_row(t->rows, t->hd, r) * cols);
-        for (size_t i = 0; i < n; i++) row[i] = x[t->transposed ? i * cols : i];
+    for (size_t r = 0; r < a; r++) {
+        ckpt_put_row(t, r, n, ctx->k, row);
         for (size_t i = 0; i < n && t->kind != '4'; i++)
             half[i] = t->kind == 'h' ? ckpt_to_half(row[i]) : v_half1(row[i]);
         if (t->kind == '4') io_write(f, row, n * sizeof *row);
@@ -8245,10 +8909,11 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
     size_t at = 0;
     for (int i = 0; i < n; i++) {
         const char *dtype = t[i].kind == '4' ? "F32" : t[i].kind == 'h' ? "F16" : "BF16";
-        size_t bytes = t[i].rows * (t[i].cols ? t[i].cols : 1) * ckpt_dtype_size(dtype);
-        json_int_t a = (json_int_t)(t[i].transposed ? t[i].cols : t[i].rows);
-        json_int_t b = (json_int_t)(t[i].transposed ? t[i].rows : t[i].cols);
-        json_t *shape = t[i].cols ? json_pack("[I,I]", a, b) : json_pack("[I]", a);
+        size_t a, b;
+        ckpt_shape(t + i, &a, &b);
+        size_t bytes = a * b * ckpt_dtype_size(dtype);
+        json_t *shape = t[i].cols ? json_pack("[I,I]", (json_int_t)a, (json_int_t)b)
+                                  : json_pack("[I]", (json_int_t)a);
         json_object_set_new(header, t[i].name,
                             json_pack("{s:s,s:o,s:[I,I]}", "dtype", dtype, "shape", shape,
                                       "data_offsets", (json_int_t)at, (json_int_t)(at + bytes)));
@@ -8272,36 +8937,6 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
 
 /* ---- models ---- */
 
-/* A tensor of the family in one layer, as it lies in the model: rows of a parameter, w null if the
- * model has none. */
-typedef struct ckpt_slice {
-    float *w;
-    size_t rows, cols, hd; /* hd: as in ckpt_tensor */
-    int one_dim, transposed;
-} ckpt_slice;
-
-/* Which rows a part is: QKV is queries, keys, values below each other, UP gate and up. */
-static ckpt_slice ckpt_slice_of(const rlhf_model *m, const model_tensor *t, int layer) {
-    const model_cfg *c = &m->c;
-    const model_slot *s = m->slot + t->param;
-    size_t q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv_heads * c->hd), ff = (size_t)c->ff;
-    size_t from = 0, rows = (size_t)s->rows;
-    switch ((model_part)t->part) {
-    case PART_ALL: break;
-    case PART_Q: rows = q; break;
-    case PART_K: from = q, rows = kv; break;
-    case PART_V: from = q + kv, rows = kv; break;
-    case PART_GATE: rows = ff; break;
-    case PART_UP: from = ff, rows = ff; break;
-    case PART_HEADS: break;
-    }
-    ckpt_slice o = {model_w(m, t->param, layer), rows, (size_t)s->cols, 0, 0, t->transposed};
-    if (t->part == PART_HEADS) o.hd = (size_t)c->hd;
-    o.one_dim = s->cols == 1;
-    if (o.w) o.w += from * (size_t)s->cols;
-    return o;
-}
-
 /* The full name of a tensor in a file into out[size], with or without the family's prefix. */
 static const char *ckpt_name(char *out, size_t size, const model_family *f, const model_tensor *t,
                              int layer, int prefix) {
@@ -8314,13 +8949,37 @@ static const char *ckpt_name(char *out, size_t size, const model_family *f, cons
     return out;
 }
 
-/* The tensor t of one layer as it stands in a file. */
+/* Gives a tensor its data: the rows of the model's array, or what its base has in a file. */
+static void ckpt_fill(const rlhf_model *m, const model_tensor *t, int layer, ckpt_tensor *o) {
+    float *w = model_w(m, t->param, layer);
+    int from;
+    model_part_rows(&m->c, t->part, m->slot[t->param].rows, &from);
+    if (w) {
+        o->data = w + (size_t)from * (size_t)m->slot[t->param].cols;
+        return;
+    }
+    o->raw = m->base->piece[model_index(t->param, layer)][model_part_piece(t->part)];
+    /* What could not be mapped is floats in the model's order. */
+    if (o->raw.transposed != t->transposed || (o->raw.hd != 0) != (o->hd != 0))
+        o->data = (float *)(uintptr_t)(const void *)o->raw.data;
+    if (o->raw.transposed) {
+        int rows = o->raw.rows;
+        o->raw.rows = o->raw.cols, o->raw.cols = rows;
+    }
+    o->raw.transposed = o->raw.hd = 0;
+}
+
+/* The tensor t of one layer as it stands in a file, with the model's data. */
 static ckpt_tensor ckpt_tensor_of(const rlhf_model *m, const model_tensor *t, int layer,
                                   int prefix) {
-    ckpt_slice s = ckpt_slice_of(m, t, layer);
-    ckpt_tensor o = {.rows = s.rows, .cols = s.one_dim ? 0 : s.cols, .hd = s.hd, .data = s.w};
-    o.transposed = s.transposed;
+    const model_slot *s = m->slot + t->param;
+    int from;
+    ckpt_tensor o = {.rows = (size_t)model_part_rows(&m->c, t->part, s->rows, &from),
+                     .cols = s->cols == 1 ? 0 : (size_t)s->cols,
+                     .transposed = t->transposed};
+    if (t->part == PART_HEADS) o.hd = (size_t)m->c.hd;
     ckpt_name(o.name, sizeof o.name, m->family, t, layer, prefix);
+    ckpt_fill(m, t, layer, &o);
     return o;
 }
 
@@ -8342,6 +9001,38 @@ static int ckpt_ignored(const rlhf_model *m, const char *name) {
     for (const model_tensor *t = m->family->tensors; t->name; t++)
         if ((t->param == P_HEAD || t->param == P_SCORE) && !strcmp(name, t->name + 1)) return 1;
     return 0;
+}
+
+/* A block of the base, or of a model that has none. */
+static float *ckpt_block(rlhf_model *m, size_t n) {
+    float *w = mem_zalloc(m->ctx, n, sizeof *w);
+    m->base->blocks[m->base->n_blocks++] = w;
+    return w;
+}
+
+/* Takes a tensor from a file: into the model's array, into floats of its base, or as what the base
+ * is. What is not aligned for its dtype is copied. */
+static void ckpt_take(rlhf_model *m, const model_tensor *t, int layer, op_piece *piece) {
+    const model_slot *s = m->slot + t->param;
+    size_t i = model_index(t->param, layer), cols = (size_t)s->cols;
+    int from, rows = model_part_rows(&m->c, t->part, s->rows, &from);
+    if (s->where == MODEL_FILE) {
+        if ((uintptr_t)piece->data % (piece->kind == '4' ? 4 : 2)) {
+            float *w = ckpt_block(m, (size_t)rows * cols);
+            ckpt_copy(m->ctx, piece, w);
+            *piece = (op_piece){.data = (unsigned char *)w, .rows = rows, .cols = s->cols,
+                                .kind = '4'};
+        }
+        m->base->piece[i][model_part_piece(t->part)] = *piece;
+        m->base->pieces[i]++;
+        return;
+    }
+    /* A score head is a model's own, but other models of the same files start with it, too. */
+    int floats = s->where == MODEL_FLOATS || (m->base && t->param == P_SCORE);
+    if (floats && !m->base->floats[i]) m->base->floats[i] = ckpt_block(m, s->n);
+    if (floats) ckpt_copy(m->ctx, piece, m->base->floats[i] + (size_t)from * cols);
+    if (s->where == MODEL_FLOATS) return;
+    ckpt_copy(m->ctx, piece, model_w(m, t->param, layer) + (size_t)from * cols);
 }
 
 /* Loads what one file of dir holds of the model. seen, by name of tensor: the file that has it. A
@@ -8366,7 +9057,9 @@ static void ckpt_load_file(rlhf_model *m, const char *dir, const char *file, jso
             for (int prefix = 1; prefix >= !m->family->prefix_optional; prefix--) {
                 ckpt_tensor x = ckpt_tensor_of(m, t, l, prefix);
                 if (!(entry = json_object_get(left, x.name))) continue;
-                *ckpt_stored(m, t, l) = ckpt_load(&f, entry, &x);
+                op_piece piece = ckpt_find(&f, entry, &x);
+                *ckpt_stored(m, t, l) = piece.kind;
+                ckpt_take(m, t, l, &piece);
                 if (t->param == P_SCORE) m->score_trained = 1;
                 json_object_del(left, x.name);
                 break;
@@ -8376,7 +9069,15 @@ static void ckpt_load_file(rlhf_model *m, const char *dir, const char *file, jso
     }
     err_release(m->ctx);
     err_release(m->ctx);
-    err_release(m->ctx);
+    /* A base keeps the mapping. */
+    if (m->base) {
+        m->base->maps = mem_realloc(m->ctx, m->base->maps,
+                                    (size_t)(m->base->n_maps + 1) * sizeof *m->base->maps);
+        m->base->maps[m->base->n_maps++] = m->ctx->defer[m->ctx->n_defer - 1].ptr;
+        err_keep(m->ctx);
+    } else {
+        err_release(m->ctx);
+    }
 }
 
 /* Loads all files of an index: {"weight_map": {tensor: file}}. Whatever the order of the map, a
@@ -8426,28 +9127,38 @@ static void ckpt_no_weights(rlhf_ctx *ctx, const char *dir) {
     err_throw(ctx, RLHF_ERR_IO, "%s: no model.safetensors, no model.safetensors.index.json", dir);
 }
 
+/* The file that holds dir's weights, or says which do; null if there is none. */
+static const char *ckpt_weights_file(rlhf_ctx *ctx, const char *dir) {
+    static const char *const names[] = {"model.safetensors", "model.safetensors.index.json"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (io_exists(ckpt_path(ctx, dir, names[i]))) return names[i];
+    return NULL;
+}
+
+/* The first tensor that the model needs and that no file had, its name into out; null if all are
+ * there. */
+static const char *ckpt_missing(const rlhf_model *m, char *out, size_t size) {
+    for (const model_tensor *t = m->family->tensors; t->name; t++)
+        for (int l = 0; l < model_param_layers(m, t->param) && t->param != P_SCORE; l++)
+            if (!*ckpt_stored(m, t, l)) return ckpt_name(out, size, m->family, t, l, 1);
+    return NULL;
+}
+
 /* Fills m's weights from a directory of its family; m keeps its shape. A failed call leaves weights
  * partly replaced: the model is then to be closed or loaded again. */
 static void ckpt_load_model(rlhf_model *m, const char *dir) {
-    char *path = ckpt_path(m->ctx, dir, "model.safetensors");
+    const char *file = ckpt_weights_file(m->ctx, dir);
+    if (!file) ckpt_no_weights(m->ctx, dir);
+    char *path = ckpt_path(m->ctx, dir, file);
     json_t *seen = json_hold(m->ctx, json_object()), *rest = json_hold(m->ctx, json_object());
     m->version++; /* panels of the old weights are stale from the first tensor on */
     m->score_trained = 0;
-    if (io_exists(path)) ckpt_load_file(m, dir, "model.safetensors", seen, rest);
-    else {
-        path = ckpt_path(m->ctx, dir, "model.safetensors.index.json");
-        if (!io_exists(path)) ckpt_no_weights(m->ctx, dir);
-        ckpt_load_shards(m, dir, path, seen, rest);
-    }
-    for (const model_tensor *t = m->family->tensors; t->name; t++)
-        for (int l = 0; l < model_param_layers(m, t->param) && t->param != P_SCORE; l++) {
-            char bare[160], name[160];
-            ckpt_name(bare, sizeof bare, m->family, t, l, 0);
-            ckpt_name(name, sizeof name, m->family, t, l, 1);
-            if (!json_object_get(seen, name) &&
-                !(m->family->prefix_optional && json_object_get(seen, bare)))
-                err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", path, name);
-        }
+    memset(m->stored, 0, model_tensors(m) * (size_t)m->c.layers);
+    if (strstr(file, ".json")) ckpt_load_shards(m, dir, path, seen, rest);
+    else ckpt_load_file(m, dir, file, seen, rest);
+    char missing[160];
+    if (ckpt_missing(m, missing, sizeof missing))
+        err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", path, missing);
     /* What is left over was not expected. */
     const char *name;
     json_t *in;
@@ -8460,44 +9171,93 @@ static void ckpt_load_model(rlhf_model *m, const char *dir) {
     m->version++;
 }
 
-/* A model with zero weights from a parsed and held config; the hold stays the caller's, the model
- * takes a reference of its own. "mean" and "std" are the normalisation of a reward model's
- * scores. */
-static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config) {
+/* For err_defer: jansson's memory, mappings and settled blocks are not the context's, an unfinished
+ * model's would leak. */
+static void ckpt_drop_model(void *model) {
+    rlhf_model *m = model;
+    json_decref(m->config);
+    model_base_drop(m->base);
+    mem_free(m->w);
+}
+
+/* A model without weights from a parsed and held config, deferred (ckpt_drop_model); the hold stays
+ * the caller's, the model takes a reference of its own. "mean" and "std" are the normalisation of a
+ * reward model's scores. */
+static rlhf_model *ckpt_describe(rlhf_ctx *ctx, const json_src *src, json_t *config) {
     rlhf_model *m = model_new(ctx, src, config);
     m->score_mean = (float)json_opt_real(src, config, "mean", 0);
     m->score_std = (float)json_opt_real(src, config, "std", 1);
-    m->config = json_incref(config); /* last: nothing can fail behind it */
+    m->config = json_incref(config);
+    err_defer(ctx, ckpt_drop_model, m);
     return m;
 }
 
-/* For err_defer: jansson's memory is not the context's, an unfinished model's config would leak. */
-static void ckpt_drop_config(void *model) { json_decref(((rlhf_model *)model)->config); }
-
-/* Opens a directory: config.json, model.safetensors (or its index) and, if there,
- * generation_config.json. What is missing or stored in another way is an error that says how to
- * save it. */
-static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
-    if (!io_is_dir(dir))
-        err_throw(ctx, RLHF_ERR_IO, "%s: not a directory; expected a Hugging Face model directory",
-                  dir);
-    char *path = ckpt_path(ctx, dir, "config.json");
-    json_src src = json_source(ctx, path);
-    json_t *config = json_read(&src);
-    rlhf_model *m = ckpt_adopt(ctx, &src, config);
-    err_release(ctx);
-    err_defer(ctx, ckpt_drop_config, m);
-    /* From here on a failure also drops the config that the model holds. */
-    ckpt_load_model(m, dir);
-    /* Models tuned for chat name further end tokens here. */
-    char *gen = ckpt_path(ctx, dir, "generation_config.json");
-    if (io_exists(gen)) {
-        json_src gsrc = json_source(ctx, gen);
-        model_read_special(m, &gsrc, json_read(&gsrc));
-        err_release(ctx);
-    }
-    err_keep(ctx);
+/* The same with zero weights of its own, or those of a base. */
+static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config,
+                              model_base *base) {
+    rlhf_model *m = ckpt_describe(ctx, src, config);
+    if (base) base->refs++;
+    model_place(m, base);
+    if (!base) return m;
+    memcpy(m->stored, base->stored, model_tensors(m) * (size_t)m->c.layers);
+    const float *score = base->floats[P_SCORE];
+    m->score_trained = score && m->slot[P_SCORE].n;
+    if (m->score_trained) memcpy(model_w(m, P_SCORE, 0), score, m->slot[P_SCORE].n * sizeof *score);
     return m;
+}
+
+/* What makes two openings the same files: the file of weights, or their index, by device, number
+ * and time of its last change. */
+static model_base ckpt_identity(rlhf_ctx *ctx, const char *dir) {
+    const char *file = ckpt_weights_file(ctx, dir);
+    struct stat st;
+    if (!file) ckpt_no_weights(ctx, dir);
+    if (stat(ckpt_path(ctx, dir, file), &st) != 0) io_fail(ctx, "read", dir, errno);
+    return (model_base){.device = (uint64_t)st.st_dev,
+                        .inode = (uint64_t)st.st_ino,
+                        .stamp = (uint64_t)st.st_mtime * 1000003u ^ (uint64_t)st.st_size};
+}
+
+/* Panels of a base are kept where they take no more than this: a second copy of what the files
+ * hold, for the speed of decoding. */
+enum { CKPT_KEEP_FLOATS = 1 << 28 };
+
+/* The model that config describes with the weights of a directory, deferred: on the base of another
+ * model that was opened from the same files, or on a new one. */
+static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src *src,
+                                  json_t *config) {
+    model_base id = ckpt_identity(ctx, dir);
+    char missing[160];
+    for (model_base *b = ctx->bases; b; b = b->next) {
+        if (b->device != id.device || b->inode != id.inode || b->stamp != id.stamp) continue;
+        rlhf_model *m = ckpt_adopt(ctx, src, config, b);
+        if (!ckpt_missing(m, missing, sizeof missing)) return m;
+        err_keep(ctx); /* the other head is not in this base */
+        model_free(m);
+    }
+    rlhf_model *m = ckpt_describe(ctx, src, config);
+    model_base *b = model_base_new(ctx, dir, m->c.layers, model_tensors(m));
+    b->device = id.device, b->inode = id.inode, b->stamp = id.stamp;
+    b->refs = 1;
+    model_place(m, b);
+    ckpt_load_model(m, dir);
+    memcpy(b->stored, m->stored, model_tensors(m) * (size_t)m->c.layers);
+    size_t floats = 0;
+    for (int p = 0; p < P_COUNT; p++)
+        if (m->slot[p].where == MODEL_FILE) floats += m->slot[p].n * (size_t)model_param_layers(m, p);
+    b->keep_packed = floats <= CKPT_KEEP_FLOATS;
+    b->next = ctx->bases;
+    ctx->bases = b;
+    return m;
+}
+
+/* Models tuned for chat name further end tokens in generation_config.json. */
+static void ckpt_read_generation(rlhf_model *m, const char *dir) {
+    char *path = ckpt_path(m->ctx, dir, "generation_config.json");
+    if (!io_exists(path)) return;
+    json_src src = json_source(m->ctx, path);
+    model_read_special(m, &src, json_read(&src));
+    err_release(m->ctx);
 }
 
 /* null, one id or a list, as transformers writes them. */
@@ -8545,18 +9305,26 @@ static json_t *ckpt_config(const rlhf_model *m) {
 
 /* The dtype to write a tensor in: that of the file it came from if no digit is lost, so that what
  * nobody changed is the same bytes again; else `kind`. */
-static char ckpt_kind(const rlhf_model *m, const model_tensor *t, int layer, char kind) {
-    char stored = *ckpt_stored(m, t, layer);
-    ckpt_slice s = ckpt_slice_of(m, t, layer);
-    return stored && stored != '4' && ckpt_fits(s.w, s.rows * s.cols, stored) ? stored : kind;
+static char ckpt_kind(const ckpt_tensor *t, char stored, char kind) {
+    if (!stored || stored == '4') return kind;
+    size_t n = t->rows * (t->cols ? t->cols : 1);
+    return !t->data || ckpt_fits(t->data, n, stored) ? stored : kind;
+}
+
+/* generation_config.json of a language model. */
+static void ckpt_save_generation(const rlhf_model *m, const char *dir) {
+    json_t *g = json_hold(m->ctx, json_object());
+    json_object_set_new(g, "eos_token_id", ckpt_eos_json(m));
+    if (m->bos >= 0) json_object_set_new(g, "bos_token_id", json_integer(m->bos));
+    json_write_file(m->ctx, ckpt_path(m->ctx, dir, "generation_config.json"), g);
+    err_release(m->ctx);
 }
 
 /* Writes a model directory that transformers and ckpt_open read: weights first, so that config.json
  * appears in a new directory only when there is something to load. kind ('4' or 'b') is the dtype
  * of what is new or was trained. */
-static void ckpt_save(const rlhf_model *m, const char *dir, char kind) {
+static void ckpt_save_model(const rlhf_model *m, const char *dir, char kind) {
     rlhf_ctx *ctx = m->ctx;
-    io_mkdirs(ctx, dir);
     int n = 0, cap = 0, same = 1;
     for (const model_tensor *t = m->family->tensors; t->name; t++)
         cap += model_param_layers(m, t->param);
@@ -8567,7 +9335,7 @@ static void ckpt_save(const rlhf_model *m, const char *dir, char kind) {
         if (t->param == P_SCORE && !m->score_trained) continue;
         for (int l = 0; l < model_param_layers(m, t->param); l++, n++) {
             list[n] = ckpt_tensor_of(m, t, l, 1);
-            list[n].kind = ckpt_kind(m, t, l, kind);
+            list[n].kind = ckpt_kind(list + n, *ckpt_stored(m, t, l), kind);
             same &= list[n].kind == list[0].kind;
         }
     }
@@ -8578,19 +9346,14 @@ static void ckpt_save(const rlhf_model *m, const char *dir, char kind) {
                             json_string(list[0].kind == 'h' ? "float16" : "bfloat16"));
     json_write_file(ctx, ckpt_path(ctx, dir, "config.json"), config);
     err_release(ctx);
-    if (m->c.head == RLHF_HEAD_LM) {
-        json_t *g = json_hold(ctx, json_object());
-        json_object_set_new(g, "eos_token_id", ckpt_eos_json(m));
-        if (m->bos >= 0) json_object_set_new(g, "bos_token_id", json_integer(m->bos));
-        json_write_file(ctx, ckpt_path(ctx, dir, "generation_config.json"), g);
-        err_release(ctx);
-    }
+    if (m->c.head == RLHF_HEAD_LM) ckpt_save_generation(m, dir);
     mem_free(list);
 }
 
-/* A copy with the head asked for, as a new model of the same context. What both have is copied; a
- * head that the original lacks is zeros and counts as untrained. */
-static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
+/* A copy with the head asked for, as a new model of the same context, deferred (ckpt_drop_model).
+ * It shares a base and copies what is the model's own; a head that the original lacks is zeros and
+ * counts as untrained. */
+static rlhf_model *ckpt_copy_model(rlhf_model *m, rlhf_head head) {
     json_t *config = ckpt_config(m);
     json_object_set_new(
         config, "architectures",
@@ -8600,20 +9363,333 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     if (head == RLHF_HEAD_LM && m->c.head == RLHF_HEAD_SCORE && !m->c.tied)
         err_throw(m->ctx, RLHF_ERR_ARG,
                   "a scorer has no output matrix to make a language model from");
-    rlhf_model *o = ckpt_adopt(m->ctx, &src, config);
-    err_release(m->ctx);
+    rlhf_model *o = ckpt_adopt(m->ctx, &src, config, m->base);
+    if (m->c.lora.r) { /* the same adapters, not new ones */
+        mem_free(o->w);
+        o->c.lora = m->c.lora;
+        model_place(o, m->base);
+    }
     for (int p = 0; p < P_COUNT; p++)
-        for (int l = 0; l < model_param_layers(o, p); l++)
+        for (int l = 0; l < model_own_layers(o, p); l++)
             if (model_w(m, p, l))
                 memcpy(model_w(o, p, l), model_w(m, p, l), o->slot[p].n * sizeof(float));
-    size_t tensors = 0;
-    while (m->family->tensors[tensors].name) tensors++;
-    memcpy(o->stored, m->stored, tensors * (size_t)m->c.layers);
+    memcpy(o->stored, m->stored, model_tensors(m) * (size_t)m->c.layers);
     o->score_trained = head == RLHF_HEAD_SCORE && m->score_trained;
     o->score_mean = o->score_trained ? m->score_mean : 0;
     o->score_std = o->score_trained ? m->score_std : 1;
     o->version++;
     return o;
+}
+
+/* The same, as the caller's. */
+static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
+    rlhf_model *o = ckpt_copy_model(m, head);
+    err_keep(m->ctx);  /* the copy */
+    err_release(m->ctx); /* its config */
+    return o;
+}
+
+/* ---- adapters ---- */
+
+/* The name of the matrix that a tensor of the family is, as in target_modules, into out: the last
+ * part of its path. */
+static const char *ckpt_module(const model_tensor *t, char *out, size_t size) {
+    const char *end = strstr(t->name, ".weight"), *p = end;
+    while (p > t->name && p[-1] != '.') p--;
+    snprintf(out, size, "%.*s", (int)(end - p), p);
+    return out;
+}
+
+/* Turns on the matrices that `name` means: one of the family's, its path's end, or "all-linear".
+ * Throws if there is none. */
+static void ckpt_target(const rlhf_model *m, const char *where, const char *name, model_lora *l) {
+    char known[512] = "", module[64], path[160];
+    int all = !strcmp(name, "all-linear"), found = 0;
+    size_t n = strlen(name);
+    for (const model_tensor *t = m->family->tensors; t->name; t++) {
+        int i = model_module_of(t);
+        if (i < 0) continue;
+        ckpt_module(t, module, sizeof module);
+        size_t at = strlen(known);
+        if (!strstr(known, module))
+            snprintf(known + at, sizeof known - at, "%s%s", at ? ", " : "", module);
+        snprintf(path, sizeof path, ".%.*s", (int)(strstr(t->name, ".weight") - t->name), t->name);
+        size_t k = strlen(path);
+        if (!all && (k <= n || path[k - n - 1] != '.' || strcmp(path + k - n, name) != 0)) continue;
+        l->on |= 1u << i;
+        found = 1;
+    }
+    if (!found)
+        err_throw(m->ctx, RLHF_ERR_ARG,
+                  "%s: \"%s\" is no matrix of model_type %s that can have an adapter; there are %s, "
+                  "or all-linear",
+                  where, name, m->family->type, known);
+}
+
+/* Turns on what a comma-separated list says; "auto" is what PEFT chooses: query and value, or all of
+ * attention's input where these are one matrix. */
+static void ckpt_targets(const rlhf_model *m, const char *where, const char *list, model_lora *l) {
+    if (!strcmp(list, "auto")) {
+        int i = model_module_of(m->family->tensors + 4);
+        l->on = 1u << LORA_Q | 1u << LORA_V;
+        for (const model_tensor *t = m->family->tensors; t->name; t++)
+            if ((i = model_module_of(t)) == LORA_QKV) l->on = 1u << i;
+        return;
+    }
+    char name[64];
+    for (const char *p = list; *p; p += *p == ',') {
+        size_t n = strcspn(p, ",");
+        snprintf(name, sizeof name, "%.*s", (int)n, p);
+        ckpt_target(m, where, name, l);
+        p += n;
+    }
+    if (!l->on)
+        err_throw(m->ctx, RLHF_ERR_ARG, "%s: no matrix is named, so there is nothing to adapt",
+                  where);
+}
+
+/* A member that asks for what is not computed here is refused, unless it has its neutral value. */
+static void ckpt_adapter_need(const json_src *src, const json_t *j, const char *key, int neutral) {
+    if (neutral) return;
+    char *text = json_text(src->ctx, json_get(j, key), JSON_COMPACT | JSON_ENCODE_ANY, NULL);
+    err_throw(src->ctx, RLHF_ERR_UNSUPPORTED,
+              "%s: \"%s\" is %s, which this version does not compute; merge the adapter with PEFT "
+              "(merge_and_unload) first",
+              src->file, key, text);
+}
+
+/* adapter_config.json as a description of adapters to m. */
+static model_lora ckpt_read_lora(const rlhf_model *m, const json_src *src, const json_t *j) {
+    model_lora l = {.r = (int)json_opt_int(src, j, "r", 1, 65536, 8),
+                    .alpha = (float)json_opt_real(src, j, "lora_alpha", 8),
+                    .dropout = (float)json_opt_real(src, j, "lora_dropout", 0),
+                    .rslora = json_opt_bool(src, j, "use_rslora", 0)};
+    const json_t *targets = json_get(j, "target_modules"), *t, *save = json_get(j, "modules_to_save");
+    size_t i;
+    ckpt_adapter_need(src, j, "peft_type", !strcmp(json_need_str(src, j, "peft_type"), "LORA"));
+    ckpt_adapter_need(src, j, "use_dora", !json_opt_bool(src, j, "use_dora", 0));
+    ckpt_adapter_need(src, j, "bias", !strcmp(json_opt_str(src, j, "bias", "none"), "none"));
+    ckpt_adapter_need(src, j, "rank_pattern", !json_object_size(json_get(j, "rank_pattern")));
+    ckpt_adapter_need(src, j, "alpha_pattern", !json_object_size(json_get(j, "alpha_pattern")));
+    ckpt_adapter_need(src, j, "layers_to_transform", !json_get(j, "layers_to_transform"));
+    json_array_foreach(save, i, t) {
+        const char *name = json_string_value(t);
+        ckpt_adapter_need(src, j, "modules_to_save",
+                          name && m->c.head == RLHF_HEAD_SCORE && base_is_choice("score|classifier", name));
+    }
+    if (json_is_string(targets)) ckpt_target(m, src->file, json_string_value(targets), &l);
+    json_array_foreach(targets, i, t) {
+        if (!json_is_string(t)) json_bad(src, "target_modules", t, "names of matrices");
+        ckpt_target(m, src->file, json_string_value(t), &l);
+    }
+    if (!l.on) json_bad(src, "target_modules", targets, "a list of names");
+    return l;
+}
+
+/* Every tensor of the model's adapters, and its score head, as PEFT's file has them: a block;
+ * *n becomes their number. */
+static ckpt_tensor *ckpt_adapter_tensors(const rlhf_model *m, int *n) {
+    static const char outer[] = "base_model.model.";
+    ckpt_tensor *list =
+        mem_zalloc(m->ctx, 2 * LORA_MODULES * (size_t)m->c.layers + 1, sizeof *list);
+    char name[160];
+    *n = 0;
+    for (const model_tensor *t = m->family->tensors; t->name; t++) {
+        int i = model_module_of(t), on = i >= 0 && (m->c.lora.on >> i & 1);
+        for (int l = 0; on && l < m->c.layers; l++)
+            for (int half = 0; half < 2; half++) {
+                int p = half ? model_modules[i].b : model_modules[i].a;
+                ckpt_tensor *o = list + (*n)++;
+                ckpt_name(name, sizeof name, m->family, t, l, 1);
+                *strstr(name, ".weight") = 0;
+                snprintf(o->name, sizeof o->name, "%s%.110s.lora_%c.weight", outer, name, half ? 'B' : 'A');
+                o->rows = (size_t)m->slot[p].rows, o->cols = (size_t)m->slot[p].cols;
+                if (half && t->part == PART_HEADS) o->hd = (size_t)m->c.hd;
+                o->data = model_w(m, p, l);
+                o->kind = '4';
+            }
+        if (t->param != P_SCORE || !m->slot[P_SCORE].n || !m->score_trained) continue;
+        ckpt_tensor *o = list + (*n)++;
+        *o = ckpt_tensor_of(m, t, 0, 1);
+        o->data = model_w(m, P_SCORE, 0);
+        o->kind = '4';
+        memmove(o->name + sizeof outer - 1, o->name, strlen(o->name) + 1);
+        memcpy(o->name, outer, sizeof outer - 1);
+    }
+    return list;
+}
+
+/* The matrices that have adapters, by name, without repetition. */
+static json_t *ckpt_target_names(const rlhf_model *m) {
+    json_t *names = json_array();
+    char module[64];
+    for (const model_tensor *t = m->family->tensors; t->name; t++) {
+        int i = model_module_of(t), known = 0;
+        if (i < 0 || !(m->c.lora.on >> i & 1)) continue;
+        /* GPT-2 has two matrices of one name, told apart by their path. */
+        ckpt_module(t, module, sizeof module);
+        for (const model_tensor *o = m->family->tensors; o->name; o++) {
+            char other[64];
+            int k = model_module_of(o);
+            if (k >= 0 && k != i && !strcmp(ckpt_module(o, other, sizeof other), module))
+                known = 1;
+        }
+        const char *mark = strstr(t->name, "%d.");
+        json_array_append_new(
+            names, known ? json_stringn(mark + 3, (size_t)(strstr(mark, ".weight") - mark - 3))
+                         : json_string(module));
+    }
+    return names;
+}
+
+/* Writes adapters as PEFT does: the weights, then adapter_config.json, and for a reward model
+ * reward.json with the normalisation of its scores. */
+static void ckpt_save_adapter(const rlhf_model *m, const char *dir) {
+    rlhf_ctx *ctx = m->ctx;
+    const model_lora *l = &m->c.lora;
+    int n, score = m->c.head == RLHF_HEAD_SCORE;
+    ckpt_tensor *list = ckpt_adapter_tensors(m, &n);
+    ckpt_write(ctx, ckpt_path(ctx, dir, "adapter_model.safetensors"), list, n);
+    mem_free(list);
+    if (score) {
+        json_t *reward = json_hold(ctx, json_object());
+        json_object_set_new(reward, "mean", json_real((double)m->score_mean));
+        json_object_set_new(reward, "std", json_real((double)m->score_std));
+        json_write_file(ctx, ckpt_path(ctx, dir, "reward.json"), reward);
+        err_release(ctx);
+    } else {
+        ckpt_save_generation(m, dir);
+    }
+    json_t *j = json_hold(ctx, json_object());
+    json_object_set_new(j, "peft_type", json_string("LORA"));
+    json_object_set_new(j, "task_type", json_string(score ? "SEQ_CLS" : "CAUSAL_LM"));
+    json_object_set_new(j, "base_model_name_or_path", json_string(m->base->dir));
+    json_object_set_new(j, "r", json_integer(l->r));
+    json_object_set_new(j, "lora_alpha", json_real((double)l->alpha));
+    json_object_set_new(j, "lora_dropout", json_real((double)l->dropout));
+    json_object_set_new(j, "use_rslora", json_boolean(l->rslora));
+    json_object_set_new(j, "target_modules", ckpt_target_names(m));
+    json_object_set_new(j, "modules_to_save", score ? json_pack("[s]", "score") : json_null());
+    json_object_set_new(j, "fan_in_fan_out", json_boolean(m->family->tensors == model_gpt2_tensors));
+    json_object_set_new(j, "bias", json_string("none"));
+    json_object_set_new(j, "init_lora_weights", json_true());
+    json_object_set_new(j, "inference_mode", json_true());
+    json_write_file(ctx, ckpt_path(ctx, dir, "adapter_config.json"), j);
+    err_release(ctx);
+}
+
+/* Fills the adapters and the score head of a model from a directory that has the same. */
+static void ckpt_load_adapter(rlhf_model *m, const char *dir) {
+    rlhf_ctx *ctx = m->ctx;
+    ckpt_file f = ckpt_map(ctx, ckpt_path(ctx, dir, "adapter_model.safetensors"));
+    json_t *left = json_hold(ctx, json_copy((json_t *)(uintptr_t)f.header)), *entry;
+    const char *name;
+    int n;
+    json_object_del(left, "__metadata__");
+    m->version++;
+    m->score_trained = m->slot[P_SCORE].n != 0; /* so that the list has it */
+    ckpt_tensor *list = ckpt_adapter_tensors(m, &n);
+    for (int i = 0; i < n; i++) {
+        int score = list[i].data == model_w(m, P_SCORE, 0);
+        if (!(entry = json_object_get(left, list[i].name)) && score) m->score_trained = 0;
+        else if (!entry)
+            err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", f.src.file,
+                      list[i].name);
+        if (entry) ckpt_load(&f, entry, list + i);
+        json_object_del(left, list[i].name);
+    }
+    json_object_foreach(left, name, entry) {
+        err_throw(ctx, RLHF_ERR_FORMAT,
+                  "%s: unexpected tensor \"%s\": adapter_config.json does not speak of it",
+                  f.src.file, name);
+    }
+    mem_free(list);
+    for (int i = 0; i < 3; i++) err_release(ctx);
+    char *path = ckpt_path(ctx, dir, "reward.json");
+    if (m->score_trained && io_exists(path)) {
+        json_src src = json_source(ctx, path);
+        json_t *j = json_read(&src);
+        m->score_mean = (float)json_need_real(&src, j, "mean");
+        m->score_std = (float)json_need_real(&src, j, "std");
+        err_release(ctx);
+    }
+    m->version++;
+}
+
+/* The directory of an adapter's base: as adapter_config.json names it, else seen from the
+ * adapter. */
+static char *ckpt_base_dir(const json_src *src, const json_t *j, const char *dir) {
+    const char *name = json_need_str(src, j, "base_model_name_or_path");
+    char *beside = ckpt_path(src->ctx, dir, name);
+    if (io_is_dir(name)) return mem_temp(mem_strdup(src->ctx, name));
+    if (*name != '/' && io_is_dir(beside)) return beside;
+    err_throw(src->ctx, RLHF_ERR_IO,
+              "%s: \"base_model_name_or_path\" is \"%s\", which is no directory here; put the base "
+              "model there, or write its directory into this file",
+              src->file, name);
+}
+
+/* ---- directories ---- */
+
+/* Writes a model directory, or an adapter's where the model has adapters (ckpt_save_model). */
+static void ckpt_save(const rlhf_model *m, const char *dir, char kind) {
+    io_mkdirs(m->ctx, dir);
+    if (m->c.lora.r) ckpt_save_adapter(m, dir);
+    else ckpt_save_model(m, dir, kind);
+}
+
+/* Fills what is trained of a model from a directory that ckpt_save wrote of such a one. */
+static void ckpt_restore(rlhf_model *m, const char *dir) {
+    if (m->c.lora.r) ckpt_load_adapter(m, dir);
+    else ckpt_load_model(m, dir);
+}
+
+/* Opens an adapter on its base: the base's configuration with the head that task_type says. */
+static rlhf_model *ckpt_open_adapter(rlhf_ctx *ctx, const char *dir, const char *path) {
+    json_src asrc = json_source(ctx, path);
+    json_t *adapter = json_read(&asrc);
+    char *base = ckpt_base_dir(&asrc, adapter, dir);
+    const char *task = json_opt_str(&asrc, adapter, "task_type", "CAUSAL_LM");
+    if (io_exists(ckpt_path(ctx, base, "adapter_config.json")))
+        err_throw(ctx, RLHF_ERR_UNSUPPORTED,
+                  "%s: its base %s is an adapter itself; merge that one first (rlhf export --merge)",
+                  path, base);
+    json_src src = json_source(ctx, ckpt_path(ctx, base, "config.json"));
+    json_t *config = json_read(&src);
+    const model_family *family = model_find_family(&src, config);
+    if (!base_is_choice("SEQ_CLS|CAUSAL_LM", task)) json_bad(&asrc, "task_type", json_get(adapter, "task_type"), "CAUSAL_LM or SEQ_CLS");
+    json_object_set_new(
+        config, "architectures",
+        json_pack("[s]", !strcmp(task, "SEQ_CLS") ? family->score_class : family->lm_class));
+    rlhf_model *m = ckpt_open_base(ctx, base, &src, config);
+    model_lora lora = ckpt_read_lora(m, &asrc, adapter);
+    model_adapt(m, &lora, 0);
+    ckpt_load_adapter(m, dir);
+    ckpt_read_generation(m, base);
+    ckpt_read_generation(m, dir);
+    err_keep(ctx);
+    err_release(ctx);
+    err_release(ctx);
+    return m;
+}
+
+/* Opens a directory: config.json, model.safetensors (or its index) and, if there,
+ * generation_config.json; or an adapter. What is missing or stored in another way is an error that
+ * says how to save it. */
+static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
+    if (!io_is_dir(dir))
+        err_throw(ctx, RLHF_ERR_IO, "%s: not a directory; expected a Hugging Face model directory",
+                  dir);
+    char *path = ckpt_path(ctx, dir, "adapter_config.json");
+    if (io_exists(path)) return ckpt_open_adapter(ctx, dir, path);
+    path = ckpt_path(ctx, dir, "config.json");
+    json_src src = json_source(ctx, path);
+    json_t *config = json_read(&src);
+    rlhf_model *m = ckpt_open_base(ctx, dir, &src, config);
+    ckpt_read_generation(m, dir);
+    err_keep(ctx);
+    err_release(ctx);
+    return m;
 }
 
 /* ============================================================================================
@@ -9029,8 +10105,8 @@ static gguf_tensor *gguf_tensors(gguf_head *h, const rlhf_model *m, const gguf_k
                 snprintf(o->name, sizeof o->name, "%.*s%d%s", (int)(mark - name), name, l,
                          mark + 2);
             else snprintf(o->name, sizeof o->name, "%s", name);
-            ckpt_slice s = ckpt_slice_of(m, t, l);
-            o->w = s.w, o->rows = s.rows, o->cols = s.cols, o->one_dim = s.one_dim;
+            ckpt_tensor x = ckpt_tensor_of(m, t, l, 1);
+            o->w = x.data, o->rows = x.rows, o->one_dim = !x.cols, o->cols = x.cols ? x.cols : 1;
             int sorted = llama && (t->part == PART_Q || t->part == PART_K);
             o->hd = sorted ? (size_t)m->c.hd : 0;
             gguf_place(h, o, t->param == P_WPE ? &gguf_f32 : kind);
@@ -9103,8 +10179,8 @@ static void gguf_write_tensor(io_file *f, const gguf_tensor *t) {
     mem_free(row);
 }
 
-/* Writes the file; t may be null. The same model and tokenizer give the same bytes. */
-static void gguf_save(const rlhf_model *m, rlhf_tokenizer *t, const char *path, const char *type) {
+/* Writes the file of a model that has all its weights as floats; t may be null. */
+static void gguf_write(const rlhf_model *m, rlhf_tokenizer *t, const char *path, const char *type) {
     static const gguf_kind *const kinds[] = {&gguf_f32, &gguf_f16, &gguf_bf16, &gguf_q8};
     rlhf_ctx *ctx = m->ctx;
     const gguf_kind *kind = NULL;
@@ -9137,6 +10213,20 @@ static void gguf_save(const rlhf_model *m, rlhf_tokenizer *t, const char *path, 
     mem_free(h.keys.p);
     mem_free(h.infos.p);
     mem_free(list);
+}
+
+/* The same of any model. The same model and tokenizer give the same bytes. */
+static void gguf_save(rlhf_model *m, rlhf_tokenizer *t, const char *path, const char *type) {
+    if (!m->base) {
+        gguf_write(m, t, path, type);
+        return;
+    }
+    rlhf_model *whole = ckpt_copy_model(m, m->c.head);
+    model_thaw(whole);
+    gguf_write(whole, t, path, type);
+    err_keep(m->ctx);
+    err_release(m->ctx);
+    model_free(whole);
 }
 
 /* ============================================================================================
@@ -9214,12 +10304,12 @@ static double opt_schedule(const char *kind, int64_t k, int64_t warmup, int64_t 
 static void opt_add_chunks(opt *o, int model, int count_only) {
     const rlhf_model *m = o->model[model];
     for (int p = 0; p < P_COUNT; p++)
-        for (int l = 0; l < model_param_layers(m, p); l++)
+        for (int l = 0; l < model_own_layers(m, p); l++)
             for (size_t i = 0; i < m->slot[p].n; i += OPT_CHUNK) {
                 size_t n = m->slot[p].n - i < OPT_CHUNK ? m->slot[p].n - i : OPT_CHUNK;
                 if (!count_only)
                     o->chunk[o->chunks] =
-                        (opt_chunk){model, model_at(m, p, l) + i, (int)n, m->slot[p].cols > 1};
+                        (opt_chunk){model, model_at(m, p, l) + i, (int)n, model_decays(m, p)};
                 o->chunks++;
             }
 }
@@ -9236,7 +10326,7 @@ static opt *opt_new(rlhf_ctx *ctx, rlhf_model *const *models, int n) {
         o->m[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         o->v[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         /* One matrix, two uses: opt_join. */
-        if (models[i]->c.tied && models[i]->c.head == RLHF_HEAD_LM)
+        if (models[i]->c.tied && models[i]->c.head == RLHF_HEAD_LM && !models[i]->base)
             o->embed[i] = mem_zalloc(ctx, models[i]->slot[P_WTE].n, sizeof(float));
         opt_add_chunks(o, i, 1);
     }
@@ -10743,6 +11833,11 @@ static json_t *train_metrics_json(const rlhf_trainer *t, int fresh) {
     return j;
 }
 
+/* Seed of what the coming step drops. */
+static uint64_t train_seed(const rlhf_trainer *t) {
+    return rng_u64((uint64_t)t->u.c.seed, RNG_DROPOUT, (uint64_t)t->step);
+}
+
 /* Learning rate of the coming step. */
 static double train_lr(const rlhf_trainer *t) {
     const train_config *c = &t->u.c;
@@ -10765,9 +11860,34 @@ static int train_window(rlhf_trainer *t, int *from) {
     return (int)(left < window ? left : window);
 }
 
+/* Settles what of a model is trained: the adapters it has, new ones if they are asked for, else all
+ * of it. */
+static void train_prepare(rlhf_model *m, const train_config *c, uint64_t seed) {
+    m->recompute = c->gradient_checkpointing;
+    if (m->c.lora.r) {
+        if (c->use_peft) m->c.lora.dropout = (float)c->lora_dropout;
+        return;
+    }
+    if (!c->use_peft) {
+        model_thaw(m);
+        return;
+    }
+    if (!m->base)
+        err_throw(m->ctx, RLHF_ERR_ARG,
+                  "use_peft: an adapter needs a base that lies in a directory; save this model and "
+                  "open it again");
+    model_lora l = {.r = (int)c->lora_r,
+                    .alpha = (float)c->lora_alpha,
+                    .dropout = (float)c->lora_dropout,
+                    .rslora = c->use_rslora};
+    ckpt_targets(m, "lora_target_modules", c->lora_target_modules, &l);
+    model_adapt(m, &l, seed);
+}
+
 /* Makes the optimizer of n models from the common configuration. */
 static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
     const train_config *c = &t->u.c;
+    for (int i = 0; i < n; i++) train_prepare(models[i], c, (uint64_t)c->seed + (uint64_t)i);
     t->opt = opt_new(t->ctx, models, n);
     t->opt->beta1 = c->adam_beta1;
     t->opt->beta2 = c->adam_beta2;
@@ -10914,8 +12034,8 @@ static void train_load_state(rlhf_trainer *t) {
     int slot = strcmp(json_need_str(&src, j, "slot"), "b") != 0;
     char *dir = ckpt_path(ctx, top, slot ? "a" : "b");
     err_release(ctx);
-    ckpt_load_model(t->model, dir);
-    if (t->owns_value) ckpt_load_model(t->value, ckpt_path(ctx, dir, "value"));
+    ckpt_restore(t->model, dir);
+    if (t->owns_value) ckpt_restore(t->value, ckpt_path(ctx, dir, "value"));
     /* Moments are read into the optimizer's own arrays. */
     ckpt_file f = ckpt_map(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"));
     ckpt_tensor list[2 * OPT_MODELS] = {0};
@@ -11272,15 +12392,22 @@ static void sft_coef(void *user, int row, int n, const op_rows *found, float *co
     for (int i = 0; i < n; i++) coef[i] = *c;
 }
 
+/* A batch of an optimizer step: what nll is multiplied by, and as in model_for_training. */
+typedef struct sft_part {
+    double scale;
+    uint64_t seed;
+    int first;
+} sft_part;
+
 /* One batch: adds to the sums and, with train, to the gradients those of nll * scale. Without train
  * nothing is kept for a backward pass. */
-static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n, int train,
-                     double scale, sft_sums *sums) {
+static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n,
+                     const sft_part *train, sft_sums *sums) {
     arena_mark mark = arena_save(ws);
     sft_rows rows;
     model_run run = sft_batch(ws, seq, n, &rows);
     if (rows.n) {
-        run.save = train;
+        if (train) model_for_training(m, ws, &run, train->seed, train->first);
         model_forward(m, ws, &run);
         model_top top = model_top_fwd(m, ws, run.x, rows.row, rows.n);
         op_rows out = {.logp = arena_floats(ws, (size_t)rows.n, 1),
@@ -11289,7 +12416,7 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
         op_weight w = model_head_weight(m, rows.n);
         op_env e = {m->ctx, ws};
         /* Log-probabilities in chunks; their gradient in the same pass. */
-        float coef = (float)-scale,
+        float coef = train ? (float)-train->scale : 0,
               *dh = train ? arena_floats(ws, (size_t)rows.n, (size_t)m->c.d) : NULL;
         op_vocab_run(&e, &w, rows.n, top.h, rows.target, 1.0f, &out, train ? sft_coef : NULL, &coef,
                      dh);
@@ -11319,8 +12446,10 @@ static void sft_step(rlhf_trainer *t) {
     sft_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
-    for (int i = 0; i < n; i += batch)
-        sft_pass(t->model, &t->ws, seq + i, base_min(batch, n - i), 1, 1.0 / (double)labels, &sums);
+    for (int i = 0; i < n; i += batch) {
+        sft_part part = {1.0 / (double)labels, train_seed(t), i};
+        sft_pass(t->model, &t->ws, seq + i, base_min(batch, n - i), &part, &sums);
+    }
     double loss = sums.nll / (double)labels;
     train_check_loss(t, loss);
     double norm = opt_step(t->opt, &lr);
@@ -11340,7 +12469,7 @@ static sft_sums sft_measure(rlhf_model *m, arena *ws, const data_seq *const *seq
     for (int i = 0; i < n; i++) len[i] = seq[i]->n;
     for (int i = 0, k; i < n; i += k) {
         k = model_batch_count(len, i, n);
-        sft_pass(m, ws, seq + i, k, 0, 0, &sums);
+        sft_pass(m, ws, seq + i, k, NULL, &sums);
     }
     return sums;
 }
@@ -11431,9 +12560,10 @@ static void rm_put(rlhf_trainer *t, const char *prefix, const rm_sums *s) {
     }
 }
 
-/* One micro-batch of n pairs out of `of` in the step: gradients and sums. Both answers of a pair
+/* One micro-batch, pairs first to first + n out of `of` in the step: gradients and sums. Both answers of a pair
  * are sequences of one batch, chosen at even places. */
-static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int of, rm_sums *sums) {
+static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int first, int n, int of,
+                    rm_sums *sums) {
     arena *ws = &t->ws;
     arena_mark mark = arena_save(ws);
     double center = t->u.rm.center_rewards_coefficient;
@@ -11447,7 +12577,7 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int o
     model_run run = model_batch(ws, 2 * n, ids, len);
     /* The score is read where the sequence ends. */
     for (int i = 0; i < 2 * n; i++) row[i] = run.seq[i].row + run.seq[i].n - 1;
-    run.save = 1;
+    model_for_training(t->model, ws, &run, train_seed(t), 2 * first);
     model_forward(t->model, ws, &run);
     model_top top = model_top_fwd(t->model, ws, run.x, row, 2 * n);
     float *score = arena_floats(ws, (size_t)(2 * n), 2), *d = score + 2 * n;
@@ -11482,7 +12612,7 @@ static void rm_step(rlhf_trainer *t) {
     rm_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
-    for (int i = 0; i < n; i += batch) rm_pass(t, rec + i, base_min(batch, n - i), n, &sums);
+    for (int i = 0; i < n; i += batch) rm_pass(t, rec + i, i, base_min(batch, n - i), n, &sums);
     train_check_loss(t, sums.loss);
     double norm = opt_step(t->opt, &lr);
     t->tokens += tokens;
@@ -11955,7 +13085,7 @@ static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_po
     arena_mark mark = arena_save(ws);
     rlhf_model *m = t->model;
     model_run run = ppo_batch(ws, row, n);
-    run.save = 1;
+    model_for_training(m, ws, &run, 0, -1);
     int total, *state = ppo_states(ws, &run, row, n, 0, &total);
     int32_t *target = ppo_targets(ws, row, n, total);
     float *f = arena_floats(ws, (size_t)total, 4), *old = f, *adv = f + total;
@@ -11992,7 +13122,7 @@ static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double 
     float range = (float)t->u.ppo.cliprange_value,
           std = m->score_std > 1e-8f ? m->score_std : 1e-8f;
     model_run run = ppo_batch(ws, row, n);
-    run.save = 1;
+    model_for_training(m, ws, &run, 0, -1);
     int total, *state = ppo_states(ws, &run, row, n, 1, &total);
     model_forward(m, ws, &run);
     model_top top = model_top_fwd(m, ws, run.x, state, total);
@@ -12117,7 +13247,7 @@ static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, NULL, NULL};
 /* The value model: a copy of the reward model, normalisation included (Stiennon et al. 2020), or
  * the policy's trunk with a head of zeros. */
 static rlhf_model *ppo_value_model(rlhf_model *policy, rlhf_model *reward) {
-    rlhf_model *v = ckpt_clone(reward ? reward : policy, RLHF_HEAD_SCORE);
+    rlhf_model *v = ckpt_copy_model(reward ? reward : policy, RLHF_HEAD_SCORE);
     v->score_trained = 1;
     return v;
 }
@@ -12151,16 +13281,16 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     t->user = user;
     t->kl_coef = config->kl_coef;
     train_set_length(t, config->batch_size);
-    /* Both clones, unfinished, would leave jansson memory behind if a later one failed. */
-    t->start = ckpt_clone(policy, RLHF_HEAD_LM);
-    err_defer(ctx, ckpt_drop_config, t->start);
+    /* Copies before the policy changes: they share its base. */
+    t->start = ckpt_copy_model(policy, RLHF_HEAD_LM);
     t->value = ppo_value_model(policy, reward);
-    err_defer(ctx, ckpt_drop_config, t->value);
     t->owns_start = t->owns_value = 1;
     rlhf_model *models[2] = {policy, t->value};
     train_optimizer(t, models, 2);
-    err_keep(ctx);
-    err_keep(ctx);
+    for (int i = 0; i < 2; i++) {
+        err_keep(ctx);    /* a copy */
+        err_release(ctx); /* its config */
+    }
     return t;
 }
 
@@ -13911,7 +15041,8 @@ rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_si
     if (vocab_size > 0) json_object_set_new(config, "vocab_size", json_integer(vocab_size));
     if (bos >= 0) json_object_set_new(config, "bos_token_id", json_integer(bos));
     if (eos >= 0) json_object_set_new(config, "eos_token_id", json_integer(eos));
-    rlhf_model *m = ckpt_adopt(ctx, &src, config);
+    rlhf_model *m = ckpt_adopt(ctx, &src, config, NULL);
+    err_keep(ctx);
     err_release(ctx);
     model_randomize(m, seed);
     *model = m;
@@ -13959,7 +15090,7 @@ rlhf_model_shape rlhf_model_get_shape(const rlhf_model *m) {
                               .intermediate_size = m->c.ff,
                               .max_positions = m->c.positions,
                               .tied = m->c.tied,
-                              .n_params = model_count(m)};
+                              .n_params = model_count(m, 0)};
 }
 
 rlhf_status rlhf_model_hash(rlhf_model *model, char hash[17]) {
@@ -14594,7 +15725,8 @@ static rlhf_model *bench_model(bench *b, const char *name, int score) {
     json_t *config = json_parse(&src, text, strlen(text));
     if (score)
         json_object_set_new(config, "architectures", json_pack("[s]", "ForSequenceClassification"));
-    rlhf_model *m = ckpt_adopt(b->ctx, &src, config);
+    rlhf_model *m = ckpt_adopt(b->ctx, &src, config, NULL);
+    err_keep(b->ctx);
     err_release(b->ctx);
     model_randomize(m, 1);
     if (score) {

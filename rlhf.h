@@ -322,6 +322,16 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(I, gradient_accumulation_steps, 1, 1, 1e6, "batches added up into one optimizer step")       \
     F(I, max_length, 1024, 1, 1e7,                                                                 \
       "longest record in tokens; longer ones are dropped and counted")                             \
+    F(B, use_peft, 0, 0, 1, "train an adapter (LoRA), not the weights")                            \
+    F(I, lora_r, 16, 1, 65536, "rank of the adapter")                                              \
+    F(R, lora_alpha, 32, 0, 1e9, "the adapter counts lora_alpha / lora_r")                         \
+    F(R, lora_dropout, 0.05, 0, 0.99,                                                              \
+      "share of its input that an adapter does not see in training; none in ppo")                  \
+    F(S, lora_target_modules, "auto", 0, 0,                                                        \
+      "matrices with an adapter: names, separated by commas; all-linear; auto = as PEFT chooses")  \
+    F(B, use_rslora, 0, 0, 1, "the adapter counts lora_alpha / sqrt(lora_r)")                      \
+    F(B, gradient_checkpointing, 0, 0, 1,                                                          \
+      "keep less in training and compute it again: less memory, a third more time")                \
     F(B, shuffle_dataset, 1, 0, 1, "a new order each epoch, drawn from the seed")                  \
     F(I, seed, 42, 0, 9e15, "seed of every random choice")                                         \
     F(I, logging_steps, LOGGING, 1, 1e9, "steps between lines of metrics")                         \

@@ -137,6 +137,7 @@ static void tool_backward(rlhf_ctx *ctx, tool *t, rlhf_model *m) {
 static rlhf_status tool_run(rlhf_ctx *context, tool *t) {
     API_ENTER(context);
     rlhf_model *m = ckpt_open(api_ctx, t->dir);
+    model_thaw(m);
     tool_read(api_ctx, t);
     io_mkdirs(api_ctx, t->out);
     tool_forward(api_ctx, t, m);

@@ -108,6 +108,7 @@ static void build_run(rlhf_ctx *ctx, void *arg) {
     json_src src = json_source(ctx, "config.json");
     json_t *config = json_hold(ctx, parse(b->config));
     b->m = model_new(ctx, &src, config);
+    model_place(b->m, NULL);
     b->m->config = config;
     err_keep(ctx);
     model_randomize(b->m, 7);

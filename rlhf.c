@@ -16420,17 +16420,19 @@ static int cli_take(cli *c, const char *name, const char *value, int bound, int 
     return code < 0 ? cli_unknown(c, name) : code;
 }
 
-/* A value of --config as the command line would say it, a list with commas; never freed, since what
- * is set points to it. */
+/* A value of --config as the command line would say it, a list of texts with commas; null for what
+ * it cannot say. Never freed, since what is set points to it. */
 static char *cli_value(const json_t *v) {
     if (json_is_string(v)) return strdup(json_string_value(v));
+    if (json_is_object(v)) return NULL;
     if (!json_is_array(v)) return json_dumps(v, JSON_ENCODE_ANY | JSON_REAL_PRECISION(17));
     char *list = strdup("");
     for (size_t i = 0; i < json_array_size(v); i++) {
-        char *one = cli_value(json_array_get(v, i)), *more = malloc(strlen(list) + strlen(one) + 2);
-        sprintf(more, "%s%s%s", list, i ? "," : "", one);
-        free(one);
+        const char *one = json_string_value(json_array_get(v, i));
+        char *more = one ? malloc(strlen(list) + strlen(one) + 2) : NULL;
+        if (more) sprintf(more, "%s%s%s", list, i ? "," : "", one);
         free(list);
+        if (!more) return NULL;
         list = more;
     }
     return list;
@@ -16450,7 +16452,11 @@ static int cli_take_file(cli *c) {
         /* A run's own run.json may be replayed: it also says what wrote it. */
         if (!strcmp(key, "trainer") || !strcmp(key, "rlhf_version")) continue;
         if (json_is_null(v)) continue;
-        int took, code = cli_take(c, key, cli_value(v), 1, &took);
+        const char *value = cli_value(v);
+        if (!value)
+            return cli_fail(c, "%s: \"%s\" is no number, text, list of texts, true or false",
+                            c->v[O_config], key);
+        int took, code = cli_take(c, key, value, 1, &took);
         if (code) return code;
     }
     return 0;

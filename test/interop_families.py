@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from families import CASES, make, old_form, tensors
+from peers import CASES, make, old_form, tensors
 from interop import ASSETS, BUILD, check, finish, near, report
 
 # ---- what is compared ---------------------------------------------------------------------------

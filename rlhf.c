@@ -288,16 +288,6 @@ static size_t base_round_up(size_t n, size_t unit) { return (n + unit - 1) / uni
 RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
 RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
 
-/* Greatest common divisor of two positive numbers. */
-static int base_gcd(int a, int b) {
-    while (b) {
-        int rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return a;
-}
-
 /* 1 if value is one of the words that '|' separates in choices. */
 static int base_is_choice(const char *choices, const char *value) {
     size_t n = strlen(value);
@@ -892,6 +882,14 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
  * Tests: test/test_kern.c (against double precision, and lane against scalar bit for bit)
  * ============================================================================================ */
 
+/* In front of a loop over an array of registers: unrolled at any optimisation level, since only
+ * then are its elements registers. */
+#if defined(__clang__)
+#define V_UNROLL _Pragma("unroll")
+#else
+#define V_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 /* ---- constants of the polynomials (S. Moshier's Cephes; parts of pi/2 and ln 2 so that fma
  * reduces exactly) ---- */
 
@@ -1125,21 +1123,28 @@ V_OP float v_sum(vf a) {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
-/* The square r[V_WIDTH] with rows and columns exchanged: pairs, then fours, then halves. */
-V_OP void v_transpose(vf r[8]) {
-    vf a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
-            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+/* V_WIDTH columns of V_WIDTH rows, ld apart: r[i] is column i. The halves of registers are put
+ * together by the loads, since exchanging them between registers takes longer; then pairs, then
+ * fours. */
+V_OP void v_columns(const float *x, size_t ld, vf r[8]) {
+    V_UNROLL
+    for (int half = 0; half < 8; half += 4) {
+        vf a[4], b[4];
+        V_UNROLL
+        for (int i = 0; i < 4; i++)
+            a[i] = _mm256_insertf128_ps(
+                _mm256_castps128_ps256(_mm_loadu_ps(x + (size_t)i * ld + half)),
+                _mm_loadu_ps(x + (size_t)(i + 4) * ld + half), 1);
+        V_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+            b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+            b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
         }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-        r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+        V_UNROLL
+        for (int i = 0; i < 2; i++) {
+            r[half + 2 * i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+            r[half + 2 * i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        }
     }
 }
 /* The largest lane; the order of comparisons does not matter, since no lane is NaN. */
@@ -1215,8 +1220,9 @@ V_OP float v_sum(vf a) {
 }
 V_OP float v_top(vf a) { return vmaxnmvq_f32(a); }
 /* Pairs, then halves. */
-V_OP void v_transpose(vf r[4]) {
-    float32x4x2_t a = vtrnq_f32(r[0], r[1]), b = vtrnq_f32(r[2], r[3]);
+V_OP void v_columns(const float *x, size_t ld, vf r[4]) {
+    float32x4x2_t a = vtrnq_f32(v_load(x), v_load(x + ld));
+    float32x4x2_t b = vtrnq_f32(v_load(x + 2 * ld), v_load(x + 3 * ld));
     for (int i = 0; i < 2; i++) {
         r[i] = vcombine_f32(vget_low_f32(a.val[i]), vget_low_f32(b.val[i]));
         r[i + 2] = vcombine_f32(vget_high_f32(a.val[i]), vget_high_f32(b.val[i]));
@@ -1869,13 +1875,17 @@ static void k_r_panel(int n, const float *x, size_t ld, float *y) {
     k_panel_part(RLHF_LANES, n, x, 1, ld, y);
 }
 
+/* Row i of k_r_strips. */
+static void k_strips_row(int n, int strips, int w, const float *x, size_t ld, float *y, int i) {
+    for (int s = 0; s < strips; s++)
+        memcpy(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w,
+               x + (size_t)i * ld + (size_t)(s * w), (size_t)w * sizeof *y);
+}
+
 /* n rows of strips * w numbers, ld apart, cut into strips y[strips][n][w], side by side: each row
  * is read as it lies. */
 static void k_r_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
-    for (int i = 0; i < n; i++)
-        for (int s = 0; s < strips; s++)
-            memcpy(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w,
-                   x + (size_t)i * ld + (size_t)(s * w), (size_t)w * sizeof *y);
+    for (int i = 0; i < n; i++) k_strips_row(n, strips, w, x, ld, y, i);
 }
 
 /* n floats as bfloat16. Every 32 of them, the output goes on `step` halves behind where those
@@ -2241,8 +2251,8 @@ K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
     for (int i = 0; i < whole; i += V_WIDTH)
         for (int row = 0; row < RLHF_LANES; row += V_WIDTH) {
             vf r[V_WIDTH];
-            for (int j = 0; j < V_WIDTH; j++) r[j] = v_load(x + (size_t)(row + j) * ld + i);
-            v_transpose(r);
+            v_columns(x + (size_t)row * ld + i, ld, r);
+            V_UNROLL
             for (int j = 0; j < V_WIDTH; j++) v_store(y + (size_t)(i + j) * RLHF_LANES + row, r[j]);
         }
     k_panel_part(RLHF_LANES, n - whole, x + whole, 1, ld, y + (size_t)whole * RLHF_LANES);
@@ -2253,18 +2263,20 @@ K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
 enum { K_ROWS_AHEAD = 12 };
 
 K_FN void k_v_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
-    if (w % V_WIDTH) {
-        k_r_strips(n, strips, w, x, ld, y);
-        return;
-    }
-    for (int i = 0; i < n; i++, x += ld) {
+    /* Where w is no multiple of a register, registers reach over into what is written next; so the
+     * last row and the last strip go by numbers. */
+    int over = w % V_WIDTH, rows = over ? n - 1 : n, whole = over ? strips - 1 : strips;
+    size_t strip = (size_t)n * (size_t)w;
+    for (int i = 0; i < rows; i++) {
+        const float *from = x + (size_t)i * ld;
+        float *to = y + (size_t)(i * w);
         for (int c = 0; c < strips * w; c += RLHF_LANES)
-            __builtin_prefetch(x + K_ROWS_AHEAD * ld + c);
-        for (int s = 0; s < strips; s++)
-            for (int c = 0; c < w; c += V_WIDTH)
-                v_store(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w + c,
-                        v_load(x + s * w + c));
+            __builtin_prefetch(from + K_ROWS_AHEAD * ld + c);
+        for (int s = 0; s < whole; s++, from += w, to += strip)
+            for (int c = 0; c < w; c += V_WIDTH) v_store(to + c, v_load(from + c));
+        for (int c = 0; over && c < w; c++) to[c] = from[c];
     }
+    if (over) k_strips_row(n, strips, w, x, ld, y, n - 1);
 }
 
 K_FN void k_v_half(int n, const float *x, size_t step, uint16_t *y) {
@@ -2476,14 +2488,6 @@ static void gemm_r_pair_tile(int rows, int panels, const gemm_tile_args *t) {
             }
 }
 
-/* The loops over R and P are unrolled at any optimisation level: only then are the sums
- * registers. */
-#if defined(__clang__)
-#define GEMM_UNROLL _Pragma("unroll")
-#else
-#define GEMM_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 #if V_SIMD
 /* Panels that a low tile reads faster than they are needed come from memory: each step asks for
  * what it will read this many floats later. */
@@ -2494,9 +2498,9 @@ enum { GEMM_AHEAD = 40 * RLHF_LANES };
  * multiply-add itself. half, a constant too: pairs, as in gemm_r_pair_tile. */
 V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_args *t) {
     v16 sum[6][4];
-    GEMM_UNROLL
+    V_UNROLL
     for (int r = 0; r < R; r++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++)
             sum[r][p] = t->mode == GEMM_ACC ? v16_load(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
                                             : v16_set(0);
@@ -2509,33 +2513,33 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_
     const float *a = t->a, *b = t->b;
     for (int k = t->k; k > 0; k--) {
         v16 col[4];
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++) {
             if (R <= 3) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD);
             col[p] = v16_load(b + (size_t)p * t->bs);
         }
         v16 high[4];
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; half && p < P; p++) {
             V_EACH(high[p].r[i] = v_and(col[p].r[i], v_of(vi_set((int32_t)0xffff0000))));
             V_EACH(col[p].r[i] = v_of(vi_shl(vi_of(col[p].r[i]), 16)));
         }
-        GEMM_UNROLL
+        V_UNROLL
         for (int r = 0; r < R; r++) {
             float e = a[(size_t)r * t->rs];
             v16 x = v16_set(half ? gemm_low(e) : e);
-            GEMM_UNROLL
+            V_UNROLL
             for (int p = 0; p < P; p++) sum[r][p] = v16_fma(x, col[p], sum[r][p]);
             if (half) x = v16_set(gemm_high(e));
-            GEMM_UNROLL
+            V_UNROLL
             for (int p = 0; half && p < P; p++) sum[r][p] = v16_fma(x, high[p], sum[r][p]);
         }
         a += t->cs;
         b += RLHF_LANES;
     }
-    GEMM_UNROLL
+    V_UNROLL
     for (int r = 0; r < R; r++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++) {
             float *c = t->c + (size_t)r * t->ldc + p * RLHF_LANES;
             v16 s = sum[r][p];
@@ -2567,16 +2571,19 @@ K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
 #undef GEMM_V
 }
 
-/* Six chains of sixteen lanes: as many registers as a tile has. */
+/* Six chains of sixteen lanes: as many registers as a tile has. Every lane begins at a value of its
+ * own: a compiler does two equal chains once, and the peak would be twice what there is. */
 K_FN double gemm_v_peak(int64_t rounds, float *sink) {
+    static const float lane[RLHF_LANES] = {0, .1f, .2f, .3f, .4f, .5f, .6f, .7f,
+                                           8, 8.1f, 8.2f, 8.3f, 8.4f, 8.5f, 8.6f, 8.7f};
     v16 sum[6], x = v16_set(0.999f), y = v16_set(1e-3f);
-    GEMM_UNROLL
-    for (int j = 0; j < 6; j++) sum[j] = v16_set((float)j);
+    V_UNROLL
+    for (int j = 0; j < 6; j++) sum[j] = v16_add(v16_load(lane), v16_set((float)j));
     for (int64_t n = 0; n < rounds; n++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int j = 0; j < 6; j++) sum[j] = v16_fma(sum[j], x, y);
     }
-    GEMM_UNROLL
+    V_UNROLL
     for (int j = 0; j < 6; j++) *sink += v16_sum(sum[j]);
     return 2.0 * 6 * RLHF_LANES * (double)rounds;
 }
@@ -2606,9 +2613,9 @@ K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
 RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half,
                                         const gemm_tile_args *t) {
     __m512 sum[GEMM_SUMS][GEMM_MAX_PANELS];
-    GEMM_UNROLL
+    V_UNROLL
     for (int r = 0; r < R; r++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++)
             sum[r][p] = t->mode == GEMM_ACC
                             ? _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
@@ -2623,15 +2630,15 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
 #pragma GCC unroll 4
     for (int k = t->k; k > 0; k--) {
         __m512 col[GEMM_MAX_PANELS];
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++) {
             if (R <= 4) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD);
             col[p] = _mm512_loadu_ps(b + (size_t)p * t->bs);
         }
-        GEMM_UNROLL
+        V_UNROLL
         for (int r = 0; r < R; r++) {
             __m512 x = _mm512_set1_ps(a[(size_t)r * t->rs]);
-            GEMM_UNROLL
+            V_UNROLL
             for (int p = 0; p < P; p++)
                 sum[r][p] = half ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
                                  : _mm512_fmadd_ps(x, col[p], sum[r][p]);
@@ -2641,9 +2648,9 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
         b += RLHF_LANES;
         next += step;
     }
-    GEMM_UNROLL
+    V_UNROLL
     for (int r = 0; r < R; r++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++) {
             float *c = t->c + (size_t)r * t->ldc + p * RLHF_LANES;
             __m512 s = sum[r][p];
@@ -2684,15 +2691,15 @@ GEMM_512
 /* Sixteen chains of a register each. */
 RLHF_INLINE GEMM_512 double gemm_512_chains(const int half, int64_t rounds, float *sink) {
     __m512 sum[16], x = _mm512_set1_ps(0.999f), y = _mm512_set1_ps(1e-3f);
-    GEMM_UNROLL
+    V_UNROLL
     for (int j = 0; j < 16; j++) sum[j] = _mm512_set1_ps((float)j);
     for (int64_t n = 0; n < rounds; n++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int j = 0; j < 16; j++)
             sum[j] = half ? _mm512_dpbf16_ps(sum[j], (__m512bh)y, (__m512bh)y)
                           : _mm512_fmadd_ps(sum[j], x, y);
     }
-    GEMM_UNROLL
+    V_UNROLL
     for (int j = 0; j < 16; j++) *sink += _mm512_reduce_add_ps(sum[j]);
     return (half ? 4.0 : 2.0) * 16 * RLHF_LANES * (double)rounds;
 }
@@ -3129,10 +3136,9 @@ static void gemm_edge(const k_tiles *tiles, int rows, int n, const gemm_tile_arg
         memcpy(t->c + (size_t)r * t->ldc, c + r * RLHF_LANES, (size_t)n * sizeof *c);
 }
 
-/* Width of the next tile of `rows` rows where `left` panels are left: as wide as there is, in
- * equal pieces. */
-static int gemm_width(const k_tiles *tiles, int rows, int left) {
-    int pieces = (left + tiles->panels[rows] - 1) / tiles->panels[rows];
+/* The first of the equal pieces, of at most `most` each, that `left` is cut into. */
+static int gemm_piece(int left, int most) {
+    int pieces = (left + most - 1) / most;
     return (left + pieces - 1) / pieces;
 }
 
@@ -3141,24 +3147,32 @@ static const k_tiles *gemm_tiles(const k_table *kt, const gemm_args *g) {
     return g->half ? &kt->bf16 : &kt->f32;
 }
 
-/* The product on the calling thread, B in panels (t.b); then act on what it wrote. Tiles of a full
- * height share their panels while these are near. The order of tiles decides what stays in the
- * cache, never a bit of the result. */
+/* The product on the calling thread, B in panels (t.b); then act on what it wrote. Tiles of all
+ * rows share their panels while these are near, and are of one height as nearly as they can be: a
+ * low one makes less of each load. A that is packed has the height it was packed for. The order of
+ * tiles decides what stays in the cache, never a bit of the result. */
 static void gemm_block(const k_table *kt, const gemm_args *g) {
     const k_tiles *tiles = gemm_tiles(kt, g);
-    int whole = g->n / RLHF_LANES, height = base_min(tiles->rows, g->m);
+    int whole = g->n / RLHF_LANES, panels = (int)gemm_panels(g->n);
+    int height = g->ms ? tiles->rows : gemm_piece(g->m, tiles->rows);
+    size_t ms = g->ms ? g->ms : g->t.rs;
     if (tiles->begin) tiles->begin();
-    for (int p = 0, w; p < (int)gemm_panels(g->n); p += w) {
-        w = p < whole ? gemm_width(tiles, height, whole - p) : 1;
-        for (int m = 0; m < g->m; m += tiles->rows) {
-            int rows = base_min(tiles->rows, g->m - m);
-            gemm_args tile = gemm_part(g, m, m + rows, p, p + w);
+    for (int p = 0, w; p < panels; p += w) {
+        w = p < whole ? gemm_piece(whole - p, tiles->panels[base_min(height, g->m)]) : 1;
+        gemm_tile_args t = g->t;
+        size_t col = (size_t)p * RLHF_LANES;
+        t.b += (size_t)p * g->t.bs;
+        if (t.bias) t.bias += col;
+        for (int m = 0, i = 0, rows; m < g->m; m += rows, i++) {
+            size_t row = (size_t)m * g->t.ldc + col;
+            rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
+            t.a = g->t.a + (size_t)m * ms;
+            t.c = g->t.c + row;
+            if (t.add) t.add = g->t.add + row;
             /* The next panels are on their way while these are used: one for each tile. */
-            int ahead = p + w + m / tiles->rows;
-            if (m / tiles->rows < w && ahead < (int)gemm_panels(g->n))
-                tile.t.next = g->t.b + (size_t)ahead * g->t.bs;
-            if (p < whole) tiles->tile(rows, w, &tile.t);
-            else gemm_edge(tiles, rows, tile.n, &tile.t);
+            t.next = i < w && p + w + i < panels ? g->t.b + (size_t)(p + w + i) * g->t.bs : NULL;
+            if (p < whole) tiles->tile(rows, w, &t);
+            else gemm_edge(tiles, rows, g->n - (int)col, &t);
         }
     }
     if (tiles->end) tiles->end();
@@ -3166,41 +3180,50 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         g->act(g->n, g->t.c + (size_t)m * g->t.ldc, g->y + (size_t)m * g->ldy);
 }
 
-/* The product cut into a grid of blocks for par_for, and the scratch of one thread: a block of A,
- * a group of panels of B, a block of C where the sum is cut and C is not its place. */
+/* The product cut into a grid of blocks for par_for, and the scratch of one thread: rows of A, a
+ * group of panels of B, a block of C where the sum is cut and C is not its place. */
 typedef struct gemm_job {
     const k_table *kt;
     const gemm_args *g;
     int rows, panels, down; /* size of a block; blocks in one column of blocks */
     int depth;              /* of a part of the sum */
+    int high, group;        /* rows of A and panels of B that are packed at a time */
     size_t a, b, c;         /* floats for each; a 0: A is read in place */
     float *scratch;
 } gemm_job;
 
-/* One part of the sum of one block. Packs what is not packed. */
-static void gemm_job_part(const gemm_job *j, gemm_args *s, float *scratch) {
+/* Some rows of one part of the sum, whose panels are packed. Packs A where it is to be. */
+static void gemm_job_rows(const gemm_job *j, gemm_args *s, float *scratch) {
     const k_table *kt = j->kt;
-    const k_tiles *tiles = gemm_tiles(kt, s);
-    int k = s->t.k, panels = (int)gemm_panels(s->n), height = base_min(tiles->rows, s->m);
     if (s->half && kt->blocks) s->ms = gemm_pack_a_squares(kt, &s->t, s->m, scratch);
     else if (s->half) s->ms = gemm_pack_a_pairs(kt, &s->t, s->m, scratch);
     else if (j->a) {
-        gemm_pack_a(kt, s->t.a, s->t.cs, s->m, k, scratch);
+        gemm_pack_a(kt, s->t.a, s->t.cs, s->m, s->t.k, scratch);
         s->t.a = scratch;
-        s->t.cs = (size_t)tiles->rows;
-        s->ms = (size_t)k;
+        s->t.cs = (size_t)kt->f32.rows;
+        s->ms = (size_t)s->t.k;
     }
+    gemm_block(kt, s);
+}
+
+/* One part of the sum of one block: panels are packed once for all its rows, rows of A once for a
+ * group of panels. */
+static void gemm_job_part(const gemm_job *j, const gemm_args *s, float *scratch) {
+    int panels = (int)gemm_panels(s->n);
     for (int p = 0, w; p < panels; p += w) {
-        w = s->t.b ? panels : gemm_width(tiles, height, panels - p);
+        w = gemm_piece(panels - p, j->group);
         gemm_args group = gemm_part(s, 0, s->m, p, p + w);
         if (!s->t.b) {
-            gemm_pack_args pack = {kt, group.src, s->ks,   s->ns,
-                                   k,  group.n,   s->half, scratch + j->a};
+            gemm_pack_args pack = {j->kt,   group.src, s->ks,   s->ns,
+                                   s->t.k,  group.n,   s->half, scratch + j->a};
             gemm_pack_range(&pack, 0, w, 0);
             group.t.b = pack.out;
-            group.t.bs = gemm_panel_size(kt, s->half, k);
+            group.t.bs = gemm_panel_size(j->kt, s->half, s->t.k);
         }
-        gemm_block(kt, &group);
+        for (int m = 0; m < s->m; m += j->high) {
+            gemm_args rows = gemm_part(&group, m, base_min(m + j->high, s->m), 0, w);
+            gemm_job_rows(j, &rows, scratch);
+        }
     }
 }
 
@@ -3217,7 +3240,7 @@ static void gemm_job_block(const gemm_job *j, const gemm_args *block, float *scr
         gemm_args s = part;
         s.t.k = base_min(j->depth, k - k0);
         s.t.a += (size_t)k0 * part.t.cs;
-        if (s.t.b) s.t.b += (size_t)k0 * RLHF_LANES;
+        if (s.t.b) s.t.b += gemm_panel_size(j->kt, s.half, k0);
         else s.src += (size_t)k0 * part.ks;
         /* What follows the sum follows its last part. */
         if (k0) s.t.mode = GEMM_ACC;
@@ -3243,24 +3266,38 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Cuts the product into blocks: rows by the cache, then columns and if need be rows again until
- * every thread has as many blocks as any other. Returns their number. */
-static int gemm_cut(rlhf_ctx *ctx, gemm_job *j) {
+/* Multiply-adds of a block that is worth a thread's attention, and those that a thread does in the
+ * time in which it packs one number. */
+#define GEMM_WORTH 4e6
+#define GEMM_PACK 6
+
+/* Cuts the product into a grid of blocks: the one that takes the busiest thread the fewest
+ * multiply-adds, what it packs counted in them. Each row of blocks packs B, each column A. Returns
+ * their number. */
+static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
     const gemm_args *g = j->g;
     const k_tiles *tiles = gemm_tiles(j->kt, g);
     int panels = (int)gemm_panels(g->n), step = tiles->panels[base_min(tiles->rows, g->m)];
-    int fit = (int)(ctx->cache / 2 / sizeof(float) / (size_t)base_max(j->depth, 1));
-    int down = (g->m + base_max(fit, 96) - 1) / base_max(fit, 96), across = ctx->threads;
-    if (g->t.b && !j->a) down = (g->m + 95) / 96; /* nothing is packed twice */
-    across /= base_gcd(across, down);
-    across = base_max(1, base_min(across, (panels + step - 1) / step));
-    while (down * across % ctx->threads && g->m >= 64 * down) down++;
-    /* Blocks of equal size, in whole tiles. */
-    j->rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
-    j->panels = (panels + across - 1) / across;
-    if (panels >= 4 * step * across) j->panels = (j->panels + step - 1) / step * step;
-    j->down = (g->m + j->rows - 1) / j->rows;
-    return j->down * ((panels + j->panels - 1) / j->panels);
+    double work = (double)g->m * g->n * g->t.k, best = INFINITY;
+    int want = ctx->threads * (int)fmax(1, fmin(PAR_PIECES, work / ctx->threads / GEMM_WORTH));
+    int blocks = 1;
+    for (int down = 1; down <= want && (down == 1 || g->m >= 24 * down); down++) {
+        int across = base_min((want + down - 1) / down, (panels + step - 1) / step);
+        int rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
+        int wide = (panels + across - 1) / across;
+        if (panels >= 4 * step * across) wide = (wide + step - 1) / step * step;
+        int n = (g->m + rows - 1) / rows * ((panels + wide - 1) / wide);
+        double size = rows * (double)(wide * RLHF_LANES);
+        double pack = (g->t.b ? 0 : GEMM_PACK * wide * RLHF_LANES) + (j->a ? GEMM_PACK * rows : 0);
+        double cost = (n + ctx->threads - 1) / ctx->threads * (size + pack);
+        if (cost >= best) continue;
+        best = cost;
+        j->rows = rows;
+        j->panels = wide;
+        j->down = (g->m + rows - 1) / rows;
+        blocks = n;
+    }
+    return blocks;
 }
 
 /* The whole product, over the context's threads; scratch comes from ws. */
@@ -3269,16 +3306,22 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     int k = g->t.k,
         small = (double)g->m * g->n * k < 262144.0; /* a fork costs more than the work */
     gemm_job j = {.kt = ctx->k, .g = g, .rows = g->m, .panels = (int)gemm_panels(g->n), .down = 1};
-    /* Panels that are ready run over all of k; so does what has no more than twice the depth. */
-    int parts = g->t.b ? 1 : base_max(1, k / GEMM_DEPTH);
+    int tile = gemm_tiles(j.kt, g)->rows, floats = (int)(ctx->cache / sizeof(float));
+    /* Rows of A that share panels fill half of the cache; for few rows B passes but once. */
+    int deep = base_max(256, base_min(GEMM_DEPTH, floats / 2 / 96));
+    int parts = g->m < 2 * tile ? 1 : base_max(1, (k + deep / 2) / deep);
     j.depth = (int)base_round_up((size_t)base_max(1, (k + parts - 1) / parts), g->half ? 32 : 1);
     /* A's columns are packed unless there are too few tiles for that to pay; pairs always are. */
     j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
     int blocks = small ? 1 : gemm_cut(ctx, &j);
-    size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth), rows = (size_t)j.rows;
-    if (j.a) j.a = base_round_up(rows, (size_t)gemm_tiles(j.kt, g)->rows) * steps;
-    if (!g->t.b) j.b = (size_t)GEMM_MAX_PANELS * RLHF_LANES * steps;
-    if (parts > 1 && g->t.add == g->t.c) j.c = rows * (size_t)j.panels * RLHF_LANES;
+    size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth);
+    j.high = base_max(floats / 2 / j.depth / tile * tile, 4 * tile);
+    j.high = (int)base_round_up((size_t)gemm_piece(j.rows, j.high), (size_t)tile);
+    j.group = g->t.b ? j.panels : base_max(GEMM_MAX_PANELS, 2 * floats / j.depth / RLHF_LANES);
+    j.group = base_min(j.panels, j.group);
+    if (j.a) j.a = (size_t)j.high * steps;
+    if (!g->t.b) j.b = (size_t)j.group * RLHF_LANES * steps;
+    if (parts > 1 && g->t.add == g->t.c) j.c = (size_t)j.rows * (size_t)j.panels * RLHF_LANES;
     arena_mark mark = arena_save(ws);
     j.scratch = arena_floats(ws, j.a + j.b + j.c, (size_t)(blocks > 1 ? ctx->threads : 1));
     if (blocks > 1) par_for(ctx, blocks, 1, gemm_job_range, &j);
@@ -8553,13 +8596,112 @@ static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, con
     return run;
 }
 
-/* How many of the sequences from `from` on fit into one batch of about MODEL_BATCH_TOKENS. */
-enum { MODEL_BATCH_TOKENS = 4096 };
+/* ---- memory ---- */
 
-/* At least one. The cut changes memory and time, not results. */
-static int model_batch_count(const int *len, int from, int n) {
-    int tokens = 0, i = from;
-    while (i < n && (i == from || tokens + len[i] <= MODEL_BATCH_TOKENS)) tokens += len[i++];
+/* Floats that the buffers of a layer take for each row: what model_acts_new and its callers ask for,
+ * and keys and values. */
+static size_t model_row_floats(const rlhf_model *m, int save) {
+    const model_cfg *c = &m->c;
+    size_t d = (size_t)c->d, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv_heads * c->hd);
+    size_t ff = (size_t)c->ff, n = d + 4 + 2 * q + 2 * kv + ff * (size_t)(2 + c->glu) + 2 * kv;
+    if (save) n += 3 * d + (size_t)c->heads;
+    if (c->qk_norm) n += (save ? q + 2 * kv : 0) + 2 * (size_t)(c->heads + c->kv_heads);
+    if (c->post_norms) n += d * (save ? 2 : 1) + 4;
+    return n;
+}
+
+/* Floats that the backward pass of a layer takes for each row. */
+static size_t model_row_back(const rlhf_model *m) {
+    const model_cfg *c = &m->c;
+    size_t d = (size_t)c->d, q = (size_t)(c->heads * c->hd), ff = (size_t)c->ff;
+    size_t w = q + 2 * (size_t)(c->kv_heads * c->hd), n = ff * (size_t)(1 + 2 * c->glu) + d + q + w;
+    if (c->qk_norm) n += w;
+    if (c->post_norms) n += 2 * d;
+    if (c->lora.r) n += 2 * (size_t)c->lora.r + (c->lora.dropout > 0 ? ff : 0);
+    return n;
+}
+
+/* Floats of logits that a chunk of n scored rows takes. */
+static size_t model_head_floats(const rlhf_model *m, int n) {
+    if (m->c.head != RLHF_HEAD_LM) return 0;
+    return (size_t)op_vocab_chunk(m->c.vocab, n) * (size_t)(m->c.vocab + 2 * RLHF_LANES);
+}
+
+/* Bytes that products take beside their operands: blocks of each thread, weights that are widened. */
+static size_t model_scratch(const rlhf_model *m) {
+    size_t block = m->ctx->cache / 2 + (size_t)GEMM_MAX_PANELS * RLHF_LANES * GEMM_DEPTH * 4;
+    int widen = m->base && m->base->stored[0] && m->base->stored[0] != '4';
+    return (size_t)m->ctx->threads * block + (widen ? (size_t)OP_WIDEN * 4 : 0);
+}
+
+/* Bytes that a pass takes at its highest, apart by kind; their sum is what counts. */
+typedef struct model_need {
+    size_t acts, cache, scratch;
+} model_need;
+
+/* A training pass over `rows` tokens, all of which meet the head. */
+static model_need model_need_training(const rlhf_model *m, int rows) {
+    size_t d = (size_t)m->c.d, layers = (size_t)m->c.layers, r = (size_t)rows;
+    size_t kept = d + (m->recompute ? layers * d + model_row_floats(m, 0)
+                                    : layers * model_row_floats(m, 1));
+    size_t back = d + model_row_back(m) + (m->recompute ? model_row_floats(m, 1) : 0);
+    size_t head = m->c.head == RLHF_HEAD_LM ? model_head_floats(m, rows) : 0;
+    size_t top = 3 * d * r;
+    /* Logits are gone before the backward pass through the layers begins. */
+    model_need o = {4 * (r * kept + top), 0, model_scratch(m)};
+    if (head > r * back) o.scratch += 4 * head;
+    else o.acts += 4 * r * back;
+    return o;
+}
+
+/* A pass without backward over `rows` tokens whose logits are compared with another model's, or
+ * (compare 0) not asked for. */
+static model_need model_need_scoring(const rlhf_model *m, int rows, int compare) {
+    size_t d = (size_t)m->c.d, r = (size_t)rows;
+    model_need o = {4 * r * (model_row_floats(m, 0) + 3 * d), 0, model_scratch(m)};
+    if (compare) o.scratch += 8 * model_head_floats(m, rows);
+    return o;
+}
+
+/* Sampling in `slots` rows of up to `len` tokens, from prompts of up to `prompt`. */
+static model_need model_need_sampling(const rlhf_model *m, int slots, int prompt, int len) {
+    size_t cap = base_round_up((size_t)len, RLHF_LANES), n = (size_t)slots;
+    size_t kv = 2 * (size_t)m->c.layers * (size_t)(m->c.kv_heads * m->c.hd) * cap;
+    model_need o = model_need_scoring(m, slots * prompt, 0);
+    o.cache = 4 * n * kv;
+    o.scratch += 4 * n * (size_t)m->c.vocab;
+    return o;
+}
+
+/* Bytes of panels that products of few rows leave behind, for matrices that the model owns or for
+ * those of its base. */
+static size_t model_panel_bytes(const rlhf_model *m, int base) {
+    size_t n = 0;
+    if (base && !(m->base && m->base->keep_packed)) return 0;
+    for (int p = 0; p < P_COUNT; p++) {
+        int layers = m->slot[p].where == (base ? MODEL_FILE : MODEL_OWN) ? model_param_layers(m, p) : 0;
+        if (m->slot[p].cols == 1 || p == P_WPE || model_param_info[p].init == 'a' ||
+            model_param_info[p].init == 'b' || p == P_SCORE)
+            continue;
+        if (p == P_WTE && (!m->c.tied || m->c.head != RLHF_HEAD_LM)) continue;
+        n += (size_t)layers *
+             gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows) * sizeof(float);
+    }
+    return n;
+}
+
+/* Tokens of a batch from which nothing is trained: its buffers take 64 MiB at most, since more rows
+ * at once make no product faster. */
+static int model_batch_tokens(const rlhf_model *m) {
+    size_t most = ((size_t)64 << 20) / (4 * (model_row_floats(m, 0) + 3 * (size_t)m->c.d));
+    return most < 4096 ? base_max((int)most, 64) : 4096;
+}
+
+/* How many of the sequences from `from` on fit into one such batch, at least one. The cut changes
+ * memory and time, not results. */
+static int model_batch_count(const rlhf_model *m, const int *len, int from, int n) {
+    int tokens = 0, i = from, most = model_batch_tokens(m);
+    while (i < n && (i == from || tokens + len[i] <= most)) tokens += len[i++];
     return i - from;
 }
 
@@ -8567,7 +8709,7 @@ static int model_batch_count(const int *len, int from, int n) {
 static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *const *ids,
                              const int *len, float *score) {
     for (int at = 0, k; at < n; at += k) {
-        k = model_batch_count(len, at, n);
+        k = model_batch_count(m, len, at, n);
         arena_mark mark = arena_save(ws);
         model_run run = model_batch(ws, k, ids + at, len + at);
         int *row = arena_alloc(ws, (size_t)k * sizeof *row);
@@ -11761,6 +11903,15 @@ typedef struct train_metric {
     int fresh; /* put since the last line of metrics */
 } train_metric;
 
+/* What of a run decides how much memory it takes; tokens, at most. */
+typedef struct train_size {
+    int rows;               /* of a micro-batch */
+    const rlhf_model *from; /* samples answers, null: none does */
+    int slots, prompt, len; /* so many at once, their longest prompt, their length with it */
+    int scored;             /* tokens of all sequences that are scored or compared */
+    size_t rollout;         /* bytes that stay in the arena for a whole step */
+} train_size;
+
 /* What makes a trainer: step computes one optimizer step or update, eval puts metrics over
  * t->eval. */
 typedef struct train_ops {
@@ -11770,6 +11921,7 @@ typedef struct train_ops {
     void (*eval)(rlhf_trainer *t);   /* may be null */
     void (*finish)(rlhf_trainer *t); /* after the last step, before the model is saved; may be null
                                       */
+    void (*size)(const rlhf_trainer *t, train_size *size);
 } train_ops;
 
 /* One run. Models, data and tokenizer are the host's unless owned; configuration texts are the
@@ -11800,6 +11952,8 @@ struct rlhf_trainer {
     double kl_coef, begun;
     int slot;            /* of checkpoint/a and checkpoint/b: where the next state goes */
     int fresh, finished; /* fresh: the run directory has not been opened yet */
+    int at_once;      /* tokens of a micro-batch, unless its first sequence is longer */
+    rlhf_memory memory; /* what the run takes, known when it is opened */
     int owed, logged; /* the last step's evaluation, line and checkpoint are still to be done, or in
                          part: what an error interrupted is made up for by the next call */
     train_metric metric[TRAIN_METRICS];
@@ -11884,6 +12038,15 @@ static void train_prepare(rlhf_model *m, const train_config *c, uint64_t seed) {
     model_adapt(m, &l, seed);
 }
 
+/* How many of the sequences (pairs) from `from` on make the next micro-batch: what does not fit at
+ * once changes nothing but memory, since gradients are chains over rows in order. */
+static int train_cut(const rlhf_trainer *t, const int *len, int from, int n) {
+    int tokens = 0, i = from, most = (int)t->u.c.per_device_train_batch_size;
+    while (i < n && i - from < most && (i == from || tokens + len[i] <= t->at_once))
+        tokens += len[i++];
+    return i - from;
+}
+
 /* Makes the optimizer of n models from the common configuration. */
 static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
     const train_config *c = &t->u.c;
@@ -11946,6 +12109,118 @@ static void train_set_length(rlhf_trainer *t, int64_t window) {
     t->per_epoch = (t->train->n + window - 1) / window;
     t->total = c->max_steps >= 0 ? c->max_steps
                                  : (int64_t)ceil(c->num_train_epochs * (double)t->per_epoch);
+}
+
+/* ---- memory ---- */
+
+enum {
+    TRAIN_AT_ONCE = 512,        /* tokens: products of more rows are hardly faster */
+    TRAIN_PROGRAM = 5 << 20     /* bytes of program and libraries, about */
+};
+
+/* Bytes mapped of a role's base, unless a role before it has the same. */
+static int64_t train_mapped(rlhf_model *const *role, int i) {
+    const model_base *b = role[i] ? role[i]->base : NULL;
+    int64_t bytes = 0;
+    for (int k = 0; k < i; k++)
+        if (role[k] && role[k]->base == b) return 0;
+    for (int k = 0; b && k < b->n_maps; k++) bytes += (int64_t)b->maps[k]->size;
+    return bytes;
+}
+
+/* Tokens of the largest micro-batch of the run's first epochs, from the records in their orders. */
+static void train_record_size(const rlhf_trainer *t, train_size *z) {
+    const train_config *c = &t->u.c;
+    int n = t->train->n, window = (int)(c->per_device_train_batch_size * c->gradient_accumulation_steps);
+    int *order = mem_alloc(t->ctx, (size_t)n * sizeof *order), *len = mem_alloc(t->ctx, (size_t)n * sizeof *len);
+    for (int64_t epoch = 0; epoch < 3 && epoch * t->per_epoch < t->total; epoch++) {
+        data_order((uint64_t)c->seed, epoch, c->shuffle_dataset, n, order);
+        for (int i = 0; i < n; i++)
+            len[i] = t->train->record[order[i]].a.n + t->train->record[order[i]].b.n;
+        int64_t steps = t->total - epoch * t->per_epoch;
+        for (int i = 0, k; i < n && i / window < steps; i += k) {
+            k = train_cut(t, len, i, base_min(n, (i / window + 1) * window));
+            int rows = 0;
+            for (int j = i; j < i + k; j++) rows += len[j];
+            z->rows = base_max(z->rows, rows);
+        }
+    }
+    mem_free(len);
+    mem_free(order);
+}
+
+/* The stage of a step that takes the most: sampling, scoring, or training. */
+static model_need train_stage(const rlhf_trainer *t, const train_size *z) {
+    model_need stage[2 + OPT_MODELS] = {{0, 0, 0}}, most = {0, 0, 0};
+    for (int i = 0; i < t->opt->models; i++)
+        stage[i] = model_need_training(t->opt->model[i], z->rows);
+    if (z->from) {
+        int batch = base_min(z->scored, base_max(model_batch_tokens(z->from), z->len));
+        stage[OPT_MODELS] = model_need_sampling(z->from, z->slots, z->prompt, z->len);
+        stage[OPT_MODELS + 1] = model_need_scoring(z->from, batch, z->rollout != 0);
+    }
+    for (int i = 0; i < 2 + OPT_MODELS; i++)
+        if (stage[i].acts + stage[i].cache + stage[i].scratch >
+            most.acts + most.cache + most.scratch)
+            most = stage[i];
+    return most;
+}
+
+/* What the run takes with the present at_once and recompute. */
+static rlhf_memory train_memory(const rlhf_trainer *t) {
+    rlhf_model *role[] = {t->model, t->value, t->start, t->reward};
+    rlhf_memory o = {0};
+    train_size z = {0};
+    t->ops->size(t, &z);
+    for (int i = 0; i < 4; i++) {
+        if (!role[i]) continue;
+        *(role[i]->c.lora.r ? &o.adapters : &o.weights) += 4 * (int64_t)role[i]->n;
+        o.weights += train_mapped(role, i);
+        o.other -= 4 * (int64_t)role[i]->n;
+    }
+    for (int i = 0; i < t->opt->models; i++) {
+        o.optimizer += 12 * (int64_t)t->opt->model[i]->n;
+        if (t->opt->embed[i]) o.optimizer += 4 * (int64_t)t->opt->model[i]->slot[P_WTE].n;
+    }
+    o.other += t->ctx->mem_now - o.optimizer + TRAIN_PROGRAM;
+    model_need most = train_stage(t, &z);
+    o.activations = (int64_t)(most.acts + z.rollout);
+    o.cache = (int64_t)most.cache;
+    o.scratch = (int64_t)most.scratch;
+    /* Panels of what samples, or of what is trained on few rows at once. */
+    const rlhf_model *few = z.from ? z.from : z.rows < MODEL_MANY_ROWS ? t->model : NULL;
+    if (few) o.scratch += (int64_t)(model_panel_bytes(few, 0) + model_panel_bytes(few, 1));
+    o.total = o.weights + o.adapters + o.optimizer + o.activations + o.cache + o.scratch + o.other;
+    return o;
+}
+
+/* Chooses what a micro-batch is, and whether layers are computed again, so that the run fits
+ * memory_limit; neither changes a bit of the result. Throws if nothing fits, and says what
+ * would help. */
+static void train_plan(rlhf_trainer *t) {
+    const train_config *c = &t->u.c;
+    double limit = c->memory_limit * 1e9;
+    t->at_once = TRAIN_AT_ONCE;
+    t->memory = train_memory(t);
+    for (int again = 0; again < 2 && limit > 0; again++) {
+        if (again && c->gradient_checkpointing) break;
+        for (int i = 0; again && i < t->opt->models; i++) t->opt->model[i]->recompute = 1;
+        for (t->at_once = TRAIN_AT_ONCE; t->at_once; t->at_once /= 2) {
+            t->memory = train_memory(t);
+            if ((double)t->memory.total <= limit) return;
+        }
+    }
+    if (limit <= 0) return;
+    t->at_once = 1;
+    const rlhf_memory *o = &t->memory;
+    err_throw(t->ctx, RLHF_ERR_ARG,
+              "memory_limit is %g GB, the run takes %.2f GB at least: weights %.2f, adapters %.2f, "
+              "optimizer %.2f, activations %.2f, cache %.2f, scratch %.2f, other %.2f; %s",
+              c->memory_limit, (double)o->total / 1e9, (double)o->weights / 1e9,
+              (double)o->adapters / 1e9, (double)o->optimizer / 1e9, (double)o->activations / 1e9,
+              (double)o->cache / 1e9, (double)o->scratch / 1e9, (double)o->other / 1e9,
+              c->use_peft ? "shorter records (max_length, response_length) or fewer episodes take less"
+                          : "use_peft trains an adapter on weights that stay as they are stored");
 }
 
 /* Gives the trainer and what it owns back; the trained model stays. */
@@ -12433,22 +12708,22 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
 
 /* One optimizer step: the window's micro-batches add up their gradients. */
 static void sft_step(rlhf_trainer *t) {
-    const train_config *c = &t->u.c;
-    int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
+    int from, n = train_window(t, &from), *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     const data_seq **seq = arena_alloc(&t->ws, (size_t)n * sizeof *seq);
     int64_t labels = 0, tokens = 0;
     for (int i = 0; i < n; i++) {
         seq[i] = &t->train->record[t->order[from + i]].a;
         labels += sft_count(seq[i]);
-        tokens += seq[i]->n;
+        tokens += len[i] = seq[i]->n;
     }
     /* The divisor is known before the first batch, so gradients are scaled once. */
     sft_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
-    for (int i = 0; i < n; i += batch) {
+    for (int i = 0, k; i < n; i += k) {
         sft_part part = {1.0 / (double)labels, train_seed(t), i};
-        sft_pass(t->model, &t->ws, seq + i, base_min(batch, n - i), &part, &sums);
+        k = train_cut(t, len, i, n);
+        sft_pass(t->model, &t->ws, seq + i, k, &part, &sums);
     }
     double loss = sums.nll / (double)labels;
     train_check_loss(t, loss);
@@ -12468,7 +12743,7 @@ static sft_sums sft_measure(rlhf_model *m, arena *ws, const data_seq *const *seq
     int *len = arena_alloc(ws, (size_t)n * sizeof *len);
     for (int i = 0; i < n; i++) len[i] = seq[i]->n;
     for (int i = 0, k; i < n; i += k) {
-        k = model_batch_count(len, i, n);
+        k = model_batch_count(m, len, i, n);
         sft_pass(m, ws, seq + i, k, NULL, &sums);
     }
     return sums;
@@ -12485,8 +12760,8 @@ static void sft_eval(rlhf_trainer *t) {
     train_put(t, "eval_num_tokens", (double)s.tokens);
 }
 
-/* What 20 needs to know of this trainer. */
-static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL};
+/* What 23 needs to know of this trainer. */
+static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL, train_record_size};
 
 /* A trainer of a language model; eval and tok may be null. Arguments are checked, weights
  * untouched. */
@@ -12498,6 +12773,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
     t->eval = eval;
     train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
     train_optimizer(t, &model, 1);
+    train_plan(t);
     return t;
 }
 
@@ -12601,18 +12877,20 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int first, i
 
 /* One optimizer step over the window's pairs. */
 static void rm_step(rlhf_trainer *t) {
-    const train_config *c = &t->u.c;
-    int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
+    int from, n = train_window(t, &from), *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     const data_record **rec = arena_alloc(&t->ws, (size_t)n * sizeof *rec);
     int64_t tokens = 0;
     for (int i = 0; i < n; i++) {
         rec[i] = t->train->record + t->order[from + i];
-        tokens += rec[i]->a.n + rec[i]->b.n;
+        tokens += len[i] = rec[i]->a.n + rec[i]->b.n;
     }
     rm_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
-    for (int i = 0; i < n; i += batch) rm_pass(t, rec + i, i, base_min(batch, n - i), n, &sums);
+    for (int i = 0, k; i < n; i += k) {
+        k = train_cut(t, len, i, n);
+        rm_pass(t, rec + i, i, k, n, &sums);
+    }
     train_check_loss(t, sums.loss);
     double norm = opt_step(t->opt, &lr);
     t->tokens += tokens;
@@ -12647,6 +12925,8 @@ static void rm_eval(rlhf_trainer *t) {
     rm_put(t, "eval_", &sums);
 }
 
+enum { RM_SLOTS = 64 }; /* answers sampled at once */
+
 /* n answers that the starting model gives to prompts of the training data: whole sequences ids[i]
  * of len[i] tokens, in ws. Prompts are drawn without repetition as long as there are enough. A
  * prompt is what stands before the first token that bears loss. */
@@ -12672,7 +12952,7 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     }
     /* From the whole distribution, as PPO samples. */
     gen_config g = {.max_new = room,
-                    .batch = 64,
+                    .batch = RM_SLOTS,
                     .temperature = (float)c->temperature,
                     .top_p = 1,
                     .seed = (uint64_t)c->seed,
@@ -12715,8 +12995,26 @@ static void rm_normalize(rlhf_trainer *t) {
     train_put(t, "score_std", (double)m->score_std);
 }
 
-/* What 20 needs to know of this trainer. */
-static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, rm_eval, rm_normalize};
+/* The records, and the answers that normalisation samples. */
+static void rm_size(const rlhf_trainer *t, train_size *z) {
+    const rlhf_rm_config *c = &t->u.rm;
+    train_record_size(t, z);
+    if (!t->start || c->normalize_samples < 2) return;
+    z->from = t->start;
+    z->slots = base_min(RM_SLOTS, (int)c->normalize_samples);
+    for (int i = 0; i < t->train->n; i++) {
+        const data_seq *s = &t->train->record[i].a;
+        int prompt = 0;
+        while (prompt < s->n && !s->loss[prompt]) prompt++;
+        z->prompt = base_max(z->prompt, prompt);
+    }
+    z->len = z->prompt + (int)c->response_length;
+    z->scored = (int)c->normalize_samples * z->len;
+}
+
+/* What 23 needs to know of this trainer. */
+static const train_ops rm_ops = {"rm",    RLHF_CONFIG_RM, rm_step,
+                                 rm_eval, rm_normalize,   rm_size};
 
 /* A trainer of a scorer; start, eval and tok may be null. A head that was never trained starts from
  * the seed; an earlier normalisation is forgotten, since it is measured again. */
@@ -12738,6 +13036,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
     model->score_trained = 1;
     model->score_mean = 0;
     model->score_std = 1;
+    train_plan(t);
     return t;
 }
 
@@ -12911,7 +13210,7 @@ static void ppo_each_batch(rlhf_trainer *t, roll_row *const *row, int n,
     /* What a pass allocates goes with its batch; its results lie in the rows. */
     for (int at = 0, k; at < n; at += k) {
         arena_mark mark = arena_save(&t->ws);
-        k = model_batch_count(len, at, n);
+        k = model_batch_count(t->model, len, at, n);
         pass(t, row + at, k);
         arena_restore(&t->ws, mark);
     }
@@ -13148,9 +13447,11 @@ static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double 
 static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const double *lr,
                           ppo_sums *s) {
     const rlhf_ppo_config *c = &t->u.ppo;
-    int batch = (int)c->per_device_train_batch_size;
+    arena_mark mark = arena_save(&t->ws);
+    int *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     int64_t tokens = 0, states = 0;
     for (int i = 0; i < n; i++) {
+        len[i] = row[i]->n_prompt + row[i]->n;
         tokens += row[i]->n;
         states += row[i]->n_value;
     }
@@ -13158,8 +13459,8 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
     double loss = 0, clipped = 0;
     opt_zero(t->opt);
     /* Two models, two gradients, one optimizer step. */
-    for (int i = 0; i < n; i += batch) {
-        int k = base_min(batch, n - i);
+    for (int i = 0, k; i < n; i += k) {
+        k = train_cut(t, len, i, n);
         ppo_policy_pass(t, row + i, k, &p);
         ppo_value_pass(t, row + i, k, c->vf_coef / (double)states, &loss, &clipped);
     }
@@ -13177,6 +13478,7 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
     s->ratio += ratio;
     s->ratio_sq += ratio * ratio;
     s->minibatches++;
+    arena_restore(&t->ws, mark);
 }
 
 /* num_ppo_epochs passes over the rollout, each in its own order, in num_mini_batches steps of equal
@@ -13241,8 +13543,22 @@ static void ppo_step(rlhf_trainer *t) {
     }
 }
 
-/* What 20 needs to know of this trainer; there is no evaluation set. */
-static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, NULL, NULL};
+/* Prompts and answers of full length, and what is kept of each answer until the update is over. */
+static void ppo_size(const rlhf_trainer *t, train_size *z) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    size_t room = (size_t)c->response_length;
+    for (int i = 0; i < t->train->n; i++) z->prompt = base_max(z->prompt, t->train->record[i].a.n);
+    z->len = z->prompt + (int)room;
+    int fit = base_max(1, t->at_once / z->len), most = (int)(c->batch_size / c->num_mini_batches);
+    z->rows = z->len * base_min(base_min(fit, most), (int)c->per_device_train_batch_size);
+    z->from = t->model;
+    z->slots = (int)c->batch_size;
+    z->scored = (int)c->batch_size * z->len;
+    z->rollout = (size_t)c->batch_size * (4 * room * (size_t)t->model->c.d + 32 * (room + 1));
+}
+
+/* What 23 needs to know of this trainer; there is no evaluation set. */
+static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, NULL, NULL, ppo_size};
 
 /* The value model: a copy of the reward model, normalisation included (Stiennon et al. 2020), or
  * the policy's trunk with a head of zeros. */
@@ -13287,6 +13603,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     t->owns_start = t->owns_value = 1;
     rlhf_model *models[2] = {policy, t->value};
     train_optimizer(t, models, 2);
+    train_plan(t);
     for (int i = 0; i < 2; i++) {
         err_keep(ctx);    /* a copy */
         err_release(ctx); /* its config */
@@ -13335,7 +13652,7 @@ static double eval_kl(rlhf_model *m, rlhf_model *ref, arena *ws, const data_seq 
     double sum = 0;
     for (int i = 0; i < n; i++) len[i] = seq[i]->n;
     for (int i = 0, k; i < n; i += k) {
-        k = model_batch_count(len, i, n);
+        k = model_batch_count(m, len, i, n);
         sum += eval_kl_pass(m, ref, ws, seq + i, k);
     }
     return sum;
@@ -15437,6 +15754,10 @@ double rlhf_trainer_metric(const rlhf_trainer *trainer, const char *name) {
     return NAN;
 }
 
+rlhf_memory rlhf_trainer_memory(const rlhf_trainer *trainer) {
+    return trainer ? trainer->memory : (rlhf_memory){0};
+}
+
 rlhf_status rlhf_trainer_metrics(rlhf_trainer *trainer, char **json) {
     if (!trainer || !json) return RLHF_ERR_ARG;
     *json = NULL;
@@ -15580,7 +15901,6 @@ static void bench_add(bench *b, const char *name, double value, const char *unit
 
 /* What both limits take. */
 typedef struct bench_peak {
-    const k_table *k;
     const k_tiles *tiles;
     const float *mem;
     int64_t pieces; /* of mem */
@@ -15588,7 +15908,7 @@ typedef struct bench_peak {
     _Atomic double flops;
 } bench_peak;
 
-enum { BENCH_PEAK_ROUNDS = 1 << 20, BENCH_PIECE = 1024, BENCH_STREAMS = 4 };
+enum { BENCH_PEAK_ROUNDS = 1 << 20, BENCH_PIECE = 4096 };
 
 /* Multiply-adds in registers, nothing else. */
 static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -15604,23 +15924,27 @@ static void bench_peak_run(void *arg) {
     par_for(base_current, 4 * base_current->threads, 1, bench_peak_range, arg);
 }
 
-/* Reads memory in order, several streams at once. */
+/* Eight registers of the compiler's own vectors, so that nothing but the loads takes time: a sum of
+ * floats would wait for its additions. */
+typedef uint64_t bench_word __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* Reads memory in order. */
 static void bench_read_range(void *arg, int64_t lo, int64_t hi, int thread) {
     bench_peak *p = arg;
-    float sink = 0;
+    const bench_word *x = (const bench_word *)(p->mem + lo * BENCH_PIECE);
+    bench_word bits[8] = {{0}};
     (void)thread;
-    for (int64_t i = lo; i < hi; i += BENCH_STREAMS)
-        for (int64_t at = 0; at < BENCH_PIECE; at += BENCH_PIECE / 4)
-            for (int64_t s = i; s < base_min((int)hi, (int)i + BENCH_STREAMS); s++) {
-                const float *x = p->mem + s * BENCH_PIECE + at;
-                sink += p->k->dot(BENCH_PIECE / 4, x, x);
-            }
-    if (sink == 1) p->sink = sink;
+    for (int64_t n = (hi - lo) * BENCH_PIECE / 32; n > 0; n--, x += 8) {
+        V_UNROLL
+        for (int j = 0; j < 8; j++) bits[j] ^= x[j];
+    }
+    for (int j = 1; j < 8; j++) bits[0] ^= bits[j];
+    if (bits[0][0] == 1) p->sink = 1; /* keeps the compiler from dropping the loads */
 }
 
 static void bench_read_run(void *arg) {
     bench_peak *p = arg;
-    par_for(base_current, p->pieces, BENCH_STREAMS, bench_read_range, p);
+    par_for(base_current, p->pieces, 1, bench_read_range, p);
 }
 
 /* GB/s that reading so many bytes over and over reaches: from memory, or from the cache that holds
@@ -15628,7 +15952,7 @@ static void bench_read_run(void *arg) {
 static double bench_read(bench *b, double bytes) {
     int64_t pieces = (int64_t)fmin(bytes, 1e9) / 4 / BENCH_PIECE + 1;
     float *mem = mem_zalloc(b->ctx, (size_t)pieces * BENCH_PIECE, sizeof *mem);
-    bench_peak p = {.k = b->ctx->k, .mem = mem, .pieces = pieces};
+    bench_peak p = {.mem = mem, .pieces = pieces};
     double t = bench_time(b, bench_read_run, &p);
     mem_free(mem);
     return 4.0 * (double)pieces * BENCH_PIECE / t / 1e9;
@@ -15636,7 +15960,7 @@ static double bench_read(bench *b, double bytes) {
 
 /* GFLOP/s in registers, 0 where the table has no such instructions. */
 static double bench_fma(bench *b, const k_tiles *tiles) {
-    bench_peak p = {.k = b->ctx->k, .tiles = tiles};
+    bench_peak p = {.tiles = tiles};
     if (!tiles->peak) return 0;
     double t = bench_time(b, bench_peak_run, &p);
     return 4 * b->ctx->threads * p.flops / t / 1e9;
@@ -16550,11 +16874,33 @@ static void cli_set_hash(json_t *j, rlhf_model *m) {
 
 /* ---- training commands ---- */
 
+/* What a run will take, as a table and (out not null) as an object of bytes. */
+static void cli_show_memory(cli *c, const rlhf_trainer *t, json_t *out) {
+    rlhf_memory m = rlhf_trainer_memory(t);
+    const struct {
+        const char *name;
+        int64_t bytes;
+    } row[] = {{"weights", m.weights},
+               {"adapters", m.adapters},
+               {"optimizer", m.optimizer},
+               {"activations", m.activations},
+               {"cache", m.cache},
+               {"scratch", m.scratch},
+               {"other", m.other},
+               {"total", m.total}};
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        if (!out && !c->v[O_quiet])
+            fprintf(stderr, "rlhf: memory  %-12s %9.1f MB\n", row[i].name, (double)row[i].bytes / 1e6);
+        if (out) json_object_set_new(out, row[i].name, json_integer((json_int_t)row[i].bytes));
+    }
+}
+
 /* Runs a trainer; *out becomes its last metrics. */
 static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset *d, json_t **out) {
     if (!c->v[O_quiet])
         fprintf(stderr, "rlhf: %d records, %lld tokens, %lld steps\n", rlhf_dataset_count(d),
                 (long long)rlhf_dataset_tokens(d), (long long)rlhf_trainer_steps_total(t));
+    cli_show_memory(c, t, NULL);
     rlhf_status status = rlhf_trainer_run(t);
     if (status == RLHF_STOPPED) {
         cli_fail(c, "interrupted at step %lld; the same command with --resume goes on from there",
@@ -16570,6 +16916,11 @@ static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset 
     json_object_set_new(j, "records", json_integer(rlhf_dataset_count(d)));
     json_object_set_new(j, "dropped", json_integer(rlhf_dataset_dropped(d)));
     cli_set_hash(j, m);
+    if (c->v[O_json]) {
+        json_t *memory = json_object();
+        cli_show_memory(c, t, memory);
+        json_object_set_new(j, "memory", memory);
+    }
     *out = j;
     return 0;
 }

@@ -332,6 +332,8 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(B, use_rslora, 0, 0, 1, "the adapter counts lora_alpha / sqrt(lora_r)")                      \
     F(B, gradient_checkpointing, 0, 0, 1,                                                          \
       "keep less in training and compute it again: less memory, a third more time")                \
+    F(R, memory_limit, 0, 0, 1e9,                                                                  \
+      "GB that the run may take; chooses micro-batches and recomputation to fit; 0 = any")         \
     F(B, shuffle_dataset, 1, 0, 1, "a new order each epoch, drawn from the seed")                  \
     F(I, seed, 42, 0, 9e15, "seed of every random choice")                                         \
     F(I, logging_steps, LOGGING, 1, 1e9, "steps between lines of metrics")                         \
@@ -602,6 +604,21 @@ int64_t rlhf_trainer_steps_total(const rlhf_trainer *trainer);
 /* The newest value of a metric by its name ("loss", "objective/kl", "eval_accuracy"), NaN if there
  * is none. */
 double rlhf_trainer_metric(const rlhf_trainer *trainer, const char *name);
+
+/* Bytes that a run takes at its highest, known when its trainer is opened. */
+typedef struct rlhf_memory {
+    int64_t weights;     /* of all roles; what several share counts once */
+    int64_t adapters;    /* of all roles, with their score heads */
+    int64_t optimizer;   /* gradients and both moments */
+    int64_t activations; /* of one micro-batch, and what a rollout keeps */
+    int64_t cache;       /* keys and values of sampling */
+    int64_t scratch;     /* logits, packed weights, blocks of products */
+    int64_t other;       /* data, tokenizer, program */
+    int64_t total;
+} rlhf_memory;
+
+/* All zero for null. */
+rlhf_memory rlhf_trainer_memory(const rlhf_trainer *trainer);
 
 /* All newest metrics as one JSON object, released with rlhf_free. */
 rlhf_status rlhf_trainer_metrics(rlhf_trainer *trainer, char **json);

@@ -9543,11 +9543,17 @@ static const char *ckpt_module(const model_tensor *t, char *out, size_t size) {
 }
 
 /* Turns on the matrices that `name` means: one of the family's, its path's end, or "all-linear".
- * Throws if there is none. */
+ * PEFT may name the matrix of each layer; of which layers is seen by the tensors there are. Throws if
+ * there is none. */
 static void ckpt_target(const rlhf_model *m, const char *where, const char *name, model_lora *l) {
-    char known[512] = "", module[64], path[160];
+    char known[512] = "", module[64], path[160], end[160];
     int all = !strcmp(name, "all-linear"), found = 0;
-    size_t n = strlen(name);
+    size_t digit = strcspn(name, "0123456789"), digits = strspn(name + digit, "0123456789");
+    const char *rest = name + digit + digits;
+    if (digits && *rest == '.' && (!digit || name[digit - 1] == '.'))
+        snprintf(end, sizeof end, "%.*s%%d%s", (int)digit, name, rest);
+    else snprintf(end, sizeof end, "%s", name);
+    size_t n = strlen(end);
     for (const model_tensor *t = m->family->tensors; t->name; t++) {
         int i = model_module_of(t);
         if (i < 0) continue;
@@ -9555,9 +9561,10 @@ static void ckpt_target(const rlhf_model *m, const char *where, const char *name
         size_t at = strlen(known);
         if (!strstr(known, module))
             snprintf(known + at, sizeof known - at, "%s%s", at ? ", " : "", module);
-        snprintf(path, sizeof path, ".%.*s", (int)(strstr(t->name, ".weight") - t->name), t->name);
+        snprintf(path, sizeof path, ".%s%.*s", m->family->prefix,
+                 (int)(strstr(t->name, ".weight") - t->name), t->name);
         size_t k = strlen(path);
-        if (!all && (k <= n || path[k - n - 1] != '.' || strcmp(path + k - n, name) != 0)) continue;
+        if (!all && (k <= n || path[k - n - 1] != '.' || strcmp(path + k - n, end) != 0)) continue;
         l->on |= 1u << i;
         found = 1;
     }

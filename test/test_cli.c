@@ -497,7 +497,7 @@ TEST(config_file) {
     REFUSE(BASE "--out $D/out --config $D/d.json", 2, "--packing", "without padding", NULL);
     REFUSE(BASE "--out $D/out --optim lion", 2, "--optim", "AdamW", NULL);
     REFUSE(BASE "--out $D/out --load-in-4bit --quiet", 2, "--load-in-4bit", "quantised", NULL);
-    REFUSE(BASE "--out $D/out --report_to tensorboard,wandb", 2, "--report_to", "TensorBoard", NULL);
+    REFUSE(BASE "--out $D/out --report_to wandb", 2, "--report_to", "TensorBoard", NULL);
     test_write("d.json", "{\n\"learning_rate\": 1,\n}");
     REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json:3", NULL, NULL);
     test_write("d.json", "{\"json\": false, \"quiet\": true, \"max_steps\": 0}");

@@ -16655,8 +16655,7 @@ static const struct {
      "say --max_steps, the number of updates of --batch_size episodes, or --num_train_epochs"},
     {"mini_batch_size local_batch_size local_mini_batch_size micro_batch_size", NULL,
      "say --batch_size and --num_mini_batches; --per_device_train_batch_size bounds memory"},
-    {"num_sample_generations", "0", "`rlhf generate` shows what a model answers"},
-    {"whiten_rewards", "false", "advantages are whitened, rewards are not"}};
+    {"num_sample_generations", "0", "`rlhf generate` shows what a model answers"}};
 
 /* Whether the words of a list, separated by spaces, have the name among them. */
 static int cli_listed(const char *list, const char *name) {

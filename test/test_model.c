@@ -952,7 +952,7 @@ static void naming_run(rlhf_ctx *ctx, void *arg) {
 }
 
 /* What PEFT may call a matrix: its name, the end of its path, its path in one layer. */
-static void names_of_matrices(void) {
+static void case_names_of_matrices(void) {
     static const struct {
         const char *config, *name;
         unsigned on; /* 0: an error */

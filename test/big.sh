@@ -7,7 +7,7 @@
 # reference, value and reward model. Each takes real optimizer steps; its loss has to fall or its
 # reward to rise (the same four prompts, close to greedy), the peak of resident memory (/usr/bin/time -v) has to be below the limit of its
 # shape and within 10 % of the table that the program shows before it starts.
-# BUILD and PROG are those of the Makefile. Ends with "N passed, N failed".
+# BUILD and PROG are those of the Makefile; STAGES=sft leaves the other two out. Ends with "N passed, N failed".
 
 cd "$(dirname "$0")/.." || exit 1
 build=${BUILD:-build} prog=${PROG:-./rlhf} assets=../shared/assets/tokenizers
@@ -40,6 +40,7 @@ words() {
 # A command of the program with what it takes at most: sets $peak and $table, in bytes.
 run() { # stage, its options...
     stage=$1
+    case " ${STAGES:-sft rm ppo} " in *" $stage "*) ;; *) return ;; esac
     shift
     out=$dir/$shape-$stage
     /usr/bin/time -v -o "$dir/time" "$prog" "$stage" --out "$out" --json --seed 1 --logging_steps 1 \
@@ -78,7 +79,7 @@ model() { # shape, tokenizer of the assets
     tokens=$(words - 200 1 7 | "$prog" tokenize --tokenizer "$base" | wc -w)
     n=$((200 * 490 / tokens))
     words - $n 8 11 | sed 's/.*/{"text": "&"}/' >"$dir/sft.jsonl"
-    words - $((n * 3 / 4)) 8 13 | sed "s/.*/{\"prompt\": \"&\", \"chosen\": \" $(words - $((n / 4)) 1 17)\", \"rejected\": \" $(
+    words - $((n / 2)) 8 13 | sed "s/.*/{\"prompt\": \"&\", \"chosen\": \" $(words - $((n / 4)) 1 17)\", \"rejected\": \" $(
         words - $((n / 4)) 1 19 | sed 's/r/o/g')\"}/" >"$dir/rm.jsonl"
     words - $((n / 16)) 4 23 | sed 's/.*/{"prompt": "&"}/' >"$dir/ppo.jsonl"
 }
@@ -93,19 +94,19 @@ for shape; do
     *) echo "big.sh: no shape $shape"; exit 2 ;;
     esac
     case $shape in
-    llama-1b) sft=4.0 rm=4.0 ppo=5.0 ;;
-    qwen-0.5b) sft=2.5 rm=2.5 ppo=2.5 ;;
-    *) sft=0 rm=0 ppo=0 ;;
+    llama-1b) steps=2 sft=4.0 rm=4.0 ppo=5.0 ;;
+    qwen-0.5b) steps=2 sft=2.5 rm=2.5 ppo=2.5 ;;
+    *) steps=3 sft=0 rm=0 ppo=0 ;;
     esac
     limit=$sft
-    run sft --model "$base" --data "$dir/sft.jsonl" --max_length 512 --per_device_train_batch_size 1 --max_steps 3 \
+    run sft --model "$base" --data "$dir/sft.jsonl" --max_length 512 --per_device_train_batch_size 1 --max_steps "$steps" \
         --learning_rate 1e-3 --memory_limit "$limit"
     limit=$rm
-    run rm --model "$base" --data "$dir/rm.jsonl" --max_length 512 --per_device_train_batch_size 1 --max_steps 3 \
+    run rm --model "$base" --data "$dir/rm.jsonl" --max_length 512 --per_device_train_batch_size 1 --max_steps "$steps" \
         --learning_rate 1e-3 --normalize_samples 4 --response_length 16 --memory_limit "$limit"
     limit=$ppo
     run ppo --model "$base" --reward "$dir/$shape-rm" --data "$dir/ppo.jsonl" --batch_size 4 --response_length 16 \
-        --max_steps 3 --num_ppo_epochs 2 --learning_rate 3e-3 --kl_coef 0 --temperature 0.1 --memory_limit "$limit"
+        --max_steps "$steps" --num_ppo_epochs 2 --learning_rate 3e-3 --kl_coef 0 --temperature 0.1 --memory_limit "$limit"
     rm -rf "$dir/$shape"*
 done
 echo "$passed passed, $failed failed"

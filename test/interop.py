@@ -2,7 +2,7 @@
 
 `make interop` runs them from the root of the repository; RLHF_TEST_QUICK=1 asks for less of it.
 """
-import os, subprocess, sys
+import os, shutil, subprocess, sys, tempfile
 
 PROGRAM = os.path.abspath(os.environ.get("PROG", "rlhf"))
 BUILD = os.path.abspath(os.environ.get("INTEROP", "build/interop"))  # the library and the tool
@@ -10,6 +10,7 @@ ASSETS = os.path.abspath("../shared/assets")
 QUICK = os.environ.get("RLHF_TEST_QUICK", "0") not in ("", "0")
 
 passed = failed = 0
+work = None
 worst = {}
 
 
@@ -44,6 +45,15 @@ def rlhf(*args, stdin=None, threads=1):
     return r.stdout
 
 
+def workdir():
+    """A directory for what a script makes; kept if a check failed."""
+    global work
+    work = tempfile.mkdtemp(prefix=os.path.basename(sys.argv[0])[8:-3] + "-", dir=BUILD)
+    return work
+
+
 def finish():
+    if work and not failed:
+        shutil.rmtree(work)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)

@@ -6,14 +6,14 @@ saved loads in AutoModelForCausalLM and AutoModelForSequenceClassification with 
 scores. Files come in one piece or in several, as f32, f16 and bf16, with new and old forms of
 config.json. Ends with "N passed, N failed"; the exit status is 1 if any failed.
 """
-import glob, json, os, shutil, subprocess, tempfile
+import glob, json, os, shutil, subprocess
 
 import torch
 import transformers as tf
 from safetensors.torch import load_file
 
 from peers import CASES, make, old_form, tensors
-from interop import ASSETS, BUILD, check, finish, near, report
+from interop import ASSETS, BUILD, check, finish, near, report, workdir
 
 # ---- what is compared ---------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def compare(name, path, out, ids, prompt=12, greedy=64):
     check_gradients(name, "score.", scorer, got, "all")
 
 
-work = tempfile.mkdtemp(prefix="rlhf-families-")
+work = workdir()
 for name in CASES:
     path = f"{work}/{name}"
     make(path, name)
@@ -115,5 +115,4 @@ for model in ("babyllama361", "stories260K", "gpt-nano-sort", "llama-fixture-fer
     prompt = min(len(known), context // 2)
     compare(model, path, f"{work}/{model}-out", real, prompt, min(64, context - prompt))
     report(model)
-shutil.rmtree(work)
 finish()

@@ -5,11 +5,11 @@ of TRL's last release and of the last that has PPO, and of the TrainingArguments
 each to the command that stands for it, with TRL's default. Then a --config file that says a run the
 way TRL would. Ends with "N passed, N failed".
 """
-import ast, filecmp, glob, json, os, shutil, subprocess, sys, tempfile
+import ast, filecmp, glob, json, os, subprocess, sys
 
 import transformers
 
-from interop import PROGRAM, check, finish, rlhf
+from interop import PROGRAM, check, finish, rlhf, workdir
 
 # Values that TRL has by default and that ask for something else here; each is refused with a reason.
 OTHERWISE = {"assistant_only_loss", "bnb_4bit_quant_type", "ddp_timeout", "ds3_gather_for_generation", "debug", "hub_strategy",
@@ -70,7 +70,7 @@ for command, options in of_trl().items():
     print(f"{command}: {len(accepted)} taken with TRL's default, {len(refused)} with a reason why not")
 
 # One run said twice: to the command line, and as TRL's names in a file.
-work = tempfile.mkdtemp(prefix="rlhf-options-")
+work = workdir()
 rlhf("tokenizer", "--train", "README.md", "--vocab_size", 300, "--out", f"{work}/words", "--quiet")
 json.dump(dict(model_type="llama", vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                intermediate_size=64, max_position_embeddings=128), open(f"{work}/init.json", "w"))
@@ -89,5 +89,4 @@ check("the same options", {k for k in run[0] if run[0][k] != run[1].get(k)} == {
 json.dump(dict(packing=True), open(f"{work}/d.json", "w"))
 r = subprocess.run([PROGRAM, *start, "--config", f"{work}/d.json"], capture_output=True, text=True)
 check("a file is refused likewise", r.returncode == 2 and "--packing: sequences lie" in r.stderr, r.stderr)
-shutil.rmtree(work)
 finish()

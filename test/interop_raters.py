@@ -1,23 +1,16 @@
 """`rlhf raters` against the krippendorff and scikit-learn packages.
 
-    python test/interop_raters.py [--program ./rlhf]
-
 Random judgements of several shapes: alpha overall and by domain against krippendorff.alpha, kappa
 against the weighted mean of sklearn's cohen_kappa_score over pairs of annotators.
 """
-import argparse
-import json
-import random
-import subprocess
-import tempfile
+import json, random, tempfile
 
 import krippendorff
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--program", default="./rlhf")
-program = parser.parse_args().program
+from interop import check, finish, rlhf
+
 CHOICES = ["A", "B", "tie"]
 
 
@@ -41,7 +34,6 @@ def expected(votes, annotators):
     return alpha, total / weight
 
 
-checks = 0
 for seed in range(12):
     rng = random.Random(seed)
     annotators, n = rng.randint(2, 7), rng.randint(80, 200)
@@ -57,14 +49,12 @@ for seed in range(12):
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as f:
         f.write("\n".join(lines))
         f.flush()
-        out = subprocess.run([program, "raters", "--data", f.name, "--bootstrap", "0", "--json"],
-                             check=True, capture_output=True, text=True).stdout
+        out = rlhf("raters", "--data", f.name, "--bootstrap", "0", "--json")
     report = json.loads(out.splitlines()[-1])
     groups = [(report, votes)] + [(report["domain"]["d%d" % d],
                                    {k: v for k, v in votes.items() if k[0] % 2 == d}) for d in (0, 1)]
     for found, part in groups:
         alpha, kappa = expected(part, annotators)
-        assert abs(found["alpha"] - alpha) < 1e-9, (seed, found["alpha"], alpha)
-        assert abs(found["kappa"] - kappa) < 1e-9, (seed, found["kappa"], kappa)
-        checks += 2
-print(checks, "numbers agree")
+        check(f"seed {seed} alpha", abs(found["alpha"] - alpha) < 1e-9, (found["alpha"], alpha))
+        check(f"seed {seed} kappa", abs(found["kappa"] - kappa) < 1e-9, (found["kappa"], kappa))
+finish()

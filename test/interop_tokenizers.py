@@ -67,7 +67,7 @@ class Library:
 
     def encode(self, tok, data):
         count = ctypes.c_int()
-        room = len(data) * 2 + 16
+        room = len(data) * 3 + 16  # a space may become three bytes
         ids = (ctypes.c_int32 * room)()
         self.call("rlhf_encode", tok, data, ctypes.c_size_t(len(data)), 1, ids, room,
                   ctypes.byref(count))

@@ -5,7 +5,7 @@ logits and the scores that they give in PEFT, and five steps of training them go
 rlhf trained gives PeftModel its logits and its 64 greedy tokens; `rlhf export --merge` writes what
 merge_and_unload makes of it. Ends with "N passed, N failed".
 """
-import json, os, subprocess
+import json, os, subprocess, warnings
 
 import torch
 import transformers as tf
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from interop import BUILD, QUICK, check, finish, near, report, rlhf, workdir
 from peers import OPTIONS, ROWS, Text, losses, make, no_padding, rm_loss, sft_loss, steps, tensors, write
 
+warnings.filterwarnings("ignore")  # of names that PEFT and transformers will change
 ALL = "all-linear"
 # (family, matrices or None for PEFT's choice, rank-stabilised)
 CASES = [("gpt2", None, False), ("gpt2", ALL, True), ("gpt2", ["attn.c_proj"], False), ("llama", None, False),

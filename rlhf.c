@@ -5349,7 +5349,8 @@ static int tok_is_new_mark(uint32_t c) {
 }
 
 /* Appends the normal form of s. Stretches of ASCII are their own normal form, except that the
- * character before a stretch of others may combine with it. */
+ * character before a stretch of others may combine with it. U+11A7, the vowel before the first final
+ * consonant, combines with nothing; utf8proc 2.8 loses it behind a syllable. */
 static void tok_normal_form(tok_buf *b, int options, const char *s, size_t n) {
     for (size_t i = 0; i < n;) {
         size_t lo = i, mark = 0;
@@ -5359,7 +5360,7 @@ static void tok_normal_form(tok_buf *b, int options, const char *s, size_t n) {
         while (i < n && (s[i] & 0x80) && !mark) {
             uint32_t cp;
             size_t k = (size_t)tok_char(s + i, n - i, &cp);
-            if (tok_is_new_mark(cp)) mark = k;
+            if (tok_is_new_mark(cp) || cp == 0x11A7) mark = k;
             else i += k;
         }
         tok_put(b, s + lo, mid - lo);

@@ -96,7 +96,7 @@ for shape; do
     case $shape in
     llama-1b) steps=2 ppo_rate=1e-4 sft=4.0 rm=4.0 ppo=5.0 ;;
     qwen-0.5b) steps=2 ppo_rate=1e-4 sft=2.5 rm=2.5 ppo=2.5 ;;
-    *) steps=3 ppo_rate=3e-3 sft=0 rm=0 ppo=0 ;;
+    *) steps=3 ppo_rate=1e-3 sft=0 rm=0 ppo=0 ;;
     esac
     limit=$sft
     run sft --model "$base" --data "$dir/sft.jsonl" --max_length 512 --per_device_train_batch_size 1 --max_steps "$steps" \
@@ -106,7 +106,7 @@ for shape; do
         --learning_rate 1e-3 --normalize_samples 4 --response_length 16 --memory_limit "$limit"
     limit=$ppo
     run ppo --model "$base" --reward "$dir/$shape-rm" --data "$dir/ppo.jsonl" --batch_size 4 --response_length 16 \
-        --max_steps "$steps" --num_ppo_epochs 2 --learning_rate "$ppo_rate" --kl_coef 0 --temperature 0.1 --memory_limit "$limit"
+        --max_steps "$steps" --num_ppo_epochs 2 --learning_rate "$ppo_rate" --kl_coef 0 --temperature 0.05 --memory_limit "$limit"
     rm -rf "$dir/$shape"*
 done
 echo "$passed passed, $failed failed"

@@ -5350,7 +5350,8 @@ static int tok_is_new_mark(uint32_t c) {
 }
 
 /* Appends the normal form of s. Stretches of ASCII are their own normal form, except that the
- * character before a stretch of others may combine with it. */
+ * character before a stretch of others may combine with it. U+11A7, the vowel before the first final
+ * consonant, combines with nothing; utf8proc 2.8 loses it behind a syllable. */
 static void tok_normal_form(tok_buf *b, int options, const char *s, size_t n) {
     for (size_t i = 0; i < n;) {
         size_t lo = i, mark = 0;
@@ -5360,7 +5361,7 @@ static void tok_normal_form(tok_buf *b, int options, const char *s, size_t n) {
         while (i < n && (s[i] & 0x80) && !mark) {
             uint32_t cp;
             size_t k = (size_t)tok_char(s + i, n - i, &cp);
-            if (tok_is_new_mark(cp)) mark = k;
+            if (tok_is_new_mark(cp) || cp == 0x11A7) mark = k;
             else i += k;
         }
         tok_put(b, s + lo, mid - lo);
@@ -9575,11 +9576,17 @@ static const char *ckpt_module(const model_tensor *t, char *out, size_t size) {
 }
 
 /* Turns on the matrices that `name` means: one of the family's, its path's end, or "all-linear".
- * Throws if there is none. */
+ * PEFT may name the matrix of each layer; of which layers is seen by the tensors there are. Throws if
+ * there is none. */
 static void ckpt_target(const rlhf_model *m, const char *where, const char *name, model_lora *l) {
-    char known[512] = "", module[64], path[160];
+    char known[512] = "", module[64], path[160], end[160];
     int all = !strcmp(name, "all-linear"), found = 0;
-    size_t n = strlen(name);
+    size_t digit = strcspn(name, "0123456789"), digits = strspn(name + digit, "0123456789");
+    const char *rest = name + digit + digits;
+    if (digits && *rest == '.' && (!digit || name[digit - 1] == '.'))
+        snprintf(end, sizeof end, "%.*s%%d%s", (int)digit, name, rest);
+    else snprintf(end, sizeof end, "%s", name);
+    size_t n = strlen(end);
     for (const model_tensor *t = m->family->tensors; t->name; t++) {
         int i = model_module_of(t);
         if (i < 0) continue;
@@ -9587,9 +9594,10 @@ static void ckpt_target(const rlhf_model *m, const char *where, const char *name
         size_t at = strlen(known);
         if (!strstr(known, module))
             snprintf(known + at, sizeof known - at, "%s%s", at ? ", " : "", module);
-        snprintf(path, sizeof path, ".%.*s", (int)(strstr(t->name, ".weight") - t->name), t->name);
+        snprintf(path, sizeof path, ".%s%.*s", m->family->prefix,
+                 (int)(strstr(t->name, ".weight") - t->name), t->name);
         size_t k = strlen(path);
-        if (!all && (k <= n || path[k - n - 1] != '.' || strcmp(path + k - n, name) != 0)) continue;
+        if (!all && (k <= n || path[k - n - 1] != '.' || strcmp(path + k - n, end) != 0)) continue;
         l->on |= 1u << i;
         found = 1;
     }
@@ -16883,6 +16891,127 @@ static int cli_unknown(cli *c, const char *name) {
     return 2;
 }
 
+/* ---- TRL's names ---- */
+
+/* What TRL calls otherwise. */
+static const char *const cli_aliases[][2] = {
+    {"model_name_or_path", "model"},     {"sft_model_path", "model"},
+    {"reward_model_path", "reward"},     {"dataset_name", "data"},
+    {"resume_from_checkpoint", "resume"}, {"activation_checkpointing", "gradient_checkpointing"},
+    {"max_seq_length", "max_length"}};
+
+/* Options of TRL's SFTConfig, RewardConfig, PPOConfig, ModelConfig and ScriptArguments that have no
+ * counterpart: their names, the values that ask for what happens anyway and are taken as said, and
+ * what is to be known about the others. */
+static const struct {
+    const char *names, *values, *why;
+} cli_trl[] = {
+    {"packing packing_strategy eval_packing padding_free pad_to_multiple_of pad_token", "false",
+     "sequences lie next to each other without padding; there is nothing to pack or to pad"},
+    {"truncation_mode", NULL,
+     "a record longer than --max_length is dropped and counted, never cut"},
+    {"dataset_text_field", "text", "a text is read from \"text\"; other forms are in README.md"},
+    {"dataset_kwargs dataset_num_proc dataset_config dataset_streaming label_names "
+     "length_column_name dataloader_drop_last dataloader_num_workers "
+     "dataloader_prefetch_factor dataloader_multiprocessing_context",
+     "false|0|length",
+     "records are read from --data before the run, in every form that README.md lists"},
+    {"dataset_train_split dataset_test_split model_revision", "train|test|main",
+     "--model, --data and --eval_data name files of this machine"},
+    {"completion_only_loss assistant_only_loss", "true",
+     "loss is taken on completions and on the assistant's turns; to learn all, give \"text\""},
+    {"loss_type", "nll", "the loss is the mean negative log-likelihood"},
+    {"label_smoothing_factor neftune_noise_alpha router_aux_loss_coef", "0|0.0",
+     "the loss is what is written in rlhf.h, without further terms"},
+    {"eos_token stop_token", "eos",
+     "the end is the tokenizer's end-of-text token of tokenizer_config.json; ppo: --stop_token_id"},
+    {"chat_template_path", NULL, "templates have names; say --chat_template NAME"},
+    {"disable_dropout", "true", "the model's own dropout is off; adapters have --lora_dropout"},
+    {"bf16 bf16_full_eval", "false", "say --dtype bf16, and --save_dtype bf16 for the files"},
+    {"fp16 fp16_full_eval tf32", "false", "numbers are f32 or bf16; say --dtype"},
+    {"load_in_8bit load_in_4bit use_bnb_nested_quant bnb_4bit_quant_type bnb_4bit_quant_storage",
+     "false", "weights are not quantised in training; frozen ones stay as the file has them"},
+    {"use_dora lora_target_parameters", "false",
+     "adapters are LoRA or rsLoRA, on matrices; say --lora_target_modules"},
+    {"lora_modules_to_save", "score",
+     "beside the adapters, a reward model's score head is trained, nothing else"},
+    {"lora_task_type", "CAUSAL_LM|SEQ_CLS", "the command says it: sft and ppo, or rm"},
+    {"model_adapter_name ref_adapter_name", NULL,
+     "an adapter is a directory; say --model, the reference is the model that ppo starts from"},
+    {"model_init_kwargs trust_remote_code", "false",
+     "a model is what its config.json says; no code comes with it"},
+    {"attn_implementation use_liger_kernel liger_kernel_config torch_compile "
+     "torch_compile_backend torch_compile_mode torch_empty_cache_steps use_cache "
+     "activation_offloading gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+     "false", "there is one way of computing, which keeps neither logits nor attention matrices"},
+    {"optim optim_args optim_target_modules", "adamw_torch|adamw_torch_fused|adamw_hf",
+     "the optimizer is AdamW; see --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"},
+    {"lr_scheduler_kwargs warmup_ratio", "0|0.0",
+     "the schedule has no further values; say --lr_scheduler_type and --warmup_steps"},
+    {"average_tokens_across_devices", "true", "a loss is the mean over all tokens of a step"},
+    {"auto_find_batch_size", "false", "say --per_device_train_batch_size"},
+    {"per_device_eval_batch_size eval_accumulation_steps local_rollout_forward_batch_size",
+     NULL, "evaluation and generation choose their batches; no result depends on them"},
+    {"eval_strategy", "steps|no", "say --eval_steps; without --eval_data nothing is evaluated"},
+    {"eval_delay eval_on_start", "0|false", "say --eval_steps"},
+    {"logging_strategy", "steps", "say --logging_steps"},
+    {"save_strategy", "steps", "say --save_steps; the end of a run is always saved"},
+    {"save_total_limit save_only_model save_on_each_node enable_jit_checkpoint", "1|false",
+     "one checkpoint is kept, the last, with all it takes to go on"},
+    {"logging_first_step logging_nan_inf_filter include_num_input_tokens_seen", "false|no",
+     "metrics come each --logging_steps steps; a loss that is no number ends the run"},
+    {"log_level log_level_replica disable_tqdm debug", "passive|warning", "say --quiet"},
+    {"report_to", "tensorboard|none",
+     "metrics.jsonl and event files for TensorBoard are in the run directory, nothing is sent"},
+    {"run_name project trackio_space_id trackio_bucket_id trackio_static_space_id", NULL,
+     "a run is its directory; say --output_dir"},
+    {"push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
+     "hub_revision",
+     "false", "nothing is uploaded; the run directory is what the Hub takes"},
+    {"load_best_model_at_end metric_for_best_model greater_is_better", "false",
+     "the last step's model is kept; metrics.jsonl says which was best, --max_steps ends there"},
+    {"include_for_metrics batch_eval_metrics prediction_loss_only", "false",
+     "the metrics are those in metrics.jsonl"},
+    {"ignore_data_skip restore_callback_states_from_checkpoint", "false",
+     "--resume goes on exactly where the run stopped"},
+    {"full_determinism use_cpu remove_unused_columns dataloader_pin_memory dataloader_in_order "
+     "dataloader_persistent_workers eval_do_concat_batches eval_use_gather_object "
+     "log_on_each_node skip_memory_metrics do_train do_eval do_predict",
+     "true|false", "expected true or false; neither changes anything"},
+    {"data_seed", NULL, "say --seed, which also orders the records"},
+    {"train_sampling_strategy group_by_length", "random|false",
+     "say --shuffle_dataset; lengths do not matter without padding"},
+    {"ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
+     "ddp_backend ddp_timeout fsdp fsdp_config deepspeed accelerator_config parallelism_config "
+     "local_rank world_size ds3_gather_for_generation ignore_bias_buffers",
+     "-1|1|false", "a run is one process on one machine; say --threads"},
+    {"total_episodes num_total_batches", NULL,
+     "say --max_steps, the number of updates of --batch_size episodes, or --num_train_epochs"},
+    {"mini_batch_size local_batch_size local_mini_batch_size micro_batch_size", NULL,
+     "say --batch_size and --num_mini_batches; --per_device_train_batch_size bounds memory"},
+    {"num_sample_generations", "0", "`rlhf generate` shows what a model answers"}};
+
+/* Whether the words of a list, separated by spaces, have the name among them. */
+static int cli_listed(const char *list, const char *name) {
+    char word[64];
+    for (int n; sscanf(list, "%63s%n", word, &n) == 1; list += n)
+        if (cli_same(name, word)) return 1;
+    return 0;
+}
+
+/* An option of TRL's without a counterpart: taken where it asks for what happens anyway, else an
+ * error that says what to use. Returns an exit code, -1: not such an option. */
+static int cli_take_trl(cli *c, const char *name, const char *value, int *took) {
+    for (size_t i = 0; i < sizeof cli_trl / sizeof *cli_trl; i++) {
+        if (!cli_listed(cli_trl[i].names, name)) continue;
+        *took = value != NULL;
+        if (cli_trl[i].values && base_is_choice(cli_trl[i].values, value ? value : "true"))
+            return 0;
+        return cli_fail(c, "--%s: %s", name, cli_trl[i].why), 2;
+    }
+    return -1;
+}
+
 /* Sets one row of the configuration from text. */
 static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
     char *at = (char *)&c->config + f->offset, *end;
@@ -16923,6 +17052,8 @@ static int cli_take(cli *c, const char *name, const char *value, int bound, int 
     const rlhf_field *f =
         c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
     *took = 1;
+    for (size_t i = 0; i < sizeof cli_aliases / sizeof *cli_aliases; i++)
+        if (cli_same(name, cli_aliases[i][0])) name = cli_aliases[i][1];
     for (int i = 0; i < n; i++) {
         if (!cli_same(name, f[i].name)) continue;
         if (f[i].kind == 'B' && (!value || (!bound && !cli_is_boolean(value)))) {
@@ -16949,7 +17080,26 @@ static int cli_take(cli *c, const char *name, const char *value, int bound, int 
         if (!c->v[i]) c->v[i] = value;
         return 0;
     }
-    return cli_unknown(c, name);
+    int code = cli_take_trl(c, name, value, took);
+    return code < 0 ? cli_unknown(c, name) : code;
+}
+
+/* A value of --config as the command line would say it, a list of texts with commas; null for what
+ * it cannot say. Never freed, since what is set points to it. */
+static char *cli_value(const json_t *v) {
+    if (json_is_string(v)) return strdup(json_string_value(v));
+    if (json_is_object(v)) return NULL;
+    if (!json_is_array(v)) return json_dumps(v, JSON_ENCODE_ANY | JSON_REAL_PRECISION(17));
+    char *list = strdup("");
+    for (size_t i = 0; i < json_array_size(v); i++) {
+        const char *one = json_string_value(json_array_get(v, i));
+        char *more = one ? malloc(strlen(list) + strlen(one) + 2) : NULL;
+        if (more) sprintf(more, "%s%s%s", list, i ? "," : "", one);
+        free(list);
+        if (!more) return NULL;
+        list = more;
+    }
+    return list;
 }
 
 static int cli_take_file(cli *c) {
@@ -16965,17 +17115,12 @@ static int cli_take_file(cli *c) {
     json_object_foreach(c->file, key, v) {
         /* A run's own run.json may be replayed: it also says what wrote it. */
         if (!strcmp(key, "trainer") || !strcmp(key, "rlhf_version")) continue;
-        char text[64];
-        const char *value = text;
-        if (json_is_string(v)) value = json_string_value(v);
-        else if (json_is_boolean(v)) value = json_is_true(v) ? "true" : "false";
-        else if (json_is_integer(v))
-            snprintf(text, sizeof text, "%lld", (long long)json_integer_value(v));
-        else if (json_is_real(v)) snprintf(text, sizeof text, "%.17g", json_real_value(v));
-        else
-            return cli_fail(c, "%s: \"%s\" is neither a number, a text nor true or false",
+        if (json_is_null(v)) continue;
+        const char *value = cli_value(v);
+        if (!value)
+            return cli_fail(c, "%s: \"%s\" is no number, text, list of texts, true or false",
                             c->v[O_config], key);
-        int took, code = cli_take(c, key, value == text ? strdup(text) : value, 1, &took);
+        int took, code = cli_take(c, key, value, 1, &took);
         if (code) return code;
     }
     return 0;

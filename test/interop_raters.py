@@ -1,24 +1,17 @@
 """`rlhf raters` against the krippendorff and scikit-learn packages.
 
-    python test/interop_raters.py [--program ./rlhf]
-
 Random judgements of several shapes: alpha overall, by domain and on an aspect against
 krippendorff.alpha, kappa against the weighted mean of sklearn's cohen_kappa_score over pairs of
 annotators.
 """
-import argparse
-import json
-import random
-import subprocess
-import tempfile
+import json, random, tempfile
 
 import krippendorff
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--program", default="./rlhf")
-program = parser.parse_args().program
+from interop import check, finish, rlhf
+
 CHOICES = ["A", "B", "tie"]
 
 
@@ -42,25 +35,20 @@ def expected(votes, annotators):
     return alpha, total / weight
 
 
-def compare(seed, found, votes, annotators):
-    """A failure is a line that says which number of which draw differs."""
-    for name, number in zip(("alpha", "kappa"), expected(votes, annotators)):
-        same = found[name] is not None and abs(found[name] - number) < 1e-9
-        if not same:
-            print("draw %d: %s is %s, expected %.12f" % (seed, name, found[name], number))
-        outcome[same] += 1
+def compare(name, found, votes, annotators):
+    alpha, kappa = expected(votes, annotators)
+    check(f"{name} alpha", abs(found["alpha"] - alpha) < 1e-9, (found["alpha"], alpha))
+    check(f"{name} kappa", abs(found["kappa"] - kappa) < 1e-9, (found["kappa"], kappa))
 
 
 def report(lines, *options):
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as f:
         f.write("\n".join(lines))
         f.flush()
-        out = subprocess.run([program, "raters", "--data", f.name, "--bootstrap", "0", "--json",
-                              *options], check=True, capture_output=True, text=True).stdout
+        out = rlhf("raters", "--data", f.name, "--bootstrap", "0", "--json", *options)
     return json.loads(out.splitlines()[-1])
 
 
-outcome = {True: 0, False: 0}
 for seed in range(12):
     rng = random.Random(seed)
     annotators, n = rng.randint(2, 7), rng.randint(80, 200)
@@ -81,10 +69,9 @@ for seed in range(12):
                 if rng.random() < 0.1:
                     lines.append(json.dumps({**record, "annotator": "new", "qualified": False}))
     whole = report(lines)
-    compare(seed, whole, votes, annotators)
+    compare(f"seed {seed}", whole, votes, annotators)
     for d in (0, 1):
         part = {k: v for k, v in votes.items() if k[0] % 2 == d}
-        compare(seed, whole["domain"]["d%d" % d], part, annotators)
-    compare(seed, report(lines, "--aspect", "nuance"), nuance, annotators)
-print("%d passed, %d failed" % (outcome[True], outcome[False]))
-raise SystemExit(outcome[False] > 0)
+        compare(f"seed {seed} domain {d}", whole["domain"]["d%d" % d], part, annotators)
+    compare(f"seed {seed} aspect", report(lines, "--aspect", "nuance"), nuance, annotators)
+finish()

@@ -493,6 +493,17 @@ TEST(config_file) {
     REFUSE(BASE "--out $D/out --config $D/d.json", 2, "learning_rate", "high", NULL);
     test_write("d.json", "{\"learning_rate\": [1]}");
     REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json", "learning_rate", NULL);
+    test_write("d.json", "{\"optim_args\": {\"a\": 1}}");
+    REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json", "optim_args", NULL);
+    /* As TRL says it: other names, null for what is not set, lists, what happens anyway. */
+    test_write("d.json", "{\"dataset_name\": \"none\", \"packing\": false, \"eval_strategy\": null,"
+                         "\"report_to\": [\"tensorboard\"], \"max_steps\": 1}");
+    RUN(BASE "--out $D/b --config $D/d.json", 0);
+    test_write("d.json", "{\"packing\": true}");
+    REFUSE(BASE "--out $D/out --config $D/d.json", 2, "--packing", "without padding", NULL);
+    REFUSE(BASE "--out $D/out --optim lion", 2, "--optim", "AdamW", NULL);
+    REFUSE(BASE "--out $D/out --load-in-4bit --quiet", 2, "--load-in-4bit", "quantised", NULL);
+    REFUSE(BASE "--out $D/out --report_to wandb", 2, "--report_to", "TensorBoard", NULL);
     test_write("d.json", "{\n\"learning_rate\": 1,\n}");
     REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json:3", NULL, NULL);
     test_write("d.json", "{\"json\": false, \"quiet\": true, \"max_steps\": 0}");

@@ -12257,8 +12257,8 @@ static double ppo_mean_best(const float *score, int n, int k) {
     return sum;
 }
 
-/* What the best of n = 1, 2, 4, ... answers of the starting policy scores, as a mean over the
- * sample prompts with its standard error, at KL log n - (n-1)/n (Stiennon et al. 2020; an upper
+/* What the best of n = 1, 2, 4, ... answers of the starting policy scores, as a mean over
+ * batch_size prompts with its standard error, at KL log n - (n-1)/n (Stiennon et al. 2020; an upper
  * bound where answers repeat): the frontier that PPO's reward at its KL is to be seen against.
  * Answers are drawn and scored as in training. Nothing with a reward function, which is called for
  * training only. */
@@ -12266,9 +12266,9 @@ static void ppo_best_of_n(rlhf_trainer *t) {
     const rlhf_ppo_config *c = &t->u.ppo;
     rlhf_ctx *ctx = t->ctx;
     int n = (int)c->best_of_n, prompts, room = (int)c->response_length;
-    if (!n || !t->samples || t->fn || !train_dir(t)) return;
+    if (!n || t->fn || !train_dir(t)) return;
     arena_reset(&t->ws);
-    gen_item *first = train_sample_prompts(t, t->samples, room, &prompts);
+    gen_item *first = train_sample_prompts(t, (int)c->batch_size, room, &prompts);
     if (!prompts) return;
     gen_item *item = arena_alloc(&t->ws, (size_t)prompts * (size_t)n * sizeof *item);
     for (int i = 0; i < prompts * n; i++) {
@@ -15032,6 +15032,440 @@ static const char *page_text(const char *name, size_t *size) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
+ * MARK: - 32 REPORT (report_)
+ * Runs as one page: what their directories hold (23) becomes one JSON object, which the template
+ * data/page/report.html takes in beside its style and script. The page needs no other file and no
+ * network. What is drawn is decided there; what is a warning is decided here.
+ *
+ *     version, rules    texts
+ *     raters            a report of `rlhf raters`, or null
+ *     runs              a list: name, trainer, command, options (name, value, default, help),
+ *                       metrics (by name: lists step and value), eval and best_of_n (as in their
+ *                       files, or null), samples (lines of samples.jsonl), warnings, unchecked
+ *
+ * Entry: report_write.   Tests: test/test_report.c, test/pages_report.py
+ * ============================================================================================ */
+
+/* ---- files ---- */
+
+/* Calls take for every line of a file of JSON objects. A last line without its end that is no JSON
+ * was cut short, by a crash or because the run is still writing: it does not count. */
+static void report_lines(rlhf_ctx *ctx, const char *path, json_t *out,
+                         void (*take)(const json_src *src, json_t *line, json_t *out)) {
+    size_t len;
+    char *text = io_read(ctx, path, IO_LIMIT, &len);
+    json_src src = json_source(ctx, path);
+    src.status = RLHF_ERR_DATA;
+    for (size_t at = 0, n; at < len; at += n + 1) {
+        char *end = memchr(text + at, '\n', len - at);
+        json_error_t e;
+        n = end ? (size_t)(end - text) - at : len - at;
+        src.line++;
+        if (!end) {
+            json_t *whole = json_loadb(text + at, n, JSON_ALLOW_NUL, &e);
+            json_decref(whole);
+            if (!whole) {
+                log_at(ctx, RLHF_LOG_WARNING, "%s:%lld: the last line is cut short and left out",
+                       path, (long long)src.line);
+                break;
+            }
+        }
+        json_t *j = json_parse(&src, text + at, n);
+        if (!json_is_object(j)) json_bad(&src, "line", j, "an object");
+        take(&src, j, out);
+        err_release(ctx);
+    }
+    mem_free(text);
+}
+
+/* Adds a line of metrics.jsonl to {name: {"step": [], "value": []}}. */
+static void report_take_metrics(const json_src *src, json_t *line, json_t *out) {
+    json_int_t step = (json_int_t)json_need_int(src, line, "step", 0, (int64_t)1 << 53);
+    const char *name;
+    json_t *v;
+    json_object_foreach(line, name, v) {
+        if (!strcmp(name, "step")) continue;
+        if (!json_is_number(v) && !json_is_null(v)) json_bad(src, name, v, "a number or null");
+        json_t *series = json_object_get(out, name);
+        if (!series) {
+            series = json_pack("{s:[],s:[]}", "step", "value");
+            json_object_set_new(out, name, series);
+        }
+        json_t *steps = json_object_get(series, "step");
+        size_t n = json_array_size(steps);
+        if (n && json_integer_value(json_array_get(steps, n - 1)) >= step)
+            json_bad(src, "step", json_object_get(line, "step"), "more than in the lines before");
+        json_array_append_new(steps, json_integer(step));
+        json_array_append(json_object_get(series, "value"), v);
+    }
+}
+
+/* Adds a line of samples.jsonl to a list. */
+static void report_take_sample(const json_src *src, json_t *line, json_t *out) {
+    json_need_int(src, line, "step", 0, (int64_t)1 << 53);
+    if (!json_is_string(json_get(line, "prompt")))
+        json_bad(src, "prompt", json_get(line, "prompt"), "a string");
+    if (!json_is_string(json_get(line, "completion")))
+        json_bad(src, "completion", json_get(line, "completion"), "a string");
+    json_array_append(out, line);
+}
+
+/* The object in dir/name, or null if there is no such file. need, if not null: an array or object
+ * that it must have, by which its kind is known. Held in either case. */
+static json_t *report_object(rlhf_ctx *ctx, const char *path, const char *need, const char *what) {
+    if (!path || !io_exists(path)) return json_hold(ctx, json_null());
+    json_src src = json_source(ctx, path);
+    json_t *j = json_read(&src);
+    if (!json_is_object(j)) err_throw(ctx, RLHF_ERR_FORMAT, "%s: expected %s", path, what);
+    if (need && !json_is_array(json_get(j, need)) && !json_is_object(json_get(j, need)))
+        json_bad(&src, need, json_get(j, need), what);
+    return j;
+}
+
+/* The points of best_of_n.json, if there are any. */
+static json_t *report_frontier(rlhf_ctx *ctx, const char *dir) {
+    char *path = ckpt_path(ctx, dir, "best_of_n.json");
+    json_t *j = report_object(ctx, path, "points", "a list of points"), *point;
+    json_src src = json_source(ctx, path);
+    size_t i;
+    json_array_foreach(json_object_get(j, "points"), i, point) {
+        json_need_int(&src, point, "n", 1, INT_MAX);
+        json_need_real(&src, point, "kl");
+        json_need_real(&src, point, "score");
+        json_need_real(&src, point, "error");
+    }
+    return j;
+}
+
+/* ---- what was run ---- */
+
+/* Appends " --name value", the value as a shell takes it. */
+static void report_put_option(tok_buf *b, const char *name, const char *value) {
+    static const char safe[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+                               "_-./:=,+@%";
+    size_t n = strlen(value);
+    tok_put(b, " --", 3);
+    tok_put(b, name, strlen(name));
+    tok_put(b, " ", 1);
+    if (n && strspn(value, safe) == n) {
+        tok_put(b, value, n);
+        return;
+    }
+    tok_put(b, "'", 1);
+    for (size_t i = 0; i < n; i++)
+        if (value[i] == '\'') tok_put(b, "'\\''", 4);
+        else tok_put(b, value + i, 1);
+    tok_put(b, "'", 1);
+}
+
+/* Whether an option's value in run.json is the table's default. */
+static int report_is_default(const rlhf_field *f, const json_t *v) {
+    if (f->kind == 'S') return json_is_string(v) && !strcmp(json_string_value(v), f->text);
+    if (f->kind == 'B') return json_is_boolean(v) && json_is_true(v) == (f->def != 0);
+    return json_is_number(v) && json_number_value(v) == f->def;
+}
+
+/* One row of "options", also an option of the command. def may be null. */
+static void report_add_option(rlhf_ctx *ctx, tok_buf *command, json_t *options, const char *name,
+                              json_t *v, json_t *def, const char *help) {
+    char text[64];
+    if (json_is_real(v)) snprintf(text, sizeof text, "%.12g", json_number_value(v));
+    else if (!json_is_string(v)) json_show(v, text, sizeof text);
+    report_put_option(command, name, json_is_string(v) ? json_string_value(v) : text);
+    if (json_array_append_new(options, json_pack("{s:s,s:O,s:o,s:s}", "name", name, "value", v,
+                                                 "default", def ? def : json_null(), "help", help)))
+        err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+}
+
+/* "command" and "options" of a run: what it read, then every option that is not at its default. */
+static void report_put_command(rlhf_ctx *ctx, json_t *out, const char *dir, const json_t *run) {
+    static const struct {
+        const char *name, *help;
+    } inputs[] = {{"model", "the model it began with"},
+                  {"init", "the shape of the new model it began with"},
+                  {"tokenizer", "the tokenizer"},
+                  {"reward", "the reward model"},
+                  {"data", "records"},
+                  {"eval_data", "records for evaluation"},
+                  {"chat_template", "how conversations are rendered"},
+                  {"dtype", "numbers that matrix products multiply"}};
+    const char *trainer = json_string_value(json_object_get(run, "trainer"));
+    const rlhf_config_kind kind = trainer[0] == 's'   ? RLHF_CONFIG_SFT
+                                  : trainer[0] == 'r' ? RLHF_CONFIG_RM
+                                                      : RLHF_CONFIG_PPO;
+    json_t *options = json_array();
+    tok_buf command = {.ctx = ctx};
+    json_object_set_new(out, "options", options);
+    tok_put(&command, "rlhf ", 5);
+    tok_put(&command, trainer, strlen(trainer));
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
+        json_t *v = json_get(run, inputs[i].name);
+        int f32 = !strcmp(inputs[i].name, "dtype");
+        if (!json_is_string(v) || (f32 && !strcmp(json_string_value(v), "f32"))) continue;
+        report_add_option(ctx, &command, options, inputs[i].name, v,
+                          f32 ? json_string("f32") : NULL, inputs[i].help);
+    }
+    for (int i = 0; i < train_tables[kind].n; i++) {
+        const rlhf_field *f = train_tables[kind].row + i;
+        json_t *v = json_get(run, f->name);
+        if (!v || report_is_default(f, v) || !strcmp(f->name, "output_dir")) continue;
+        json_t *def = f->kind == 'S'   ? json_string(f->text)
+                      : f->kind == 'B' ? json_boolean(f->def != 0)
+                                       : json_real(f->def);
+        report_add_option(ctx, &command, options, f->name, v, def, f->help);
+    }
+    report_put_option(&command, "out", dir);
+    json_object_set_new(out, "command", json_stringn(command.p, command.n));
+    mem_free(command.p);
+}
+
+/* ---- warnings ---- */
+
+/* Lines of metrics that a trend needs. */
+enum { REPORT_LINES = 10 };
+
+/* How a metric ends against how it began: means of the last and the first fifth of its lines. It
+ * has changed if they differ by more than twice the standard error of that difference. */
+typedef struct report_trend {
+    int n; /* finite values; below REPORT_LINES nothing else is known */
+    double early, late;
+    int changed;
+} report_trend;
+
+static report_trend report_trend_of(rlhf_ctx *ctx, const json_t *metrics, const char *name) {
+    const json_t *value = json_object_get(json_object_get(metrics, name), "value");
+    size_t lines = json_array_size(value);
+    double *x = mem_alloc(ctx, (lines + 1) * sizeof *x), var = 0;
+    report_trend t = {0};
+    for (size_t i = 0; i < lines; i++)
+        if (json_is_number(json_array_get(value, i)))
+            x[t.n++] = json_number_value(json_array_get(value, i));
+    if (t.n >= REPORT_LINES) {
+        int k = t.n / 5;
+        for (int i = 0; i < k; i++) t.early += x[i] / k, t.late += x[t.n - 1 - i] / k;
+        for (int i = 0; i < k; i++) {
+            double a = x[i] - t.early, b = x[t.n - 1 - i] - t.late;
+            var += (a * a + b * b) / (k - 1) / k;
+        }
+        t.changed = fabs(t.late - t.early) > 2 * sqrt(var);
+    }
+    mem_free(x);
+    return t;
+}
+
+/* What must not change while the reward rises: by more than `by`, a share of how it began or, for
+ * what is itself a share, points of it. Either direction counts for the length alone. */
+static const struct {
+    const char *metric, *what, *rule;
+    double by;
+    int relative;
+} report_drifts[] = {
+    {"completions/mean_length", "answers went from %.3g to %.3g tokens",
+     "completions/mean_length has changed by more than 20 % of what it was, up or down", 0.2, 1},
+    {"completions/repetition", "the share of repeated three-token runs went from %.3g to %.3g",
+     "completions/repetition has risen by more than 0.05", 0.05, 0},
+    {"completions/clipped_ratio", "the share of answers without an end went from %.3g to %.3g",
+     "completions/clipped_ratio has risen by more than 0.05", 0.05, 0}};
+enum { REPORT_DRIFTS = sizeof report_drifts / sizeof *report_drifts };
+
+/* An evaluation loss that ends so much above its lowest value is a warning, too. */
+#define REPORT_OVERFIT 0.02
+
+/* The rules of warnings as the page states them. */
+static json_t *report_rules(void) {
+    json_t *list = json_array();
+    json_array_append_new(
+        list, json_sprintf("Early and late are the means of the first and of the last fifth of a "
+                           "metric's lines, of which there must be %d. A metric has changed if "
+                           "late and early differ by more than twice the standard error of their "
+                           "difference.",
+                           (int)REPORT_LINES));
+    for (int i = 0; i < REPORT_DRIFTS; i++)
+        json_array_append_new(list,
+                              json_sprintf("objective/scores has risen, and %s.",
+                                           report_drifts[i].rule));
+    json_array_append_new(list, json_sprintf("The last eval_loss is more than %.0f %% above the "
+                                             "lowest one before.",
+                                             100 * REPORT_OVERFIT));
+    return list;
+}
+
+/* A warning if eval_loss rose again after its lowest value. */
+static void report_warn_overfit(const json_t *metrics, json_t *warnings) {
+    const json_t *series = json_object_get(metrics, "eval_loss");
+    const json_t *value = json_object_get(series, "value"), *step = json_object_get(series, "step");
+    size_t least = 0, i;
+    double low = INFINITY, last = NAN;
+    json_t *v;
+    json_array_foreach((json_t *)(uintptr_t)value, i, v) {
+        last = json_is_number(v) ? json_number_value(v) : NAN;
+        if (last < low) low = last, least = i;
+    }
+    if (last > low + REPORT_OVERFIT * fabs(low))
+        json_array_append_new(
+            warnings,
+            json_sprintf("eval_loss was lowest at step %lld (%.4g) and ends at %.4g: further "
+                         "training made the model worse on what it is not trained on.",
+                         (long long)json_integer_value(json_array_get(step, least)), low, last));
+}
+
+/* "warnings" of a run, and what could not be checked. */
+static void report_put_warnings(rlhf_ctx *ctx, json_t *out, const char *trainer) {
+    const json_t *metrics = json_object_get(out, "metrics");
+    json_t *warnings = json_array(), *unchecked = json_array();
+    json_object_set_new(out, "warnings", warnings);
+    json_object_set_new(out, "unchecked", unchecked);
+    report_warn_overfit(metrics, warnings);
+    if (strcmp(trainer, "ppo")) return;
+    report_trend reward = report_trend_of(ctx, metrics, "objective/scores");
+    for (int i = 0; i < REPORT_DRIFTS; i++) {
+        report_trend t = report_trend_of(ctx, metrics, report_drifts[i].metric);
+        if (base_min(t.n, reward.n) < REPORT_LINES) {
+            json_array_append_new(unchecked,
+                                  json_sprintf("%s: %d lines of it, %d of objective/scores",
+                                               report_drifts[i].metric, t.n, reward.n));
+            continue;
+        }
+        double change = t.late - t.early;
+        if (report_drifts[i].relative) change = fabs(change) / fmax(fabs(t.early), 1e-12);
+        if (!reward.changed || reward.late < reward.early || !t.changed ||
+            change <= report_drifts[i].by)
+            continue;
+        char what[160];
+        snprintf(what, sizeof what, report_drifts[i].what, t.early, t.late);
+        json_array_append_new(warnings,
+                              json_sprintf("The reward rose from %.3g to %.3g while %s.",
+                                           reward.early, reward.late, what));
+    }
+}
+
+/* ---- a run ---- */
+
+/* Everything about one run directory, held. */
+static json_t *report_run(rlhf_ctx *ctx, const char *dir) {
+    char *path = ckpt_path(ctx, dir, "run.json");
+    if (!io_exists(path))
+        err_throw(ctx, RLHF_ERR_IO,
+                  "%s: not a run directory: there is no run.json in it, which rlhf sft, rm and ppo "
+                  "write",
+                  dir);
+    json_src src = json_source(ctx, path);
+    json_t *out = json_hold(ctx, json_object()), *run = json_read(&src);
+    if (!json_is_object(run)) err_throw(ctx, RLHF_ERR_FORMAT, "%s: expected an object", path);
+    const char *trainer = json_need_str(&src, run, "trainer");
+    if (!base_is_choice("sft|rm|ppo", trainer))
+        json_bad(&src, "trainer", json_get(run, "trainer"), "sft, rm or ppo");
+    json_object_set_new(out, "trainer", json_string(trainer));
+    report_put_command(ctx, out, dir, run);
+    err_release(ctx);
+    json_t *metrics = json_object(), *samples = json_array();
+    json_object_set_new(out, "metrics", metrics);
+    json_object_set_new(out, "samples", samples);
+    report_lines(ctx, ckpt_path(ctx, dir, "metrics.jsonl"), metrics, report_take_metrics);
+    path = ckpt_path(ctx, dir, "samples.jsonl");
+    if (io_exists(path)) report_lines(ctx, path, samples, report_take_sample);
+    json_object_set(out, "best_of_n", report_frontier(ctx, dir));
+    err_release(ctx);
+    json_object_set(out, "eval", report_object(ctx, ckpt_path(ctx, dir, "eval.json"), NULL,
+                                               "an object, as `rlhf eval --json` prints it"));
+    err_release(ctx);
+    report_put_warnings(ctx, out, trainer);
+    return out;
+}
+
+/* The last part of a path, *len bytes. */
+static const char *report_base(const char *dir, size_t *len) {
+    size_t end = strlen(dir), at;
+    while (end > 1 && dir[end - 1] == '/') end--;
+    for (at = end; at && dir[at - 1] != '/';) at--;
+    *len = end - at;
+    return dir + at;
+}
+
+/* Runs are called by the last part of their paths, or by the whole where others end in the same. */
+static void report_put_names(json_t *runs, const char *const *dirs, int n) {
+    for (int i = 0; i < n; i++) {
+        size_t len, other;
+        const char *name = report_base(dirs[i], &len);
+        int same = 0;
+        for (int k = 0; k < n; k++) {
+            const char *base = report_base(dirs[k], &other);
+            same += len == other && !memcmp(name, base, len);
+        }
+        json_object_set_new(json_array_get(runs, (size_t)i), "name",
+                            same > 1 ? json_string(dirs[i]) : json_stringn(name, len));
+    }
+}
+
+/* ---- the page ---- */
+
+/* Everything that the page shows, held. raters: a report of `rlhf raters --json`, may be null. */
+static json_t *report_collect(rlhf_ctx *ctx, const char *const *dirs, int n, const char *raters) {
+    json_t *data = json_hold(ctx, json_object()), *runs = json_array();
+    json_object_set_new(data, "version", json_string(RLHF_VERSION));
+    json_object_set_new(data, "rules", report_rules());
+    json_object_set_new(data, "runs", runs);
+    for (int i = 0; i < n; i++) {
+        json_array_append(runs, report_run(ctx, dirs[i]));
+        err_release(ctx);
+    }
+    report_put_names(runs, dirs, n);
+    if (raters && !io_exists(raters)) io_fail(ctx, "read", raters, ENOENT);
+    json_object_set(data, "raters", report_object(ctx, raters, "annotator",
+                                                  "what `rlhf raters --json` prints"));
+    err_release(ctx);
+    return data;
+}
+
+/* Writes JSON such that a browser finds no tag in it: '<' stands only inside of strings. */
+static void report_put_data(io_file *f, const char *text, size_t n) {
+    for (size_t at = 0; at < n;) {
+        const char *mark = memchr(text + at, '<', n - at);
+        size_t len = mark ? (size_t)(mark - text) - at : n - at;
+        io_write(f, text + at, len);
+        if (mark) io_write(f, "\\u003c", 6);
+        at += len + (mark != NULL);
+    }
+}
+
+/* Writes the page of n run directories as a whole file. *warnings becomes their number; the log
+ * tells each. The template's {{NAME}} are the other files of the page, {{data}} is the JSON. */
+static void report_write(rlhf_ctx *ctx, const char *const *dirs, int n, const char *raters,
+                         const char *path, int *warnings) {
+    json_t *data = report_collect(ctx, dirs, n, raters), *run, *text;
+    size_t i, k, size, len;
+    *warnings = 0;
+    json_array_foreach(json_object_get(data, "runs"), i, run)
+        json_array_foreach(json_object_get(run, "warnings"), k, text) {
+            log_at(ctx, RLHF_LOG_WARNING, "%s: %s", dirs[i], json_string_value(text));
+            ++*warnings;
+        }
+    char *json = json_text(ctx, data, JSON_COMPACT, &len);
+    const char *at = page_text("report.html", &size), *end = at + size, *mark;
+    io_file *f = io_create(ctx, path);
+    for (; at < end; at = mark) {
+        const char *open = at, *part;
+        while (open + 1 < end && (open[0] != '{' || open[1] != '{')) open++;
+        mark = open + 1 < end ? strstr(open, "}}") : NULL;
+        if (!mark) break;
+        io_write(f, at, (size_t)(open - at));
+        char *name = mem_strndup(ctx, open + 2, (size_t)(mark - open) - 2);
+        if (!strcmp(name, "data")) report_put_data(f, json, len);
+        else part = page_text(name, &size), io_write(f, part, size);
+        mem_free(name);
+        mark += 2;
+    }
+    io_write(f, at, (size_t)(end - at));
+    io_commit(f);
+    mem_free(json);
+    err_release(ctx);
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
  * MARK: - 33 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
@@ -15052,6 +15486,7 @@ static const char *page_text(const char *name, size_t *size) {
     X(reward, "DIR", "reward model directory")                                                     \
     X(ref, "DIR", "reference model: also report KL to it (default none)")                          \
     X(prompt, "TEXT", "the prompt; default: one prompt a line from standard input")                \
+    X(raters, "FILE", "what `rlhf raters --json` printed, to show annotators (default none)")      \
     X(train, "FILE", "text to learn the vocabulary from; more files may follow")                   \
     X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
     X(gguf, "TYPE", "how numbers are stored: " GGUF_KINDS " (norms and biases always f32)")        \
@@ -15438,8 +15873,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
         if (code) return code;
         i += took && !eq;
     }
-    if (c->n_more && !c->v[O_train] && strcmp(c->cmd->name, "bench") &&
-        strcmp(c->cmd->name, "raters"))
+    if (c->n_more && !c->v[O_train] && !base_is_choice("bench|raters|report", c->cmd->name))
         return cli_fail(c, "%s: unexpected argument \"%s\"", c->cmd->name, argv[0]), 2;
     return cli_take_file(c);
 }
@@ -16086,6 +16520,27 @@ static int cli_raters(cli *c) {
     return cli_results(c, j);
 }
 
+static rlhf_status cli_write_report(cli *c, int *warnings) {
+    API_ENTER(c->ctx);
+    report_write(c->ctx, (const char *const *)c->more, c->n_more, c->v[O_raters], c->v[O_out],
+                 warnings);
+    API_LEAVE();
+}
+
+static int cli_report(cli *c) {
+    int warnings;
+    if (!c->n_more)
+        return cli_fail(c, "report: no run: give one or more directories that rlhf sft, rm or ppo "
+                           "wrote"),
+               2;
+    CLI_NEED(out);
+    CLI_TRY(cli_write_report(c, &warnings));
+    json_t *j = json_pack("{s:s,s:i,s:i}", "out", c->v[O_out], "runs", c->n_more, "warnings",
+                          warnings);
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
 static int cli_tokenize(cli *c) {
     rlhf_tokenizer *tok;
     int n, count, cap = 0;
@@ -16278,6 +16733,9 @@ static const cli_command cli_commands[] = {
      "--data prefs.jsonl [FILE...] [--reward RM_DIR] [--out labels.jsonl]",
      CLI_COMMON | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) | CLI_BIT(out),
      RLHF_CONFIG_RATERS, cli_raters},
+    {"report", "runs as one page for a browser: curves, slices, answers, warnings",
+     "RUN... --out report.html [--raters FILE]",
+     CLI_COMMON | CLI_BIT(raters) | CLI_BIT(out), -1, cli_report},
     {"export", "the model and its tokenizer as a file for llama.cpp",
      "--model DIR --gguf TYPE --out FILE.gguf",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(out), -1,

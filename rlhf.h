@@ -396,7 +396,7 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(B, shuffle_minibatches, 1, 0, 1, "a new order of episodes for each pass")                    \
     RLHF_SAMPLE_FIELDS(F)                                                                          \
     F(I, best_of_n, 16, 0, 1e4,                                                                    \
-      "answers to each of these prompts from the first policy, for best_of_n.json; 0 = none")
+      "answers of the first policy to each of batch_size prompts, for best_of_n.json; 0 = none")
 
 #define RLHF_GENERATE_FIELDS(F)                                                                    \
     F(I, max_new_tokens, 64, 1, 1e6, "longest continuation in tokens")                             \

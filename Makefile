@@ -43,7 +43,7 @@ openmp_probe = t=$$$$(mktemp); echo 'int main(void) { return 0; }' >$$$$t.c; \
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib deps deps-ci need test test-build demo interop bench deps-bench check sanitize neon clean help
+.PHONY: all lib deps deps-ci need test test-build demo interop pages deps-pages bench deps-bench check sanitize neon clean help
 
 all: $(PROG)              ## the program, ./rlhf
 	@:
@@ -195,6 +195,39 @@ $(INTEROP)/venv/.installed: test/requirements-interop.txt
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="$(LLAMA)" \
 	    $(@D)/bin/pip install --quiet -r bench/requirements-llama.cpp.txt || \
 	    echo "llama-cpp-python could not be installed; the comparison goes on without it" >&2
+	touch $@
+
+# ---- Pages ---------------------------------------------------------------------------------------
+
+# Every test/pages_*.py (pages_tool.py is what they share) ends with "N passed, N failed"; so does the
+# whole. Screenshots stay in build/pages.
+PAGES = $(BUILD)/pages
+
+pages: deps-pages         ## the pages of `rlhf label` and `rlhf report` in headless Chromium
+	@$(MAKE) --no-print-directory all
+	@passed=0; failed=0; for s in $(filter-out %_tool.py,$(wildcard test/pages_*.py)); do \
+	    echo "$$s"; RLHF=$(abspath $(PROG)) PAGES_OUT=$(abspath $(PAGES)) \
+	        $(PAGES)/venv/bin/python $$s $(T) >$(PAGES)/log 2>&1; status=$$?; \
+	    sed 's/^/  /' $(PAGES)/log; set -- $$(tail -n 1 $(PAGES)/log); \
+	    case "$$2 $$4" in ("passed, failed") ;; (*) set -- 0 x 1;; esac; \
+	    [ $$status -eq 0 ] || [ "$$3" -gt 0 ] || set -- "$$1" x 1; \
+	    passed=$$((passed + $$1)); failed=$$((failed + $$3)); \
+	done; echo "$$passed passed, $$failed failed"; [ $$failed -eq 0 ]
+
+deps-pages: deps          ## install what pages needs: a browser, its driver, selenium
+	@want=; \
+	command -v chromium >/dev/null || want="$$want chromium"; \
+	command -v chromedriver >/dev/null || want="$$want chromium-driver"; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || want="$$want python3-venv"; \
+	[ -z "$$want" ] || { command -v apt-get >/dev/null || { echo "missing:$$want" >&2; exit 1; }; \
+	    $(call apt_install,$$want); }
+	@$(MAKE) --no-print-directory $(PAGES)/venv/.installed
+
+$(PAGES)/venv/.installed: test/requirements-pages.txt
+	@mkdir -p $(PAGES)
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -r test/requirements-pages.txt
 	touch $@
 
 # ---- Bench ---------------------------------------------------------------------------------------

@@ -57,11 +57,11 @@ $(BUILD)/rlhf.o: rlhf.c rlhf.h | need $(BUILD)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -c -o $@ rlhf.c
 
 # The pages that the program shows in a browser, as a table of names and bytes.
-PAGES = $(wildcard data/page/*.html data/page/*.css data/page/*.js)
+PAGE_FILES = $(wildcard data/page/*.html data/page/*.css data/page/*.js)
 
-$(BUILD)/page.h: $(PAGES) | $(BUILD)
+$(BUILD)/page.h: $(PAGE_FILES) | $(BUILD)
 	@{ echo 'static const struct { const char *name; const unsigned char *data; size_t size; } page_files[] = {'; \
-	for f in $(PAGES); do \
+	for f in $(PAGE_FILES); do \
 	    echo "{\"$${f##*/}\", (const unsigned char[]){"; \
 	    od -An -v -tu1 $$f | tr -s ' ' ',' | sed 's/^,//; s/$$/,/'; \
 	    echo "0}, $$(wc -c <$$f)},"; \

@@ -12576,7 +12576,7 @@ static json_t *eval_slice_json(const eval_slice *e, double std) {
     eval_put(j, "ece", ece);
     eval_put(j, "loss", e->s.loss / n);
     eval_put(j, "length_accuracy", e->longer / n);
-    eval_put(j, "agreement", agreement);
+    eval_put_share(j, "agreement", e->agree, e->judged);
     eval_put(j, "ceiling", 0.5 + 0.5 * sqrt(fmax(2 * agreement - 1, 0)));
     if (isnan(agreement)) json_object_set_new(j, "ceiling", json_null());
     return j;

@@ -74,11 +74,12 @@ function key(i, withLine) {
 
 const runName = i => [key(i), runs[i].name];
 
-/* Adds a section to the page. */
+/* Adds a section to the page and to its contents. */
 function section(id, title, note) {
   const part = el("section", { id, "aria-labelledby": `${id}-title` },
                   el("h2", { id: `${id}-title` }, title), note ? el("p", { class: "note" }, note) : null);
   document.getElementById("main").append(part);
+  document.getElementById("contents").append(el("a", { href: `#${id}` }, title));
   return part;
 }
 
@@ -174,11 +175,11 @@ function figure(spec) {
     const points = shown().flatMap(i => spec.points(i).concat(spec.extra ? spec.extra(i) : []));
     const [x0, x1] = limits(points.map(p => p.x), spec.nearest === "point" ? 0.05 : 0);
     const [y0, y1] = limits(points.map(p => p.y), 0.06);
-    const yTicks = ticks(y0, y1, height / 42), most = Math.max(Math.abs(y0), Math.abs(y1));
+    const yTicks = ticks(y0, y1, height / 36), most = Math.max(Math.abs(y0), Math.abs(y1));
     const yTexts = yTicks.list.map(v => tickText(v, yTicks.step, most));
     const left = 10 + 6.3 * Math.max(...yTexts.map(t => t.length), 2);
     const box = { left, right: width - 8, top: 8, bottom: height - 32 };
-    return { ...box, width, height, yTicks, yTexts, xTicks: ticks(x0, x1, Math.max(2, width / 90)),
+    return { ...box, width, height, yTicks, yTexts, xTicks: ticks(x0, x1, Math.max(3, width / 80)),
              xMost: Math.max(Math.abs(x0), Math.abs(x1)),
              x: v => box.left + (v - x0) / (x1 - x0) * (box.right - box.left),
              y: v => box.bottom - (v - y0) / (y1 - y0) * (box.bottom - box.top) };
@@ -279,11 +280,12 @@ function figure(spec) {
   return node;
 }
 
-/* One run's number in a readout; the exact one is there, too. */
-function reading(i, value) {
+/* One run's number in a readout; the exact one is there, too. In small figures its mark stands for
+ * its name, which the legend tells and screen readers say. */
+function reading(i, value, named) {
   return el("span", { class: "reading", "data-run": i, "data-value": value === null ? "" : String(value),
                       title: `${runs[i].name}: ${value}` }, key(i),
-            el("span", { class: "soft" }, runs.length > 1 ? `${runs[i].name} ` : ""), number(value));
+            el("span", { class: named ? "soft" : "unseen" }, `${runs[i].name} `), number(value));
 }
 
 /* Rows of numbers with a head; cells that are numbers stand to the right. */
@@ -300,7 +302,7 @@ function table(head, rows, caption) {
 
 /* What metrics say, in a line; further ones are drawn without. */
 const says = {
-  "objective/scores": "Mean score of the answers, penalty for a missing end included",
+  "objective/scores": "Mean score of the answers, end penalty included",
   "objective/rlhf_reward": "Score less the KL penalty: what is maximised",
   "objective/non_score_reward": "The KL penalty, mean over answers",
   "objective/kl": "KL to the reference as penalised, nats per answer",
@@ -339,7 +341,7 @@ const says = {
   "epoch": "Passes over the data",
 };
 
-/* What a reader looks for comes first; what only counts comes last. */
+/* What a reader looks for comes first; the others are behind a click, what only counts is last. */
 const first = ["objective/scores", "objective/kl_exact", "objective/rlhf_reward", "completions/mean_length",
                "completions/repetition", "completions/clipped_ratio", "policy/entropy_avg",
                "loss", "eval_loss", "accuracy", "eval_accuracy", "margin", "eval_margin", "mean_token_accuracy"];
@@ -381,7 +383,10 @@ function curves() {
     const once = names.filter(name => !many.includes(name));
     if (!names.length) continue;
     part.append(el("h3", {}, trainerNames[trainer]));
-    if (many.length) part.append(el("div", { class: "plots" }, many.map(name => curve(trainer, name))));
+    const lead = many.filter(name => first.includes(name)), rest = many.filter(name => !first.includes(name));
+    if (lead.length) part.append(el("div", { class: "plots" }, lead.map(name => curve(trainer, name))));
+    if (rest.length) part.append(el("details", { class: "further" }, el("summary", {}, `${rest.length} further metrics`),
+                                    el("div", { class: "plots" }, rest.map(name => curve(trainer, name)))));
     if (once.length) part.append(live(el("div"), () => {
       const list = of.filter(i => !hidden.has(i));
       return list.length ? table(["measured once", ...list.map(i => el("span", {}, runName(i)))],
@@ -412,19 +417,19 @@ function frontier() {
     xLabel: "KL to the reference, nats per answer", nearest: "point", height: 320,
     points: i => cache[i],
     extra: i => best(i).flatMap(p => [{ x: p.kl, y: p.score - 2 * p.error }, { x: p.kl, y: p.score + 2 * p.error }]),
-    draw: f => shown().flatMap(i => {
+    draw: f => shown().filter(i => cache[i].length).flatMap((i, place) => {
       const b = best(i), c = cache[i], at = c.map(p => [f.x(p.x), f.y(p.y)]);
       const band = b.map(p => [f.x(p.kl), f.y(p.score + 2 * p.error)])
         .concat([...b].reverse().map(p => [f.x(p.kl), f.y(p.score - 2 * p.error)]));
       return [
         b.length ? el("path", { class: `band ${series(i)}`, d: path(band) + "Z" }) : null,
         b.length ? el("path", { class: `frontier ${series(i)}`, d: path(b.map(p => [f.x(p.kl), f.y(p.score)])) }) : null,
-        ...b.map(p => el("text", { class: `n ${series(i)}`, x: f.x(p.kl), y: f.y(p.score) - 7, "text-anchor": "middle" }, `n=${p.n}`)),
+        ...b.map(p => el("text", { class: `n ${series(i)}`, x: f.x(p.kl), y: f.y(p.score) + (place % 2 ? 16 : -8), "text-anchor": "middle" }, `n = ${p.n}`)),
         el("path", { class: `path ${series(i)}`, d: path(at) }),
         ...at.map(([x, y], k) => mark(i, x, y, k ? "" : "open", k === at.length - 1 ? 1.25 : 0.65)),
       ].filter(Boolean);
     }),
-    describe: at => [el("span", { class: "at" }, `step ${number(at.point.step)}`), reading(at.run, at.point.y),
+    describe: at => [el("span", { class: "at" }, `step ${number(at.point.step)}`), reading(at.run, at.point.y, true),
                      el("span", {}, `at KL ${number(at.point.x)}`)],
     table: () => {
       const rows = shown().flatMap(i => cache[i].map(p => [runs[i].name, p.step, p.x, p.y])
@@ -445,7 +450,7 @@ const place = (value, low) => `${(100 * (value - low) / (1 - low)).toFixed(2)}%`
 /* The axis over a column of dots. */
 function shareAxis(low) {
   const svg = el("svg", { height: "1.1rem", "aria-hidden": "true" });
-  for (const v of [low, 0.5, 0.75, 1].filter((v, k, all) => k === 0 || v - all[0] > 0.2 || v === 1))
+  for (const v of [low, 0.5, 0.75, 1].filter((v, k, all) => k === 0 || v - all[0] > 0.15))
     svg.append(el("text", { x: place(v, low), y: "12", "text-anchor": v === 1 ? "end" : v === low ? "start" : "middle" },
                   `${Math.round(100 * v)} %`));
   return svg;
@@ -475,14 +480,17 @@ function dots(low, list, bars, ceiling) {
   return svg;
 }
 
+/* A share with its interval, which may stand in a line of its own. */
 const share = (row, name) =>
-  typeof row[name] !== "number" ? "–"
-    : `${percent(row[name])}` + (typeof row[name + "_low"] === "number"
-      ? ` [${(100 * row[name + "_low"]).toFixed(1)}, ${(100 * row[name + "_high"]).toFixed(1)}]` : "");
+  el("span", { class: "share" }, percent(row[name]), typeof row[name + "_low"] === "number"
+    ? [" ", el("span", { class: "soft" }, `[${(100 * row[name + "_low"]).toFixed(1)}, ${(100 * row[name + "_high"]).toFixed(1)}]`)] : null);
 
 /* Objects by value, as evaluations hold them under the name of a field. */
 const fieldsOf = e => Object.keys(e || {}).filter(k => e[k] && typeof e[k] === "object" && !Array.isArray(e[k]));
 const fieldNames = { annotator_type: "kind of annotator", length: "length (thirds)", turns: "turns", per_turn: "up to turn" };
+
+/* Whether enough pairs were judged more than once to tell a ceiling. */
+const sure = row => !(row.agreement_high - row.agreement_low > 0.2);
 
 /* Preference accuracy of the shown runs that have one: all pairs, then each field's values. */
 function accuracySlices(list) {
@@ -506,9 +514,9 @@ function accuracySlices(list) {
         return el("tr", {}, el("th", { scope: "row" }, again ? "" : r.value),
           el("td", { class: `who${list.length > 1 ? "" : " extra"}` }, runName(r.i)),
           el("td", { class: "dots" }, dots(low, [{ value: r.row.accuracy, low: r.row.accuracy_low, high: r.row.accuracy_high, run: r.i }],
-                                           [r.row.length_accuracy], r.row.ceiling)),
-          el("td", { class: "share" }, share(r.row, "accuracy")),
-          [number(r.row.pairs), number(r.row.margin, 3), number(r.row.ece, 2), percent(r.row.length_accuracy), percent(r.row.ceiling)]
+                                           [r.row.length_accuracy], sure(r.row) ? r.row.ceiling : null)),
+          el("td", {}, share(r.row, "accuracy")),
+          [number(r.row.pairs), number(r.row.margin, 3), number(r.row.ece, 2), percent(r.row.length_accuracy), sure(r.row) ? percent(r.row.ceiling) : "–"]
             .map(t => el("td", { class: "num extra" }, t)));
       }));
   });
@@ -532,7 +540,7 @@ function slices() {
   const part = section("slices", "Slices");
   if (runs.some((run, i) => has(i, "accuracy")))
     part.append(el("p", { class: "note" }, "Accuracy on held-out pairs with its 95 % Wilson interval. The stroke is the accuracy of " +
-      "always preferring the longer answer; the diamond the ceiling that the annotators’ own agreement sets. Margin in deviations of " +
+      "always preferring the longer answer; the diamond the ceiling that the annotators’ own agreement sets, where it is known to 20 points. Margin in deviations of " +
       "the reward, ECE the expected calibration error."));
   part.append(live(el("div"), () => {
     const pairs = shown().filter(i => has(i, "accuracy")), text = shown().filter(i => has(i, "nll"));
@@ -556,7 +564,7 @@ function raterTable(title, rows, low, sorted) {
       el("td", { class: "dots" }, dots(low, [
         { value: r.agreement, low: r.agreement_low, high: r.agreement_high, run: 6, open: true },
         { value: r.reliability, low: r.reliability_low, high: r.reliability_high, run: 0 }], [])),
-      el("td", { class: "wraps" }, share(r, "reliability")), el("td", { class: "extra" }, share(r, "agreement")),
+      el("td", {}, share(r, "reliability")), el("td", { class: "extra" }, share(r, "agreement")),
       gold ? el("td", { class: "extra" }, share(r, "gold")) : null,
       el("td", { class: "num extra" }, percent(r.first)), el("td", { class: "num extra" }, number(r.seconds, 3)),
       el("td", { class: "num" }, number(r.judgements))))));
@@ -571,7 +579,7 @@ function cells(reliabilities) {
       el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "annotator"),
         domains.map(d => el("th", { scope: "col" }, d)))),
         el("tbody", {}, Object.entries(reliabilities).map(([who, row]) => el("tr", {}, el("th", { scope: "row" }, who),
-          domains.map(d => el("td", {}, row[d] ? `${share(row[d], "reliability")} of ${row[d].judgements}` : "–"))))))));
+          domains.map(d => el("td", {}, row[d] ? [share(row[d], "reliability"), ` of ${row[d].judgements}`] : "–"))))))));
 }
 
 const plain = value => typeof value === "string" ? value
@@ -680,7 +688,7 @@ function commands() {
     el("h3", {}, runName(i)), el("pre", {}, runs[i].command),
     runs[i].options.length ? el("details", {}, el("summary", {}, "Options that differ from their defaults"),
       table(["option", "value", "default", "what"], runs[i].options.map(o =>
-        [`--${o.name}`, el("span", { class: "wraps" }, typeof o.value === "number" ? number(o.value) : String(o.value)),
+        [`--${o.name}`, el("span", {}, typeof o.value === "number" ? number(o.value) : String(o.value)),
          o.default === null ? "" : typeof o.default === "number" ? number(o.default) : String(o.default) || "\"\"", o.help]))) : null))));
 }
 
@@ -704,6 +712,7 @@ document.getElementById("title").textContent = title;
 document.getElementById("kicker").textContent = runs.length === 1 ? "rlhf report" : `rlhf report · ${runs.length} runs`;
 document.getElementById("footer").textContent = `Written by rlhf ${data.version}. This file needs no other one and no network.`;
 legend();
+addEventListener("beforeprint", () => document.querySelectorAll(".further").forEach(d => { d.open = true; }));
 warnings();
 frontier();
 curves();

@@ -135,9 +135,10 @@ TESTFLAGS = -Wno-unused-function $(WHOLE)
 WHOLE     = $(if $(findstring clang,$(shell $(CC) --version)),,-fwhole-program)
 
 $(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.c rlhf.h | need $(BUILD)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -o $@ $< $(LIBS)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -I$(BUILD) -o $@ $< $(LIBS)
 
 $(BUILD)/test_demo: data/demo.c
+$(BUILD)/test_report: $(BUILD)/page.h
 
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)

@@ -15310,7 +15310,8 @@ static void report_warn_overfit(const json_t *metrics, json_t *warnings) {
 }
 
 /* "warnings" of a run, and what could not be checked. */
-static void report_put_warnings(rlhf_ctx *ctx, json_t *out, const char *trainer) {
+static void report_put_warnings(rlhf_ctx *ctx, json_t *out) {
+    const char *trainer = json_string_value(json_object_get(out, "trainer"));
     const json_t *metrics = json_object_get(out, "metrics");
     json_t *warnings = json_array(), *unchecked = json_array();
     json_object_set_new(out, "warnings", warnings);
@@ -15369,7 +15370,7 @@ static json_t *report_run(rlhf_ctx *ctx, const char *dir) {
     json_object_set(out, "eval", report_object(ctx, ckpt_path(ctx, dir, "eval.json"), NULL,
                                                "an object, as `rlhf eval --json` prints it"));
     err_release(ctx);
-    report_put_warnings(ctx, out, trainer);
+    report_put_warnings(ctx, out);
     return out;
 }
 

@@ -42,7 +42,7 @@ def write_run(name, trainer, metrics, **files):
 
 def ppo_metrics(phase, steps=24, hacked=False):
     """Numbers with many digits; the loss has a step without a number. hacked: answers grow."""
-    return [{"step": s, "objective/scores": math.sin(s / 9 + phase) + s / 30, "objective/kl_exact": .03 * s * (1 + phase),
+    return [{"step": s, "objective/scores": math.sin(s + phase) / 9 + s / 30, "objective/kl_exact": .03 * s * (1 + phase),
              "objective/kl": .031 * s, "completions/mean_length": 10 + (s if hacked else s % 3 / 10),
              "completions/repetition": .01 * (s % 2), "completions/clipped_ratio": .02, "grad_norm": 1 / s,
              "lr": 1e-6 / s, "loss/policy_avg": None if s == 5 else -.001 * s, "epoch": s / 24} for s in range(1, steps + 1)]
@@ -257,7 +257,7 @@ def test_slices_and_annotators():
     def place(row, css):
         r = rows[row].find_element(By.CSS_SELECTOR, css).rect
         return r["x"] + r["width"] / 2
-    low, half, high = place("harmless", ".mark"), place("law", ".mark"), place("medicine <b>", ".mark")
+    low, half, high = place("harmless", ".dots .mark"), place("law", ".dots .mark"), place("medicine <b>", ".dots .mark")
     assert abs((half - low) / (high - low) - (.75 - .5) / (.95 - .5)) < .02
     interval = rows["law"].find_element(By.CSS_SELECTOR, ".range").rect
     assert abs(interval["width"] / (high - low) - .2 / .45) < .02

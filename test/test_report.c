@@ -97,6 +97,7 @@ TEST(points_in_order) {
     CHECK(!at(a.data, "runs|0|metrics|step"));
     CHECK(json_is_null(at(a.data, "runs|0|eval")) && json_is_null(at(a.data, "runs|0|best_of_n")));
     CHECK_EQ_I(json_array_size(at(a.data, "runs|0|samples")), 0);
+    CHECK_EQ_I(json_array_size(at(a.data, "runs|0|unchecked")), 3); /* one line of scores */
     CHECK(json_is_null(at(a.data, "raters")));
     json_decref(a.data);
     rlhf_close(ctx);
@@ -324,14 +325,8 @@ static json_t *line_of(int n, double a, double b, double saw) {
     return j;
 }
 
-typedef struct judged {
-    json_t *run;
-    const char *trainer;
-} judged;
-
-static void judge(rlhf_ctx *ctx, void *arg) {
-    judged *a = arg;
-    report_put_warnings(ctx, a->run, a->trainer);
+static void judge(rlhf_ctx *ctx, void *run) {
+    report_put_warnings(ctx, run);
 }
 
 TEST(warnings) {
@@ -359,11 +354,10 @@ TEST(warnings) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const double *r = cases[i].reward, *m = cases[i].metric_values;
         json_t *run =
-            json_pack("{s:{s:o,s:o}}", "metrics", "objective/scores",
+            json_pack("{s:s,s:{s:o,s:o}}", "trainer", "ppo", "metrics", "objective/scores",
                       line_of(cases[i].lines, r[0], r[1], r[2]), cases[i].metric,
                       line_of(cases[i].lines, m[0], m[1], m[2]));
-        judged a = {run, "ppo"};
-        OK(ctx, test_call(ctx, judge, &a));
+        OK(ctx, test_call(ctx, judge, run));
         if ((int)json_array_size(at(run, "warnings")) != cases[i].warned)
             test_fail(__FILE__, __LINE__, "case %zu: %zu warnings, expected %d", i,
                       json_array_size(at(run, "warnings")), cases[i].warned);
@@ -387,9 +381,8 @@ TEST(warning_of_overfitting) {
             double v = cases[i].value[k];
             json_array_append_new(at(series, "value"), isnan(v) ? json_null() : json_real(v));
         }
-        json_t *run = json_pack("{s:{s:o}}", "metrics", "eval_loss", series);
-        judged a = {run, "sft"};
-        OK(ctx, test_call(ctx, judge, &a));
+        json_t *run = json_pack("{s:s,s:{s:o}}", "trainer", "sft", "metrics", "eval_loss", series);
+        OK(ctx, test_call(ctx, judge, run));
         if ((int)json_array_size(at(run, "warnings")) != cases[i].warned)
             test_fail(__FILE__, __LINE__, "case %zu: %zu warnings", i,
                       json_array_size(at(run, "warnings")));

@@ -207,8 +207,9 @@ function figure(spec) {
       path += `${pen ? "L" : "M"}${f.x(p.x).toFixed(2)} ${f.y(p.y).toFixed(2)}`;
       pen = true;
     }
+    if (!path) return [];
     const last = points.filter(p => p.y !== null).pop();
-    return [el("path", { d: path, class: `curve ${series(i)}` }), last ? mark(i, f.x(last.x), f.y(last.y)) : null];
+    return [el("path", { d: path, class: `curve ${series(i)}` }), mark(i, f.x(last.x), f.y(last.y))];
   }
 
   /* Shows what stands at a stop; the last one where none is chosen. */
@@ -244,7 +245,7 @@ function figure(spec) {
     svg.replaceChildren(drawAxes(f));
     if (spec.draw) svg.append(...spec.draw(f));
     if (spec.nearest === "x")
-      for (const i of shown()) svg.append(...drawCurve(f, i).filter(Boolean));
+      for (const i of shown()) svg.append(...drawCurve(f, i));
     show(state.at !== null && state.at < state.stops.length ? state.at : null);
   }
 
@@ -288,11 +289,11 @@ function reading(i, value, named) {
             el("span", { class: named ? "soft" : "unseen" }, `${runs[i].name} `), number(value));
 }
 
-/* Rows of numbers with a head; cells that are numbers stand to the right. */
-function table(head, rows, caption) {
+/* Rows of numbers with a head; cells that are numbers stand to the right. name: for screen readers. */
+function table(name, head, rows) {
   const cell = (value, tag) => typeof value === "number" || value === null
     ? el(tag, { class: "num" }, number(value)) : el(tag, {}, value);
-  return el("table", {}, caption ? el("caption", {}, caption) : null,
+  return el("table", { "aria-label": name },
             el("thead", {}, el("tr", {}, head.map((h, k) =>
               el("th", { scope: "col", class: rows[0] && (typeof rows[0][k] === "number" || rows[0][k] === null) ? "num" : null }, h)))),
             el("tbody", {}, rows.map(row => el("tr", {}, row.map((v, k) => cell(v, k ? "td" : "th"))))));
@@ -363,7 +364,7 @@ function curve(trainer, name) {
       const list = shown().filter(i => cache[i].length);
       const steps = [...new Set(list.flatMap(i => cache[i].map(p => p.x)))].sort((a, b) => a - b);
       const maps = list.map(i => new Map(cache[i].map(p => [p.x, p.y])));
-      return table(["step", ...list.map(i => runs[i].name)], steps.map(x => [x, ...maps.map(m => m.get(x) ?? null)]));
+      return table(name, ["step", ...list.map(i => runs[i].name)], steps.map(x => [x, ...maps.map(m => m.get(x) ?? null)]));
     },
   });
 }
@@ -389,7 +390,7 @@ function curves() {
                                     el("div", { class: "plots" }, rest.map(name => curve(trainer, name)))));
     if (once.length) part.append(live(el("div"), () => {
       const list = of.filter(i => !hidden.has(i));
-      return list.length ? table(["measured once", ...list.map(i => el("span", {}, runName(i)))],
+      return list.length ? table("Measured once", ["measured once", ...list.map(i => el("span", {}, runName(i)))],
         once.map(name => [name, ...list.map(i => runs[i].metrics[name]?.value[0] ?? null)])) : null;
     }));
   }
@@ -434,7 +435,7 @@ function frontier() {
     table: () => {
       const rows = shown().flatMap(i => cache[i].map(p => [runs[i].name, p.step, p.x, p.y])
         .concat(best(i).map(p => [`${runs[i].name}, best of ${p.n}`, null, p.kl, p.score])));
-      return table(["run", "step", "KL", "score"], rows);
+      return table("Score against KL", ["run", "step", "KL", "score"], rows);
     },
   })));
 }
@@ -520,7 +521,7 @@ function accuracySlices(list) {
             .map(t => el("td", { class: "num extra" }, t)));
       }));
   });
-  return el("table", { class: "slices" }, head, bodies);
+  return el("table", { class: "slices", "aria-label": "Preference accuracy by slice" }, head, bodies);
 }
 
 /* Likelihood of the shown runs that have one. */
@@ -530,7 +531,7 @@ function textSlices(list) {
   const rows = list.flatMap(i => [["all", i, runs[i].eval]].concat(fieldsOf(runs[i].eval).flatMap(field =>
     Object.entries(runs[i].eval[field]).map(([value, row]) => [`${field}: ${value}`, i, row]))));
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "likelihood" },
-    table(["", "run", ...columns], rows.map(([value, i, row]) =>
+    table("Likelihood", ["", "run", ...columns], rows.map(([value, i, row]) =>
       [value, el("span", {}, runName(i)), ...columns.map(c => row[c] ?? null)])));
 }
 
@@ -576,7 +577,7 @@ function cells(reliabilities) {
   if (domains.length < 2) return null;
   return el("details", {}, el("summary", {}, "Reliability by domain"),
     el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Reliability by domain" },
-      el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "annotator"),
+      el("table", { "aria-label": "Reliability by domain" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "annotator"),
         domains.map(d => el("th", { scope: "col" }, d)))),
         el("tbody", {}, Object.entries(reliabilities).map(([who, row]) => el("tr", {}, el("th", { scope: "row" }, who),
           domains.map(d => el("td", {}, row[d] ? [share(row[d], "reliability"), ` of ${row[d].judgements}`] : "–"))))))));
@@ -687,7 +688,7 @@ function commands() {
   part.append(live(el("div"), () => shown().map(i => el("article", { class: `run ${series(i)}` },
     el("h3", {}, runName(i)), el("pre", {}, runs[i].command),
     runs[i].options.length ? el("details", {}, el("summary", {}, "Options that differ from their defaults"),
-      table(["option", "value", "default", "what"], runs[i].options.map(o =>
+      table("Options", ["option", "value", "default", "what"], runs[i].options.map(o =>
         [`--${o.name}`, el("span", {}, typeof o.value === "number" ? number(o.value) : String(o.value)),
          o.default === null ? "" : typeof o.default === "number" ? number(o.default) : String(o.default) || "\"\"", o.help]))) : null))));
 }

@@ -98,4 +98,10 @@ say "The result."
 "$tool" chart "$out/summary.json" "$out/chart.svg"
 printf '%-11s %s\n' "chart" "$out/chart.svg"
 printf '%-11s %s and %s\n' "reward" "$out/rm-expert" "$out/rm-lay"
+
+say "All runs on one page: curves, reward against KL, slices, answers before and after."
+raters=$out/raters.json
+[ -f "$raters" ] || raters=
+run "$rlhf" report "$out"/ppo-* "$out"/rm-* "$out/sft" ${raters:+--raters "$raters"} \
+    --out "$out/report.html"
 printf '\nThe demo took %d seconds.\n' $((SECONDS - began))

@@ -114,7 +114,7 @@ def readings(node):
 
 
 def legend(i):
-    return DRIVER.find_elements(By.CSS_SELECTOR, "#legend button")[i]
+    return DRIVER.find_element(By.CSS_SELECTOR, f"#legend button[data-run='{i}']")
 
 
 def shown_curves(node):

@@ -12,7 +12,10 @@ const hidden = new Set(); /* indices of runs that the legend has switched off */
 const redraws = [];       /* called after every change of what is shown */
 
 const shown = () => runs.map((run, i) => i).filter(i => !hidden.has(i));
-const series = i => `s${i % 8}`;
+
+/* A run's looks: 0 to 7, counted among the runs of its trainer, which alone share figures. */
+const looks = runs.map((run, i) => runs.slice(0, i).filter(r => r.trainer === run.trainer).length % 8);
+const series = i => `s${looks[i]}`;
 
 /* ---- building blocks ---- */
 
@@ -46,7 +49,7 @@ function number(value, digits = 5) {
 const percent = value =>
   value === null || value === undefined ? "–" : (100 * value).toFixed(1) + " %";
 
-/* The mark of a run around (0, 0): each of eight runs has a shape of its own. */
+/* Marks around (0, 0), one for each of the eight looks. */
 const shapes = [
   "M0-4A4 4 0 1 1 0 4A4 4 0 1 1 0-4Z",
   "M-3.6-3.6H3.6V3.6H-3.6Z",
@@ -58,8 +61,8 @@ const shapes = [
   "M-2-4.6H2L4.6-2V2L2 4.6H-2L-4.6 2V-2Z",
 ];
 
-function mark(i, x, y, more = "", scale = 1) {
-  return el("path", { d: shapes[i % 8], class: `mark ${series(i)} ${more}`,
+function mark(look, x, y, more = "", scale = 1) {
+  return el("path", { d: shapes[look], class: `mark s${look} ${more}`,
                       transform: `translate(${x.toFixed(2)} ${y.toFixed(2)}) scale(${scale})` });
 }
 
@@ -68,7 +71,7 @@ function key(i, withLine) {
   const svg = el("svg", { class: `key ${series(i)}${withLine ? "" : " short"}`, "aria-hidden": "true",
                           viewBox: withLine ? "0 0 32 14" : "0 0 14 14" });
   if (withLine) svg.append(el("path", { d: "M0 7H32", class: "curve" }));
-  svg.append(mark(i, withLine ? 16 : 7, 7));
+  svg.append(mark(looks[i], withLine ? 16 : 7, 7));
   return svg;
 }
 
@@ -209,7 +212,7 @@ function figure(spec) {
     }
     if (!path) return [];
     const last = points.filter(p => p.y !== null).pop();
-    return [el("path", { d: path, class: `curve ${series(i)}` }), mark(i, f.x(last.x), f.y(last.y))];
+    return [el("path", { d: path, class: `curve ${series(i)}` }), mark(looks[i], f.x(last.x), f.y(last.y))];
   }
 
   /* Shows what stands at a stop; the last one where none is chosen. */
@@ -225,12 +228,12 @@ function figure(spec) {
     const f = state.frame;
     overlay = el("g", { "aria-hidden": "true" });
     if (spec.nearest === "point") {
-      overlay.append(mark(stop.run, f.x(stop.point.x), f.y(stop.point.y), "on", 1.4));
+      overlay.append(mark(looks[stop.run], f.x(stop.point.x), f.y(stop.point.y), "on", 1.4));
     } else {
       overlay.append(el("line", { class: "cross", x1: f.x(stop.x), x2: f.x(stop.x), y1: f.top, y2: f.bottom }));
       for (const i of shown()) {
         const p = spec.points(i).find(q => q.x === stop.x);
-        if (p && p.y !== null) overlay.append(mark(i, f.x(p.x), f.y(p.y), "on"));
+        if (p && p.y !== null) overlay.append(mark(looks[i], f.x(p.x), f.y(p.y), "on"));
       }
     }
     svg.append(overlay);
@@ -369,13 +372,14 @@ function curve(trainer, name) {
   });
 }
 
+const trainers = ["ppo", "rm", "sft"];
 const trainerNames = { ppo: "PPO", rm: "Reward model", sft: "Supervised fine-tuning" };
 
 /* Figures of all metrics of the runs of one trainer; what was measured once is a table. */
 function curves() {
   const part = section("curves", "Curves",
     "The number under the pointer stands above each figure; with the keyboard, the arrow keys move it.");
-  for (const trainer of ["ppo", "rm", "sft"]) {
+  for (const trainer of trainers) {
     const of = runs.map((run, i) => i).filter(i => runs[i].trainer === trainer);
     const names = [...new Set(of.flatMap(i => Object.keys(runs[i].metrics)))];
     const rank = name => first.includes(name) ? first.indexOf(name) : final.includes(name) ? 200 : 100 + names.indexOf(name);
@@ -427,7 +431,7 @@ function frontier() {
         b.length ? el("path", { class: `frontier ${series(i)}`, d: path(b.map(p => [f.x(p.kl), f.y(p.score)])) }) : null,
         ...b.map(p => el("text", { class: `n ${series(i)}`, x: f.x(p.kl), y: f.y(p.score) + (place % 2 ? 16 : -8), "text-anchor": "middle" }, `n = ${p.n}`)),
         el("path", { class: `path ${series(i)}`, d: path(at) }),
-        ...at.map(([x, y], k) => mark(i, x, y, k ? "" : "open", k === at.length - 1 ? 1.25 : 0.65)),
+        ...at.map(([x, y], k) => mark(looks[i], x, y, k ? "" : "open", k === at.length - 1 ? 1.25 : 0.65)),
       ].filter(Boolean);
     }),
     describe: at => [el("span", { class: "at" }, `step ${number(at.point.step)}`), reading(at.run, at.point.y, true),
@@ -457,7 +461,7 @@ function shareAxis(low) {
   return svg;
 }
 
-/* Dots on that axis: {value, low, high, run, open} each; bars are values drawn as a stroke. */
+/* Dots on that axis: {value, low, high, look, open} each; bars are values drawn as a stroke. */
 function dots(low, list, bars, ceiling) {
   const svg = el("svg", { "aria-hidden": "true" });
   const at = v => place(v, low);
@@ -473,9 +477,9 @@ function dots(low, list, bars, ceiling) {
   for (const d of list) {
     if (typeof d.value !== "number") continue;
     if (typeof d.low === "number")
-      svg.append(el("line", { class: `range ${series(d.run)}`, x1: at(d.low), x2: at(d.high), y1: "50%", y2: "50%" }));
+      svg.append(el("line", { class: `range s${d.look}`, x1: at(d.low), x2: at(d.high), y1: "50%", y2: "50%" }));
     const nest = el("svg", { x: at(d.value), y: "50%", style: "overflow: visible" });
-    nest.append(mark(d.run, 0, 0, d.open ? "open" : ""));
+    nest.append(mark(d.look, 0, 0, d.open ? "open" : ""));
     svg.append(nest);
   }
   return svg;
@@ -514,7 +518,7 @@ function accuracySlices(list) {
         before = r.value;
         return el("tr", {}, el("th", { scope: "row" }, again ? "" : r.value),
           el("td", { class: `who${list.length > 1 ? "" : " extra"}` }, runName(r.i)),
-          el("td", { class: "dots" }, dots(low, [{ value: r.row.accuracy, low: r.row.accuracy_low, high: r.row.accuracy_high, run: r.i }],
+          el("td", { class: "dots" }, dots(low, [{ value: r.row.accuracy, low: r.row.accuracy_low, high: r.row.accuracy_high, look: looks[r.i] }],
                                            [r.row.length_accuracy], sure(r.row) ? r.row.ceiling : null)),
           el("td", {}, share(r.row, "accuracy")),
           [number(r.row.pairs), number(r.row.margin, 3), number(r.row.ece, 2), percent(r.row.length_accuracy), sure(r.row) ? percent(r.row.ceiling) : "–"]
@@ -563,8 +567,8 @@ function raterTable(title, rows, low, sorted) {
       el("th", { scope: "col", class: "num" }, "judgements"))),
     el("tbody", {}, entries.map(([name, r]) => el("tr", {}, el("th", { scope: "row" }, name),
       el("td", { class: "dots" }, dots(low, [
-        { value: r.agreement, low: r.agreement_low, high: r.agreement_high, run: 6, open: true },
-        { value: r.reliability, low: r.reliability_low, high: r.reliability_high, run: 0 }], [])),
+        { value: r.agreement, low: r.agreement_low, high: r.agreement_high, look: 6, open: true },
+        { value: r.reliability, low: r.reliability_low, high: r.reliability_high, look: 0 }], [])),
       el("td", {}, share(r, "reliability")), el("td", { class: "extra" }, share(r, "agreement")),
       gold ? el("td", { class: "extra" }, share(r, "gold")) : null,
       el("td", { class: "num extra" }, percent(r.first)), el("td", { class: "num extra" }, number(r.seconds, 3)),
@@ -613,12 +617,15 @@ function annotators() {
 
 const ANSWERS_OPEN = 6; /* further prompts are behind a click */
 
-/* One answer; run is -1 for what several runs began with. */
-function answerCell(title, run, s) {
-  const facts = [typeof s.score === "number" ? `score ${number(s.score, 3)}` : "", `${s.n_tokens} tokens`,
-                 s.finished === false ? "no end" : ""].filter(Boolean).join(" · ");
-  return el("div", { class: `cell ${run < 0 ? "" : series(run)}` }, el("h5", {}, run < 0 ? title : [key(run), title]),
-            el("div", { class: "text" }, s.completion.trim() || "(empty)"), el("div", { class: "facts" }, facts));
+/* One answer that runs share, each with its sample of it. */
+function answerCell(title, list) {
+  const [run, s] = list[0], alone = list.length === 1;
+  const scores = list.filter(([, t]) => typeof t.score === "number")
+    .map(([i, t], k) => [k ? " " : "score ", alone ? null : key(i), number(t.score, 3)]);
+  return el("div", { class: `cell ${alone ? series(run) : ""}` }, el("h5", {}, alone ? key(run) : null, title),
+            el("div", { class: "text" }, s.completion.trim() || "(empty)"),
+            el("div", { class: "facts" }, scores.flat(), scores.length ? " · " : null, `${s.n_tokens} tokens`,
+               s.finished === false ? " · no end" : null));
 }
 
 /* Before and after of the shown runs for one prompt. Runs that began with the same answer share it. */
@@ -629,17 +636,13 @@ function answerRow(prompt, byRun) {
     const before = byRun.get(i).find(s => s.step === 0);
     if (!before) continue;
     const same = JSON.stringify([before.completion, before.finished]);
-    if (!seen.has(same)) seen.set(same, { before, runs: [] });
-    seen.get(same).runs.push(i);
+    seen.set(same, [...(seen.get(same) || []), [i, before]]);
   }
-  for (const { before, runs: of } of seen.values()) {
-    const alone = of.length === 1;
-    const names = of.length === list.length ? "before" : `before ${of.map(i => runs[i].name).join(", ")}`;
-    cells.push(answerCell(names, alone ? of[0] : -1, alone ? before : { ...before, score: undefined }));
-  }
+  for (const of of seen.values())
+    cells.push(answerCell(of.length === list.length ? "before" : `before ${of.map(([i]) => runs[i].name).join(", ")}`, of));
   for (const i of list)
     for (const s of byRun.get(i)) if (s.step > 0)
-      cells.push(answerCell(`${runs[i].name}, after ${number(s.step)} steps`, i, s));
+      cells.push(answerCell(`${runs[i].name}, after ${number(s.step)} steps`, [[i, s]]));
   return el("article", { class: "answer" }, el("p", { class: "prompt" }, prompt.trim()), el("div", { class: "cells" }, cells));
 }
 
@@ -695,16 +698,20 @@ function commands() {
 
 /* ---- the page ---- */
 
+/* A button for each run, by trainer: what shares figures stands together. */
 function legend() {
-  const bar = document.getElementById("legend");
-  runs.forEach((run, i) => {
-    const button = el("button", { type: "button", "aria-pressed": "true", onclick: () => {
-      if (hidden.has(i)) hidden.delete(i); else hidden.add(i);
-      button.setAttribute("aria-pressed", String(!hidden.has(i)));
-      for (const redraw of redraws) redraw();
-    } }, key(i, true), run.name);
-    bar.append(button);
-  });
+  const toggle = (i, button) => {
+    if (!hidden.delete(i)) hidden.add(i);
+    button.setAttribute("aria-pressed", String(!hidden.has(i)));
+    for (const redraw of redraws) redraw();
+  };
+  for (const trainer of trainers) {
+    const list = runs.map((run, i) => i).filter(i => runs[i].trainer === trainer);
+    if (!list.length) continue;
+    document.getElementById("legend").append(el("div", { role: "group", "aria-label": trainerNames[trainer] },
+      el("span", { class: "soft" }, trainerNames[trainer]), list.map(i => el("button", { type: "button", "aria-pressed": "true",
+        "data-run": i, onclick: event => toggle(i, event.currentTarget) }, key(i, true), runs[i].name))));
+  }
 }
 
 const title = runs.map(run => run.name).join(", ");

@@ -15165,16 +15165,19 @@ static int report_is_default(const rlhf_field *f, const json_t *v) {
     return json_is_number(v) && json_number_value(v) == f->def;
 }
 
-/* One row of "options", also an option of the command. def may be null. */
+/* One row of "options", also an option of the command. Takes the reference to def, which may be
+ * null. */
 static void report_add_option(rlhf_ctx *ctx, tok_buf *command, json_t *options, const char *name,
                               json_t *v, json_t *def, const char *help) {
     char text[64];
+    def = json_hold(ctx, def ? def : json_null());
     if (json_is_real(v)) snprintf(text, sizeof text, "%.12g", json_number_value(v));
     else if (!json_is_string(v)) json_show(v, text, sizeof text);
     report_put_option(command, name, json_is_string(v) ? json_string_value(v) : text);
-    if (json_array_append_new(options, json_pack("{s:s,s:O,s:o,s:s}", "name", name, "value", v,
-                                                 "default", def ? def : json_null(), "help", help)))
+    if (json_array_append_new(options, json_pack("{s:s,s:O,s:O,s:s}", "name", name, "value", v,
+                                                 "default", def, "help", help)))
         err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+    err_release(ctx);
 }
 
 /* "command" and "options" of a run: what it read, then every option that is not at its default. */

@@ -397,7 +397,7 @@ TEST(rules_are_stated) {
     json_t *rules = report_rules();
     CHECK_EQ_I(json_array_size(rules), 2 + REPORT_DRIFTS);
     for (int i = 0; i < REPORT_DRIFTS; i++) {
-        char path[8];
+        char path[16];
         snprintf(path, sizeof path, "%d", i + 1);
         CHECK(strstr(STRING(rules, path), report_drifts[i].metric) != NULL);
     }

@@ -9389,7 +9389,9 @@ static double opt_step(opt *o, const double *lr) {
  *     prompt | instruction + completion [+ label]  both           by label      prompt
  *     [prompt +] chosen + rejected                 chosen (SFT)   the pair      prompt, or shared
  *     prompt + responses + ranking | best          best (SFT)     its pairs     prompt
+ *     prompt + two answers + choice                best (SFT)     the pair      prompt
  *     all: domain, annotator, annotator_type, weight, margin, soft_label, each optional
+ *     two answers: aspects, with a choice on each; all that are judged or written: qualified
  *
  * By label: each good answer is paired with each bad one to the same prompt; SFT leaves out what is
  * labelled false. The pairs of one ranking, or of one prompt's labels, weigh as much as one record.
@@ -9420,10 +9422,22 @@ typedef struct data_record {
 } data_record;
 
 /* Why a record is left out. */
-enum { DATA_LONG, DATA_FALSE, DATA_TIED, DATA_SINGLE, DATA_WHYS };
+enum {
+    DATA_LONG,
+    DATA_FALSE,
+    DATA_TIED,
+    DATA_SINGLE,
+    DATA_UNQUALIFIED,
+    DATA_OTHER_ASPECT,
+    DATA_WHYS
+};
 static const char *const data_whys[DATA_WHYS] = {
-    "longer than", "labelled false", "no answer is better than another",
-    "no answer with the other label to the same prompt"};
+    "longer than",
+    "labelled false",
+    "no answer is better than another",
+    "no answer with the other label to the same prompt",
+    "by somebody not qualified (use_unqualified takes them)",
+    "without the aspect"};
 
 /* Usable records, in the order of the file. */
 struct rlhf_dataset {
@@ -9451,9 +9465,17 @@ typedef struct data_prompt_group {
     data_group value;
 } data_prompt_group;
 
+/* Which judgements count. */
+typedef struct data_judged {
+    const char *aspect; /* "": the overall choice */
+    int use_unqualified;
+    json_t *aspects; /* of the records so far: {name: 1} */
+} data_judged;
+
 /* The state of reading one file. */
 typedef struct data_reader {
     rlhf_dataset *d;
+    data_judged judged;
     rlhf_tokenizer *tok;
     const char *chat;         /* name of the chat template, or "auto" */
     json_src src;             /* of the record at hand */
@@ -9719,6 +9741,72 @@ static void data_read_ranking(const data_reader *r, json_t *j, data_form *f) {
     }
 }
 
+/* One of two answers as "choice", "gold" and "order" name them: 0 or "A", 1 or "B"; -1: neither. */
+static int data_side(const json_t *v) {
+    static const char names[] = "AaBb";
+    const char *text = json_string_value(v), *at = text && *text ? strchr(names, *text) : NULL;
+    if (at && !text[1]) return (int)(at - names) / 2;
+    return json_is_integer(v) && !(json_integer_value(v) & ~1LL) ? (int)json_integer_value(v) : -1;
+}
+
+/* What a "choice" says: DATA_A, DATA_B, DATA_TIE (also both bad), DATA_SKIP. */
+enum { DATA_A, DATA_B, DATA_TIE, DATA_SKIP };
+static int data_choice(const json_src *src, const json_t *j) {
+    const json_t *v = json_get(j, "choice");
+    const char *text = json_string_value(v);
+    if (data_side(v) >= 0) return data_side(v);
+    if (text && (!strcmp(text, "tie") || !strcmp(text, "both_bad"))) return DATA_TIE;
+    if (text && !strcmp(text, "skip")) return DATA_SKIP;
+    json_bad(src, "choice", v, "0, 1, \"A\", \"B\", \"tie\", \"both_bad\" or \"skip\"");
+}
+
+/* Why a judgement does not count, or -1. An aspect's choice takes the place of the record's overall
+ * one; what is known to be right of that, is not of the aspect. */
+static int data_judge(const data_judged *q, const json_src *src, json_t *j) {
+    if (!json_opt_bool(src, j, "qualified", 1) && !q->use_unqualified) return DATA_UNQUALIFIED;
+    if (!*q->aspect) return -1;
+    json_t *aspects = json_opt_object(src, j, "aspects"), *v;
+    const char *name;
+    json_object_foreach(aspects, name, v)
+        if (json_object_set_new(q->aspects, name, json_true()))
+            err_throw(src->ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+    v = json_get(aspects, q->aspect);
+    if (!v) return DATA_OTHER_ASPECT;
+    if (!json_get(j, "answers")) json_bad(src, "answers", NULL, "two, which \"aspects\" compare");
+    json_object_set(j, "choice", v);
+    json_object_del(j, "gold");
+    return -1;
+}
+
+/* Throws if no record has the aspect that is asked for. */
+static void data_need_aspect(const data_judged *q, rlhf_ctx *ctx, const char *name) {
+    char list[400] = "";
+    const char *aspect;
+    json_t *v;
+    if (!*q->aspect || json_object_get(q->aspects, q->aspect)) return;
+    json_object_foreach(q->aspects, aspect, v) {
+        size_t at = strlen(list);
+        snprintf(list + at, sizeof list - at, "%s%s", at ? ", " : "", aspect);
+    }
+    err_throw(ctx, RLHF_ERR_DATA, "%s: no record has the aspect \"%s\"; there %s%s", name,
+              q->aspect, *list ? "are: " : "are no \"aspects\"", list);
+}
+
+/* "answers" with the "choice" between two of them. Where neither was chosen, or nothing yet, no
+ * answer is better than another; one that was found bad is not to be learnt. */
+static void data_read_answers(const data_reader *r, json_t *j, data_form *f) {
+    json_t *list = json_need_array(&r->src, j, "answers");
+    int n = (int)json_array_size(list), has_choice = json_get(j, "choice") != NULL;
+    int choice = has_choice ? data_choice(&r->src, j) : DATA_TIE;
+    if (n < 2 || n > (has_choice ? 2 : DATA_MAX_ANSWERS))
+        json_bad(&r->src, "answers", list, has_choice ? "two answers" : "2 to 64 answers");
+    for (int i = 0; i < n; i++)
+        data_add_answer(r, f, "answers", json_array_get(list, (size_t)i),
+                        choice <= DATA_B && i != choice);
+    const char *text = json_string_value(json_get(j, "choice"));
+    if (choice == DATA_SKIP || (text && !strcmp(text, "both_bad"))) f->label = 0;
+}
+
 /* Bytes that two transcripts share as their prompt: up to the last "\n\nAssistant:" before they
  * part, else up to where they part, a space belonging to the answers. */
 static size_t data_shared(const char *a, const char *b) {
@@ -9779,7 +9867,8 @@ static void data_read_form(const data_reader *r, json_t *j, data_form *f) {
     static const char *const prompts[] = {"prompt", NULL};
     rlhf_data_kind kind = r->d->config.kind;
     data_member talk = data_first(j, talks), one = data_first(j, answers);
-    int many = json_get(j, "chosen") || json_get(j, "rejected") || json_get(j, "responses");
+    int pair = json_get(j, "chosen") || json_get(j, "rejected");
+    int many = pair || json_get(j, "responses") || json_get(j, "answers");
     memset(f, 0, offsetof(data_form, answer));
     f->label = -1;
     f->prompt = data_first(j, prompts);
@@ -9796,7 +9885,8 @@ static void data_read_form(const data_reader *r, json_t *j, data_form *f) {
     else if (json_get(j, "instruction") && !f->prompt.v) data_read_question(r, j, f);
     if (f->whole.v) f->label = data_label(r, j);
     else if (json_get(j, "responses")) data_read_ranking(r, j, f);
-    else if (many) data_read_pair(r, j, f);
+    else if (pair) data_read_pair(r, j, f);
+    else if (many) data_read_answers(r, j, f);
     else if (one.v && (f->prompt.v || f->question)) {
         data_add_answer(r, f, one.key, one.v, 0);
         f->label = data_label(r, j);
@@ -10060,6 +10150,12 @@ static void data_read_record(data_reader *r, json_t *j) {
     rec.doubt = 1 - json_opt_real(&r->src, j, "soft_label", 1);
     if (!(rec.doubt >= 0 && rec.doubt <= 1))
         json_bad(&r->src, "soft_label", json_get(j, "soft_label"), "a number from 0 to 1");
+    int is_judged = d->config.kind == RLHF_DATA_PREFERENCE || d->config.kind == RLHF_DATA_SFT;
+    int why = is_judged ? data_judge(&r->judged, &r->src, j) : -1;
+    if (why >= 0) {
+        data_drop(r, NULL, why, 0);
+        return;
+    }
     size_t len;
     char *line = json_text(d->ctx, j, JSON_COMPACT, &len);
     rec.line = data_keep(d, line, len);
@@ -10095,6 +10191,7 @@ static void data_read_lines(data_reader *r, const char *text, size_t len) {
 /* Says what was dropped and why: a warning for each reason, or an error if nothing is left. */
 static void data_report(const data_reader *r, const char *name) {
     rlhf_dataset *d = r->d;
+    data_need_aspect(&r->judged, d->ctx, name);
     char text[400] = "";
     for (int i = 0; i < DATA_WHYS; i++) {
         size_t at = strlen(text);
@@ -10123,7 +10220,11 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     d->config = *config;
     d->store.ctx = ctx;
     err_defer(ctx, data_drop_store, &d->store);
+    const char *aspect = config->kind == RLHF_DATA_PREFERENCE ? config->aspect : NULL;
+    d->config.aspect = aspect ? data_keep(d, aspect, strlen(aspect)) : "";
     data_reader r = {.d = d,
+                     .judged = {d->config.aspect, config->use_unqualified,
+                                json_hold(ctx, json_object())},
                      .tok = tok,
                      .chat = config->chat_template ? config->chat_template : "auto"};
     if (strcmp(r.chat, "auto")) chat_choose(tok, r.chat);
@@ -10149,6 +10250,7 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     }
     data_pair_up(&r);
     data_report(&r, name);
+    err_release(ctx);
     err_keep(ctx);
     return d;
 }
@@ -10537,6 +10639,7 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
  *     checkpoint/trainer_state.json     where the run stands, and which of a and b counts
  *     checkpoint/a, checkpoint/b        weights and optimizer, written in turn
  *     config.json, model.safetensors    and the tokenizer's files: the model, in the end
+ *     annotators.json                   rm, annotator_temperatures: what was found, in the end
  *
  * Entry: train_new, train_step, train_run, train_put.
  * Invariant: a resumed run writes the bytes of one that was never stopped, but for runs/.
@@ -10675,6 +10778,15 @@ typedef struct train_metric {
     int fresh; /* put since the last line of metrics */
 } train_metric;
 
+/* What is learned of annotators beside the model (25): a number for each, with its gradient and
+ * both moments. n 0: nothing. */
+typedef struct train_annotators {
+    int n;
+    const char **name;    /* the dataset's texts */
+    int *of, *judgements; /* [records]: number of its annotator, -1: it has none; [n] */
+    float *x, *g, *m, *v; /* [n] */
+} train_annotators;
+
 /* What makes a trainer: step computes one optimizer step or update, eval puts metrics over
  * t->eval. */
 typedef struct train_ops {
@@ -10702,6 +10814,7 @@ struct rlhf_trainer {
     rlhf_model *start; /* rm: samples answers to normalise with; ppo: the reference, owned */
     rlhf_model *value, *reward;
     int owns_start, owns_value;
+    train_annotators who; /* rm */
     rlhf_tokenizer *tok;
     rlhf_dataset *train, *eval; /* eval may be null */
     rlhf_reward_fn fn;
@@ -10842,6 +10955,9 @@ static void train_free(rlhf_trainer *t) {
     arena_free(&t->ws);
     if (t->owns_start) model_free(t->start);
     if (t->owns_value) model_free(t->value);
+    mem_free(t->who.name);
+    mem_free(t->who.of);
+    mem_free(t->who.x);
     mem_free(t->order);
     mem_free(t);
 }
@@ -10866,6 +10982,38 @@ static void train_state_tensors(const rlhf_trainer *t, ckpt_tensor *list) {
     }
 }
 
+/* The members that annotators.json holds for each annotator, and where. */
+static const char *const train_who_keys[] = {"log_sharpness", "exp_avg", "exp_avg_sq"};
+static float *train_who_at(const rlhf_trainer *t, int key, int i) {
+    float *const list[] = {t->who.x, t->who.m, t->who.v};
+    return list[key] + i;
+}
+
+/* Writes what is known of annotators into dir: 17 digits give every float back. */
+static void train_save_who(const rlhf_trainer *t, const char *dir) {
+    json_t *j = json_hold(t->ctx, json_object());
+    for (int i = 0; i < t->who.n; i++) {
+        json_t *one = json_object();
+        for (int k = 0; k < 3; k++)
+            json_object_set_new(one, train_who_keys[k], json_real((double)*train_who_at(t, k, i)));
+        json_object_set_new(j, t->who.name[i], one);
+    }
+    json_write_file(t->ctx, ckpt_path(t->ctx, dir, "annotators.json"), j);
+    err_release(t->ctx);
+}
+
+/* Reads it back; every annotator of the training data must be there. */
+static void train_load_who(rlhf_trainer *t, const char *dir) {
+    json_src src = json_source(t->ctx, ckpt_path(t->ctx, dir, "annotators.json"));
+    json_t *j = json_read(&src);
+    for (int i = 0; i < t->who.n; i++) {
+        const json_t *one = json_need_object(&src, j, t->who.name[i]);
+        for (int k = 0; k < 3; k++)
+            *train_who_at(t, k, i) = (float)json_need_real(&src, one, train_who_keys[k]);
+    }
+    err_release(t->ctx);
+}
+
 /* Writes checkpoint/a or b, in turn: the weights, the optimizer and where the run stands. The state
  * file comes last and names the directory: until then the other one, still whole, counts. */
 static void train_save_state(rlhf_trainer *t) {
@@ -10874,6 +11022,7 @@ static void train_save_state(rlhf_trainer *t) {
     char *dir = ckpt_path(ctx, top, t->slot ? "b" : "a");
     ckpt_save(t->model, dir, '4'); /* every digit, whatever the run ends in */
     if (t->owns_value) ckpt_save(t->value, ckpt_path(ctx, dir, "value"), '4');
+    if (t->who.n) train_save_who(t, dir);
     ckpt_tensor list[2 * OPT_MODELS] = {0};
     train_state_tensors(t, list);
     ckpt_write(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"), list, 2 * t->opt->models);
@@ -10924,6 +11073,7 @@ static void train_load_state(rlhf_trainer *t) {
     err_release(ctx);
     ckpt_load_model(t->model, dir);
     if (t->owns_value) ckpt_load_model(t->value, ckpt_path(ctx, dir, "value"));
+    if (t->who.n) train_load_who(t, dir);
     /* Moments are read into the optimizer's own arrays. */
     ckpt_file f = ckpt_map(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"));
     ckpt_tensor list[2 * OPT_MODELS] = {0};
@@ -11498,13 +11648,22 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
  * Over the pairs of an optimizer step, w the weight and m the margin of a pair, y the probability
  * that its chosen answer is the better one (1 unless its record or its annotators say otherwise),
  *     L = mean of w (-y log sigmoid(z) - (1 - y) log sigmoid(-z)) + c mean of (r_c + r_r)^2
- *     z = r_c - r_r - m
+ *     z = (r_c - r_r - m) b_a,    b_a = 1 or, with annotator_temperatures, 1 / T_a of annotator a
+ * A temperature says how far a's choices follow the rewards: those of a careless one are as good as
+ * drawn (T large), and then weigh little. Learned are t_a = log b_a = -log T_a, from 0, by the same
+ * AdamW, with a normal prior of deviation RM_SPREAD: over the N records of the training data
+ *     total = sum of L + sum over a of t_a^2 / (2 RM_SPREAD^2),    sum over records of t_a = 0
+ * The second equation takes out the scale that rewards and temperatures share. b_a is positive:
+ * whoever is wrong more often than right can only be ignored.
  * The likelihood leaves a constant free, hence the second term, and scale and origin of the scores
  * to chance: after training they are normalised so that answers of the starting model score with
  * mean 0 and deviation 1 (Ziegler et al. 2019), and a KL coefficient means the same for every
  * reward model.
  * Tests: test/test_golden.c, test/test_train.c
  * ============================================================================================ */
+
+/* How far annotators' log temperatures lie apart, before anything is known. */
+#define RM_SPREAD 1.0
 
 /* -log sigmoid(z) = log(1 + e^-z), without overflow for either sign. Reported only: gradients come
  * from v_sigmoid1. */
@@ -11522,9 +11681,9 @@ static double rm_hit(const data_record *rec, double a, double b) {
     return sign > 0 ? 1 : sign < 0 ? 0 : 0.5;
 }
 
-/* Adds one pair with scores a (chosen) and b (rejected). */
-static void rm_add(rm_sums *s, const data_record *rec, double a, double b) {
-    double z = a - b - rec->margin;
+/* Adds one pair with scores a (chosen) and b (rejected); sharp: b_a of the loss. */
+static void rm_add(rm_sums *s, const data_record *rec, double a, double b, double sharp) {
+    double z = (a - b - rec->margin) * sharp;
     s->loss += rec->weight * ((1 - rec->doubt) * rm_loss(z) + rec->doubt * rm_loss(-z));
     s->margin += a - b;
     s->correct += rm_hit(rec, a, b);
@@ -11550,6 +11709,11 @@ static void rm_put(rlhf_trainer *t, const char *prefix, const rm_sums *s) {
     }
 }
 
+/* The number of a training record's annotator, -1: nothing is learned of them. */
+static int rm_annotator(const rlhf_trainer *t, const data_record *rec) {
+    return t->who.n ? t->who.of[rec - t->train->record] : -1;
+}
+
 /* One micro-batch of n pairs out of `of` in the step: gradients and sums. Both answers of a pair
  * are sequences of one batch, chosen at even places. */
 static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int of, rm_sums *sums) {
@@ -11573,19 +11737,40 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int o
     model_scores(t->model, ws, &top, score);
     for (int i = 0; i < n; i++) {
         float a = score[2 * i], b = score[2 * i + 1];
-        /*     dL/dr_c = -w (y sigmoid(-z) - (1 - y) sigmoid(z)) / of + 2 c (r_c + r_r) / of
-         * and the same with the first sign turned for r_r. */
-        float z = b - a + (float)rec[i]->margin, doubt = (float)rec[i]->doubt;
+        /*     f = w (y sigmoid(-z) - (1 - y) sigmoid(z)) / of
+         *     dL/dr_c = -f b_a + 2 c (r_c + r_r) / of        dL/dt_a = -f z
+         * and the first with the first sign turned for r_r. In the code z is -z. */
+        int who = rm_annotator(t, rec[i]);
+        float sharp = who < 0 ? 1 : v_exp1(t->who.x[who]);
+        float z = (b - a + (float)rec[i]->margin) * sharp, doubt = (float)rec[i]->doubt;
         float force = (1 - doubt) * v_sigmoid1(z) - doubt * v_sigmoid1(-z);
-        float slope = -(float)rec[i]->weight * force / (float)of;
+        float slope = -(float)rec[i]->weight * force * sharp / (float)of;
+        if (who >= 0) t->who.g[who] += (float)rec[i]->weight * force * z / (float)of;
         float pull = 2.0f * (float)center * (a + b) / (float)of;
         d[2 * i] = slope + pull;
         d[2 * i + 1] = pull - slope;
-        rm_add(sums, rec[i], (double)a, (double)b);
+        rm_add(sums, rec[i], (double)a, (double)b, (double)sharp);
         sums->loss += center * (double)(a + b) * (double)(a + b);
     }
     model_scores_bwd(t->model, ws, &run, &top, d);
     arena_restore(ws, mark);
+}
+
+/* One AdamW step on what is learned of annotators, with the constants of the optimizer's step that
+ * has just been done; then the mean over records is 0 again. */
+static void rm_step_annotators(rlhf_trainer *t) {
+    const rlhf_rm_config *c = &t->u.rm;
+    train_annotators *w = &t->who;
+    double n = 0, mean = 0;
+    for (int i = 0; i < w->n; i++) n += w->judgements[i];
+    for (int i = 0; i < w->n; i++) w->g[i] += w->x[i] / (float)(RM_SPREAD * RM_SPREAD * n);
+    k_adam a = t->opt->now[0][0];
+    a.lr = (float)(c->annotator_learning_rate *
+                   opt_schedule(c->lr_scheduler_type, t->step, c->warmup_steps, t->total));
+    a.clip = 1;
+    t->ctx->k->adam(w->n, w->x, w->g, w->m, w->v, &a);
+    for (int i = 0; i < w->n; i++) mean += w->judgements[i] / n * (double)w->x[i];
+    for (int i = 0; i < w->n; i++) w->x[i] -= (float)mean;
 }
 
 /* One optimizer step over the window's pairs. */
@@ -11601,9 +11786,11 @@ static void rm_step(rlhf_trainer *t) {
     rm_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
+    if (t->who.n) memset(t->who.g, 0, (size_t)t->who.n * sizeof(float));
     for (int i = 0; i < n; i += batch) rm_pass(t, rec + i, base_min(batch, n - i), n, &sums);
     train_check_loss(t, sums.loss);
     double norm = opt_step(t->opt, &lr);
+    if (t->who.n) rm_step_annotators(t);
     t->tokens += tokens;
     rm_put(t, "", &sums);
     train_put(t, "grad_norm", norm);
@@ -11632,7 +11819,7 @@ static void rm_eval(rlhf_trainer *t) {
     float *score = rm_score_pairs(t->model, &t->ws, t->eval);
     rm_sums sums = {0};
     for (int i = 0; i < t->eval->n; i++)
-        rm_add(&sums, t->eval->record + i, (double)score[2 * i], (double)score[2 * i + 1]);
+        rm_add(&sums, t->eval->record + i, (double)score[2 * i], (double)score[2 * i + 1], 1);
     rm_put(t, "eval_", &sums);
 }
 
@@ -11702,8 +11889,57 @@ static void rm_normalize(rlhf_trainer *t) {
     train_put(t, "score_std", (double)m->score_std);
 }
 
+/* Annotators with their temperatures, held. */
+static json_t *rm_temperatures(const rlhf_trainer *t) {
+    json_t *j = json_hold(t->ctx, json_object());
+    for (int i = 0; i < t->who.n; i++)
+        json_object_set_new(j, t->who.name[i],
+                            json_pack("{s:i,s:f}", "judgements", t->who.judgements[i],
+                                      "temperature", (double)v_exp1(-t->who.x[i])));
+    return j;
+}
+
+/* After the last step. */
+static void rm_finish(rlhf_trainer *t) {
+    rm_normalize(t);
+    if (!t->who.n || !train_dir(t)) return;
+    json_write_file(t->ctx, ckpt_path(t->ctx, train_dir(t), "annotators.json"), rm_temperatures(t));
+    err_release(t->ctx);
+}
+
 /* What 20 needs to know of this trainer. */
-static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, NULL, rm_eval, rm_normalize};
+static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, NULL, rm_eval, rm_finish};
+
+/* Numbers the annotators of the training data, each with t_a = 0. */
+static void rm_open_annotators(rlhf_trainer *t) {
+    rlhf_ctx *ctx = t->ctx;
+    train_annotators *w = &t->who;
+    const rlhf_dataset *d = t->train;
+    json_t *numbers = json_hold(ctx, json_object());
+    w->of = mem_zalloc(ctx, 2 * (size_t)d->n, sizeof *w->of);
+    w->name = mem_zalloc(ctx, (size_t)d->n, sizeof *w->name);
+    w->judgements = w->of + d->n;
+    for (int i = 0; i < d->n; i++) {
+        const char *name = d->record[i].annotator;
+        const json_t *number = name ? json_object_get(numbers, name) : NULL;
+        int k = number ? (int)json_integer_value(number) : name ? w->n++ : -1;
+        w->of[i] = k;
+        if (k < 0) continue;
+        if (!number && json_object_set_new(numbers, name, json_integer(k)))
+            err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+        w->name[k] = name;
+        w->judgements[k]++;
+    }
+    err_release(ctx);
+    if (!w->n)
+        err_throw(ctx, RLHF_ERR_ARG,
+                  "annotator_temperatures: no training record says who its \"annotator\" is");
+    size_t n = (size_t)w->n;
+    w->x = mem_zalloc(ctx, 4 * n, sizeof *w->x);
+    w->g = w->x + n;
+    w->m = w->g + n;
+    w->v = w->m + n;
+}
 
 /* A trainer of a scorer; start, eval and tok may be null. A head that was never trained starts from
  * the seed; an earlier normalisation is forgotten, since it is measured again. */
@@ -11719,6 +11955,11 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
     if (eval) train_check_records(model, eval);
     t->eval = eval;
     t->start = start;
+    if (config->annotator_temperatures && strcmp(config->annotator_weights, "none"))
+        err_throw(model->ctx, RLHF_ERR_ARG,
+                  "annotator_temperatures learn from each annotator's own choice, expected "
+                  "annotator_weights \"none\"");
+    if (config->annotator_temperatures) rm_open_annotators(t);
     train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
     train_optimizer(t, &model, 1);
     if (!model->score_trained) model_init_score(model, (uint64_t)config->seed);
@@ -12546,7 +12787,7 @@ static int eval_length(const data_seq *s) {
 /* Adds a pair with scores a and b and answers of these lengths. */
 static void eval_add(eval_slice *e, const data_record *r, double a, double b, double agree,
                      int length_a, int length_b) {
-    rm_add(&e->s, r, a, b);
+    rm_add(&e->s, r, a, b, 1);
     e->longer += rm_hit(r, length_a, length_b);
     if (!isnan(agree)) e->agree += agree, e->judged++;
     double sure = (double)v_sigmoid1((float)fabs(a - b));
@@ -12854,7 +13095,13 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
  * ============================================================================================ */
 
 /* Votes: for the item's first answer, for its second, for neither; no vote. */
-enum { RATER_A, RATER_B, RATER_TIE, RATER_SKIP, RATER_CHOICES = 3 };
+enum {
+    RATER_A = DATA_A,
+    RATER_B = DATA_B,
+    RATER_TIE = DATA_TIE,
+    RATER_SKIP = DATA_SKIP,
+    RATER_CHOICES = 3
+};
 
 enum {
     RATER_ROUNDS = 500,
@@ -12904,7 +13151,8 @@ typedef struct rater_set {
     rater_who *who;                             /* stb_ds */
     rater_name *items, *whos, *domains, *kinds; /* stb_ds: text -> number */
     int n_votes, n_items, n_whos, n_domains, n_kinds;
-    int replaced, skipped;
+    int replaced, skipped, ignored[DATA_WHYS];
+    data_judged judged;
     uint64_t seed;
     int replicates;
 } rater_set;
@@ -12941,24 +13189,9 @@ static const char *rater_dump(rlhf_ctx *ctx, const json_t *v) {
     return v ? mem_temp(json_text(ctx, v, JSON_COMPACT | JSON_SORT_KEYS, NULL)) : NULL;
 }
 
-/* One of the two answers, as "choice", "gold" and "order" name them: RATER_A, RATER_B; -1: neither.
- */
-static int rater_answer(const json_t *v) {
-    static const char names[] = "AaBb";
-    const char *text = json_string_value(v), *at = text && *text ? strchr(names, *text) : NULL;
-    if (at && !text[1]) return (int)(at - names) / 2;
-    return json_is_integer(v) && !(json_integer_value(v) & ~1LL) ? (int)json_integer_value(v) : -1;
-}
-
 /* What a choice says. */
 static int rater_choice(const json_src *src, const json_t *j, int needed) {
-    const json_t *v = json_get(j, "choice");
-    const char *text = json_string_value(v);
-    if (!v && !needed) return RATER_A;
-    if (rater_answer(v) >= 0) return rater_answer(v);
-    if (text && (!strcmp(text, "tie") || !strcmp(text, "both_bad"))) return RATER_TIE;
-    if (text && !strcmp(text, "skip")) return RATER_SKIP;
-    json_bad(src, "choice", v, "0, 1, \"A\", \"B\", \"tie\", \"both_bad\" or \"skip\"");
+    return json_get(j, "choice") || needed ? data_choice(src, j) : RATER_A;
 }
 
 /* The members that a pair's answers are answers to. */
@@ -12992,7 +13225,6 @@ static rater_pair rater_read_pair(const json_src *src, const json_t *j) {
     if (!p.listed && p.value == RATER_B) p.value = RATER_A;
     int turn = strcmp(p.answer[0], p.answer[1]) > 0;
     p.id = rater_dump(ctx, json_get(j, json_get(j, "item") ? "item" : "item_id"));
-    p.id = rater_dump(ctx, json_get(j, json_get(j, "item") ? "item" : "item_id"));
     p.key = mem_temp(mem_printf(ctx, "%s\n%s\n%s\n%s", p.id ? p.id : "", p.prompt, p.answer[turn],
                                 p.answer[!turn]));
     return p;
@@ -13019,9 +13251,9 @@ static int rater_item_of(rater_set *s, const rater_pair *p) {
 static int rater_first(const json_src *src, const json_t *j, int value) {
     json_t *order = json_opt_array(src, j, "order");
     if (!order || value > RATER_B) return -1;
-    int shown = rater_answer(json_array_get(order, 0));
+    int shown = data_side(json_array_get(order, 0));
     if (json_array_size(order) != 2 || shown < 0 ||
-        rater_answer(json_array_get(order, 1)) != 1 - shown)
+        data_side(json_array_get(order, 1)) != 1 - shown)
         json_bad(src, "order", order, "[0, 1] or [1, 0]");
     return shown == value;
 }
@@ -13031,13 +13263,16 @@ static int rater_gold(const json_src *src, const json_t *j, int value) {
     const json_t *gold = json_get(j, "gold");
     if (!gold) return -1;
     if (json_is_boolean(gold)) return json_is_true(gold);
-    if (rater_answer(gold) < 0) json_bad(src, "gold", gold, "0, 1, \"A\", \"B\", true or false");
-    return rater_answer(gold) == value;
+    if (data_side(gold) < 0) json_bad(src, "gold", gold, "0, 1, \"A\", \"B\", true or false");
+    return data_side(gold) == value;
 }
 
 /* Reads one judgement. */
-static void rater_read_record(rater_set *s, const json_src *src, const json_t *j) {
+static void rater_read_record(rater_set *s, const json_src *src, json_t *j) {
     if (!json_is_object(j)) json_bad(src, "record", j, "an object");
+    int why = data_judge(&s->judged, src, j);
+    if (why >= 0) s->ignored[why]++;
+    if (why >= 0) return;
     const char *who = json_need_str(src, j, "annotator");
     const char *kind = json_opt_str(src, j, "annotator_type", json_opt_str(src, j, "kind", "-"));
     rater_pair p = rater_read_pair(src, j);
@@ -13063,7 +13298,7 @@ static void rater_read_record(rater_set *s, const json_src *src, const json_t *j
 
 /* Calls read for every record of JSON lines, or of one JSON array. */
 static void rater_each(rater_set *s, const char *name, const char *text, size_t len,
-                       void (*read)(rater_set *, const json_src *, const json_t *)) {
+                       void (*read)(rater_set *, const json_src *, json_t *)) {
     json_src src = json_source(s->ctx, name);
     src.status = RLHF_ERR_DATA;
     const char *end = text + len, *p;
@@ -13095,7 +13330,7 @@ static void rater_each(rater_set *s, const char *name, const char *text, size_t 
 
 /* The same for a file, plain or gzip. */
 static void rater_each_in(rater_set *s, const char *path,
-                          void (*read)(rater_set *, const json_src *, const json_t *)) {
+                          void (*read)(rater_set *, const json_src *, json_t *)) {
     size_t len;
     char *text = io_read(s->ctx, path, IO_LIMIT, &len);
     rater_each(s, path, text, len, read);
@@ -13154,8 +13389,13 @@ static void rater_free(rater_set *s) {
 
 /* Reads the judgements of all files. */
 static void rater_read(rater_set *s, const char *const *paths, int n) {
+    s->judged.aspects = json_hold(s->ctx, json_object());
     for (int i = 0; i < n; i++) rater_each_in(s, paths[i], rater_read_record);
-    if (!stbds_arrlen(s->vote)) err_throw(s->ctx, RLHF_ERR_DATA, "%s: no judgements", paths[0]);
+    data_need_aspect(&s->judged, s->ctx, paths[0]);
+    if (!stbds_arrlen(s->vote))
+        err_throw(s->ctx, RLHF_ERR_DATA, "%s: no judgements%s", paths[0],
+                  s->ignored[DATA_UNQUALIFIED] ? " of somebody qualified" : "");
+    err_release(s->ctx);
     rater_sort(s);
 }
 
@@ -13669,6 +13909,8 @@ static json_t *rater_report(const rater_set *s, const rater_fit *f,
     json_object_set_new(j, "ties", json_integer(ties));
     json_object_set_new(j, "skipped", json_integer(s->skipped));
     json_object_set_new(j, "replaced", json_integer(s->replaced));
+    json_object_set_new(j, "unqualified", json_integer(s->ignored[DATA_UNQUALIFIED]));
+    json_object_set_new(j, "other_aspect", json_integer(s->ignored[DATA_OTHER_ASPECT]));
     json_object_set_new(j, "rounds", json_integer(f->rounds));
     json_object_set_new(j, "domain",
                         rater_rows(s, f, RATER_BY_DOMAIN, s->domains, s->n_domains, &row));
@@ -13750,7 +13992,7 @@ static void rater_inform(rater_set *s, rlhf_model *m, rlhf_tokenizer *tok) {
 }
 
 /* A record of labels: its soft label becomes the item's prior, its weight a vote's seconds. */
-static void rater_read_label(rater_set *s, const json_src *src, const json_t *j) {
+static void rater_read_label(rater_set *s, const json_src *src, json_t *j) {
     if (!json_is_object(j)) json_bad(src, "record", j, "an object");
     rater_pair p = rater_read_pair(src, j);
     double label = json_need_real(src, j, "soft_label"),
@@ -13769,7 +14011,8 @@ static void rater_read_label(rater_set *s, const json_src *src, const json_t *j)
  * more of the likelihood. Pairs that the file does not know keep their label. */
 static void rater_weigh(rlhf_dataset *d, const char *how) {
     rlhf_ctx *ctx = d->ctx;
-    rater_set s = {.ctx = ctx};
+    /* The dataset has chosen which judgements count. */
+    rater_set s = {.ctx = ctx, .judged = {.aspect = "", .use_unqualified = 1}};
     int file = strcmp(how, "em") && strcmp(how, "majority"), unknown = 0;
     if (!strcmp(how, "none")) return;
     if (!*how)
@@ -13792,7 +14035,8 @@ static void rater_weigh(rlhf_dataset *d, const char *how) {
         rater_pair p = rater_read_pair(&src, j);
         own[i] = json_opt_real(&src, j, "weight", 1);
         item[i] = rater_item_of(&s, &p);
-        turned[i] = strcmp(p.answer[0], s.item[item[i]].answer[0]) != 0;
+        /* The record's first sequence is what was chosen. */
+        turned[i] = strcmp(p.answer[p.value == RATER_B], s.item[item[i]].answer[0]) != 0;
         if (!file) rater_read_record(&s, &src, j);
         err_release(ctx);
     }
@@ -14058,7 +14302,8 @@ rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind) {
                               .max_records = -1,
                               .completion_only_loss = 1,
                               .add_eos = 1,
-                              .chat_template = "auto"};
+                              .chat_template = "auto",
+                              .aspect = ""};
 }
 
 const char *rlhf_chat_templates(void) { return "auto|" CHAT_NAMES; }
@@ -14393,6 +14638,8 @@ rlhf_status rlhf_eval_pairs(rlhf_model *reward, rlhf_dataset *dataset,
     train_validate(api_ctx, RLHF_CONFIG_EVAL, config);
     API_CHECK(dataset->config.kind == RLHF_DATA_PREFERENCE,
               "comparing pairs needs a dataset of kind RLHF_DATA_PREFERENCE");
+    API_CHECK(!*config->aspect || !strcmp(config->aspect, dataset->config.aspect),
+              "aspect: the dataset was opened for another one");
     API_CHECK(!config->per_turn || dataset->config.turns,
               "per_turn needs a dataset that was opened with turns = 1");
     arena_reset(&reward->ws);
@@ -14431,7 +14678,8 @@ rlhf_status rlhf_raters(rlhf_ctx *ctx, const char *const *paths, int n,
     for (int i = 0; i < n; i++) API_CHECK(paths[i], "a path is null");
     rater_set set = {.ctx = ctx,
                      .seed = (uint64_t)config->seed,
-                     .replicates = (int)config->bootstrap};
+                     .replicates = (int)config->bootstrap,
+                     .judged = {config->aspect, config->use_unqualified, NULL}};
     rater_read(&set, paths, n);
     if (reward) rater_inform(&set, reward, tokenizer);
     rater_fit fit = rater_fit_new(&set);
@@ -14466,8 +14714,19 @@ rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *t
     API_ENTER(model->ctx);
     API_CHECK(train->config.kind == RLHF_DATA_PREFERENCE,
               "a reward model needs a dataset of kind RLHF_DATA_PREFERENCE");
+    API_CHECK(!config->aspect || !*config->aspect || !strcmp(config->aspect, train->config.aspect),
+              "aspect: the dataset was opened for another one");
     if (config->annotator_weights) rater_weigh(train, config->annotator_weights);
     *trainer = rm_open(model, start, tokenizer, train, eval, config);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_rm_temperatures(rlhf_trainer *trainer, char **json) {
+    if (!trainer || !json) return RLHF_ERR_ARG;
+    *json = NULL;
+    API_ENTER(trainer->ctx);
+    *json = json_text(api_ctx, rm_temperatures(trainer), JSON_COMPACT, NULL);
+    err_release(api_ctx);
     API_LEAVE();
 }
 
@@ -15928,6 +16187,18 @@ static rlhf_data_config cli_data_config(cli *c, rlhf_data_kind kind, int64_t max
     rlhf_data_config d = rlhf_data_config_default(kind);
     if (c->v[O_chat_template]) d.chat_template = c->v[O_chat_template];
     d.max_length = max_length > INT_MAX ? INT_MAX : (int)max_length;
+    switch (c->cmd->config) {
+    case RLHF_CONFIG_SFT: d.use_unqualified = c->config.sft.use_unqualified; break;
+    case RLHF_CONFIG_RM:
+        d.use_unqualified = c->config.rm.use_unqualified;
+        d.aspect = c->config.rm.aspect;
+        break;
+    case RLHF_CONFIG_EVAL:
+        d.use_unqualified = c->config.eval.use_unqualified;
+        d.aspect = c->config.eval.aspect;
+        break;
+    default: break;
+    }
     return d;
 }
 
@@ -16117,7 +16388,8 @@ static rlhf_status cli_show_examples(cli *c, rlhf_tokenizer *tok, const rlhf_dat
 /* What is known of a dataset, its names with the prefix. */
 static void cli_describe(json_t *j, const char *prefix, const rlhf_dataset *d) {
     static const char *const whys[DATA_WHYS] = {"dropped_too_long", "dropped_labelled_false",
-                                                "dropped_tied", "dropped_single"};
+                                                "dropped_tied", "dropped_single",
+                                                "dropped_unqualified", "dropped_other_aspect"};
     int64_t loss = 0, sequences = 0;
     int longest = 0;
     for (int i = 0; i < d->n; i++) {
@@ -16230,8 +16502,16 @@ static int cli_rm(cli *c) {
     int code = cli_run_trainer(c, t, m, train, &j);
     if (code) return code;
     char *text;
+    if (cfg->annotator_temperatures) {
+        CLI_TRY(rlhf_rm_temperatures(t, &text));
+        json_object_set_new(j, "annotator_temperatures", json_loads(text, 0, NULL));
+        rlhf_free(c->ctx, text);
+    }
     if (eval) {
-        rlhf_eval_config by = {.slice = cfg->slice, .per_turn = cfg->per_turn};
+        rlhf_eval_config by = {.slice = cfg->slice,
+                               .per_turn = cfg->per_turn,
+                               .aspect = cfg->aspect,
+                               .use_unqualified = cfg->use_unqualified};
         CLI_TRY(rlhf_eval_pairs(m, eval, &by, &text));
         json_t *e = json_loads(text, 0, NULL), *v;
         CLI_TRY(cli_write_in(c, c->v[O_out], "eval.json", text));
@@ -16468,8 +16748,9 @@ static void cli_print_raters(cli *c, json_t *j) {
             json_object_foreach(json_object_get(j, groups[i]), value, row)
                 json_object_del(row, name);
     }
-    const char *const counts[] = {"annotators", "ties", "skipped", "replaced", "rounds"};
-    for (i = 0; i < 5; i++) {
+    const char *const counts[] = {"annotators",  "ties",         "skipped", "replaced",
+                                  "unqualified", "other_aspect", "rounds"};
+    for (i = 0; i < sizeof counts / sizeof *counts; i++) {
         json_object_set(shown, counts[i], json_object_get(j, counts[i]));
         json_object_del(all, counts[i]);
     }

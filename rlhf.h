@@ -201,9 +201,13 @@ typedef struct rlhf_data_config {
     int add_eos; /* 1: an end-of-text token follows every text or answer that lacks one */
     const char *chat_template; /* "auto" (from the tokenizer), or one of rlhf_chat_templates() */
     int turns; /* 1: keep where each turn of the assistant ends, for per_turn evaluation */
+    const char *aspect; /* PREFERENCE: the choice that counts is the one on this of a record's
+                           "aspects", records without it are dropped; "" or null: the overall one */
+    int use_unqualified; /* PREFERENCE, SFT: 0 drops what is marked "qualified": false */
 } rlhf_data_config;
 
-/* max_length 1024, all records, completion_only_loss 1, add_eos 1, chat_template "auto". */
+/* max_length 1024, all records, completion_only_loss 1, add_eos 1, chat_template "auto", no aspect,
+ * use_unqualified 0. */
 rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind);
 
 /* The names of the chat templates, separated by '|'; static. */
@@ -334,14 +338,23 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(B, resume, 0, 0, 1,                                                                          \
       "go on from the state in output_dir; the end is the same bits as without the stop")
 
-#define RLHF_SFT_FIELDS(F)                                                                         \
-    RLHF_TRAIN_FIELDS(F, 2e-5, 3, 8, 10)                                                           \
-    RLHF_SAMPLE_FIELDS(F)
+/* Which judgements count. The data_config of a dataset says the same. */
+#define RLHF_QUALIFIED_FIELDS(F)                                                                   \
+    F(B, use_unqualified, 0, 0, 1, "also use what is marked \"qualified\": false")
+#define RLHF_JUDGED_FIELDS(F)                                                                      \
+    F(S, aspect, "", 0, 0, "the one of the records' \"aspects\" whose choice counts; "             \
+      "empty = the overall choice")                                                                \
+    RLHF_QUALIFIED_FIELDS(F)
 
 /* What samples.jsonl of a run directory holds. */
 #define RLHF_SAMPLE_FIELDS(F)                                                                      \
     F(I, sample_prompts, 16, 0, 1e4,                                                               \
       "prompts whose most likely answers, before and after, go to samples.jsonl; 0 = none")
+
+#define RLHF_SFT_FIELDS(F)                                                                         \
+    RLHF_TRAIN_FIELDS(F, 2e-5, 3, 8, 10)                                                           \
+    RLHF_QUALIFIED_FIELDS(F)                                                                       \
+    RLHF_SAMPLE_FIELDS(F)
 
 #define RLHF_RM_FIELDS(F)                                                                          \
     RLHF_TRAIN_FIELDS(F, 1e-4, 1, 8, 10)                                                           \
@@ -353,18 +366,23 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(R, temperature, 1.0, 1e-3, 1e3, "temperature of such answers")                               \
     F(S, annotator_weights, "none", 0, 0,                                                          \
       "whose judgement counts: none, majority, em, or a file that `rlhf raters --out` wrote")      \
+    F(B, annotator_temperatures, 0, 0, 1,                                                          \
+      "learn with the model how noisy each annotator's choices are")                               \
+    F(R, annotator_learning_rate, 0.05, 0, 1e3, "learning rate of these log temperatures")         \
     RLHF_EVAL_FIELDS(F)
 
 /* How preferences are evaluated. */
 #define RLHF_EVAL_FIELDS(F)                                                                        \
     F(S, slice, "", 0, 0, "further fields to report by, separated by commas")                      \
-    F(B, per_turn, 0, 0, 1, "also compare conversations at the end of each turn")
+    F(B, per_turn, 0, 0, 1, "also compare conversations at the end of each turn")                  \
+    RLHF_JUDGED_FIELDS(F)
 
 #define RLHF_RATERS_FIELDS(F)                                                                      \
     F(I, bootstrap, 1000, 0, 1e6, "bootstrap replicates for the intervals; 0 = no such intervals") \
     F(I, disputed, 10, 0, 1e6, "items with the most disagreement to list")                         \
     F(B, leave_out, 0, 0, 1,                                                                       \
       "predict each annotator from the others, by reliability and by majority")                    \
+    RLHF_JUDGED_FIELDS(F)                                                                          \
     F(I, seed, 42, 0, 9e15, "seed of the bootstrap")
 
 #define RLHF_PPO_FIELDS(F)                                                                         \
@@ -528,7 +546,8 @@ rlhf_status rlhf_eval_pairs(rlhf_model *reward, rlhf_dataset *dataset,
  * "annotator": "chosen" and "rejected", or two "answers" and "choice" (0 or "A", 1 or "B", "tie",
  * "both_bad", "skip"); optional: prompt, annotator_type (or kind), domain, item, order (the
  * answers' indices as shown, chosen being 0 and rejected 1), seconds, gold (the right answer as
- * choice names it, or true or false: this judgement is right). Judgements of the same texts and
+ * choice names it, or true or false: this judgement is right), aspects (further choices by name),
+ * qualified (false: the judgement does not count). Judgements of the same texts and
  * item are of one item; of two by one annotator the later counts; "both_bad" counts as a tie.
  *
  * *report: one JSON object. Overall and by domain, annotator_type and annotator: judgements,
@@ -570,10 +589,17 @@ rlhf_status rlhf_sft_open(rlhf_model *model, rlhf_tokenizer *tokenizer, rlhf_dat
  * language model that samples the answers by which scores are normalised, may be null (then the
  * training answers are used). annotator_weights other than "none" gives train's records the labels
  * and weights of rlhf_raters: "em" and "majority" from these records themselves, else from a file.
- */
+ * annotator_temperatures takes each record's own choice instead, and scales its margin by how noisy
+ * its annotator is found to be (rlhf_rm_temperatures). */
 rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tokenizer,
                          rlhf_dataset *train, rlhf_dataset *eval, const rlhf_rm_config *config,
                          rlhf_trainer **trainer);
+
+/* The temperatures that an rm trainer with annotator_temperatures has learned, as one JSON object,
+ * released with rlhf_free: {annotator: {"judgements", "temperature"}}, in the order of their first
+ * records. 1 is as noisy as the mean of all judgements; above it an annotator's choices tell less.
+ * An empty object where none are learned. */
+rlhf_status rlhf_rm_temperatures(rlhf_trainer *trainer, char **json);
 
 /* Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019). Rewards come from a
  * reward model, from a function, or from both (added). The reference is a copy of the policy as it

@@ -597,6 +597,54 @@ TEST(dry_runs) {
     REFUSE("$R sft --model $D/lm --data $D/none.jsonl --dry_run", 1, "none.jsonl", NULL, NULL);
 }
 
+/* Which judgements count, for all commands that read them. */
+TEST(aspects_and_qualification) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    static const char text[] =
+        "{\"prompt\":\"one\",\"answers\":[\" two\",\" nine\"],\"choice\":\"A\","
+        "\"annotator\":\"a\",\"aspects\":{\"tone\":\"B\"}}\n"
+        "{\"prompt\":\"two\",\"answers\":[\" two\",\" nine\"],\"choice\":\"B\","
+        "\"annotator\":\"b\"}\n"
+        "{\"prompt\":\"two\",\"answers\":[\" two\",\" nine\"],\"choice\":\"B\","
+        "\"annotator\":\"c\",\"aspects\":{\"tone\":\"A\"},\"qualified\":false}\n";
+    test_write("judged.jsonl", text);
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --dry_run --json", 0);
+    CHECK_NEAR(number("records"), 2, 0);
+    CHECK_NEAR(number("dropped_unqualified"), 1, 0);
+    CHECK(strstr(err, "judged.jsonl:3: dropped: by somebody not qualified") != NULL);
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --dry_run --json --use_unqualified", 0);
+    CHECK_NEAR(number("records"), 3, 0);
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --dry_run --json --aspect tone", 0);
+    CHECK_NEAR(number("records"), 1, 0);
+    CHECK_NEAR(number("dropped_other_aspect"), 1, 0);
+    CHECK(strstr(out, "one[[ nine") && strstr(err, "judged.jsonl:2: dropped: without the aspect"));
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --out $D/tone --max_steps 1 --aspect tone "
+        "--eval_data $D/judged.jsonl --normalize_samples 0 --json",
+        0);
+    CHECK_NEAR(number("records"), 1, 0);
+    CHECK_NEAR(number("eval_pairs"), 1, 0);
+    RUN("$R eval --model $D/tone --data $D/judged.jsonl --json --aspect tone --use_unqualified", 0);
+    CHECK_NEAR(number("pairs"), 2, 0);
+    RUN("$R raters --data $D/judged.jsonl --json --aspect tone", 0);
+    CHECK_NEAR(number("judgements"), 1, 0);
+    CHECK_NEAR(number("unqualified"), 1, 0);
+    static const char *const commands[] = {"rm --model $D/lm --out $D/x", "eval --model $D/tone",
+                                           "raters"};
+    for (int i = 0; i < 3; i++) {
+        char command[256];
+        snprintf(command, sizeof command, "$R %s --data $D/judged.jsonl --aspect depth",
+                 commands[i]);
+        REFUSE(command, 1, "no record has the aspect \"depth\"; there are: tone", NULL, NULL);
+    }
+    /* Temperatures at the end, by annotator. */
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --out $D/warm --max_steps 2 "
+        "--annotator_temperatures --normalize_samples 0",
+        0);
+    CHECK(strstr(out, "\nannotator_temperatures ") && strstr(out, "\nb ") && !strstr(out, "\nc "));
+    CHECK(exists("warm/annotators.json"));
+}
+
 TEST(long_records_are_counted) {
     NEED_PROGRAM();
     REQUIRE(setup());
@@ -1024,7 +1072,8 @@ TEST(interrupted_while_it_reads) {
 
 TEST_MAIN(CASE(training_commands), CASE(other_commands), CASE(help_lists_every_option),
           CASE(usage_errors), CASE(options_in_every_form), CASE(config_file),
-          CASE(containers_of_records), CASE(dry_runs), CASE(long_records_are_counted),
+          CASE(containers_of_records), CASE(dry_runs), CASE(aspects_and_qualification),
+          CASE(long_records_are_counted),
           CASE(bad_records),
           CASE(bad_weights), CASE(bad_model_directories), CASE(bad_tokenizers),
           CASE(wrong_kinds_of_models), CASE(context_overflow), CASE(unwritable_places),

@@ -114,6 +114,6 @@ printf '%-12s %s\n' "chart" "$out/chart.svg"
 printf '%-12s %s and %s\n' "reward" "$out/rm-expert" "$out/rm-lay"
 
 say "All runs on one page: curves, reward against KL, slices, answers before and after."
-run "$rlhf" report "$out"/ppo-* "$out"/rm-* "$out/sft" --raters "$out/raters.json" \
+run "$rlhf" report "$out"/ppo-*/ "$out"/rm-*/ "$out/sft" --raters "$out/raters.json" \
     --out "$out/report.html"
 printf '\nThe demo took %d seconds.\n' $((SECONDS - began))

@@ -292,6 +292,9 @@ function reading(i, value, named) {
             el("span", { class: named ? "soft" : "unseen" }, `${runs[i].name} `), number(value));
 }
 
+/* A table that may be wider than a phone moves sideways in its own box. */
+const sideways = node => el("div", { class: "sideways", tabindex: "0", role: "region", "aria-label": node.getAttribute("aria-label") }, node);
+
 /* Rows of numbers with a head; cells that are numbers stand to the right. name: for screen readers. */
 function table(name, head, rows) {
   const cell = (value, tag) => typeof value === "number" || value === null
@@ -394,8 +397,8 @@ function curves() {
                                     el("div", { class: "plots" }, rest.map(name => curve(trainer, name)))));
     if (once.length) part.append(live(el("div"), () => {
       const list = of.filter(i => !hidden.has(i));
-      return list.length ? table("Measured once", ["measured once", ...list.map(i => el("span", {}, runName(i)))],
-        once.map(name => [name, ...list.map(i => runs[i].metrics[name]?.value[0] ?? null)])) : null;
+      return list.length ? sideways(table("Measured once", ["measured once", ...list.map(i => el("span", {}, runName(i)))],
+        once.map(name => [name, ...list.map(i => runs[i].metrics[name]?.value[0] ?? null)]))) : null;
     }));
   }
 }
@@ -691,9 +694,9 @@ function commands() {
   part.append(live(el("div"), () => shown().map(i => el("article", { class: `run ${series(i)}` },
     el("h3", {}, runName(i)), el("pre", {}, runs[i].command),
     runs[i].options.length ? el("details", {}, el("summary", {}, "Options that differ from their defaults"),
-      table("Options", ["option", "value", "default", "what"], runs[i].options.map(o =>
+      sideways(table("Options", ["option", "value", "default", "what"], runs[i].options.map(o =>
         [`--${o.name}`, el("span", {}, typeof o.value === "number" ? number(o.value) : String(o.value)),
-         o.default === null ? "" : typeof o.default === "number" ? number(o.default) : String(o.default) || "\"\"", o.help]))) : null))));
+         o.default === null ? "" : typeof o.default === "number" ? number(o.default) : String(o.default) || "\"\"", o.help])))) : null))));
 }
 
 /* ---- the page ---- */

@@ -425,14 +425,15 @@ function frontier() {
     xLabel: "KL to the reference, nats per answer", nearest: "point", height: 320,
     points: i => cache[i],
     extra: i => best(i).flatMap(p => [{ x: p.kl, y: p.score - 2 * p.error }, { x: p.kl, y: p.score + 2 * p.error }]),
-    draw: f => shown().filter(i => cache[i].length).flatMap((i, place) => {
+    /* The frontiers' points are at the same KL: of many, one is labelled. */
+    draw: f => shown().filter(i => cache[i].length).flatMap((i, place, list) => {
       const b = best(i), c = cache[i], at = c.map(p => [f.x(p.x), f.y(p.y)]);
       const band = b.map(p => [f.x(p.kl), f.y(p.score + 2 * p.error)])
         .concat([...b].reverse().map(p => [f.x(p.kl), f.y(p.score - 2 * p.error)]));
       return [
         b.length ? el("path", { class: `band ${series(i)}`, d: path(band) + "Z" }) : null,
         b.length ? el("path", { class: `frontier ${series(i)}`, d: path(b.map(p => [f.x(p.kl), f.y(p.score)])) }) : null,
-        ...b.map(p => el("text", { class: `n ${series(i)}`, x: f.x(p.kl), y: f.y(p.score) + (place % 2 ? 16 : -8), "text-anchor": "middle" }, `n = ${p.n}`)),
+        ...b.filter(() => place === 0 || list.length < 3).map(p => el("text", { class: `n ${series(i)}`, x: f.x(p.kl), y: f.y(p.score) + (place % 2 ? 16 : -8), "text-anchor": "middle" }, `n = ${p.n}`)),
         el("path", { class: `path ${series(i)}`, d: path(at) }),
         ...at.map(([x, y], k) => mark(looks[i], x, y, k ? "" : "open", k === at.length - 1 ? 1.25 : 0.65)),
       ].filter(Boolean);

@@ -43,18 +43,29 @@ openmp_probe = t=$$$$(mktemp); echo 'int main(void) { return 0; }' >$$$$t.c; \
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib deps deps-ci need test test-build demo interop bench deps-bench check sanitize neon clean help
+.PHONY: all lib deps deps-ci need test test-build demo interop pages deps-pages bench deps-bench check sanitize neon clean help
 
 all: $(PROG)              ## the program, ./rlhf
 	@:
 lib: $(BUILD)/librlhf.a   ## the library, build/librlhf.a
 	@:
 
-$(PROG): rlhf.c rlhf.h | need $(BUILD)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) -DRLHF_MAIN $(COMMIT) -o $@ rlhf.c $(LIBS)
+$(PROG): rlhf.c rlhf.h $(BUILD)/page.h | need $(BUILD)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) -I$(BUILD) -DRLHF_MAIN $(COMMIT) -o $@ rlhf.c $(LIBS)
 
 $(BUILD)/rlhf.o: rlhf.c rlhf.h | need $(BUILD)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -c -o $@ rlhf.c
+
+# The pages that the program shows in a browser, as a table of names and bytes.
+PAGE_FILES = $(wildcard data/page/*.html data/page/*.css data/page/*.js)
+
+$(BUILD)/page.h: $(PAGE_FILES) | $(BUILD)
+	@{ echo 'static const struct { const char *name; const unsigned char *data; size_t size; } page_files[] = {'; \
+	for f in $(PAGE_FILES); do \
+	    echo "{\"$${f##*/}\", (const unsigned char[]){"; \
+	    od -An -v -tu1 $$f | tr -s ' ' ',' | sed 's/^,//; s/$$/,/'; \
+	    echo "0}, $$(wc -c <$$f)},"; \
+	done; echo '};'; } >$@
 
 $(BUILD)/librlhf.a: $(BUILD)/rlhf.o
 	rm -f $@
@@ -124,9 +135,10 @@ TESTFLAGS = -Wno-unused-function $(WHOLE)
 WHOLE     = $(if $(findstring clang,$(shell $(CC) --version)),,-fwhole-program)
 
 $(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.c rlhf.h | need $(BUILD)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -o $@ $< $(LIBS)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -I$(BUILD) -o $@ $< $(LIBS)
 
 $(BUILD)/test_demo: data/demo.c
+$(BUILD)/test_report: $(BUILD)/page.h
 
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
@@ -204,6 +216,39 @@ $(CACHE)/interop-%/.installed:
 $(CACHE)/interop-%/.llama.cpp: $(CACHE)/interop-%/.installed
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="$(LLAMA)" \
 	    $(@D)/bin/pip install -qq -r bench/requirements-llama.cpp.txt
+	touch $@
+
+# ---- Pages ---------------------------------------------------------------------------------------
+
+# Every test/pages_*.py (pages_tool.py is what they share) ends with "N passed, N failed"; so does the
+# whole. Screenshots stay in build/pages.
+PAGES = $(BUILD)/pages
+
+pages: deps-pages         ## the pages of `rlhf label` and `rlhf report` in headless Chromium
+	@$(MAKE) --no-print-directory all
+	@passed=0; failed=0; for s in $(filter-out %_tool.py,$(wildcard test/pages_*.py)); do \
+	    echo "$$s"; RLHF=$(abspath $(PROG)) PAGES_OUT=$(abspath $(PAGES)) \
+	        $(PAGES)/venv/bin/python $$s $(T) >$(PAGES)/log 2>&1; status=$$?; \
+	    sed 's/^/  /' $(PAGES)/log; set -- $$(tail -n 1 $(PAGES)/log); \
+	    case "$$2 $$4" in ("passed, failed") ;; (*) set -- 0 x 1;; esac; \
+	    [ $$status -eq 0 ] || [ "$$3" -gt 0 ] || set -- "$$1" x 1; \
+	    passed=$$((passed + $$1)); failed=$$((failed + $$3)); \
+	done; echo "$$passed passed, $$failed failed"; [ $$failed -eq 0 ]
+
+deps-pages: deps          ## install what pages needs: a browser, its driver, selenium
+	@want=; \
+	command -v chromium >/dev/null || want="$$want chromium"; \
+	command -v chromedriver >/dev/null || want="$$want chromium-driver"; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || want="$$want python3-venv"; \
+	[ -z "$$want" ] || { command -v apt-get >/dev/null || { echo "missing:$$want" >&2; exit 1; }; \
+	    $(call apt_install,$$want); }
+	@$(MAKE) --no-print-directory $(PAGES)/venv/.installed
+
+$(PAGES)/venv/.installed: test/requirements-pages.txt
+	@mkdir -p $(PAGES)
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -r test/requirements-pages.txt
 	touch $@
 
 # ---- Bench ---------------------------------------------------------------------------------------

@@ -38,9 +38,11 @@
  *   28 RATER (rater_)          annotators: agreement, reliability, labels from many hands
  *   29 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
  *   30 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   31 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   32 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
- *   33 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
+ *   31 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
+ *   32 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
+ *   33 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   34 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
+ *   35 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -49,7 +51,7 @@
  *
  * Embedding: compile with -ffp-contract=off; -fopenmp is optional. No -march flag is needed:
  * kernels carry their own target attributes and are chosen when a context is opened. RLHF_MAIN
- * adds the program.
+ * adds the program, which includes page.h: `make` writes it from data/page/.
  */
 
 /* ============================================================================================
@@ -11918,6 +11920,8 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
  *     run.json                          the configuration, without "resume"
  *     metrics.jsonl                     a line every logging_steps and for every evaluation
  *     runs/events.out.tfevents.*        the same for TensorBoard, with times; a file for each start
+ *     samples.jsonl                     answers to a few prompts, before and after (sft, ppo)
+ *     best_of_n.json                    what choosing the best of n answers reaches (ppo)
  *     checkpoint/trainer_state.json     where the run stands, and which of a and b counts
  *     checkpoint/a, checkpoint/b        weights and optimizer, written in turn
  *     config.json, model.safetensors    and the tokenizer's files: the model, in the end
@@ -12084,6 +12088,7 @@ typedef struct train_ops {
     const char *name;
     rlhf_config_kind kind;
     void (*step)(rlhf_trainer *t);
+    void (*begin)(rlhf_trainer *t);  /* before the first step of a run directory; may be null */
     void (*eval)(rlhf_trainer *t);   /* may be null */
     void (*finish)(rlhf_trainer *t); /* after the last step, before the model is saved; may be null
                                       */
@@ -12126,6 +12131,9 @@ struct rlhf_trainer {
     train_metric metric[TRAIN_METRICS];
     int metrics;
     char events[192]; /* the event file's name in runs/; "" until there is one */
+    int samples, sample_room, sample_stop; /* prompts of samples.jsonl, 0: there is none; tokens of
+                                              an answer; the id that ends it, -1: the model's */
+    json_t *about; /* further members of run.json, the host's; may be null */
 };
 
 /* Sets the newest value of a metric. */
@@ -12538,13 +12546,12 @@ static void train_load_state(rlhf_trainer *t) {
     t->model->score_std = (float)std;
 }
 
-/* Keeps the lines of metrics.jsonl up to the step that the run goes on from; later ones, and a line
- * cut short by a crash, are written again. */
-static void train_trim_metrics(rlhf_trainer *t, const char *path) {
-    rlhf_ctx *ctx = t->ctx;
+/* Appends to out the whole lines of a file of JSON lines up to the first one of a step above
+ * `last`, or cut short by a crash. A file that is not there has none. */
+static void train_keep_lines(rlhf_trainer *t, const char *path, int64_t last, tok_buf *out) {
     if (!io_exists(path)) return;
     size_t len, keep = 0;
-    char *text = io_read(ctx, path, IO_LIMIT, &len);
+    char *text = io_read(t->ctx, path, IO_LIMIT, &len);
     /* keep: bytes of whole lines up to that step. */
     while (keep < len) {
         char *end = memchr(text + keep, '\n', len - keep);
@@ -12552,11 +12559,22 @@ static void train_trim_metrics(rlhf_trainer *t, const char *path) {
         json_t *j = end ? json_loadb(text + keep, (size_t)(end - text) - keep, 0, &e) : NULL;
         int64_t step = json_integer_value(json_object_get(j, "step"));
         json_decref(j);
-        if (!j || step > t->step) break;
+        if (!j || step > last) break;
         keep = (size_t)(end - text) + 1;
     }
-    io_write_file(ctx, path, text, keep);
+    tok_put(out, text, keep);
     mem_free(text);
+}
+
+/* Keeps the lines of metrics.jsonl up to the step that the run goes on from; later ones are written
+ * again. */
+static void train_trim_metrics(rlhf_trainer *t, const char *path) {
+    if (!io_exists(path)) return;
+    tok_buf text = {.ctx = t->ctx};
+    tok_put(&text, "", 0);
+    train_keep_lines(t, path, t->step, &text);
+    io_write_file(t->ctx, path, text.p, text.n);
+    mem_free(text.p);
 }
 
 /* ---- TensorBoard ---- */
@@ -12675,6 +12693,93 @@ static void train_log_events(rlhf_trainer *t) {
     err_release(t->ctx);
 }
 
+/* ---- samples ---- */
+
+/* Tokens of a sequence before its first one that bears loss: the prompt. */
+static int train_prompt(const data_seq *s) {
+    int n = 0;
+    while (n < s->n && !s->loss[n]) n++;
+    return n;
+}
+
+/* Up to `most` prompts that differ, in ws, as items without key and with room for their answers.
+ * They are spread evenly over the evaluation set, else over the training set, whatever the seed, so
+ * that runs on the same file show the same prompts. A text without a prompt gives its beginning. */
+static gen_item *train_sample_prompts(rlhf_trainer *t, int most, int room, int *count) {
+    const rlhf_dataset *d = t->eval ? t->eval : t->train;
+    gen_item *item = arena_alloc(&t->ws, (size_t)(most + 1) * sizeof *item);
+    int n = 0;
+    for (int i = 0, next = 0; i < most; i++) {
+        int same = 1, at = base_max(next, (int)((int64_t)i * d->n / most));
+        for (; same && at < d->n; at++) {
+            const data_seq *s = &d->record[at].a;
+            int prompt = d->config.kind == RLHF_DATA_PROMPT ? s->n : train_prompt(s);
+            if (prompt < 2) prompt = base_max(base_min(8, s->n / 2), 1);
+            same = prompt >= t->model->c.positions;
+            for (int k = 0; k < n && !same; k++)
+                same = item[k].n_prompt == prompt &&
+                       !memcmp(item[k].prompt, s->ids, (size_t)prompt * sizeof *s->ids);
+            if (same) continue;
+            int32_t *whole = arena_alloc(&t->ws, (size_t)(prompt + room) * sizeof *whole);
+            memcpy(whole, s->ids, (size_t)prompt * sizeof *whole);
+            item[n++] = (gen_item){.prompt = whole, .n_prompt = prompt, .out = whole + prompt};
+        }
+        next = at;
+    }
+    *count = n;
+    return item;
+}
+
+/* Raw scores of n items, prompt and answer, which lie in one piece. */
+static float *train_score_items(rlhf_trainer *t, const gen_item *item, int n) {
+    const int32_t **ids = arena_alloc(&t->ws, (size_t)(n + 1) * sizeof *ids);
+    int *len = arena_alloc(&t->ws, (size_t)(n + 1) * sizeof *len);
+    float *score = arena_floats(&t->ws, (size_t)n, 1);
+    for (int i = 0; i < n; i++) {
+        ids[i] = item[i].prompt;
+        len[i] = item[i].n_prompt + item[i].n;
+    }
+    model_score_list(t->reward, &t->ws, n, ids, len, score);
+    return score;
+}
+
+/* The most likely answers (greedy, whatever the temperature of training) of the model as it is, a
+ * line each, put into samples.jsonl in place of those of this step and later ones; where there is a
+ * reward model, with its score. */
+static void train_sample(rlhf_trainer *t) {
+    rlhf_ctx *ctx = t->ctx;
+    if (!t->samples || !t->tok || !train_dir(t)) return;
+    arena_reset(&t->ws);
+    int n;
+    gen_item *item = train_sample_prompts(t, t->samples, t->sample_room, &n);
+    gen_config g = {.max_new = t->sample_room, .batch = 64, .top_p = 1, .stop = t->sample_stop};
+    gen_run(t->model, &t->ws, &g, item, n, NULL);
+    float *score = t->reward ? train_score_items(t, item, n) : NULL;
+    char *path = ckpt_path(ctx, train_dir(t), "samples.jsonl");
+    tok_buf text = {.ctx = ctx};
+    tok_put(&text, "", 0);
+    train_keep_lines(t, path, t->step - 1, &text);
+    for (int i = 0; i < n; i++) {
+        char *prompt = gen_text(t->tok, item[i].prompt, item[i].n_prompt);
+        char *answer = gen_text(t->tok, item[i].out, item[i].n);
+        json_t *j = json_hold(ctx, json_pack("{s:I,s:s,s:s,s:i,s:b}", "step", (json_int_t)t->step,
+                                             "prompt", prompt, "completion", answer, "n_tokens",
+                                             item[i].n, "finished", item[i].finished));
+        if (score)
+            json_object_set_new(j, "score", json_real((double)model_reward(t->reward, score[i])));
+        size_t len;
+        char *line = json_text(ctx, j, JSON_COMPACT, &len);
+        tok_put(&text, line, len);
+        tok_put(&text, "\n", 1);
+        err_release(ctx);
+        mem_free(line);
+        mem_free(answer);
+        mem_free(prompt);
+    }
+    io_write_file(ctx, path, text.p, text.n);
+    mem_free(text.p);
+}
+
 /* ---- opening and logging ---- */
 
 /* First contact with the run directory: its configuration, an empty metrics.jsonl, or the state to
@@ -12696,7 +12801,10 @@ static void train_open_dir(rlhf_trainer *t) {
         if (t->u.c.resume)
             log_at(ctx, RLHF_LOG_WARNING, "%s: no state to go on from; starting at step 0",
                    train_dir(t));
-        unlink(state); /* it would belong to an earlier run */
+        unlink(state); /* it would belong to an earlier run, as would these */
+        unlink(ckpt_path(ctx, train_dir(t), "samples.jsonl"));
+        unlink(ckpt_path(ctx, train_dir(t), "best_of_n.json"));
+        unlink(ckpt_path(ctx, train_dir(t), "eval.json"));
         io_write_file(ctx, metrics, "", 0);
     }
     /* The configuration of this start; a resumed run may have raised max_steps. */
@@ -12705,8 +12813,13 @@ static void train_open_dir(rlhf_trainer *t) {
     json_object_set_new(j, "trainer", json_string(t->ops->name));
     json_object_set_new(j, "dtype", json_string(ctx->half ? "bf16" : "f32"));
     json_object_set_new(j, "rlhf_version", json_string(RLHF_VERSION));
+    if (t->about) json_object_update(j, t->about);
     json_write_file(ctx, ckpt_path(ctx, train_dir(t), "run.json"), j);
     err_release(ctx);
+    if (!t->step) {
+        train_sample(t);
+        if (t->ops->begin) t->ops->begin(t);
+    }
     (void)train_open_events(t);
     err_release(ctx);
     t->fresh = 0;
@@ -12806,6 +12919,7 @@ static int train_run(rlhf_trainer *t) {
     if (train_dir(t) && !t->finished) {
         ckpt_save(t->model, train_dir(t), t->u.c.save_dtype[0] == 'b' ? 'b' : '4');
         if (t->tok) tok_save(t->tok, train_dir(t));
+        train_sample(t);
     }
     t->finished = 1;
     return 1;
@@ -12820,6 +12934,8 @@ static int train_run(rlhf_trainer *t) {
  * a batch is cut weighs in.
  * Tests: test/test_golden.c, test/test_train.c
  * ============================================================================================ */
+
+enum { SFT_SAMPLE_ROOM = 64 }; /* tokens of an answer in samples.jsonl */
 
 /* Rows of a batch whose next token bears loss, and that token: [n], in the batch's order. */
 typedef struct sft_rows {
@@ -12965,7 +13081,8 @@ static void sft_eval(rlhf_trainer *t) {
 }
 
 /* What 23 needs to know of this trainer. */
-static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, sft_eval, NULL, train_record_size};
+static const train_ops sft_ops = {"sft",    RLHF_CONFIG_SFT, sft_step,         NULL,
+                                  sft_eval, NULL,            train_record_size};
 
 /* A trainer of a language model; eval and tok may be null. Arguments are checked, weights
  * untouched. */
@@ -12975,6 +13092,9 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
     rlhf_trainer *t = train_new(model, tok, train, &sft_ops, config, sizeof *config);
     if (eval) train_check_records(model, eval);
     t->eval = eval;
+    t->samples = (int)config->sample_prompts;
+    t->sample_room = SFT_SAMPLE_ROOM;
+    t->sample_stop = -1;
     train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
     train_optimizer(t, &model, 1);
     train_plan(t);
@@ -13169,8 +13289,7 @@ static void rm_eval(rlhf_trainer *t) {
 enum { RM_SLOTS = 64 }; /* answers sampled at once */
 
 /* n answers that the starting model gives to prompts of the training data: whole sequences ids[i]
- * of len[i] tokens, in ws. Prompts are drawn without repetition as long as there are enough. A
- * prompt is what stands before the first token that bears loss. */
+ * of len[i] tokens, in ws. Prompts are drawn without repetition as long as there are enough. */
 static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     const rlhf_rm_config *c = &t->u.rm;
     arena *ws = &t->ws;
@@ -13181,8 +13300,7 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     memset(item, 0, (size_t)n * sizeof *item);
     for (int i = 0; i < n; i++) {
         const data_seq *s = &t->train->record[order[i % t->train->n]].a;
-        int prompt = 0;
-        while (prompt < s->n && !s->loss[prompt]) prompt++;
+        int prompt = train_prompt(s);
         int32_t *whole = arena_alloc(ws, (size_t)(prompt + room) * sizeof *whole);
         memcpy(whole, s->ids, (size_t)prompt * sizeof *whole);
         item[i] = (gen_item){.prompt = whole,
@@ -13273,7 +13391,7 @@ static void rm_finish(rlhf_trainer *t) {
 }
 
 /* What 23 needs to know of this trainer. */
-static const train_ops rm_ops = {"rm",    RLHF_CONFIG_RM, rm_step,
+static const train_ops rm_ops = {"rm",    RLHF_CONFIG_RM, rm_step, NULL,
                                  rm_eval, rm_finish,      rm_size};
 
 /* Numbers the annotators of the training data, each with t_a = 0. */
@@ -13602,11 +13720,21 @@ static void ppo_advantages(rlhf_trainer *t, roll_row *const *row, int n) {
     arena_restore(&t->ws, mark);
 }
 
+/* The share of an answer's runs of three tokens that stood in it before: 0 where none is repeated.
+ */
+static double ppo_repetition(const int32_t *ids, int n) {
+    int again = 0;
+    for (int i = 1; i + 3 <= n; i++)
+        for (int k = 0, same = 0; k < i && !same; k++)
+            again += same = !memcmp(ids + k, ids + i, 3 * sizeof *ids);
+    return n > 2 ? (double)again / (n - 2) : 0;
+}
+
 /* What was sampled, in TRL's names: sums over an answer's tokens, means over answers. The entropy
  * here is the sampled one, -log p; kl_exact sums over the vocabulary in every state of the
  * answers. */
 static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
-    double k1 = 0, k3 = 0, exact = 0, entropy = 0, score = 0, eos = 0, length = 0;
+    double k1 = 0, k3 = 0, exact = 0, entropy = 0, score = 0, eos = 0, length = 0, again = 0;
     for (int i = 0; i < n; i++) {
         const roll_row *r = row[i];
         for (int s = 0; s < r->n; s++) {
@@ -13619,6 +13747,7 @@ static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
         score += (double)r->score;
         eos += r->finished;
         length += r->n;
+        again += ppo_repetition(r->ids + r->n_prompt, r->n);
     }
     /* objective/kl is what the penalty is made of. */
     int use_k3 = !strcmp(t->u.ppo.kl_estimator, "k3");
@@ -13635,6 +13764,8 @@ static void ppo_rollout_metrics(rlhf_trainer *t, roll_row *const *row, int n) {
     train_put(t, "objective/kl_coef", t->kl_coef);
     train_put(t, "val/num_eos_tokens", eos);
     train_put(t, "completions/mean_length", length / n);
+    train_put(t, "completions/clipped_ratio", 1 - eos / n);
+    train_put(t, "completions/repetition", again / n);
 }
 
 /* ---- optimisation ---- */
@@ -13854,8 +13985,82 @@ static void ppo_size(const rlhf_trainer *t, train_size *z) {
     z->rollout = (size_t)c->batch_size * (4 * room * (size_t)t->model->c.d + 32 * (room + 1));
 }
 
+static int ppo_compare_floats(const void *a, const void *b) {
+    const float *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* The mean of the best of k out of n sorted scores, over all choices of k (unbiased for k further
+ * ones): score i, from 1, is the best of C(i-1, k-1) choices out of C(n, k). */
+static double ppo_mean_best(const float *score, int n, int k) {
+    double share = (double)k / n, sum = 0;
+    for (int i = n; i >= k; i--) {
+        sum += share * (double)score[i - 1];
+        share *= i > 1 ? (double)(i - k) / (i - 1) : 0;
+    }
+    return sum;
+}
+
+/* What the best of n = 1, 2, 4, ... answers of the starting policy scores, as a mean over
+ * batch_size prompts with its standard error, at KL log n - (n-1)/n (Stiennon et al. 2020; an upper
+ * bound where answers repeat): the frontier that PPO's reward at its KL is to be seen against.
+ * Answers are drawn and scored as in training. Nothing with a reward function, which is called for
+ * training only. */
+static void ppo_best_of_n(rlhf_trainer *t) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    rlhf_ctx *ctx = t->ctx;
+    int n = (int)c->best_of_n, prompts, room = (int)c->response_length;
+    if (!n || t->fn || !train_dir(t)) return;
+    arena_reset(&t->ws);
+    gen_item *first = train_sample_prompts(t, (int)c->batch_size, room, &prompts);
+    if (!prompts) return;
+    gen_item *item = arena_alloc(&t->ws, (size_t)prompts * (size_t)n * sizeof *item);
+    for (int i = 0; i < prompts * n; i++) {
+        int len = first[i / n].n_prompt;
+        int32_t *whole = arena_alloc(&t->ws, (size_t)(len + room) * sizeof *whole);
+        memcpy(whole, first[i / n].prompt, (size_t)len * sizeof *whole);
+        /* Keys far above those of episodes. */
+        item[i] = (gen_item){.prompt = whole,
+                             .n_prompt = len,
+                             .key = ((uint64_t)1 << 48) + (uint64_t)i,
+                             .out = whole + len};
+    }
+    gen_config g = {.max_new = room,
+                    .batch = (int)c->batch_size,
+                    .temperature = (float)c->temperature,
+                    .top_p = 1,
+                    .seed = (uint64_t)c->seed,
+                    .stop = (int)c->stop_token_id};
+    gen_run(t->model, &t->ws, &g, item, prompts * n, NULL);
+    float *score = train_score_items(t, item, prompts * n);
+    for (int i = 0; i < prompts * n; i++)
+        score[i] = model_reward(t->reward, score[i]) -
+                   (item[i].finished ? 0 : (float)c->missing_eos_penalty);
+    for (int i = 0; i < prompts; i++)
+        qsort(score + (size_t)i * (size_t)n, (size_t)n, sizeof *score, ppo_compare_floats);
+    json_t *j = json_hold(ctx, json_object()), *points = json_array();
+    json_object_set_new(j, "prompts", json_integer(prompts));
+    json_object_set_new(j, "answers", json_integer(n));
+    json_object_set_new(j, "points", points);
+    for (int k = 1; k <= n; k *= 2) {
+        double sum = 0, squares = 0;
+        for (int i = 0; i < prompts; i++) {
+            double best = ppo_mean_best(score + (size_t)i * (size_t)n, n, k);
+            sum += best;
+            squares += best * best;
+        }
+        double mean = sum / prompts, var = fmax(squares / prompts - mean * mean, 0);
+        json_array_append_new(
+            points, json_pack("{s:i,s:f,s:f,s:f}", "n", k, "kl", log(k) - (double)(k - 1) / k,
+                              "score", mean, "error", sqrt(var / base_max(prompts - 1, 1))));
+    }
+    json_write_file(ctx, ckpt_path(ctx, train_dir(t), "best_of_n.json"), j);
+    err_release(ctx);
+}
+
 /* What 23 needs to know of this trainer; there is no evaluation set. */
-static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, NULL, NULL, ppo_size};
+static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, ppo_best_of_n,
+                                  NULL,  NULL,            ppo_size};
 
 /* The value model: a copy of the reward model, normalisation included (Stiennon et al. 2020), or
  * the policy's trunk with a head of zeros. */
@@ -13893,6 +14098,9 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     t->fn = fn;
     t->user = user;
     t->kl_coef = config->kl_coef;
+    t->samples = (int)config->sample_prompts;
+    t->sample_room = (int)config->response_length;
+    t->sample_stop = (int)config->stop_token_id;
     train_set_length(t, config->batch_size);
     /* Copies before the policy changes: they share its base. */
     t->start = ckpt_copy_model(policy, RLHF_HEAD_LM);
@@ -14114,7 +14322,7 @@ static json_t *eval_slice_json(const eval_slice *e, double std) {
     eval_put(j, "ece", ece);
     eval_put(j, "loss", e->s.loss / n);
     eval_put(j, "length_accuracy", e->longer / n);
-    eval_put(j, "agreement", agreement);
+    eval_put_share(j, "agreement", e->agree, e->judged);
     eval_put(j, "ceiling", 0.5 + 0.5 * sqrt(fmax(2 * agreement - 1, 0)));
     if (isnan(agreement)) json_object_set_new(j, "ceiling", json_null());
     return j;
@@ -16585,7 +16793,465 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 31 CLI (cli_)
+ * MARK: - 31 PAGE (page_)
+ * The pages that the program shows in a browser. Their HTML, CSS and JavaScript are the readable
+ * files of data/page/; the build turns them into page.h, a table of names and bytes.
+ * ============================================================================================ */
+
+#include "page.h"
+
+/* The text of a file of data/page/, *size bytes; such a file is always there. */
+static const char *page_text(const char *name, size_t *size) {
+    size_t i = 0;
+    while (strcmp(page_files[i].name, name)) i++;
+    *size = page_files[i].size;
+    return (const char *)page_files[i].data;
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 32 REPORT (report_)
+ * Runs as one page: what their directories hold (23) becomes one JSON object, which the template
+ * data/page/report.html takes in beside its style and script. The page needs no other file and no
+ * network. What is drawn is decided there; what is a warning is decided here.
+ *
+ *     version, rules    texts
+ *     raters            a report of `rlhf raters`, or null
+ *     runs              a list: name, trainer, command, options (name, value, default, help),
+ *                       metrics (by name: lists step and value), eval and best_of_n (as in their
+ *                       files, or null), samples (lines of samples.jsonl), warnings, unchecked
+ *
+ * Entry: report_write.   Tests: test/test_report.c, test/pages_report.py
+ * ============================================================================================ */
+
+/* ---- files ---- */
+
+/* Calls take for every line of a file of JSON objects. A last line without its end that is no JSON
+ * was cut short, by a crash or because the run is still writing: it does not count. */
+static void report_lines(rlhf_ctx *ctx, const char *path, json_t *out,
+                         void (*take)(const json_src *src, json_t *line, json_t *out)) {
+    size_t len;
+    char *text = io_read(ctx, path, IO_LIMIT, &len);
+    json_src src = json_source(ctx, path);
+    src.status = RLHF_ERR_DATA;
+    for (size_t at = 0, n; at < len; at += n + 1) {
+        char *end = memchr(text + at, '\n', len - at);
+        json_error_t e;
+        n = end ? (size_t)(end - text) - at : len - at;
+        src.line++;
+        if (!end) {
+            json_t *whole = json_loadb(text + at, n, JSON_ALLOW_NUL, &e);
+            json_decref(whole);
+            if (!whole) {
+                log_at(ctx, RLHF_LOG_WARNING, "%s:%lld: the last line is cut short and left out",
+                       path, (long long)src.line);
+                break;
+            }
+        }
+        json_t *j = json_parse(&src, text + at, n);
+        if (!json_is_object(j)) json_bad(&src, "line", j, "an object");
+        take(&src, j, out);
+        err_release(ctx);
+    }
+    mem_free(text);
+}
+
+/* Adds a line of metrics.jsonl to {name: {"step": [], "value": []}}. */
+static void report_take_metrics(const json_src *src, json_t *line, json_t *out) {
+    json_int_t step = (json_int_t)json_need_int(src, line, "step", 0, (int64_t)1 << 53);
+    const char *name;
+    json_t *v;
+    json_object_foreach(line, name, v) {
+        if (!strcmp(name, "step")) continue;
+        if (!json_is_number(v) && !json_is_null(v)) json_bad(src, name, v, "a number or null");
+        json_t *series = json_object_get(out, name);
+        if (!series) {
+            series = json_pack("{s:[],s:[]}", "step", "value");
+            json_object_set_new(out, name, series);
+        }
+        json_t *steps = json_object_get(series, "step");
+        size_t n = json_array_size(steps);
+        if (n && json_integer_value(json_array_get(steps, n - 1)) >= step)
+            json_bad(src, "step", json_object_get(line, "step"), "more than in the lines before");
+        json_array_append_new(steps, json_integer(step));
+        json_array_append(json_object_get(series, "value"), v);
+    }
+}
+
+/* Adds a line of samples.jsonl to a list. */
+static void report_take_sample(const json_src *src, json_t *line, json_t *out) {
+    json_need_int(src, line, "step", 0, (int64_t)1 << 53);
+    if (!json_is_string(json_get(line, "prompt")))
+        json_bad(src, "prompt", json_get(line, "prompt"), "a string");
+    if (!json_is_string(json_get(line, "completion")))
+        json_bad(src, "completion", json_get(line, "completion"), "a string");
+    json_array_append(out, line);
+}
+
+/* The object in dir/name, or null if there is no such file. need, if not null: an array or object
+ * that it must have, by which its kind is known. Held in either case. */
+static json_t *report_object(rlhf_ctx *ctx, const char *path, const char *need, const char *what) {
+    if (!path || !io_exists(path)) return json_hold(ctx, json_null());
+    json_src src = json_source(ctx, path);
+    json_t *j = json_read(&src);
+    if (!json_is_object(j)) err_throw(ctx, RLHF_ERR_FORMAT, "%s: expected %s", path, what);
+    if (need && !json_is_array(json_get(j, need)) && !json_is_object(json_get(j, need)))
+        json_bad(&src, need, json_get(j, need), what);
+    return j;
+}
+
+/* The points of best_of_n.json, if there are any. */
+static json_t *report_frontier(rlhf_ctx *ctx, const char *dir) {
+    char *path = ckpt_path(ctx, dir, "best_of_n.json");
+    json_t *j = report_object(ctx, path, "points", "a list of points"), *point;
+    json_src src = json_source(ctx, path);
+    size_t i;
+    json_array_foreach(json_object_get(j, "points"), i, point) {
+        json_need_int(&src, point, "n", 1, INT_MAX);
+        json_need_real(&src, point, "kl");
+        json_need_real(&src, point, "score");
+        json_need_real(&src, point, "error");
+    }
+    return j;
+}
+
+/* ---- what was run ---- */
+
+/* Appends " --name value", the value as a shell takes it. */
+static void report_put_option(tok_buf *b, const char *name, const char *value) {
+    static const char safe[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+                               "_-./:=,+@%";
+    size_t n = strlen(value);
+    tok_put(b, " --", 3);
+    tok_put(b, name, strlen(name));
+    tok_put(b, " ", 1);
+    if (n && strspn(value, safe) == n) {
+        tok_put(b, value, n);
+        return;
+    }
+    tok_put(b, "'", 1);
+    for (size_t i = 0; i < n; i++)
+        if (value[i] == '\'') tok_put(b, "'\\''", 4);
+        else tok_put(b, value + i, 1);
+    tok_put(b, "'", 1);
+}
+
+/* Whether an option's value in run.json is the table's default. */
+static int report_is_default(const rlhf_field *f, const json_t *v) {
+    if (f->kind == 'S') return json_is_string(v) && !strcmp(json_string_value(v), f->text);
+    if (f->kind == 'B') return json_is_boolean(v) && json_is_true(v) == (f->def != 0);
+    return json_is_number(v) && json_number_value(v) == f->def;
+}
+
+/* One row of "options", also an option of the command. Takes the reference to def, which may be
+ * null. */
+static void report_add_option(rlhf_ctx *ctx, tok_buf *command, json_t *options, const char *name,
+                              json_t *v, json_t *def, const char *help) {
+    char text[64];
+    def = json_hold(ctx, def ? def : json_null());
+    if (json_is_real(v)) snprintf(text, sizeof text, "%.12g", json_number_value(v));
+    else if (!json_is_string(v)) json_show(v, text, sizeof text);
+    report_put_option(command, name, json_is_string(v) ? json_string_value(v) : text);
+    if (json_array_append_new(options, json_pack("{s:s,s:O,s:O,s:s}", "name", name, "value", v,
+                                                 "default", def, "help", help)))
+        err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+    err_release(ctx);
+}
+
+/* "command" and "options" of a run: what it read, then every option that is not at its default. */
+static void report_put_command(rlhf_ctx *ctx, json_t *out, const char *dir, const json_t *run) {
+    static const struct {
+        const char *name, *help;
+    } inputs[] = {{"model", "the model it began with"},
+                  {"init", "the shape of the new model it began with"},
+                  {"tokenizer", "the tokenizer"},
+                  {"reward", "the reward model"},
+                  {"data", "records"},
+                  {"eval_data", "records for evaluation"},
+                  {"chat_template", "how conversations are rendered"},
+                  {"dtype", "numbers that matrix products multiply"}};
+    const char *trainer = json_string_value(json_object_get(run, "trainer"));
+    const rlhf_config_kind kind = trainer[0] == 's'   ? RLHF_CONFIG_SFT
+                                  : trainer[0] == 'r' ? RLHF_CONFIG_RM
+                                                      : RLHF_CONFIG_PPO;
+    json_t *options = json_array();
+    tok_buf command = {.ctx = ctx};
+    json_object_set_new(out, "options", options);
+    tok_put(&command, "rlhf ", 5);
+    tok_put(&command, trainer, strlen(trainer));
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
+        json_t *v = json_get(run, inputs[i].name);
+        int f32 = !strcmp(inputs[i].name, "dtype");
+        if (!json_is_string(v) || (f32 && !strcmp(json_string_value(v), "f32"))) continue;
+        report_add_option(ctx, &command, options, inputs[i].name, v,
+                          f32 ? json_string("f32") : NULL, inputs[i].help);
+    }
+    for (int i = 0; i < train_tables[kind].n; i++) {
+        const rlhf_field *f = train_tables[kind].row + i;
+        json_t *v = json_get(run, f->name);
+        if (!v || report_is_default(f, v) || !strcmp(f->name, "output_dir")) continue;
+        json_t *def = f->kind == 'S'   ? json_string(f->text)
+                      : f->kind == 'B' ? json_boolean(f->def != 0)
+                                       : json_real(f->def);
+        report_add_option(ctx, &command, options, f->name, v, def, f->help);
+    }
+    report_put_option(&command, "out", dir);
+    json_object_set_new(out, "command", json_stringn(command.p, command.n));
+    mem_free(command.p);
+}
+
+/* ---- warnings ---- */
+
+/* Lines of metrics that a trend needs. */
+enum { REPORT_LINES = 10 };
+
+/* How a metric ends against how it began: means of the last and the first fifth of its lines. It
+ * has changed if they differ by more than twice the standard error of that difference. */
+typedef struct report_trend {
+    int n; /* finite values; below REPORT_LINES nothing else is known */
+    double early, late;
+    int changed;
+} report_trend;
+
+static report_trend report_trend_of(rlhf_ctx *ctx, const json_t *metrics, const char *name) {
+    const json_t *value = json_object_get(json_object_get(metrics, name), "value");
+    size_t lines = json_array_size(value);
+    double *x = mem_alloc(ctx, (lines + 1) * sizeof *x), var = 0;
+    report_trend t = {0};
+    for (size_t i = 0; i < lines; i++)
+        if (json_is_number(json_array_get(value, i)))
+            x[t.n++] = json_number_value(json_array_get(value, i));
+    if (t.n >= REPORT_LINES) {
+        int k = t.n / 5;
+        for (int i = 0; i < k; i++) t.early += x[i] / k, t.late += x[t.n - 1 - i] / k;
+        for (int i = 0; i < k; i++) {
+            double a = x[i] - t.early, b = x[t.n - 1 - i] - t.late;
+            var += (a * a + b * b) / (k - 1) / k;
+        }
+        t.changed = fabs(t.late - t.early) > 2 * sqrt(var);
+    }
+    mem_free(x);
+    return t;
+}
+
+/* What must not change while the reward rises: by more than `by`, a share of how it began or, for
+ * what is itself a share, points of it. Either direction counts for the length alone. */
+static const struct {
+    const char *metric, *what, *rule;
+    double by;
+    int relative;
+} report_drifts[] = {
+    {"completions/mean_length", "answers went from %.3g to %.3g tokens",
+     "completions/mean_length has changed by more than 20 % of what it was, up or down", 0.2, 1},
+    {"completions/repetition", "the share of repeated three-token runs went from %.3g to %.3g",
+     "completions/repetition has risen by more than 0.05", 0.05, 0},
+    {"completions/clipped_ratio", "the share of answers without an end went from %.3g to %.3g",
+     "completions/clipped_ratio has risen by more than 0.05", 0.05, 0}};
+enum { REPORT_DRIFTS = sizeof report_drifts / sizeof *report_drifts };
+
+/* An evaluation loss that ends so much above its lowest value is a warning, too. */
+#define REPORT_OVERFIT 0.02
+
+/* The rules of warnings as the page states them. */
+static json_t *report_rules(void) {
+    json_t *list = json_array();
+    json_array_append_new(
+        list, json_sprintf("Early and late are the means of the first and of the last fifth of a "
+                           "metric's lines, of which there must be %d. A metric has changed if "
+                           "late and early differ by more than twice the standard error of their "
+                           "difference.",
+                           (int)REPORT_LINES));
+    for (int i = 0; i < REPORT_DRIFTS; i++)
+        json_array_append_new(list,
+                              json_sprintf("objective/scores has risen, and %s.",
+                                           report_drifts[i].rule));
+    json_array_append_new(list, json_sprintf("The last eval_loss is more than %.0f %% above the "
+                                             "lowest one before.",
+                                             100 * REPORT_OVERFIT));
+    return list;
+}
+
+/* A warning if eval_loss rose again after its lowest value. */
+static void report_warn_overfit(const json_t *metrics, json_t *warnings) {
+    const json_t *series = json_object_get(metrics, "eval_loss");
+    const json_t *value = json_object_get(series, "value"), *step = json_object_get(series, "step");
+    size_t least = 0, i;
+    double low = INFINITY, last = NAN;
+    json_t *v;
+    json_array_foreach((json_t *)(uintptr_t)value, i, v) {
+        last = json_is_number(v) ? json_number_value(v) : NAN;
+        if (last < low) low = last, least = i;
+    }
+    if (last > low + REPORT_OVERFIT * fabs(low))
+        json_array_append_new(
+            warnings,
+            json_sprintf("eval_loss was lowest at step %lld (%.4g) and ends at %.4g: further "
+                         "training made the model worse on what it is not trained on.",
+                         (long long)json_integer_value(json_array_get(step, least)), low, last));
+}
+
+/* "warnings" of a run, and what could not be checked. */
+static void report_put_warnings(rlhf_ctx *ctx, json_t *out) {
+    const char *trainer = json_string_value(json_object_get(out, "trainer"));
+    const json_t *metrics = json_object_get(out, "metrics");
+    json_t *warnings = json_array(), *unchecked = json_array();
+    json_object_set_new(out, "warnings", warnings);
+    json_object_set_new(out, "unchecked", unchecked);
+    report_warn_overfit(metrics, warnings);
+    if (strcmp(trainer, "ppo")) return;
+    report_trend reward = report_trend_of(ctx, metrics, "objective/scores");
+    for (int i = 0; i < REPORT_DRIFTS; i++) {
+        report_trend t = report_trend_of(ctx, metrics, report_drifts[i].metric);
+        if (base_min(t.n, reward.n) < REPORT_LINES) {
+            json_array_append_new(unchecked,
+                                  json_sprintf("%s: %d lines of it, %d of objective/scores",
+                                               report_drifts[i].metric, t.n, reward.n));
+            continue;
+        }
+        double change = t.late - t.early;
+        if (report_drifts[i].relative) change = fabs(change) / fmax(fabs(t.early), 1e-12);
+        if (!reward.changed || reward.late < reward.early || !t.changed ||
+            change <= report_drifts[i].by)
+            continue;
+        char what[160];
+        snprintf(what, sizeof what, report_drifts[i].what, t.early, t.late);
+        json_array_append_new(warnings,
+                              json_sprintf("The reward rose from %.3g to %.3g while %s.",
+                                           reward.early, reward.late, what));
+    }
+}
+
+/* ---- a run ---- */
+
+/* Everything about one run directory, held. */
+static json_t *report_run(rlhf_ctx *ctx, const char *dir) {
+    char *path = ckpt_path(ctx, dir, "run.json");
+    if (!io_exists(path))
+        err_throw(ctx, RLHF_ERR_IO,
+                  "%s: not a run directory: there is no run.json in it, which rlhf sft, rm and ppo "
+                  "write",
+                  dir);
+    json_src src = json_source(ctx, path);
+    json_t *out = json_hold(ctx, json_object()), *run = json_read(&src);
+    if (!json_is_object(run)) err_throw(ctx, RLHF_ERR_FORMAT, "%s: expected an object", path);
+    const char *trainer = json_need_str(&src, run, "trainer");
+    if (!base_is_choice("sft|rm|ppo", trainer))
+        json_bad(&src, "trainer", json_get(run, "trainer"), "sft, rm or ppo");
+    json_object_set_new(out, "trainer", json_string(trainer));
+    report_put_command(ctx, out, dir, run);
+    err_release(ctx);
+    json_t *metrics = json_object(), *samples = json_array();
+    json_object_set_new(out, "metrics", metrics);
+    json_object_set_new(out, "samples", samples);
+    report_lines(ctx, ckpt_path(ctx, dir, "metrics.jsonl"), metrics, report_take_metrics);
+    path = ckpt_path(ctx, dir, "samples.jsonl");
+    if (io_exists(path)) report_lines(ctx, path, samples, report_take_sample);
+    json_object_set(out, "best_of_n", report_frontier(ctx, dir));
+    err_release(ctx);
+    json_object_set(out, "eval", report_object(ctx, ckpt_path(ctx, dir, "eval.json"), NULL,
+                                               "an object, as `rlhf eval --json` prints it"));
+    err_release(ctx);
+    report_put_warnings(ctx, out);
+    return out;
+}
+
+/* The last part of a path, *len bytes. */
+static const char *report_base(const char *dir, size_t *len) {
+    size_t end = strlen(dir), at;
+    while (end > 1 && dir[end - 1] == '/') end--;
+    for (at = end; at && dir[at - 1] != '/';) at--;
+    *len = end - at;
+    return dir + at;
+}
+
+/* Runs are called by the last part of their paths, or by the whole where others end in the same. */
+static void report_put_names(json_t *runs, const char *const *dirs, int n) {
+    for (int i = 0; i < n; i++) {
+        size_t len, other;
+        const char *name = report_base(dirs[i], &len);
+        int same = 0;
+        for (int k = 0; k < n; k++) {
+            const char *base = report_base(dirs[k], &other);
+            same += len == other && !memcmp(name, base, len);
+        }
+        json_object_set_new(json_array_get(runs, (size_t)i), "name",
+                            same > 1 ? json_string(dirs[i]) : json_stringn(name, len));
+    }
+}
+
+/* ---- the page ---- */
+
+/* Everything that the page shows, held. raters: a report of `rlhf raters --json`, may be null. */
+static json_t *report_collect(rlhf_ctx *ctx, const char *const *dirs, int n, const char *raters) {
+    json_t *data = json_hold(ctx, json_object()), *runs = json_array();
+    json_object_set_new(data, "version", json_string(RLHF_VERSION));
+    json_object_set_new(data, "rules", report_rules());
+    json_object_set_new(data, "runs", runs);
+    for (int i = 0; i < n; i++) {
+        json_array_append(runs, report_run(ctx, dirs[i]));
+        err_release(ctx);
+    }
+    report_put_names(runs, dirs, n);
+    if (raters && !io_exists(raters)) io_fail(ctx, "read", raters, ENOENT);
+    json_object_set(data, "raters", report_object(ctx, raters, "annotator",
+                                                  "what `rlhf raters --json` prints"));
+    err_release(ctx);
+    return data;
+}
+
+/* Writes JSON such that a browser finds no tag in it: '<' stands only inside of strings. */
+static void report_put_data(io_file *f, const char *text, size_t n) {
+    for (size_t at = 0; at < n;) {
+        const char *mark = memchr(text + at, '<', n - at);
+        size_t len = mark ? (size_t)(mark - text) - at : n - at;
+        io_write(f, text + at, len);
+        if (mark) io_write(f, "\\u003c", 6);
+        at += len + (mark != NULL);
+    }
+}
+
+/* Writes the page of n run directories as a whole file. *warnings becomes their number; the log
+ * tells each. The template's {{NAME}} are the other files of the page, {{data}} is the JSON. */
+static void report_write(rlhf_ctx *ctx, const char *const *dirs, int n, const char *raters,
+                         const char *path, int *warnings) {
+    json_t *data = report_collect(ctx, dirs, n, raters), *run, *text;
+    size_t i, k, size, len;
+    *warnings = 0;
+    json_array_foreach(json_object_get(data, "runs"), i, run)
+        json_array_foreach(json_object_get(run, "warnings"), k, text) {
+            log_at(ctx, RLHF_LOG_WARNING, "%s: %s", dirs[i], json_string_value(text));
+            ++*warnings;
+        }
+    char *json = json_text(ctx, data, JSON_COMPACT, &len);
+    const char *at = page_text("report.html", &size), *end = at + size, *mark;
+    io_file *f = io_create(ctx, path);
+    for (; at < end; at = mark) {
+        const char *open = at, *part;
+        while (open + 1 < end && (open[0] != '{' || open[1] != '{')) open++;
+        mark = open + 1 < end ? strstr(open, "}}") : NULL;
+        if (!mark) break;
+        io_write(f, at, (size_t)(open - at));
+        char *name = mem_strndup(ctx, open + 2, (size_t)(mark - open) - 2);
+        if (!strcmp(name, "data")) report_put_data(f, json, len);
+        else part = page_text(name, &size), io_write(f, part, size);
+        mem_free(name);
+        mark += 2;
+    }
+    io_write(f, at, (size_t)(end - at));
+    io_commit(f);
+    mem_free(json);
+    err_release(ctx);
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 33 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -16605,6 +17271,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
     X(reward, "DIR", "reward model directory")                                                     \
     X(ref, "DIR", "reference model: also report KL to it (default none)")                          \
     X(prompt, "TEXT", "the prompt; default: one prompt a line from standard input")                \
+    X(raters, "FILE", "what `rlhf raters --json` printed, to show annotators (default none)")      \
     X(train, "FILE", "text to learn the vocabulary from; more files may follow")                   \
     X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
     X(gguf, "TYPE", "how numbers are stored: " GGUF_KINDS " (norms and biases always f32)")        \
@@ -16672,7 +17339,8 @@ typedef struct cli {
     int n_more;
     cli_config config;
     uint64_t set; /* rows of the configuration's table that the command line named */
-    json_t *file; /* --config */
+    json_t *file;  /* --config */
+    json_t *about; /* what run.json says besides the configuration */
     rlhf_ctx *ctx;
     int tty, line; /* a progress line stands on the terminal */
     int drops;     /* records that --dry_run told of */
@@ -17145,8 +17813,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
         if (code) return code;
         i += took && !eq;
     }
-    if (c->n_more && !c->v[O_train] && strcmp(c->cmd->name, "bench") &&
-        strcmp(c->cmd->name, "raters"))
+    if (c->n_more && !c->v[O_train] && !base_is_choice("bench|raters|report", c->cmd->name))
         return cli_fail(c, "%s: unexpected argument \"%s\"", c->cmd->name, argv[0]), 2;
     return cli_take_file(c);
 }
@@ -17156,7 +17823,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 32 TALK (talk_)
+ * MARK: - 34 TALK (talk_)
  * A conversation in the terminal. A line of standard input is a turn of the user; the answer is
  * shown as its tokens come. Between turns only texts are kept: each answer starts from the whole
  * conversation anew, as `rlhf generate` would from a record of it.
@@ -17359,7 +18026,7 @@ static int talk_run(talk *t, long long most) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 33 COMMAND (cli_ main)
+ * MARK: - 35 COMMAND (cli_ main)
  * What each command does: it opens what its options name, calls the public functions of rlhf.h
  * and prints what they found. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
@@ -17427,6 +18094,20 @@ static void cli_set_hash(json_t *j, rlhf_model *m) {
         json_object_set_new(j, "weights_hash", json_string(hash));
 }
 
+/* Writes a text as a whole file, or leaves what is there. */
+static rlhf_status cli_write_file(cli *c, const char *path, const char *text) {
+    API_ENTER(c->ctx);
+    io_write_file(c->ctx, path, text, strlen(text));
+    API_LEAVE();
+}
+
+/* The same for a file in a directory. */
+static rlhf_status cli_write_in(cli *c, const char *dir, const char *name, const char *text) {
+    API_ENTER(c->ctx);
+    io_write_file(c->ctx, ckpt_path(c->ctx, dir, name), text, strlen(text));
+    API_LEAVE();
+}
+
 /* ---- training commands ---- */
 
 /* What a run will take, as a table and (out not null) as an object of bytes. */
@@ -17450,8 +18131,15 @@ static void cli_show_memory(cli *c, const rlhf_trainer *t, json_t *out) {
     }
 }
 
-/* Runs a trainer; *out becomes its last metrics. */
+/* Runs a trainer; *out becomes its last metrics. The run directory is told what the command was
+ * given, in the options' names, so that `--config run.json` does the same again. */
 static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset *d, json_t **out) {
+    static const int told[] = {O_model,  O_init, O_tokenizer, O_reward,
+                               O_data,   O_eval_data, O_chat_template};
+    c->about = t->about = json_object();
+    for (size_t i = 0; i < sizeof told / sizeof *told; i++)
+        if (c->v[told[i]])
+            json_object_set_new(c->about, cli_options[told[i]].name, json_string(c->v[told[i]]));
     if (!c->v[O_quiet])
         fprintf(stderr, "rlhf: %d records, %lld tokens, %lld steps\n", rlhf_dataset_count(d),
                 (long long)rlhf_dataset_tokens(d), (long long)rlhf_trainer_steps_total(t));
@@ -17724,6 +18412,7 @@ static int cli_rm(cli *c) {
                                .use_unqualified = cfg->use_unqualified};
         CLI_TRY(rlhf_eval_pairs(m, eval, &by, &text));
         json_t *e = json_loads(text, 0, NULL), *v;
+        CLI_TRY(cli_write_in(c, c->v[O_out], "eval.json", text));
         rlhf_free(c->ctx, text);
         const char *key;
         char name[64];
@@ -17772,13 +18461,6 @@ static int cli_ppo(cli *c) {
 }
 
 /* ---- the other commands ---- */
-
-/* Writes a text as a whole file, or leaves what is there. */
-static rlhf_status cli_write_file(cli *c, const char *path, const char *text) {
-    API_ENTER(c->ctx);
-    io_write_file(c->ctx, path, text, strlen(text));
-    API_LEAVE();
-}
 
 static int cli_put_line(FILE *f, json_t *j) {
     char *text = json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(9));
@@ -18038,6 +18720,27 @@ static int cli_raters(cli *c) {
     return cli_results(c, j);
 }
 
+static rlhf_status cli_write_report(cli *c, int *warnings) {
+    API_ENTER(c->ctx);
+    report_write(c->ctx, (const char *const *)c->more, c->n_more, c->v[O_raters], c->v[O_out],
+                 warnings);
+    API_LEAVE();
+}
+
+static int cli_report(cli *c) {
+    int warnings;
+    if (!c->n_more)
+        return cli_fail(c, "report: no run: give one or more directories that rlhf sft, rm or ppo "
+                           "wrote"),
+               2;
+    CLI_NEED(out);
+    CLI_TRY(cli_write_report(c, &warnings));
+    json_t *j = json_pack("{s:s,s:i,s:i}", "out", c->v[O_out], "runs", c->n_more, "warnings",
+                          warnings);
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
 static int cli_tokenize(cli *c) {
     rlhf_tokenizer *tok;
     int n, count, cap = 0;
@@ -18260,6 +18963,9 @@ static const cli_command cli_commands[] = {
      "--data prefs.jsonl [FILE...] [--reward RM_DIR] [--out labels.jsonl]",
      CLI_COMMON | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) | CLI_BIT(out),
      RLHF_CONFIG_RATERS, cli_raters},
+    {"report", "runs as one page for a browser: curves, slices, answers, warnings",
+     "RUN... --out report.html [--raters FILE]",
+     CLI_COMMON | CLI_BIT(raters) | CLI_BIT(out), -1, cli_report},
     {"export", "a file for llama.cpp, or an adapter merged into its base",
      "--model DIR [--gguf TYPE --out FILE.gguf | --merge --out DIR]",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(merge) |
@@ -18335,6 +19041,7 @@ int main(int argc, char **argv) {
     code = c.cmd->run(&c);
     rlhf_close(c.ctx);
     json_decref(c.file);
+    json_decref(c.about);
     return code;
 }
 

@@ -363,9 +363,15 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
       "empty = the overall choice")                                                                \
     RLHF_QUALIFIED_FIELDS(F)
 
+/* What samples.jsonl of a run directory holds. */
+#define RLHF_SAMPLE_FIELDS(F)                                                                      \
+    F(I, sample_prompts, 16, 0, 1e4,                                                               \
+      "prompts whose most likely answers, before and after, go to samples.jsonl; 0 = none")
+
 #define RLHF_SFT_FIELDS(F)                                                                         \
     RLHF_TRAIN_FIELDS(F, 2e-5, 3, 8, 10)                                                           \
-    RLHF_QUALIFIED_FIELDS(F)
+    RLHF_QUALIFIED_FIELDS(F)                                                                       \
+    RLHF_SAMPLE_FIELDS(F)
 
 #define RLHF_RM_FIELDS(F)                                                                          \
     RLHF_TRAIN_FIELDS(F, 1e-4, 1, 8, 10)                                                           \
@@ -422,7 +428,10 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
       "advantages get mean 0 and variance 1 over the batch of episodes")                           \
     F(S, reward_at, "eos", "eos|p1", 0,                                                            \
       "token that bears the score: the last one, or the one after it")                             \
-    F(B, shuffle_minibatches, 1, 0, 1, "a new order of episodes for each pass")
+    F(B, shuffle_minibatches, 1, 0, 1, "a new order of episodes for each pass")                    \
+    RLHF_SAMPLE_FIELDS(F)                                                                          \
+    F(I, best_of_n, 16, 0, 1e4,                                                                    \
+      "answers of the first policy to each of batch_size prompts, for best_of_n.json; 0 = none")
 
 #define RLHF_GENERATE_FIELDS(F)                                                                    \
     F(I, max_new_tokens, 64, 1, 1e6, "longest continuation in tokens")                             \

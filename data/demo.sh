@@ -112,4 +112,8 @@ say "The result."
 "$tool" chart "$out/summary.json" "$out/chart.svg"
 printf '%-12s %s\n' "chart" "$out/chart.svg"
 printf '%-12s %s and %s\n' "reward" "$out/rm-expert" "$out/rm-lay"
+
+say "All runs on one page: curves, reward against KL, slices, answers before and after."
+run "$rlhf" report "$out"/ppo-*/ "$out"/rm-*/ "$out/sft" --raters "$out/raters.json" \
+    --out "$out/report.html"
 printf '\nThe demo took %d seconds.\n' $((SECONDS - began))

@@ -198,6 +198,23 @@ static bool setup_rm(void) {
 
 /* ---- what works ------------------------------------------------------------------------------ */
 
+/* Lines of answers before the first step, then as many after the last one, to the same prompts. */
+static void check_samples(const char *name, int last, int prompts) {
+    char *text = slurp(test_path(name), NULL), first[16][64] = {{0}};
+    int n = 0;
+    for (char *line = text ? strtok(text, "\n") : NULL; line; line = strtok(NULL, "\n"), n++) {
+        json_t *j = json_loads(line, 0, NULL);
+        const char *prompt = json_string_value(json_object_get(j, "prompt"));
+        CHECK_EQ_I(json_integer_value(json_object_get(j, "step")), n < prompts ? 0 : last);
+        CHECK(json_is_string(json_object_get(j, "completion")));
+        if (prompt && n < prompts) snprintf(first[n], sizeof first[n], "%s", prompt);
+        else if (prompt && n < 2 * prompts) CHECK(!strncmp(first[n - prompts], prompt, 63));
+        json_decref(j);
+    }
+    CHECK_EQ_I(n, 2 * prompts);
+    free(text);
+}
+
 TEST(training_commands) {
     NEED_PROGRAM();
     test_write("corpus.txt", corpus);
@@ -247,6 +264,24 @@ TEST(training_commands) {
                          "val/ratio val/num_eos_tokens lr episode weights_hash out");
     CHECK_NEAR(number("episode"), 8, 0);
     CHECK(exists("ppo/model.safetensors"));
+    /* Answers before and after to the same prompts; what the reward model finds on held-out pairs;
+     * the command itself, to be run again. */
+    check_samples("ppo/samples.jsonl", 2, 3);
+    check_samples("sft/samples.jsonl", 3, 5);
+    CHECK(exists("rm/eval.json") && exists("ppo/best_of_n.json") && !exists("rm/samples.jsonl"));
+    RUN("$R ppo --config $D/ppo/run.json --out $D/again --quiet", 0);
+    CHECK(same_files("ppo/model.safetensors", "again/model.safetensors"));
+    CHECK(same_files("ppo/samples.jsonl", "again/samples.jsonl"));
+    CHECK(same_files("ppo/best_of_n.json", "again/best_of_n.json"));
+    RUN("$R report $D/sft $D/rm $D/ppo --out $D/report.html --json", 0);
+    CHECK_NEAR(number("runs"), 3, 0);
+    CHECK(exists("report.html"));
+    RUN("$R report $D/sft $D/tok --out $D/report.html", 1);
+    CHECK(strstr(err, "tok: not a run directory") != NULL);
+    RUN("$R report $D/sft", 2);
+    CHECK(strstr(err, "--out PATH is missing") != NULL);
+    RUN("$R report --out $D/report.html", 2);
+    CHECK(strstr(err, "report: no run") != NULL);
     /* Without --json the results are lines. */
     RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/x --max_steps 1 --quiet", 0);
     CHECK(strstr(out, "loss") && !strchr(out, '{'));
@@ -989,12 +1024,16 @@ static void interrupt(const char *command, const char *extra) {
     snprintf(line, sizeof line, "$R %s %s --out $D/cut --resume", command, extra);
     RUN(line, 0);
     CHECK(strstr(err, "going on from step") != NULL);
-    static const char *const files[] = {"model.safetensors", "metrics.jsonl", "config.json"};
-    for (int i = 0; i < 3; i++) {
+    static const char *const files[] = {"model.safetensors", "metrics.jsonl", "config.json",
+                                        "samples.jsonl", "best_of_n.json"};
+    for (int i = 0; i < 5; i++) {
         char a[64], b[64];
         snprintf(a, sizeof a, "whole/%s", files[i]);
         snprintf(b, sizeof b, "cut/%s", files[i]);
-        if (!same_files(a, b)) test_fail(__FILE__, __LINE__, "%s and %s differ", a, b);
+        /* A reward model answers nothing, and only PPO measures the best of n. */
+        int there = i < 3 || !strncmp(command, "ppo", 3) || (i == 3 && !strncmp(command, "sft", 3));
+        CHECK_EQ_I(exists(a), there);
+        if (there && !same_files(a, b)) test_fail(__FILE__, __LINE__, "%s and %s differ", a, b);
     }
     CHECK(count_lines("cut/metrics.jsonl") > 20);
 }

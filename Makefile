@@ -50,8 +50,13 @@ all: $(PROG)              ## the program, ./rlhf
 lib: $(BUILD)/librlhf.a   ## the library, build/librlhf.a
 	@:
 
+# What only the program needs. HTTP= builds it without libmicrohttpd: `rlhf label` then has --tty only.
+HTTP        = yes
+MAIN_CFLAGS = -I$(BUILD) -DRLHF_MAIN $(if $(HTTP),$(shell pkg-config --cflags libmicrohttpd),-DRLHF_NO_HTTP)
+MAIN_LIBS   = $(if $(HTTP),$(shell pkg-config --libs libmicrohttpd))
+
 $(PROG): rlhf.c rlhf.h $(BUILD)/page.h | need $(BUILD)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) -I$(BUILD) -DRLHF_MAIN $(COMMIT) -o $@ rlhf.c $(LIBS)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) $(MAIN_CFLAGS) $(COMMIT) -o $@ rlhf.c $(LIBS) $(MAIN_LIBS)
 
 $(BUILD)/rlhf.o: rlhf.c rlhf.h | need $(BUILD)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -c -o $@ rlhf.c
@@ -79,6 +84,7 @@ $(BUILD):
 # What to look for, and what it is called by Debian and by Homebrew ("-": not packaged there).
 PACKAGES = jansson:libjansson-dev:jansson libpcre2-8:libpcre2-dev:pcre2 \
            libutf8proc:libutf8proc-dev:utf8proc zlib:zlib1g-dev:zlib \
+           $(if $(HTTP),libmicrohttpd:libmicrohttpd-dev:libmicrohttpd) \
            stb/stb_ds.h:libstb-dev:-
 
 # $(call missing,N): a shell command that prints what is not there, by its N-th name. Without
@@ -139,6 +145,10 @@ $(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.c rlhf.h | need $(BUILD)
 
 $(BUILD)/test_demo: data/demo.c
 $(BUILD)/test_report: $(BUILD)/page.h
+
+# This one tests the program from inside.
+$(BUILD)/test_label: $(BUILD)/page.h
+$(BUILD)/test_label: LIBS += $(MAIN_LIBS) -I$(BUILD)
 
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
@@ -331,7 +341,7 @@ $(SYSROOT)/.unpacked:
 	@touch $@
 
 neon: deps-ci $(SYSROOT)/.unpacked  ## cross-build for aarch64, run the kernel tests under qemu
-	@$(MAKE) --no-print-directory -j$(JOBS) $(ARM)/rlhf $(NEON_RUN) BUILD=$(ARM) PROG=$(ARM)/rlhf NEED=no \
+	@$(MAKE) --no-print-directory -j$(JOBS) $(ARM)/rlhf $(NEON_RUN) BUILD=$(ARM) PROG=$(ARM)/rlhf NEED=no HTTP= \
 	    CC=$(CROSS)gcc OPENMP=-fopenmp PKG_CFLAGS="-isystem $(SYSROOT)/usr/include" \
 	    PKG_LIBS="-L$(SYSROOT)/usr/lib/aarch64-linux-gnu -ljansson -lpcre2-8 -lutf8proc -lz"
 	@$(QEMU) $(ARM)/rlhf info

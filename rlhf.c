@@ -40,9 +40,13 @@
  *   30 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
  *   31 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
  *   32 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
- *   33 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   34 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
- *   35 COMMAND (cli_ main)     the program's commands; only under RLHF_MAIN
+ *   33 LABEL (label_)          judgements of people: who is asked what, the file that keeps them
+ *   34 POOL (label_)           what there is to judge, and who judges; only under RLHF_MAIN, as 33
+ *   35 SERVE (serve_)          the page for browsers, the terminal; only under RLHF_MAIN
+ *   36 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   37 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
+ *   38 STAGE (cli_)            the commands that train; only under RLHF_MAIN
+ *   39 COMMAND (cli_ main)     the program's other commands, main; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -613,6 +617,7 @@ enum {
     RNG_BOOTSTRAP,  /* resampled items */
     RNG_LORA,       /* initial adapters; index = position in the flat parameter array */
     RNG_DROPOUT,    /* what adapters do not see; the seed mixes step and layer */
+    RNG_LABEL,      /* what annotators are shown, and in which order */
     RNG_SAMPLE = 64 /* sampling: RNG_SAMPLE + a key of the sample; index = position in the answer */
 };
 
@@ -11232,36 +11237,42 @@ static data_seq data_whole(const data_reader *r, const data_form *f, int is_answ
     return s;
 }
 
-/* The text of the prompt, a block: a text as it is, or turns up to where the assistant's next one
- * begins. *special: as in tok_encode. */
-static char *data_prompt_text(const data_reader *r, const data_form *f, int *special) {
-    rlhf_ctx *ctx = r->d->ctx;
-    data_chat c = {0}, other = {0};
-    *special = 1;
-    if (json_is_string(f->prompt.v)) return mem_strdup(ctx, json_string_value(f->prompt.v));
-    if (f->shared) return mem_strndup(ctx, json_string_value(f->answer[0].v), f->shared);
-    if (f->whole.v && f->system) data_chat_add(r, &c, "system", f->system);
-    if (f->whole.v) data_chat_read(r, &c, f->whole);
-    else data_prompt_turns(r, f, &c);
-    if (f->whole.v && c.n && data_is_answer(&c.message[c.n - 1])) c.n--;
-    /* The turns with which all of the conversations begin. */
-    if (!c.n && f->n > 1 && json_is_array(f->answer[0].v)) {
-        data_chat_read(r, &c, f->answer[0]);
+/* Appends the turns of the prompt of a record whose prompt is not a text: those of its prompt, all
+ * before the last answer of a conversation, or those with which all of its answers begin. */
+static void data_prompt_chat(const data_reader *r, const data_form *f, data_chat *c) {
+    data_chat other = {0};
+    if (f->whole.v && f->system) data_chat_add(r, c, "system", f->system);
+    if (f->whole.v) data_chat_read(r, c, f->whole);
+    else data_prompt_turns(r, f, c);
+    if (f->whole.v && c->n && data_is_answer(&c->message[c->n - 1])) c->n--;
+    if (!c->n && f->n > 1 && json_is_array(f->answer[0].v)) {
+        data_chat_read(r, c, f->answer[0]);
         for (int i = 1; i < f->n; i++) {
             int k = 0;
             other.n = 0;
             data_chat_read(r, &other, f->answer[i]);
-            while (k < c.n && k < other.n && !strcmp(c.message[k].role, other.message[k].role) &&
-                   !strcmp(c.message[k].content, other.message[k].content))
+            while (k < c->n && k < other.n && !strcmp(c->message[k].role, other.message[k].role) &&
+                   !strcmp(c->message[k].content, other.message[k].content))
                 k++;
-            c.n = k;
+            c->n = k;
         }
     }
-    if (!c.n) data_bad(r, "missing \"prompt\"");
+    if (!c->n) data_bad(r, "missing \"prompt\"");
+    mem_free(other.message);
+}
+
+/* The text of the prompt, a block: a text as it is, or turns up to where the assistant's next one
+ * begins. *special: as in tok_encode. */
+static char *data_prompt_text(const data_reader *r, const data_form *f, int *special) {
+    rlhf_ctx *ctx = r->d->ctx;
+    data_chat c = {0};
+    *special = 1;
+    if (json_is_string(f->prompt.v)) return mem_strdup(ctx, json_string_value(f->prompt.v));
+    if (f->shared) return mem_strndup(ctx, json_string_value(f->answer[0].v), f->shared);
+    data_prompt_chat(r, f, &c);
     *special = data_chat_is_text(r);
     char *text = data_chat_text(r, &c, 1, NULL, NULL);
     mem_free(c.message);
-    mem_free(other.message);
     return text;
 }
 
@@ -11986,10 +11997,9 @@ static const struct {
     [RLHF_CONFIG_RATERS] = {train_raters_fields,
                             sizeof train_raters_fields / sizeof *train_raters_fields}};
 
-/* Writes the defaults of a table into its struct. */
-static void train_defaults(rlhf_config_kind kind, void *config) {
-    for (int i = 0; i < train_tables[kind].n; i++) {
-        const rlhf_field *f = train_tables[kind].row + i;
+/* Writes the defaults of n fields into their struct. */
+static void train_fill(const rlhf_field *f, int n, void *config) {
+    for (const rlhf_field *end = f + n; f < end; f++) {
         char *at = (char *)config + f->offset;
         int64_t integer = (int64_t)f->def;
         int boolean = (int)f->def;
@@ -12000,6 +12010,11 @@ static void train_defaults(rlhf_config_kind kind, void *config) {
         default: memcpy(at, &f->text, sizeof f->text); break;
         }
     }
+}
+
+/* The same for a table. */
+static void train_defaults(rlhf_config_kind kind, void *config) {
+    train_fill(train_tables[kind].row, train_tables[kind].n, config);
 }
 
 /* A field's value, of kind I, R or B; integers in a configuration are exact as doubles (< 2^53). */
@@ -17251,7 +17266,1870 @@ static void report_write(rlhf_ctx *ctx, const char *const *dirs, int n, const ch
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 33 CLI (cli_)
+ * MARK: - 33 LABEL (label_)
+ * Judgements of people: what there is to judge, who judges it, what comes next for whom, and the
+ * file that keeps what they said. How they are asked, by browser or terminal, is 34's.
+ *
+ * The file is the state. Each judgement is one line, on the disk before anybody is told so; what is
+ * done, whom to ask what, and who is qualified are found again from the file, so that a program
+ * that was killed goes on. Half a line at its end, which nobody was told of, is cut off. Beside the
+ * file lie OUT.tokens, the links, and OUT.items, what was sampled.
+ *
+ * An item is a prompt with two answers, or a prompt to write for. Its id is a hash of its texts.
+ * Which answer an annotator sees first, and when a gold item comes, are functions of seed, name and
+ * id or count; nothing is drawn that a restart would draw again.
+ *
+ * Memory is malloc's and jansson's, since most of it outlives the calls of the library.
+ * Entry: label_open, label_next, label_judge, label_undo, label_sync; label_sample.
+ * Invariant: what label_sync was called after is on the disk; the file holds whole lines.
+ * Tests: test/test_label.c
+ * ============================================================================================ */
+
+#include <sys/file.h>
+
+#define LABEL_FIELDS(F)                                                                            \
+    F(S, prompts, "", 0, 0, "records whose prompts --model answers (task write: people do)")       \
+    F(S, pairs, "", 0, 0, "records with answers: preferences, or a prompt and \"answers\"")        \
+    F(S, model2, "", 0, 0, "second checkpoint: half of the answers are its")                       \
+    F(I, num_answers, 2, 2, 16, "answers sampled for each prompt; all pairs of them are judged")   \
+    F(I, max_new_tokens, 64, 1, 1e6, "longest sampled answer in tokens")                           \
+    F(R, temperature, 1.0, 0, 1e3, "temperature of sampling")                                      \
+    F(I, top_k, 0, 0, 1e9, "sample among the k most likely tokens; 0 = all")                       \
+    F(R, top_p, 1.0, 1e-6, 1, "sample among the most likely tokens that hold this share")          \
+    F(I, batch_size, 8, 1, 1e6, "answers sampled at once, while the page is served")               \
+    F(S, annotators, "", 0, 0,                                                                     \
+      "JSON list of objects with name and, if wanted, kind, domains and token")                    \
+    F(S, annotator, "me", 0, 0, "who judges, without --annotators or with --tty")                  \
+    F(S, task, "compare", "compare|write", 0, "judge two answers, or write one")                   \
+    F(B, draft, 0, 0, 1, "task write: --model drafts an answer to correct")                        \
+    F(I, per_item, 1, 1, 1e6, "judgements of each item, by as many people")                        \
+    F(S, gold, "", 0, 0, "records with the right answer, mixed in")                                \
+    F(I, gold_every, 10, 2, 1e6, "one item in so many is a gold one, or more where items are few") \
+    F(S, qualify, "", 0, 0,                                                                        \
+      "N:SHARE: first N gold items in a domain; judgements count once SHARE of them are right")    \
+    F(S, aspects, "", 0, 0, "also compare by these, separated by commas: accuracy,nuance,safety")  \
+    F(S, guidelines, "", 0, 0, "text file that annotators can read beside the items")              \
+    F(S, host, "127.0.0.1", 0, 0,                                                                  \
+      "address to listen on; by default other machines cannot reach it")                           \
+    F(I, port, 8800, 0, 65535, "port to listen on; 0 = any free one")                              \
+    F(B, tty, 0, 0, 1, "ask here, in the terminal, instead of in a browser")                       \
+    F(B, exit_when_done, 0, 0, 1, "end when there is nothing left to judge")                       \
+    F(I, seed, 42, 0, 9e15, "seed of sampling and of the order in which answers are shown")
+
+typedef struct label_config {
+    LABEL_FIELDS(RLHF_MEMBER_)
+} label_config;
+
+#define LABEL_ROW(kind, ...) TRAIN_FIELD_##kind(label_config, __VA_ARGS__)
+static const rlhf_field label_fields[] = {LABEL_FIELDS(LABEL_ROW)};
+
+enum {
+    LABEL_TOKEN = 32,   /* characters of a token that is made here: 128 random bits */
+    LABEL_SHORTEST = 16, /* of one that the operator gives */
+    LABEL_LONGEST = 64,
+    LABEL_NAMES = 40,    /* characters of a name in a link's line */
+    LABEL_LEASE = 900,   /* seconds after which an item somebody looks at may go to another */
+    LABEL_REASON = 10000, /* bytes */
+    LABEL_TEXT = 500000   /* bytes of a text that an annotator writes */
+};
+
+/* What there is to judge. JSON values are owned. */
+typedef struct label_item {
+    char id[17];
+    json_t *prompt, *answers;  /* answers null: a text is to be written */
+    json_t *item, *domain;     /* what the record calls itself; its domain; null: none */
+    json_t *sources, *draft;   /* model and sampling of each answer; null: none */
+    int round, gold;           /* round of sampling, 0: given; the right answer, -1: not known */
+    int counted, leased;       /* judgements that count; annotators who look at it now */
+    int crowd;                 /* annotators who may be given it */
+    double doubt;              /* |difference of rewards|: small is uncertain; unknown is last */
+} label_item;
+
+/* One judgement as far as it is remembered. */
+typedef struct label_vote {
+    int item;      /* -1: of no item that is known now */
+    int right;     /* of a gold item: 0 or 1; else -1 */
+    int counts;    /* towards per_item */
+    double seconds;
+    off_t at; /* its line in the file */
+    size_t size;
+    json_t *said; /* as it was sent, for undo; null: of an earlier run */
+} label_vote;
+
+/* How an annotator did on gold items of a domain. */
+typedef struct label_vet {
+    const char *domain; /* an item's or a static text */
+    int n, right, passed;
+} label_vet;
+
+typedef struct label_who {
+    char *name, *kind; /* kind may be null */
+    json_t *domains;   /* null: all */
+    char token[LABEL_LONGEST + 1];
+    int invited; /* 0: known from the file only, without a link */
+    int current; /* the item that is shown; -1: none */
+    int leased;  /* whether that item counts it among those who look */
+    double since;
+    unsigned char *seen; /* [n_seen] items judged */
+    int n_seen;
+    label_vote *vote; /* in order of time */
+    int n_votes, cap_votes;
+    label_vet *vet;
+    int n_vets, cap_vets;
+    double allowance, counted_at; /* of requests (34) */
+} label_who;
+
+typedef struct label {
+    rlhf_ctx *ctx;
+    const label_config *c;
+    const char *out;
+    int write; /* texts are asked for, not choices */
+    label_item *item;
+    int n_items, cap_items;
+    int *order; /* of items, as they are handed out */
+    label_who *who;
+    int n_whos, cap_whos;
+    json_t *ids, *names; /* id -> item, name -> annotator */
+    json_t *aspects;     /* names */
+    char *guidelines, operator_token[LABEL_LONGEST + 1];
+    int n_gold, gold_every, qualify;
+    double share;
+    int fd; /* the file, appended to and locked */
+    off_t size;
+    int dirty;       /* lines written and not yet synced */
+    int judgements;  /* in the file */
+    char error[512]; /* of the last refusal */
+    struct label_sampler *sampler; /* null: nothing is sampled */
+} label;
+
+/* Where items come from when a model answers the prompts. */
+typedef struct label_sampler {
+    rlhf_model *model[2], *reward;
+    const char *dir[2];
+    char hash[2][17];
+    rlhf_tokenizer *tok, *reward_tok;
+    const char *chat_template;
+    rlhf_dataset *prompts;
+    int next, round, fd;
+    json_t *done; /* "ROUND PROMPT" -> true */
+} label_sampler;
+
+/* What rater_each hands on: the label, and what the file is read for. */
+typedef struct label_source {
+    rater_set set;
+    label *l;
+    int gold, sampled;
+} label_source;
+
+/* ---- small things ---- */
+
+/* Room for one more in an array of n. Without memory the program ends: all that anybody was told is
+ * saved is on the disk. */
+static void *label_grow(void *p, int n, int *cap, size_t size) {
+    if (n < *cap) return p;
+    *cap = *cap ? 2 * *cap : 16;
+    p = realloc(p, (size_t)*cap * size);
+    if (!p) {
+        fprintf(stderr, "rlhf: out of memory\n");
+        exit(1);
+    }
+    return p;
+}
+
+/* Refuses what was asked for; status is one of HTTP. */
+RLHF_PRINTF(3, 4)
+static int label_refuse(label *l, int status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(l->error, sizeof l->error, format, args);
+    va_end(args);
+    return status;
+}
+
+static uint64_t label_hash_text(uint64_t h, const char *text) {
+    for (; text && *text; text++) h = rng_mix(h ^ (unsigned char)*text) + 1;
+    return rng_mix(h + 0x9e3779b97f4a7c15u);
+}
+
+static uint64_t label_hash_json(uint64_t h, const json_t *v) {
+    char *text = v ? json_dumps(v, JSON_COMPACT | JSON_SORT_KEYS | JSON_ENCODE_ANY) : NULL;
+    h = label_hash_text(h, text);
+    free(text);
+    return h;
+}
+
+/* The id of an item: the same for both orders of its answers. */
+static void label_id(const json_t *item, const json_t *prompt, const json_t *answers, char id[17]) {
+    uint64_t h = label_hash_json(label_hash_json(1, item), prompt), pair = 0;
+    for (size_t i = 0; i < json_array_size(answers); i++)
+        pair += label_hash_json(2, json_array_get(answers, i));
+    snprintf(id, 17, "%016llx", (unsigned long long)rng_mix(h ^ pair));
+}
+
+static const char *label_domain(const label_item *item) {
+    return item->domain ? json_string_value(item->domain) : "-";
+}
+
+/* Whether an annotator may be given an item. */
+static int label_may(const label_who *who, const label_item *item) {
+    size_t i;
+    json_t *v;
+    if (!who->domains || !item->domain) return 1;
+    json_array_foreach(who->domains, i, v) if (json_equal(v, item->domain)) return 1;
+    return 0;
+}
+
+static int label_seen(const label_who *who, int item) {
+    return item < who->n_seen && who->seen[item];
+}
+
+static void label_set_seen(label_who *who, int item, int seen) {
+    int cap = who->n_seen;
+    while (cap <= item) {
+        who->seen = label_grow(who->seen, cap, &cap, 1);
+        memset(who->seen + who->n_seen, 0, (size_t)(cap - who->n_seen));
+        who->n_seen = cap;
+    }
+    who->seen[item] = (unsigned char)seen;
+}
+
+/* The annotator of a name, a new one for a new name. */
+static label_who *label_who_of(label *l, const char *name) {
+    const json_t *known = json_object_get(l->names, name);
+    if (known) return l->who + json_integer_value(known);
+    l->who = label_grow(l->who, l->n_whos, &l->cap_whos, sizeof *l->who);
+    l->who[l->n_whos] = (label_who){.name = strdup(name), .current = -1};
+    json_object_set_new(l->names, name, json_integer(l->n_whos));
+    return l->who + l->n_whos++;
+}
+
+/* Whether an annotator sees the second answer first. */
+static int label_flip(const label *l, const label_who *who, const label_item *item) {
+    uint64_t key = label_hash_text(label_hash_text(3, who->name), item->id);
+    return (int)(rng_u64((uint64_t)l->c->seed, RNG_LABEL, key) & 1);
+}
+
+/* What comes back with a judgement, and shows that its item was handed out to this annotator. It
+ * holds after a restart, too, so that what was on the page then can still be sent. */
+static void label_item_token(const label_who *who, const label_item *item, char token[17]) {
+    uint64_t h = label_hash_text(label_hash_text(4, who->token), item->id);
+    snprintf(token, 17, "%016llx", (unsigned long long)h);
+}
+
+static label_vet *label_vet_of(label_who *who, const char *domain) {
+    for (int i = 0; i < who->n_vets; i++)
+        if (!strcmp(who->vet[i].domain, domain)) return who->vet + i;
+    who->vet = label_grow(who->vet, who->n_vets, &who->cap_vets, sizeof *who->vet);
+    who->vet[who->n_vets] = (label_vet){.domain = domain};
+    return who->vet + who->n_vets++;
+}
+
+static int label_qualified(const label *l, label_who *who, const label_item *item) {
+    return !l->qualify || label_vet_of(who, label_domain(item))->passed;
+}
+
+/* ---- judgements in memory ---- */
+
+/* Takes a judgement into account. Who once had the share of gold items right stays qualified. */
+static void label_count(label *l, label_who *who, const label_vote *v) {
+    if (v->item < 0) return;
+    label_set_seen(who, v->item, 1);
+    label_item *item = l->item + v->item;
+    item->counted += v->counts;
+    if (v->right < 0) return;
+    label_vet *vet = label_vet_of(who, label_domain(item));
+    vet->n++;
+    vet->right += v->right;
+    vet->passed |= vet->n >= l->qualify && vet->right >= l->share * vet->n;
+}
+
+static void label_add_vote(label *l, label_who *who, label_vote v) {
+    who->vote = label_grow(who->vote, who->n_votes, &who->cap_votes, sizeof *who->vote);
+    who->vote[who->n_votes++] = v;
+    l->judgements++;
+    label_count(l, who, &v);
+}
+
+/* Forgets the last judgement of an annotator. */
+static void label_drop_vote(label *l, label_who *who) {
+    label_vote *gone = who->vote + --who->n_votes;
+    l->judgements--;
+    if (gone->item >= 0) label_set_seen(who, gone->item, 0);
+    /* Qualification depends on the order of what is left: count it again from nothing. */
+    for (int i = 0; i < who->n_votes; i++)
+        if (who->vote[i].item >= 0) l->item[who->vote[i].item].counted -= who->vote[i].counts;
+    if (gone->item >= 0) l->item[gone->item].counted -= gone->counts;
+    who->n_vets = 0;
+    for (int i = 0; i < who->n_votes; i++) label_count(l, who, who->vote + i);
+}
+
+/* ---- who is asked what ---- */
+
+/* Items that somebody has looked at for too long may go to others. */
+static void label_lapse(label *l, double now) {
+    for (int w = 0; w < l->n_whos; w++) {
+        label_who *who = l->who + w;
+        if (!who->leased || now - who->since < LABEL_LEASE) continue;
+        l->item[who->current].leased--;
+        who->leased = 0;
+    }
+}
+
+static void label_release(label *l, label_who *who) {
+    if (who->leased) l->item[who->current].leased--;
+    who->leased = 0;
+    who->current = -1;
+}
+
+static int label_show_next(label *l, label_who *who, int item, double now) {
+    label_release(l, who);
+    who->current = item;
+    who->since = now;
+    who->leased = 1;
+    l->item[item].leased++;
+    return item;
+}
+
+/* The first item in order that has room for another judgement by this annotator; -1: none. all:
+ * also those that others look at. */
+static int label_pick(const label *l, const label_who *who, int all) {
+    for (int k = 0; k < l->n_items; k++) {
+        int i = l->order[k];
+        const label_item *item = l->item + i;
+        if (item->gold < 0 && !label_seen(who, i) && label_may(who, item) &&
+            item->counted + (all ? 0 : item->leased) < l->c->per_item)
+            return i;
+    }
+    return -1;
+}
+
+/* A gold item of a domain (null: of any) that the annotator has not seen, drawn; -1: none. */
+static int label_pick_gold(const label *l, const label_who *who, const char *domain) {
+    int best = -1;
+    uint64_t least = 0;
+    for (int i = 0; i < l->n_items; i++) {
+        const label_item *item = l->item + i;
+        if (item->gold < 0 || label_seen(who, i) || !label_may(who, item) ||
+            (domain && strcmp(domain, label_domain(item))))
+            continue;
+        uint64_t key = label_hash_text(label_hash_text(5, who->name), item->id);
+        key = rng_u64((uint64_t)l->c->seed, RNG_LABEL, key);
+        if (best < 0 || key < least) best = i, least = key;
+    }
+    return best;
+}
+
+/* Whether the annotator's next item is a gold one: one in each run of gold_every, at a place that
+ * is drawn. */
+static int label_gold_due(const label *l, const label_who *who) {
+    if (!l->n_gold) return 0;
+    uint64_t run = (uint64_t)(who->n_votes / l->gold_every);
+    uint64_t drawn = rng_u64((uint64_t)l->c->seed ^ label_hash_text(6, who->name), RNG_LABEL, run);
+    return who->n_votes % l->gold_every == (int)(drawn % (uint64_t)l->gold_every);
+}
+
+/* The item to show to annotator w, the same one until it is judged; -1: there is none now. */
+static int label_next(label *l, int w) {
+    label_who *who = l->who + w;
+    double now = base_now();
+    label_lapse(l, now);
+    if (who->current >= 0) return label_show_next(l, who, who->current, now);
+    int item = label_pick(l, who, 0), gold = -1;
+    if (item < 0) return -1;
+    if (l->qualify && label_vet_of(who, label_domain(l->item + item))->n < l->qualify)
+        gold = label_pick_gold(l, who, label_domain(l->item + item));
+    else if (label_gold_due(l, who)) gold = label_pick_gold(l, who, NULL);
+    return label_show_next(l, who, gold >= 0 ? gold : item, now);
+}
+
+/* Whether nobody has anything left to do. */
+static int label_done(const label *l) {
+    if (l->sampler && l->sampler->next < l->sampler->prompts->n) return 0;
+    for (int w = 0; w < l->n_whos; w++)
+        if (l->who[w].invited && (l->who[w].current >= 0 || label_pick(l, l->who + w, 1) >= 0))
+            return 0;
+    return 1;
+}
+
+/* Done, and what can be expected: an equal share of what is left. */
+static json_t *label_progress(label *l, int w) {
+    label_who *who = l->who + w;
+    double left = 0;
+    for (int i = 0; i < l->n_items; i++) {
+        const label_item *item = l->item + i;
+        int open = (int)l->c->per_item - item->counted;
+        if (item->gold < 0 && open > 0 && !label_seen(who, i) && label_may(who, item))
+            left += fmin(1, (double)open / base_max(item->crowd, 1));
+    }
+    int more = (int)ceil(left - 1e-9);
+    if (who->current >= 0 && !more) more = 1;
+    json_t *j = json_pack("{s:i,s:i}", "done", who->n_votes, "total", who->n_votes + more);
+    if (l->qualify) {
+        json_t *q = json_object();
+        for (int i = 0; i < who->n_vets; i++)
+            json_object_set_new(q, who->vet[i].domain, json_boolean(who->vet[i].passed));
+        json_object_set_new(j, "qualified", q);
+    }
+    return j;
+}
+
+/* ---- what is shown ---- */
+
+/* An answer as one text; of several turns those after the first bear their role. */
+static json_t *label_text_of(const json_t *answer) {
+    if (json_is_string(answer)) return json_string(json_string_value(answer));
+    char *text = NULL;
+    size_t size = 0, i;
+    FILE *f = open_memstream(&text, &size);
+    json_t *turn;
+    json_array_foreach((json_t *)(uintptr_t)answer, i, turn) {
+        if (i) fprintf(f, "\n\n[%s]\n", json_string_value(json_object_get(turn, "role")));
+        fputs(json_string_value(json_object_get(turn, "content")), f);
+    }
+    fclose(f);
+    json_t *v = json_string(text);
+    free(text);
+    return v;
+}
+
+/* The item as annotator w is to see it. */
+static json_t *label_show(const label *l, int w, int i) {
+    const label_item *item = l->item + i;
+    const label_who *who = l->who + w;
+    int flip = label_flip(l, who, item);
+    char token[17];
+    label_item_token(who, item, token);
+    json_t *j = json_pack("{s:s,s:s,s:s}", "id", item->id, "token", token, "domain",
+                          item->domain ? json_string_value(item->domain) : "");
+    if (json_is_string(item->prompt))
+        json_object_set_new(j, "prompt", json_pack("[{s:s,s:O}]", "role", "text", "content",
+                                                   item->prompt));
+    else json_object_set(j, "prompt", item->prompt);
+    for (size_t k = 0; k < 2 && item->answers; k++) {
+        if (!k) json_object_set_new(j, "answers", json_array());
+        json_array_append_new(json_object_get(j, "answers"),
+                              label_text_of(json_array_get(item->answers, k ^ (size_t)flip)));
+    }
+    if (item->draft) json_object_set(j, "draft", item->draft);
+    return j;
+}
+
+/* ---- the file ---- */
+
+/* Writes a whole line, or leaves the file as it was. Returns an errno. */
+static int label_append(label *l, const char *line, size_t n) {
+    for (size_t done = 0; done < n;) {
+        ssize_t got = write(l->fd, line + done, n - done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {
+            int error = got < 0 ? errno : EIO;
+            if (ftruncate(l->fd, l->size)) return error;
+            return error;
+        }
+        done += (size_t)got;
+    }
+    l->size += (off_t)n;
+    l->dirty = 1;
+    return 0;
+}
+
+/* What was written is on the disk when this returns 0; else an errno, and nothing is known. */
+static int label_sync(label *l) {
+    if (l->dirty && fsync(l->fd)) return errno;
+    l->dirty = 0;
+    return 0;
+}
+
+/* Writes a judgement and takes it into account. */
+static int label_commit(label *l, int w, int i, json_t *record, label_vote v, const json_t *said) {
+    label_who *who = l->who + w;
+    char *text = json_dumps(record, JSON_COMPACT | JSON_REAL_PRECISION(9));
+    json_decref(record);
+    size_t n = text ? strlen(text) : 0;
+    if (!text) return label_refuse(l, 500, "out of memory");
+    text[n] = '\n';
+    v.at = l->size;
+    v.size = n + 1;
+    int error = label_append(l, text, n + 1);
+    free(text);
+    if (error) return label_refuse(l, 500, "%s: cannot write: %s", l->out, strerror(error));
+    v.item = i;
+    v.said = json_deep_copy(said);
+    if (who->current == i) label_release(l, who);
+    label_add_vote(l, who, v);
+    return 200;
+}
+
+/* The file without the bytes [at, at + n), whole at any moment. */
+static rlhf_status label_cut(label *l, off_t at, size_t n) {
+    API_ENTER(l->ctx);
+    size_t len;
+    char *text = io_read(l->ctx, l->out, IO_LIMIT, &len);
+    io_file *f = io_create(l->ctx, l->out);
+    io_write(f, text, (size_t)at);
+    io_write(f, text + at + n, len - (size_t)at - n);
+    io_commit(f);
+    int fd = open(l->out, O_RDWR | O_APPEND | O_CLOEXEC);
+    if (fd < 0) io_fail(l->ctx, "open", l->out, errno);
+    (void)flock(fd, LOCK_EX | LOCK_NB);
+    close(l->fd);
+    l->fd = fd;
+    l->size = (off_t)(len - n);
+    l->dirty = 0;
+    mem_free(text);
+    API_LEAVE();
+}
+
+/* Takes back annotator w's last judgement of this run: its line goes, its item is shown again.
+ * *said becomes what was sent. */
+static int label_undo(label *l, int w, json_t **said) {
+    label_who *who = l->who + w;
+    label_vote *last = who->n_votes ? who->vote + who->n_votes - 1 : NULL;
+    if (!last || !last->said) return label_refuse(l, 409, "there is nothing to take back");
+    off_t at = last->at;
+    size_t size = last->size;
+    int item = last->item;
+    if (label_cut(l, at, size)) return label_refuse(l, 500, "%s", rlhf_error(l->ctx));
+    *said = last->said;
+    label_drop_vote(l, who);
+    for (int k = 0; k < l->n_whos; k++)
+        for (int v = 0; v < l->who[k].n_votes; v++)
+            if (l->who[k].vote[v].at > at) l->who[k].vote[v].at -= (off_t)size;
+    label_show_next(l, who, item, base_now());
+    return 200;
+}
+
+/* ---- judging ---- */
+
+/* The item that a message is about, if it was handed out to annotator w and is not judged yet;
+ * *status is set otherwise. */
+static int label_claim(label *l, int w, const json_t *said, int *status) {
+    label_who *who = l->who + w;
+    const char *id = json_string_value(json_object_get(said, "id"));
+    const char *token = json_string_value(json_object_get(said, "token"));
+    const json_t *known = id ? json_object_get(l->ids, id) : NULL;
+    int i = (int)json_integer_value(known);
+    char right[17] = "";
+    *status = 0;
+    if (!id || !token)
+        *status = label_refuse(l, 400, "\"id\" and \"token\" of the item are missing");
+    else if (!known) *status = label_refuse(l, 409, "there is no such item");
+    else {
+        label_item_token(who, l->item + i, right);
+        if (strcmp(token, right) || label_seen(who, i) || !label_may(who, l->item + i))
+            *status = label_refuse(l, 409, "this item is no longer yours to judge");
+    }
+    return i;
+}
+
+/* The place of a text among the first n words of a choice; -1: none. */
+static const char *const label_words[] = {"A", "B", "tie", "both_bad", "skip"};
+enum { LABEL_TIE = 2, LABEL_SKIP = 4, LABEL_WORDS = 5 };
+static int label_word(const json_t *v, int n) {
+    const char *text = json_string_value(v);
+    for (int i = 0; text && i < n; i++)
+        if (!strcmp(text, label_words[i])) return i;
+    return -1;
+}
+
+/* A choice between what was shown as one between the item's answers. */
+static int label_turn(int word, int flip) { return word < LABEL_TIE ? word ^ flip : word; }
+
+/* The members that every record has. */
+static void label_sign(label *l, int w, int i, const json_t *said, json_t *record) {
+    const label_item *item = l->item + i;
+    label_who *who = l->who + w;
+    char now[32];
+    time_t t = time(NULL);
+    struct tm tm;
+    strftime(now, sizeof now, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
+    json_object_set_new(record, "annotator", json_string(who->name));
+    if (who->kind) json_object_set_new(record, "annotator_type", json_string(who->kind));
+    if (item->domain) json_object_set(record, "domain", item->domain);
+    if (json_object_get(said, "seconds"))
+        json_object_set(record, "seconds", json_object_get(said, "seconds"));
+    json_object_set_new(record, "time", json_string(now));
+    if (item->item) json_object_set(record, "item", item->item);
+    else json_object_set_new(record, "item", json_string(item->id));
+    if (item->round) json_object_set_new(record, "round", json_integer(item->round));
+    if (item->sources) json_object_set(record, "sources", item->sources);
+    if (item->gold >= 0) json_object_set_new(record, "gold", json_string(label_words[item->gold]));
+    if (!label_qualified(l, who, item)) json_object_set_new(record, "qualified", json_false());
+}
+
+static int label_check_seconds(label *l, const json_t *said) {
+    const json_t *v = json_object_get(said, "seconds");
+    if (v && !(json_is_number(v) && json_number_value(v) >= 0 && json_number_value(v) < 1e7))
+        return label_refuse(l, 400, "\"seconds\" is not a number of seconds");
+    return 0;
+}
+
+/* Checks what is optional in a judgement and writes it into the record. */
+static int label_read_rest(label *l, const json_t *said, int flip, int word, json_t *record) {
+    const char *name;
+    json_t *v, *strength = json_object_get(said, "strength"), *list;
+    size_t i;
+    if (strength && !json_is_null(strength)) {
+        int n = (int)json_integer_value(strength);
+        if (!json_is_integer(strength) || n < 1 || n > 3 || word >= LABEL_TIE)
+            return label_refuse(l, 400, "\"strength\" is 1, 2 or 3, of a choice of A or B");
+        json_object_set(record, "strength", strength);
+    }
+    json_t *aspects = json_object_get(said, "aspects");
+    if (aspects && !json_is_object(aspects))
+        return label_refuse(l, 400, "\"aspects\" is no object");
+    if (json_object_size(aspects)) json_object_set_new(record, "aspects", json_object());
+    json_object_foreach(aspects, name, v) {
+        int asked = 0, which = label_word(v, LABEL_TIE + 1);
+        json_array_foreach(l->aspects, i, list) asked |= !strcmp(name, json_string_value(list));
+        if (!asked) return label_refuse(l, 400, "the aspect \"%.40s\" is not asked for", name);
+        if (which < 0) return label_refuse(l, 400, "an aspect is \"A\", \"B\" or \"tie\"");
+        json_object_set_new(json_object_get(record, "aspects"), name,
+                            json_string(label_words[label_turn(which, flip)]));
+    }
+    v = json_object_get(said, "reason");
+    if (v && !json_is_string(v)) return label_refuse(l, 400, "\"reason\" is no text");
+    if (json_string_length(v) > LABEL_REASON)
+        return label_refuse(l, 400, "the reason is too long: at most %d bytes", LABEL_REASON);
+    if (json_string_length(v)) json_object_set(record, "reason", v);
+    list = json_object_get(said, "unsafe");
+    if (!list || json_is_null(list)) return 0;
+    if (json_array_size(list) != 2 || !json_is_boolean(json_array_get(list, 0)) ||
+        !json_is_boolean(json_array_get(list, 1)))
+        return label_refuse(l, 400, "\"unsafe\" is true or false for each of the two answers");
+    json_object_set_new(record, "unsafe",
+                        json_pack("[O,O]", json_array_get(list, (size_t)flip),
+                                  json_array_get(list, (size_t)!flip)));
+    return 0;
+}
+
+/* Takes a judgement of annotator w: {"id", "token", "choice", ...} as it was shown. Returns a
+ * status of HTTP; it is saved after the next label_sync. */
+static int label_judge(label *l, int w, const json_t *said) {
+    int status, i = label_claim(l, w, said, &status);
+    if (l->write) return label_refuse(l, 404, "texts are asked for here, not choices");
+    if (status) return status;
+    const label_item *item = l->item + i;
+    int word = label_word(json_object_get(said, "choice"), LABEL_WORDS);
+    int flip = label_flip(l, l->who + w, item), choice = label_turn(word, flip);
+    if (word < 0)
+        return label_refuse(l, 400,
+                            "\"choice\" is \"A\", \"B\", \"tie\", \"both_bad\" or \"skip\"");
+    if ((status = label_check_seconds(l, said))) return status;
+    json_t *record = json_pack("{s:O,s:O,s:s}", "prompt", item->prompt, "answers", item->answers,
+                               "choice", label_words[choice]);
+    if ((status = label_read_rest(l, said, flip, word, record))) {
+        json_decref(record);
+        return status;
+    }
+    json_object_set_new(record, "order", json_pack("[i,i]", flip, !flip));
+    label_sign(l, w, i, said, record);
+    label_vote v = {.right = item->gold >= 0 && word != LABEL_SKIP ? choice == item->gold : -1,
+                    .seconds = json_number_value(json_object_get(said, "seconds"))};
+    v.counts = word != LABEL_SKIP && item->gold < 0 && label_qualified(l, l->who + w, item);
+    return label_commit(l, w, i, record, v, said);
+}
+
+/* The same for a text: {"id", "token", "text"} or with "skip" true. What is skipped is kept as a
+ * record that no trainer learns. */
+static int label_write(label *l, int w, const json_t *said) {
+    int status, i = label_claim(l, w, said, &status), skip;
+    if (!l->write) return label_refuse(l, 404, "choices are asked for here, not texts");
+    if (status) return status;
+    const label_item *item = l->item + i;
+    const json_t *text = json_object_get(said, "text");
+    skip = json_is_true(json_object_get(said, "skip"));
+    if (!skip && !json_string_length(text)) return label_refuse(l, 400, "\"text\" is missing");
+    if (json_string_length(text) > LABEL_TEXT)
+        return label_refuse(l, 400, "the text is too long: at most %d bytes", LABEL_TEXT);
+    if ((status = label_check_seconds(l, said))) return status;
+    json_t *record = json_pack("{s:O,s:s}", "prompt", item->prompt, "completion",
+                               skip ? "" : json_string_value(text));
+    if (skip) json_object_set_new(record, "label", json_false());
+    if (item->draft) json_object_set(record, "draft", item->draft);
+    label_sign(l, w, i, said, record);
+    label_vote v = {.right = -1, .counts = !skip,
+                    .seconds = json_number_value(json_object_get(said, "seconds"))};
+    return label_commit(l, w, i, record, v, said);
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 34 POOL (label_)
+ * Where items and annotators come from: files of records, people.json, what models sample, and what
+ * the file of judgements says of earlier runs. Sampling goes in windows of a few prompts, whose
+ * items are kept in OUT.items before anybody sees them: a restart samples nothing twice.
+ * Entry: label_open, label_sample, label_free.
+ * Tests: test/test_label.c
+ * ============================================================================================ */
+
+/* ---- reading what there is ---- */
+
+static json_t *label_turns(const chat_message *m, int n) {
+    json_t *list = json_array();
+    for (int i = 0; i < n; i++)
+        json_array_append_new(
+            list, json_pack("{s:s,s:s}", "role", m[i].role, "content", m[i].content));
+    return list;
+}
+
+/* The prompt as a judgement's record says it: a text, to which answers are joined as they are, or
+ * turns, which go into c. */
+static json_t *label_read_prompt(const data_reader *r, const data_form *f, data_chat *c) {
+    int talk = f->question || f->system || f->whole.v;
+    for (int i = 0; i < f->n; i++) talk |= !json_is_string(f->answer[i].v);
+    if (json_is_string(f->prompt.v) && !talk) return json_incref(f->prompt.v);
+    if (f->shared) return json_stringn(json_string_value(f->answer[0].v), f->shared);
+    data_prompt_chat(r, f, c);
+    return label_turns(c->message, c->n);
+}
+
+/* Answer i, without the prompt that it may begin with: a text if that is all there is. */
+static json_t *label_read_answer(const data_reader *r, const data_form *f, int i, int n_prompt) {
+    const json_t *v = f->answer[i].v;
+    if (json_is_string(v)) return json_string(json_string_value(v) + f->shared);
+    data_chat c = {0};
+    data_chat_read(r, &c, f->answer[i]);
+    int from = f->prompt.v || f->question ? 0 : n_prompt;
+    if (from >= c.n) data_bad(r, "an answer has no turn of its own");
+    json_t *answer = c.n - from == 1 && data_is_answer(c.message + from)
+                         ? json_string(c.message[from].content)
+                         : label_turns(c.message + from, c.n - from);
+    mem_free(c.message);
+    return answer;
+}
+
+/* Adds an item, unless the same is there; takes the reference of answers. The other values are
+ * shared. Returns its number, -1 if it is no new one. */
+static int label_add_item(label *l, const json_t *record, json_t *prompt, json_t *answers) {
+    label_item item = {.prompt = json_incref(prompt), .answers = answers, .gold = -1};
+    item.doubt = INFINITY;
+    item.item = json_incref(json_get(record, "item"));
+    item.domain = json_is_string(json_get(record, "domain")) ? json_get(record, "domain") : NULL;
+    json_incref(item.domain);
+    item.sources = json_incref(json_get(record, "sources"));
+    item.draft = json_is_string(json_get(record, "draft")) ? json_get(record, "draft") : NULL;
+    json_incref(item.draft);
+    item.round = (int)json_integer_value(json_get(record, "round"));
+    label_id(item.item, prompt, answers, item.id);
+    for (int w = 0; w < l->n_whos; w++)
+        item.crowd += l->who[w].invited && label_may(l->who + w, &item);
+    if (json_object_get(l->ids, item.id)) {
+        json_t *const gone[] = {item.prompt, item.answers, item.item,
+                                item.domain, item.sources, item.draft};
+        for (size_t k = 0; k < sizeof gone / sizeof *gone; k++) json_decref(gone[k]);
+        return -1;
+    }
+    int cap = l->cap_items;
+    l->item = label_grow(l->item, l->n_items, &l->cap_items, sizeof *l->item);
+    l->order = label_grow(l->order, l->n_items, &cap, sizeof *l->order);
+    json_object_set_new(l->ids, item.id, json_integer(l->n_items));
+    l->order[l->n_items] = l->n_items;
+    l->item[l->n_items] = item;
+    return l->n_items++;
+}
+
+/* The right one of a gold record's answers: by its "gold", its choice or its ranks. */
+static int label_read_gold(const data_reader *r, const json_t *j, const data_form *f) {
+    int side = data_side(json_get(j, "gold"));
+    if (f->n != 2) data_bad(r, "a gold item has two answers");
+    if (side >= 0) return side;
+    if (f->rank[0] == f->rank[1])
+        data_bad(r, "which answer is right? expected \"chosen\" and \"rejected\", or "
+                    "\"answers\" with a \"choice\" or \"gold\" of \"A\" or \"B\"");
+    return f->rank[0] > f->rank[1];
+}
+
+/* Reads a record with a prompt and, unless texts are to be written, answers: all their pairs. */
+static void label_read_item(rater_set *set, const json_src *src, json_t *record) {
+    const label_source *s = (const label_source *)(void *)set;
+    label *l = s->l;
+    json_t *j = (json_t *)(uintptr_t)record;
+    rlhf_dataset d = {.ctx = l->ctx,
+                      .config = {.kind = l->write ? RLHF_DATA_PROMPT : RLHF_DATA_PREFERENCE}};
+    data_reader r = {.d = &d, .chat = "auto", .src = *src};
+    data_form f;
+    data_chat c = {0};
+    if (!json_is_object(j)) data_bad(&r, "expected an object");
+    json_opt_str(src, j, "domain", NULL);
+    data_read_form(&r, j, &f);
+    json_t *prompt = json_hold(l->ctx, label_read_prompt(&r, &f, &c));
+    if (l->write) label_add_item(l, j, prompt, NULL);
+    else if (f.n < 2) data_bad(&r, "expected two answers or more");
+    int gold = s->gold ? label_read_gold(&r, j, &f) : -1;
+    for (int a = 0; a < f.n && !l->write; a++)
+        for (int b = a + 1; b < f.n; b++) {
+            json_t *one = label_read_answer(&r, &f, a, c.n);
+            json_t *two = label_read_answer(&r, &f, b, c.n);
+            if (json_equal(one, two)) {
+                log_at(l->ctx, RLHF_LOG_DEBUG, "%s:%lld: equal answers are not compared", src->file,
+                       (long long)src->line);
+                json_decref(one), json_decref(two);
+                continue;
+            }
+            int i = label_add_item(l, j, prompt, json_pack("[o,o]", one, two));
+            if (i >= 0) l->item[i].gold = gold;
+            l->n_gold += i >= 0 && gold >= 0;
+        }
+    /* What a sampled item was made for is done. */
+    if (s->sampled && json_get(j, "round")) {
+        label_sampler *m = l->sampler;
+        char *text = json_dumps(prompt, JSON_COMPACT | JSON_SORT_KEYS | JSON_ENCODE_ANY), *key;
+        int round = (int)json_integer_value(json_get(j, "round"));
+        key = mem_printf(l->ctx, "%d %s", round, text);
+        if (m) json_object_set_new(m->done, key, json_true());
+        if (m) m->round = base_max(m->round, round);
+        for (size_t k = 0; m && k < json_array_size(json_get(j, "sources")); k++) {
+            const json_t *from = json_array_get(json_get(j, "sources"), k);
+            const char *hash = json_string_value(json_object_get(from, "weights_hash"));
+            if (hash) {
+                mem_free(key);
+                key = mem_printf(l->ctx, "%d %s", round, hash);
+                json_object_set_new(m->done, key, json_true());
+            }
+        }
+        mem_free(key);
+        free(text);
+    }
+    err_release(l->ctx);
+    mem_free(c.message);
+    mem_free(f.question);
+}
+
+/* Reads a judgement of an earlier run. */
+static void label_read_vote(rater_set *set, const json_src *src, json_t *j) {
+    label *l = ((const label_source *)(void *)set)->l;
+    if (!json_is_object(j)) json_bad(src, "record", j, "an object");
+    /* Records of others may stand in the same file. */
+    const char *name = json_opt_str(src, j, "annotator", NULL);
+    if (!name) return;
+    label_who *who = label_who_of(l, name);
+    const json_t *own = json_get(j, "item"), *answers = json_get(j, "answers");
+    char id[17];
+    label_id(own, json_get(j, "prompt"), answers, id);
+    const json_t *known = json_object_get(l->ids, id);
+    if (!known && json_is_string(own)) known = json_object_get(l->ids, json_string_value(own));
+    label_vote v = {.item = known ? (int)json_integer_value(known) : -1, .right = -1, .at = -1};
+    v.seconds = json_opt_real(src, j, "seconds", 0);
+    int skip = json_is_false(json_get(j, "label")), choice = DATA_TIE;
+    if (!l->write && json_get(j, "choice")) choice = data_choice(src, j);
+    skip |= choice == DATA_SKIP;
+    int gold = known ? l->item[v.item].gold : -1;
+    if (gold >= 0 && !skip) v.right = choice == gold;
+    v.counts = !skip && gold < 0 && !json_is_false(json_get(j, "qualified"));
+    label_add_vote(l, who, v);
+}
+
+/* Opens a file of lines for appending, locked against a second program, and reads it. What stands
+ * behind its last line end is half a line, unless it is JSON: then only the end was missing. */
+static int label_open_lines(label *l, const char *path, char **text, size_t *len) {
+    rlhf_ctx *ctx = l->ctx;
+    int fd = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (fd < 0) io_fail(ctx, "write", path, errno);
+    if (flock(fd, LOCK_EX | LOCK_NB)) {
+        close(fd);
+        err_throw(ctx, RLHF_ERR_IO, "%s: another program is writing it", path);
+    }
+    *text = mem_temp(io_read(ctx, path, IO_LIMIT, len));
+    size_t whole = *len;
+    while (whole && (*text)[whole - 1] != '\n') whole--;
+    int bad = 0;
+    if (whole < *len) {
+        json_t *last = json_loadb(*text + whole, *len - whole, 0, NULL);
+        if (json_is_object(last)) bad = write(fd, "\n", 1) != 1;
+        else {
+            log_at(ctx, RLHF_LOG_WARNING, "%s: %zu bytes of an unfinished line are cut off", path,
+                   *len - whole);
+            bad = ftruncate(fd, (off_t)whole) != 0;
+            *len = whole;
+        }
+        json_decref(last);
+    }
+    if (bad || fsync(fd)) {
+        close(fd);
+        io_fail(ctx, "write", path, errno);
+    }
+    return fd;
+}
+
+/* Reads the file, which is made if it is not there. */
+static void label_open_out(label *l) {
+    label_source s = {.set = {.ctx = l->ctx}, .l = l};
+    char *text;
+    size_t len;
+    l->fd = label_open_lines(l, l->out, &text, &len);
+    l->size = lseek(l->fd, 0, SEEK_END);
+    rater_each(&s.set, l->out, text, len, label_read_vote);
+}
+
+/* ---- annotators ---- */
+
+/* 128 random bits as text. */
+static void label_new_token(rlhf_ctx *ctx, char token[LABEL_LONGEST + 1]) {
+    unsigned char bits[LABEL_TOKEN / 2];
+    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    int bad = fd < 0 || read(fd, bits, sizeof bits) != (ssize_t)sizeof bits;
+    if (fd >= 0) close(fd);
+    if (bad) io_fail(ctx, "read", "/dev/urandom", errno);
+    for (size_t i = 0; i < sizeof bits; i++) snprintf(token + 2 * i, 3, "%02x", bits[i]);
+}
+
+/* The member under either of two names. */
+static const char *label_either(const json_src *src, const json_t *j, const char *a,
+                                const char *b) {
+    return json_get(j, a) ? json_need_str(src, j, a) : json_opt_str(src, j, b, NULL);
+}
+
+/* Reads people.json: a list of {"name", "kind", "domains", "token"}; or "annotator" and
+ * "annotator_type", as records say it. */
+static void label_read_people(label *l, const char *path) {
+    json_src src = json_source(l->ctx, path);
+    json_t *list = json_read(&src), *j, *v;
+    size_t i, k;
+    char at[64];
+    if (!json_is_array(list) || !json_array_size(list))
+        json_bad(&src, "annotators", list, "a list of {\"name\": ...}");
+    json_array_foreach(list, i, j) {
+        snprintf(at, sizeof at, "[%zu].", i);
+        src.at = at;
+        const char *name = label_either(&src, j, "name", "annotator");
+        if (!name || !*name) json_need_str(&src, j, "name");
+        if (json_object_get(l->names, name) || !strcmp(name, "operator"))
+            json_bad(&src, "name", json_object_get(j, "name"), "a name that no other has");
+        label_who *who = label_who_of(l, name);
+        const char *kind = label_either(&src, j, "kind", "annotator_type");
+        const char *token = json_opt_str(&src, j, "token", "");
+        who->invited = 1;
+        if (kind) who->kind = strdup(kind);
+        who->domains = json_incref(json_opt_array(&src, j, "domains"));
+        json_array_foreach(who->domains, k, v) if (!json_is_string(v))
+            json_bad(&src, "domains", v, "texts");
+        size_t n = strlen(token), plain = strspn(token, "abcdefghijklmnopqrstuvwxyz"
+                                                        "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_");
+        if (n && (n < LABEL_SHORTEST || n > LABEL_LONGEST || plain != n))
+            json_bad(&src, "token", json_object_get(j, "token"),
+                     "16 to 64 letters, digits, '-' or '_'");
+        memcpy(who->token, token, n + 1);
+    }
+    err_release(l->ctx);
+}
+
+/* Gives everybody without a token the one of an earlier run, or a new one, and keeps them in
+ * OUT.tokens, which is for the owner's eyes only. */
+static void label_keep_tokens(label *l) {
+    rlhf_ctx *ctx = l->ctx;
+    char *path = mem_temp(mem_printf(ctx, "%s.tokens", l->out));
+    json_src src = json_source(ctx, path);
+    json_t *kept = io_exists(path) ? json_read(&src) : json_hold(ctx, json_object());
+    for (int w = -1; w < l->n_whos; w++) {
+        if (w >= 0 && !l->who[w].invited) continue;
+        const char *name = w < 0 ? "operator" : l->who[w].name;
+        char *token = w < 0 ? l->operator_token : l->who[w].token;
+        const char *old = json_opt_str(&src, kept, name, "");
+        if (!*token && *old && strlen(old) <= LABEL_LONGEST) memcpy(token, old, strlen(old) + 1);
+        if (!*token) label_new_token(ctx, token);
+        for (int k = -1; k < w; k++)
+            if (!strcmp(token, k < 0 ? l->operator_token : l->who[k].token))
+                err_throw(ctx, RLHF_ERR_ARG, "the token of \"%s\" is another's, too", name);
+        json_object_set_new(kept, name, json_string(token));
+    }
+    mode_t before = umask(077);
+    json_write_file(ctx, path, kept);
+    umask(before);
+    err_release(ctx);
+}
+
+/* ---- sampling ---- */
+
+/* For qsort_r's lack: items by doubt, then as they came. */
+typedef struct label_rank {
+    double doubt;
+    int item;
+} label_rank;
+
+static int label_compare(const void *a, const void *b) {
+    const label_rank *x = a, *y = b;
+    return x->doubt != y->doubt ? (x->doubt < y->doubt ? -1 : 1)
+                                : (x->item > y->item) - (x->item < y->item);
+}
+
+/* The most uncertain items come first. */
+static void label_sort(label *l) {
+    label_rank *rank = mem_alloc(l->ctx, (size_t)(l->n_items + 1) * sizeof *rank);
+    for (int i = 0; i < l->n_items; i++) rank[i] = (label_rank){l->item[i].doubt, i};
+    qsort(rank, (size_t)l->n_items, sizeof *rank, label_compare);
+    for (int i = 0; i < l->n_items; i++) l->order[i] = rank[i].item;
+    mem_free(rank);
+}
+
+/* Measures the doubt of the items from number `from` on by a reward model; those it cannot read
+ * keep theirs. */
+static void label_doubt(label *l, int from, rlhf_model *m, rlhf_tokenizer *tok, const char *chat) {
+    rlhf_ctx *ctx = l->ctx;
+    tok_buf b = {.ctx = ctx};
+    tok_put(&b, "", 0);
+    for (int i = from; i < l->n_items; i++) {
+        json_t *j = json_hold(ctx, json_pack("{s:O,s:O,s:O,s:i}", "prompt", l->item[i].prompt,
+                                             "chosen", json_array_get(l->item[i].answers, 0),
+                                             "rejected", json_array_get(l->item[i].answers, 1),
+                                             "number", i));
+        size_t n;
+        char *line = json_text(ctx, j, JSON_COMPACT, &n);
+        tok_put(&b, line, n);
+        tok_put(&b, "\n", 1);
+        mem_free(line);
+        err_release(ctx);
+    }
+    rlhf_data_config config = rlhf_data_config_default(RLHF_DATA_PREFERENCE);
+    config.max_length = m->c.positions;
+    config.chat_template = chat;
+    rlhf_dataset *d = data_parse(ctx, b.p, b.n, "items", tok, &config);
+    arena_reset(&m->ws);
+    float *score = rm_score_pairs(m, &m->ws, d);
+    for (int i = 0; i < d->n; i++) {
+        json_t *j = json_loads(d->record[i].line, JSON_ALLOW_NUL, NULL);
+        l->item[json_integer_value(json_object_get(j, "number"))].doubt =
+            fabs((double)score[2 * i] - (double)score[2 * i + 1]);
+        json_decref(j);
+    }
+    data_free(d);
+    mem_free(b.p);
+}
+
+/* The same as a call of its own: items that are all too long for the model are no reason to end. */
+static rlhf_status label_rank_items(label *l, int from, rlhf_model *m, rlhf_tokenizer *tok,
+                                    const char *chat) {
+    API_ENTER(l->ctx);
+    if (m && from < l->n_items && !l->write) {
+        model_need_score(m);
+        label_doubt(l, from, m, tok, chat);
+    }
+    label_sort(l);
+    API_LEAVE();
+}
+
+/* What is said of each sampled answer. */
+static json_t *label_source_of(const label_sampler *m, int which, const rlhf_generate_config *g,
+                               const rlhf_sample *s) {
+    return json_pack("{s:s,s:s,s:f,s:I,s:f,s:I,s:I,s:i,s:i,s:b,s:f}", "model", m->dir[which],
+                     "weights_hash", m->hash[which], "temperature", g->temperature, "top_k",
+                     (json_int_t)g->top_k, "top_p", g->top_p, "max_new_tokens",
+                     (json_int_t)g->max_new_tokens, "seed", (json_int_t)g->seed, "prompt",
+                     s->prompt_index, "sample", s->sample_index, "finished", s->finished, "logprob",
+                     s->logprob);
+}
+
+/* One sampled prompt as records of items, appended to b: all pairs of its answers, or the draft. */
+static void label_sampled(label *l, const json_t *record, const json_t *prompt, json_t *answers,
+                          json_t *sources, tok_buf *b) {
+    size_t n = json_array_size(answers);
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = l->write ? 0 : i + 1; k < (l->write ? 1 : n); k++) {
+            json_t *j = json_hold(l->ctx, json_pack("{s:O}", "prompt", prompt));
+            const char *const keep[] = {"domain", "item"};
+            for (size_t m = 0; m < 2; m++)
+                json_object_set(j, keep[m], json_get(record, keep[m]));
+            if (l->write) json_object_set(j, "draft", json_array_get(answers, i));
+            else
+                json_object_set_new(j, "answers", json_pack("[O,O]", json_array_get(answers, i),
+                                                            json_array_get(answers, k)));
+            json_object_set_new(j, "sources",
+                                l->write ? json_pack("[O]", json_array_get(sources, i))
+                                         : json_pack("[O,O]", json_array_get(sources, i),
+                                                     json_array_get(sources, k)));
+            json_object_set_new(j, "round", json_integer(l->sampler->round));
+            size_t len;
+            char *line = json_text(l->ctx, j, JSON_COMPACT, &len);
+            tok_put(b, line, len);
+            tok_put(b, "\n", 1);
+            mem_free(line);
+            err_release(l->ctx);
+        }
+}
+
+/* The prompt of a record that is sampled for, as items say it. A held value. */
+static json_t *label_prompt_of(label *l, const char *line) {
+    json_src src = json_source(l->ctx, l->c->prompts);
+    src.status = RLHF_ERR_DATA;
+    json_t *j = json_parse(&src, line, strlen(line));
+    rlhf_dataset d = {.ctx = l->ctx, .config = {.kind = RLHF_DATA_PROMPT}};
+    data_reader r = {.d = &d, .chat = "auto", .src = src};
+    data_form f;
+    data_chat c = {0};
+    data_read_form(&r, j, &f);
+    json_t *prompt = label_read_prompt(&r, &f, &c);
+    mem_free(c.message);
+    mem_free(f.question);
+    err_release(l->ctx);
+    return json_hold(l->ctx, prompt);
+}
+
+/* Whether the prompt was sampled for in this round. */
+static int label_is_sampled(label *l, const char *line) {
+    json_t *prompt = label_prompt_of(l, line);
+    size_t n;
+    char *text = json_text(l->ctx, prompt, JSON_COMPACT | JSON_SORT_KEYS, &n);
+    char *key = mem_printf(l->ctx, "%d %s", l->sampler->round, text);
+    int is = json_object_get(l->sampler->done, key) != NULL;
+    mem_free(key);
+    mem_free(text);
+    err_release(l->ctx);
+    return is;
+}
+
+/* Keeps the samples of a window of prompts in OUT.items and makes items of them. */
+static rlhf_status label_keep_samples(label *l, int from, int n, int each[2],
+                                      rlhf_sample *const sample[2], const rlhf_generate_config *g) {
+    label_sampler *m = l->sampler;
+    API_ENTER(l->ctx);
+    tok_buf b = {.ctx = l->ctx};
+    tok_put(&b, "", 0);
+    for (int i = 0; i < n; i++) {
+        const char *line = m->prompts->record[from + i].line;
+        if (label_is_sampled(l, line)) continue;
+        json_t *answers = json_hold(l->ctx, json_array());
+        json_t *sources = json_hold(l->ctx, json_array());
+        for (int which = 0; which < 2; which++)
+            for (int k = 0; k < each[which]; k++) {
+                const rlhf_sample *s = sample[which] + i * each[which] + k;
+                json_array_append_new(answers, json_string(s->completion));
+                json_array_append_new(sources, label_source_of(m, which, g, s));
+            }
+        json_t *prompt = label_prompt_of(l, line);
+        json_t *record = json_hold(l->ctx, json_loads(line, JSON_ALLOW_NUL, NULL));
+        label_sampled(l, record, prompt, answers, sources, &b);
+        for (int k = 0; k < 4; k++) err_release(l->ctx);
+    }
+    for (size_t done = 0; done < b.n;) {
+        ssize_t got = write(m->fd, b.p + done, b.n - done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) io_fail(l->ctx, "write", l->out, errno);
+        done += (size_t)got;
+    }
+    if (fsync(m->fd)) io_fail(l->ctx, "write", l->out, errno);
+    label_source s = {.set = {.ctx = l->ctx}, .l = l, .sampled = 1};
+    rater_each(&s.set, "sampled items", b.p, b.n, label_read_item);
+    mem_free(b.p);
+    API_LEAVE();
+}
+
+/* Samples for the next few prompts, which takes a moment: the progress hook is called meanwhile.
+ * RLHF_STOPPED leaves them for the next call. */
+static rlhf_status label_sample(label *l) {
+    label_sampler *m = l->sampler;
+    int total = l->write ? 1 : (int)l->c->num_answers, n = 0, from = m->next;
+    int each[2] = {m->model[1] ? total - total / 2 : total, m->model[1] ? total / 2 : 0};
+    int most = base_max(1, (int)l->c->batch_size / total), items = l->n_items;
+    rlhf_sample *sample[2] = {NULL, NULL};
+    rlhf_generate_config g = rlhf_generate_config_default();
+    while (n < most && from + n < m->prompts->n) n++;
+    rlhf_dataset view = *m->prompts;
+    view.record += from;
+    view.n = n;
+    g.max_new_tokens = l->c->max_new_tokens;
+    g.temperature = l->c->temperature;
+    g.top_k = l->c->top_k;
+    g.top_p = l->c->top_p;
+    g.batch_size = l->c->batch_size;
+    rlhf_status status = RLHF_OK;
+    int counts[2] = {0, 0};
+    for (int which = 0; which < 2 && !status; which++) {
+        if (!each[which]) continue;
+        /* Below 2^53: the seed is written as a number of JSON. */
+        g.seed = (int64_t)(rng_u64((uint64_t)l->c->seed, RNG_LABEL,
+                                   (uint64_t)m->round << 32 | (uint64_t)from) >> 12);
+        g.seed += which;
+        g.num_return_sequences = each[which];
+        status = rlhf_generate_dataset(m->model[which], m->tok, &g, &view, sample + which,
+                                       counts + which);
+    }
+    if (!status) status = label_keep_samples(l, from, n, each, sample, &g);
+    for (int which = 0; which < 2; which++) rlhf_samples_free(l->ctx, sample[which], counts[which]);
+    if (!status) m->next += n;
+    if (!status) status = label_rank_items(l, items, m->reward, m->reward_tok, m->chat_template);
+    return status;
+}
+
+/* ---- beginning and end ---- */
+
+static void label_read_options(label *l) {
+    const label_config *c = l->c;
+    rlhf_ctx *ctx = l->ctx;
+    l->write = !strcmp(c->task, "write");
+    l->aspects = json_array();
+    for (const char *p = c->aspects; *p;) {
+        size_t n = strcspn(p, ",");
+        if (!n || n > LABEL_NAMES)
+            err_throw(ctx, RLHF_ERR_ARG, "--aspects: \"%s\", expected names separated by commas",
+                      c->aspects);
+        json_array_append_new(l->aspects, json_stringn(p, n));
+        p += n + (p[n] == ',');
+    }
+    char end;
+    if (*c->qualify && (sscanf(c->qualify, "%d:%lf%c", &l->qualify, &l->share, &end) != 2 ||
+                        l->qualify < 1 || !(l->share >= 0 && l->share <= 1)))
+        err_throw(ctx, RLHF_ERR_ARG,
+                  "--qualify: \"%s\", expected N:SHARE as in 5:0.8, five gold items of which 80 %% "
+                  "are right",
+                  c->qualify);
+    if (l->qualify && !*c->gold) err_throw(ctx, RLHF_ERR_ARG, "--qualify needs --gold FILE");
+    if (l->write && (*c->gold || *c->aspects || *c->pairs))
+        err_throw(ctx, RLHF_ERR_ARG,
+                  "--task write takes --prompts, no pairs, gold items or aspects");
+    size_t n;
+    if (*c->guidelines) {
+        char *text = io_read(ctx, c->guidelines, 1 << 20, &n);
+        l->guidelines = strdup(text);
+        mem_free(text);
+    }
+}
+
+/* Who is asked to judge must be able to qualify. */
+static void label_check_gold(label *l) {
+    for (int i = 0; i < l->n_items && l->qualify; i++) {
+        int n = 0;
+        const label_item *item = l->item + i;
+        for (int k = 0; k < l->n_items; k++)
+            n += l->item[k].gold >= 0 && !strcmp(label_domain(l->item + k), label_domain(item));
+        if (item->gold < 0 && n < l->qualify)
+            err_throw(l->ctx, RLHF_ERR_DATA,
+                      "%s: %d gold items of the domain \"%s\", --qualify %s asks for %d",
+                      l->c->gold, n, label_domain(item), l->c->qualify, l->qualify);
+    }
+    int regular = l->n_items - l->n_gold;
+    l->gold_every = (int)l->c->gold_every;
+    if (l->n_gold && regular && !l->sampler)
+        l->gold_every = base_min(l->gold_every, base_max(2, l->n_items / l->n_gold));
+}
+
+/* Reads everything that the options name, then the file. l->ctx, c and out are set, and sampler,
+ * if a model answers. */
+static rlhf_status label_open(label *l) {
+    API_ENTER(l->ctx);
+    label_source s = {.set = {.ctx = l->ctx}, .l = l};
+    l->fd = -1;
+    l->ids = json_object();
+    l->names = json_object();
+    label_read_options(l);
+    if (*l->c->annotators) label_read_people(l, l->c->annotators);
+    else label_who_of(l, l->c->annotator)->invited = 1;
+    label_keep_tokens(l);
+    /* Gold items first: a pair that is the same is one of them. */
+    s.gold = 1;
+    if (*l->c->gold) rater_each_in(&s.set, l->c->gold, label_read_item);
+    s.gold = 0;
+    if (*l->c->pairs) rater_each_in(&s.set, l->c->pairs, label_read_item);
+    if (l->write && !l->sampler) rater_each_in(&s.set, l->c->prompts, label_read_item);
+    char *path = mem_temp(mem_printf(l->ctx, "%s.items", l->out)), *text;
+    size_t len;
+    s.sampled = 1;
+    if (l->sampler || io_exists(path)) {
+        int fd = label_open_lines(l, path, &text, &len);
+        rater_each(&s.set, path, text, len, label_read_item);
+        if (l->sampler) l->sampler->fd = fd;
+        else close(fd);
+    }
+    label_check_gold(l);
+    label_open_out(l);
+    API_LEAVE();
+}
+
+static void label_free(label *l) {
+    for (int i = 0; i < l->n_items; i++) {
+        const label_item *item = l->item + i;
+        json_decref(item->prompt), json_decref(item->answers), json_decref(item->item);
+        json_decref(item->domain), json_decref(item->sources), json_decref(item->draft);
+    }
+    for (int w = 0; w < l->n_whos; w++) {
+        label_who *who = l->who + w;
+        for (int v = 0; v < who->n_votes; v++) json_decref(who->vote[v].said);
+        free(who->name), free(who->kind), free(who->seen), free(who->vote), free(who->vet);
+        json_decref(who->domains);
+    }
+    json_decref(l->ids), json_decref(l->names), json_decref(l->aspects);
+    free(l->item), free(l->order), free(l->who), free(l->guidelines);
+    if (l->fd >= 0) close(l->fd);
+    if (l->sampler && l->sampler->fd >= 0) close(l->sampler->fd);
+    if (l->sampler) json_decref(l->sampler->done);
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 35 SERVE (serve_)
+ * How people are asked: a page in their browser, served by libmicrohttpd to whoever has a link, or
+ * this terminal. One thread does everything, so there are no locks; judgements that arrive together
+ * share one fsync, and each is answered after it.
+ *
+ * Not let in: requests without a token, which is compared in constant time and travels neither in
+ * an address nor in a cookie; other names in the Host header, by which a foreign page could reach
+ * a local one; bodies over 1 MiB, more than a person's requests, connections that stand still.
+ * Texts of models and people are JSON to the page, which shows them as text; its policy lets no
+ * other script or resource in.
+ *
+ * Entry: serve_open, serve_poll, serve_close; serve_tty.
+ * Tests: test/test_label.c, test/label_load.py
+ * ============================================================================================ */
+
+#ifndef RLHF_NO_HTTP
+
+#include <arpa/inet.h>
+#include <microhttpd.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+enum {
+    SERVE_BODY = 1 << 20,
+    SERVE_DRAIN = 8 << 20, /* what is larger is read up to here, for the sender to see the error */
+    SERVE_CONNECTIONS = 900, /* below the usual 1,024 files of a process */
+    SERVE_IDLE = 60,         /* seconds that a connection may stand still */
+    SERVE_RATE = 20,         /* requests a second by one token, and how many at once */
+    SERVE_BURST = 200
+};
+
+#define SERVE_POLICY                                                                               \
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "                \
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+/* One request: its body, then its answer. */
+typedef struct serve_request {
+    char *body;
+    size_t n, cap;
+    int status; /* 0: not answered yet */
+    json_t *reply;
+    struct MHD_Connection *connection;
+    struct serve_request *next; /* of those that wait for the disk */
+} serve_request;
+
+typedef struct serve {
+    label *l;
+    struct MHD_Daemon *daemon;
+    int port, failed;
+    char host[80];          /* as it stands in links */
+    serve_request *waiting; /* suspended until label_sync */
+} serve;
+
+/* ---- answers ---- */
+
+static enum MHD_Result serve_send(struct MHD_Connection *connection, int status,
+                                  struct MHD_Response *response, const char *type, int fresh) {
+    const char *const headers[][2] = {{"Content-Type", type},
+                                      {"Content-Security-Policy", SERVE_POLICY},
+                                      {"X-Content-Type-Options", "nosniff"},
+                                      {"Referrer-Policy", "no-referrer"},
+                                      {"Cross-Origin-Resource-Policy", "same-origin"},
+                                      {"Cache-Control", fresh ? "no-store" : "no-cache"}};
+    for (size_t i = 0; i < sizeof headers / sizeof *headers; i++)
+        MHD_add_response_header(response, headers[i][0], headers[i][1]);
+    if (status == 429) MHD_add_response_header(response, "Retry-After", "1");
+    if (status == 401) MHD_add_response_header(response, "WWW-Authenticate", "Bearer");
+    enum MHD_Result result = MHD_queue_response(connection, (unsigned)status, response);
+    MHD_destroy_response(response);
+    return result;
+}
+
+static enum MHD_Result serve_send_json(struct MHD_Connection *connection, int status,
+                                       const json_t *reply) {
+    char *text = json_dumps(reply, JSON_COMPACT | JSON_REAL_PRECISION(9));
+    if (!text) return MHD_NO;
+    struct MHD_Response *response =
+        MHD_create_response_from_buffer(strlen(text), text, MHD_RESPMEM_MUST_FREE);
+    return serve_send(connection, status, response, "application/json; charset=utf-8", 1);
+}
+
+static int serve_error(serve_request *r, int status, const char *text) {
+    r->reply = json_pack("{s:s}", "error", text);
+    return r->status = status;
+}
+
+/* What is there without a token. Null: nothing. */
+static const char *serve_page(const char *url, const char **type) {
+    static const char *const pages[][3] = {{"/", "label.html", "text/html; charset=utf-8"},
+                                           {"/label.css", "label.css", "text/css; charset=utf-8"},
+                                           {"/label.js", "label.js",
+                                            "text/javascript; charset=utf-8"}};
+    for (size_t i = 0; i < sizeof pages / sizeof *pages; i++)
+        if (!strcmp(url, pages[i][0])) return *type = pages[i][2], pages[i][1];
+    return NULL;
+}
+
+/* ---- who asks ---- */
+
+/* Whether two tokens are the same; takes as long whatever they hold. */
+static int serve_same_token(const char *a, const char *b) {
+    char x[LABEL_LONGEST + 1] = {0}, y[LABEL_LONGEST + 1] = {0};
+    unsigned char differ = 0;
+    size_t na = strnlen(a, sizeof x), nb = strnlen(b, sizeof y);
+    memcpy(x, a, na < sizeof x ? na : sizeof x);
+    memcpy(y, b, nb < sizeof y ? nb : sizeof y);
+    for (size_t i = 0; i < sizeof x; i++) differ |= (unsigned char)(x[i] ^ y[i]);
+    return !differ && *a;
+}
+
+/* The annotator of a token, -1 for the operator's, -2 for nobody's. All are compared. */
+static int serve_who(const label *l, const char *token) {
+    int found = serve_same_token(token, l->operator_token) ? -1 : -2;
+    for (int w = 0; w < l->n_whos; w++)
+        if (serve_same_token(token, l->who[w].token) && l->who[w].invited) found = w;
+    return found;
+}
+
+/* Whether one more request is within the rate of a token. */
+static int serve_allow(label_who *who, double now) {
+    if (!who->counted_at) who->allowance = SERVE_BURST;
+    else who->allowance = fmin(SERVE_BURST, who->allowance + (now - who->counted_at) * SERVE_RATE);
+    who->counted_at = now;
+    if (who->allowance < 1) return 0;
+    who->allowance--;
+    return 1;
+}
+
+/* Whether the Host header names this server: a name of this machine's loopback, or --host. A page
+ * of another name whose address was changed to ours is thereby not let in. */
+static int serve_host_ok(const serve *s, const char *header) {
+    static const char *const names[] = {"localhost", "127.0.0.1", "[::1]"};
+    char name[256];
+    if (!header) return 0;
+    snprintf(name, sizeof name, "%s", header);
+    char *colon = strrchr(name, ':');
+    if (colon && !strchr(colon, ']')) *colon = 0;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcasecmp(name, names[i])) return 1;
+    const char *asked = s->l->c->host;
+    if (!strcasecmp(name, s->host) || !strcasecmp(name, asked)) return 1;
+    /* Listening on every address: any address will do, names but the machine's own will not. */
+    unsigned char address[16];
+    char own[256] = "";
+    int is_any = !strcmp(asked, "0.0.0.0") || !strcmp(asked, "::");
+    if (!is_any) return 0;
+    gethostname(own, sizeof own - 1);
+    return *name == '[' || inet_pton(AF_INET, name, address) == 1 || !strcasecmp(name, own);
+}
+
+/* ---- what is asked ---- */
+
+/* The reply's "progress", and "item": null for none. */
+static void serve_put(serve *s, serve_request *r, int w, int item) {
+    json_object_set_new(r->reply, "item", item < 0 ? json_null() : label_show(s->l, w, item));
+    json_object_set_new(r->reply, "progress", label_progress(s->l, w));
+}
+
+static int serve_session(serve *s, serve_request *r, int w) {
+    const label *l = s->l;
+    const label_who *who = w < 0 ? NULL : l->who + w;
+    r->reply = json_pack("{s:s,s:s,s:O,s:s}", "role", who ? "annotator" : "operator", "task",
+                         l->write ? "write" : "compare", "aspects", l->aspects, "guidelines",
+                         l->guidelines ? l->guidelines : "");
+    r->status = 200;
+    if (!who) return 200;
+    json_object_set_new(r->reply, "annotator", json_string(who->name));
+    if (who->kind) json_object_set_new(r->reply, "annotator_type", json_string(who->kind));
+    if (who->domains) json_object_set(r->reply, "domains", who->domains);
+    else json_object_set_new(r->reply, "domains", json_array());
+    json_object_set_new(r->reply, "progress", label_progress(s->l, w));
+    return 200;
+}
+
+static int serve_compare(const void *a, const void *b) {
+    const double *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* One annotator for the operator's eyes. */
+static json_t *serve_report(const label_who *who) {
+    int right = 0, total = 0, n = 0;
+    double *seconds = calloc((size_t)who->n_votes + 1, sizeof *seconds), median = 0;
+    for (int i = 0; i < who->n_votes; i++) {
+        const label_vote *v = who->vote + i;
+        right += v->right == 1, total += v->right >= 0;
+        if (seconds && v->seconds > 0) seconds[n++] = v->seconds;
+    }
+    if (n) {
+        qsort(seconds, (size_t)n, sizeof *seconds, serve_compare);
+        median = n % 2 ? seconds[n / 2] : (seconds[n / 2 - 1] + seconds[n / 2]) / 2;
+    }
+    free(seconds);
+    json_t *j = json_pack("{s:s,s:i,s:i,s:i,s:o}", "annotator", who->name, "done", who->n_votes,
+                          "gold_right", right, "gold_total", total, "seconds_median",
+                          n ? json_real(median) : json_null());
+    if (who->kind) json_object_set_new(j, "annotator_type", json_string(who->kind));
+    if (who->domains) json_object_set(j, "domains", who->domains);
+    return j;
+}
+
+static void serve_link(const serve *s, const char *token, char *url, size_t size) {
+    snprintf(url, size, "http://%s:%d/#%s", s->host, s->port, token);
+}
+
+static int serve_operator(serve *s, serve_request *r) {
+    const label *l = s->l;
+    int total = 0, finished = 0;
+    char url[256];
+    json_t *people = json_array(), *links = json_array();
+    for (int w = 0; w < l->n_whos; w++) {
+        const label_who *who = l->who + w;
+        json_t *j = serve_report(who);
+        if (l->qualify) {
+            json_t *q = json_object();
+            for (int i = 0; i < who->n_vets; i++)
+                json_object_set_new(q, who->vet[i].domain, json_boolean(who->vet[i].passed));
+            json_object_set_new(j, "qualified", q);
+        }
+        json_array_append_new(people, j);
+        if (!who->invited) continue;
+        serve_link(s, who->token, url, sizeof url);
+        json_array_append_new(links, json_pack("{s:s,s:s}", "annotator", who->name, "url", url));
+    }
+    for (int i = 0; i < l->n_items; i++) {
+        total += l->item[i].gold < 0;
+        finished += l->item[i].gold < 0 && l->item[i].counted >= l->c->per_item;
+    }
+    r->reply = json_pack("{s:o,s:{s:i,s:i,s:i},s:o}", "annotators", people, "items", "total", total,
+                         "finished", finished, "judgements", l->judgements, "links", links);
+    return r->status = 200;
+}
+
+/* Judgements, texts and what takes them back. The answer waits until they are on the disk. */
+static int serve_post(serve *s, serve_request *r, int w, const char *url) {
+    label *l = s->l;
+    json_error_t e;
+    char text[256];
+    json_t *said = json_loadb(r->n ? r->body : "", r->n, JSON_REJECT_DUPLICATES, &e), *before;
+    if (!json_is_object(said)) {
+        if (said) snprintf(text, sizeof text, "the body is no JSON object");
+        else snprintf(text, sizeof text, "the body is no JSON: line %d: %s", e.line, e.text);
+        json_decref(said);
+        return serve_error(r, 400, text);
+    }
+    int undo = !strcmp(url, "/api/undo"), status;
+    if (undo) status = label_undo(l, w, &before);
+    else if (!strcmp(url, "/api/write")) status = label_write(l, w, said);
+    else status = label_judge(l, w, said);
+    json_decref(said);
+    if (status != 200) return serve_error(r, status, l->error);
+    r->reply = json_object();
+    if (undo) {
+        serve_put(s, r, w, l->who[w].current);
+        json_object_set_new(r->reply, "judgement", before);
+    } else {
+        json_object_set_new(r->reply, "ok", json_true());
+        json_object_set_new(r->reply, "progress", label_progress(l, w));
+    }
+    return r->status = 200;
+}
+
+/* Who asks for what; the answer goes into r. */
+static int serve_dispatch(serve *s, serve_request *r, const char *url, const char *method) {
+    static const struct {
+        const char *url, *method;
+    } calls[] = {{"/api/session", "GET"}, {"/api/next", "GET"},   {"/api/operator", "GET"},
+                 {"/api/judge", "POST"},  {"/api/write", "POST"}, {"/api/undo", "POST"}};
+    const char *bearer =
+        MHD_lookup_connection_value(r->connection, MHD_HEADER_KIND, "Authorization");
+    int known = -1;
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
+        if (!strcmp(url, calls[i].url)) known = (int)i;
+    if (known < 0) return serve_error(r, 404, "there is nothing at this address");
+    if (strcmp(method, calls[known].method))
+        return serve_error(r, 405, "this address takes another method");
+    int w = bearer && !strncasecmp(bearer, "Bearer ", 7) ? serve_who(s->l, bearer + 7) : -2;
+    if (w == -2) return serve_error(r, 401, "this link is not known here; ask for a new one");
+    if (w >= 0 && !serve_allow(s->l->who + w, base_now()))
+        return serve_error(r, 429, "too many requests; wait a second");
+    if (known == 0) return serve_session(s, r, w);
+    if (known == 2)
+        return w < 0 ? serve_operator(s, r) : serve_error(r, 403, "this is for the operator");
+    if (w < 0) return serve_error(r, 403, "this is for annotators");
+    if (known > 2) return serve_post(s, r, w, url);
+    r->reply = json_object();
+    serve_put(s, r, w, label_next(s->l, w));
+    return r->status = 200;
+}
+
+/* ---- connections ---- */
+
+/* A body's next piece; what is beyond the limit is read and thrown away, for a while. */
+static enum MHD_Result serve_take(serve_request *r, const char *data, size_t n) {
+    if (r->n + n > SERVE_BODY) {
+        r->n += n;
+        return r->n > SERVE_DRAIN ? MHD_NO : MHD_YES;
+    }
+    if (r->n + n > r->cap) {
+        r->cap = 2 * (r->n + n);
+        char *grown = realloc(r->body, r->cap);
+        if (!grown) return MHD_NO;
+        r->body = grown;
+    }
+    memcpy(r->body + r->n, data, n);
+    r->n += n;
+    return MHD_YES;
+}
+
+/* libmicrohttpd calls this when a request begins, for each piece of its body, at its end, and again
+ * when it was resumed. */
+static enum MHD_Result serve_request_step(void *user, struct MHD_Connection *connection,
+                                          const char *url, const char *method, const char *version,
+                                          const char *data, size_t *size, void **state) {
+    serve *s = user;
+    serve_request *r = *state;
+    const char *type;
+    (void)version;
+    if (!r) {
+        *state = r = calloc(1, sizeof *r);
+        if (!r) return MHD_NO;
+        r->connection = connection;
+        const char *length =
+            MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Content-Length");
+        if (!length || strtoull(length, NULL, 10) <= SERVE_DRAIN) return MHD_YES;
+        serve_error(r, 413, "the body is larger than 1 MiB");
+        return serve_send_json(connection, r->status, r->reply);
+    }
+    if (*size) {
+        enum MHD_Result taken = serve_take(r, data, *size);
+        *size = 0;
+        return taken;
+    }
+    if (!r->status) {
+        const char *host = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Host");
+        const char *page = serve_page(url, &type);
+        if (!serve_host_ok(s, host))
+            serve_error(r, 403, "this server has another name; see --host");
+        else if (r->n > SERVE_BODY) serve_error(r, 413, "the body is larger than 1 MiB");
+        else if (page && strcmp(method, "GET") && strcmp(method, "HEAD"))
+            serve_error(r, 405, "this address takes another method");
+        else if (page) {
+            size_t n;
+            const char *text = page_text(page, &n);
+            return serve_send(connection, 200,
+                              MHD_create_response_from_buffer(n, (void *)(uintptr_t)text,
+                                                              MHD_RESPMEM_PERSISTENT),
+                              type, 0);
+        } else {
+            serve_dispatch(s, r, url, method);
+        }
+        if (s->l->dirty && !strcmp(method, "POST")) {
+            r->next = s->waiting;
+            s->waiting = r;
+            MHD_suspend_connection(connection);
+            return MHD_YES;
+        }
+    }
+    return serve_send_json(connection, r->status, r->reply);
+}
+
+static void serve_request_end(void *user, struct MHD_Connection *connection, void **state,
+                              enum MHD_RequestTerminationCode code) {
+    serve_request *r = *state;
+    (void)user, (void)connection, (void)code;
+    if (!r) return;
+    json_decref(r->reply);
+    free(r->body);
+    free(r);
+    *state = NULL;
+}
+
+/* Puts what was judged on the disk, then lets the answers go. A disk that refuses ends the program:
+ * what it kept is no longer known. */
+static void serve_flush(serve *s) {
+    int error = label_sync(s->l);
+    if (error) {
+        fprintf(stderr, "rlhf: %s: cannot write: %s\n", s->l->out, strerror(error));
+        s->failed = 1;
+    }
+    while (s->waiting) {
+        serve_request *r = s->waiting;
+        s->waiting = r->next;
+        if (error) {
+            json_decref(r->reply);
+            serve_error(r, 500, "not saved: the disk refuses");
+        }
+        MHD_resume_connection(r->connection);
+    }
+}
+
+/* Serves what has arrived, or waits for it, so many milliseconds at most. */
+static void serve_poll(serve *s, int wait) {
+    MHD_run_wait(s->daemon, wait);
+    while (s->waiting || s->l->dirty) {
+        serve_flush(s);
+        MHD_run_wait(s->daemon, 0);
+    }
+}
+
+/* Listens on --host and --port. Returns null, or what is wrong. */
+static const char *serve_open(serve *s, label *l) {
+    static char text[256];
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *a;
+    char port[16];
+    s->l = l;
+    snprintf(port, sizeof port, "%d", (int)l->c->port);
+    int failed = getaddrinfo(l->c->host, port, &hints, &a);
+    if (failed) {
+        snprintf(text, sizeof text, "--host %s: %s", l->c->host, gai_strerror(failed));
+        return text;
+    }
+    unsigned flags = MHD_ALLOW_SUSPEND_RESUME;
+    if (MHD_is_feature_supported(MHD_FEATURE_EPOLL) == MHD_YES) flags |= MHD_USE_EPOLL;
+    if (a->ai_family == AF_INET6) flags |= MHD_USE_IPv6;
+    errno = 0;
+    s->daemon = MHD_start_daemon(
+        flags, (uint16_t)l->c->port, NULL, NULL, serve_request_step, s, MHD_OPTION_SOCK_ADDR,
+        a->ai_addr, MHD_OPTION_NOTIFY_COMPLETED, serve_request_end, s, MHD_OPTION_CONNECTION_LIMIT,
+        (unsigned)SERVE_CONNECTIONS, MHD_OPTION_CONNECTION_TIMEOUT, (unsigned)SERVE_IDLE,
+        MHD_OPTION_LISTENING_ADDRESS_REUSE, 1u, MHD_OPTION_END);
+    int is_six = a->ai_family == AF_INET6;
+    freeaddrinfo(a);
+    if (!s->daemon) {
+        snprintf(text, sizeof text, "cannot listen on %s:%s: %s", l->c->host, port,
+                 errno ? strerror(errno) : "the system refuses");
+        return text;
+    }
+    s->port = MHD_get_daemon_info(s->daemon, MHD_DAEMON_INFO_BIND_PORT)->port;
+    if (!strcmp(l->c->host, "0.0.0.0") || !strcmp(l->c->host, "::"))
+        gethostname(s->host, sizeof s->host - 1);
+    else snprintf(s->host, sizeof s->host, is_six ? "[%s]" : "%s", l->c->host);
+    return NULL;
+}
+
+static void serve_close(serve *s) {
+    if (!s->daemon) return;
+    serve_flush(s);
+    MHD_run_wait(s->daemon, 0);
+    MHD_stop_daemon(s->daemon);
+}
+
+#endif
+
+/* ---- terminal ---- */
+
+/* Prints a text; what would steer the terminal is shown as \xNN. */
+static void serve_print(const char *s) {
+    for (; *s; s++) {
+        unsigned char b = (unsigned char)*s;
+        if ((b < 0x20 && b != '\n' && b != '\t') || b == 0x7f) printf("\\x%02x", b);
+        else putchar(b);
+    }
+    putchar('\n');
+}
+
+static void serve_print_item(const json_t *shown, const json_t *progress) {
+    size_t i;
+    json_t *turn, *answer;
+    printf("\n==== %lld of %lld",
+           (long long)json_integer_value(json_object_get(progress, "done")) + 1,
+           (long long)json_integer_value(json_object_get(progress, "total")));
+    const char *domain = json_string_value(json_object_get(shown, "domain"));
+    printf("%s%s ====\n", *domain ? " · " : "", domain);
+    json_array_foreach(json_object_get(shown, "prompt"), i, turn) {
+        printf("[%s] ", json_string_value(json_object_get(turn, "role")));
+        serve_print(json_string_value(json_object_get(turn, "content")));
+    }
+    json_array_foreach(json_object_get(shown, "answers"), i, answer) {
+        printf("---- %c ----\n", "AB"[i]);
+        serve_print(json_string_value(answer));
+    }
+    if (json_object_get(shown, "draft")) {
+        printf("---- draft ----\n");
+        serve_print(json_string_value(json_object_get(shown, "draft")));
+    }
+}
+
+/* A line of standard input without its end; null at the end of input. */
+static char *serve_line(char **line, size_t *cap) {
+    fflush(stdout);
+    ssize_t n = getline(line, cap, stdin);
+    if (n < 0) return NULL;
+    while (n && strchr("\r\n", (*line)[n - 1])) (*line)[--n] = 0;
+    return *line;
+}
+
+/* Asks for each aspect; an empty line leaves one out. */
+static void serve_ask_aspects(const label *l, json_t *said, char **line, size_t *cap) {
+    size_t i;
+    json_t *name, *given = json_object();
+    json_array_foreach(l->aspects, i, name) {
+        printf("%s (a, b, t or empty) ", json_string_value(name));
+        const char *key = serve_line(line, cap), *at = key && *key ? strchr("abt", *key) : NULL;
+        if (at)
+            json_object_set_new(given, json_string_value(name),
+                                json_string(label_words[*at == 't' ? LABEL_TIE : *at - 'a']));
+    }
+    json_object_set_new(said, "aspects", given);
+}
+
+/* Reads what to do with an item into said. Returns 'j' to judge, 'u', 'q', or 0: not understood. */
+static int serve_ask(const label *l, json_t *said, char **line, size_t *cap) {
+    static const char keys[] = "abtns";
+    if (l->write)
+        printf("Your answer, ended by a line with a single dot; or s skip, u undo, q quit:\n");
+    else printf("a, b (1 to 3 behind it: how much), t tie, n neither, s skip, u undo, q quit: ");
+    char *in = serve_line(line, cap);
+    if (!in || !strcmp(in, "q")) return 'q';
+    if (!strcmp(in, "u")) return 'u';
+    if (l->write && !strcmp(in, "s")) return json_object_set_new(said, "skip", json_true()), 'j';
+    if (l->write) {
+        char *text = NULL;
+        size_t n = 0;
+        FILE *f = open_memstream(&text, &n);
+        for (int first = 1; in && strcmp(in, "."); first = 0) {
+            fprintf(f, "%s%s", first ? "" : "\n", in);
+            in = serve_line(line, cap);
+        }
+        fclose(f);
+        json_object_set_new(said, "text", json_string(text));
+        free(text);
+        return in ? 'j' : 'q';
+    }
+    const char *at = *in ? strchr(keys, *in) : NULL;
+    if (!at || (in[1] && (!strchr("123", in[1]) || in[2]))) return 0;
+    json_object_set_new(said, "choice", json_string(label_words[at - keys]));
+    if (in[1]) json_object_set_new(said, "strength", json_integer(in[1] - '0'));
+    if (at - keys != LABEL_SKIP) serve_ask_aspects(l, said, line, cap);
+    return 'j';
+}
+
+/* Asks annotator w on standard input and output until there is nothing left, or they quit. more:
+ * called before each item; returns an exit code other than 0 to end. */
+static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
+    char *line = NULL;
+    size_t cap = 0;
+    int code = 0, item, what = 0;
+    json_t *before;
+    while (what != 'q' && !(code = more(user)) && (item = label_next(l, w)) >= 0) {
+        json_t *shown = label_show(l, w, item), *progress = label_progress(l, w);
+        json_t *said = json_pack("{s:O,s:O}", "id", json_object_get(shown, "id"), "token",
+                                 json_object_get(shown, "token"));
+        serve_print_item(shown, progress);
+        double began = base_now();
+        what = serve_ask(l, said, &line, &cap);
+        json_object_set_new(said, "seconds", json_real(round((base_now() - began) * 10) / 10));
+        int status = 200;
+        if (what == 'u' && (status = label_undo(l, w, &before)) == 200) json_decref(before);
+        else if (what == 'j') status = l->write ? label_write(l, w, said) : label_judge(l, w, said);
+        int error = label_sync(l);
+        if (!what) printf("not understood\n");
+        if (status != 200) printf("not saved: %s\n", l->error);
+        else if (error) code = 1, fprintf(stderr, "rlhf: %s: %s\n", l->out, strerror(error));
+        else if (what == 'j') printf("saved\n");
+        json_decref(shown), json_decref(progress), json_decref(said);
+        if (code) break;
+    }
+    free(line);
+    return code;
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 36 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -17280,6 +19158,7 @@ static void report_write(rlhf_ctx *ctx, const char *const *dirs, int n, const ch
     X(system, "TEXT", "the system text that begins the conversation (default: the template's)")    \
     X(type, "KIND", "text or preference; default: what the model is for")                          \
     X(chat_template, "NAME", "how conversations are rendered; see below (default auto)")           \
+    X(continue, NULL, "a further round: sample from a newer checkpoint into the same file")        \
     X(dry_run, NULL, "show the first records, what bears loss, what is dropped; write nothing")    \
     X(quick, NULL, "fewer shapes and repetitions (default off)")                                   \
     X(config, "FILE", "JSON object with options; the command line wins (default none)")            \
@@ -17321,14 +19200,17 @@ typedef union cli_config {
     rlhf_generate_config gen;
     rlhf_eval_config eval;
     rlhf_raters_config raters;
+    label_config label;
 } cli_config;
+
+enum { CLI_LABEL = 100 }; /* as a kind of configuration: that of 33, which the library has not */
 
 struct cli;
 
 typedef struct cli_command {
     const char *name, *what, *usage;
     unsigned options;
-    int config; /* rlhf_config_kind of further options, -1: none */
+    int config; /* rlhf_config_kind of further options, or CLI_LABEL; -1: none */
     int (*run)(struct cli *c);
 } cli_command;
 
@@ -17346,6 +19228,7 @@ typedef struct cli {
     int drops;     /* records that --dry_run told of */
     struct talk *talk;
     double shown;
+    struct serve *serve; /* goes on while the library works; may be null */
 } cli;
 
 static volatile sig_atomic_t cli_interrupted; /* the signal, or 0 */
@@ -17448,6 +19331,9 @@ static int cli_progress(void *user, const rlhf_progress *p) {
         if (!c->line) fprintf(stderr, "\n");
         c->shown = p->seconds;
     }
+#ifndef RLHF_NO_HTTP
+    if (c->serve) serve_poll(c->serve, 0);
+#endif
     return cli_interrupted;
 }
 
@@ -17481,10 +19367,16 @@ static void cli_print_default(const rlhf_field *f, char *out, size_t size) {
     else snprintf(out, size, "%g", f->def);
 }
 
+/* The table of a command's further options; *n becomes its length. */
+static const rlhf_field *cli_fields(const cli_command *cmd, int *n) {
+    *n = cmd->config == CLI_LABEL ? (int)(sizeof label_fields / sizeof *label_fields) : 0;
+    if (cmd->config == CLI_LABEL) return label_fields;
+    return cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, n);
+}
+
 static int cli_named_by_config(const cli_command *cmd, const char *name) {
     int n = 0;
-    const rlhf_field *f =
-        cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, &n);
+    const rlhf_field *f = cli_fields(cmd, &n);
     for (int i = 0; i < n; i++)
         if (!strcmp(f[i].name, name)) return i;
     return -1;
@@ -17502,8 +19394,7 @@ static void cli_help(const cli_command *cmd) {
         printf("  %-34s %s\n", left, cli_options[i].help);
     }
     int n = 0;
-    const rlhf_field *f =
-        cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, &n);
+    const rlhf_field *f = cli_fields(cmd, &n);
     for (int i = 0; i < n; i++) {
         char left[160], def[64];
         cli_print_default(f + i, def, sizeof def);
@@ -17511,7 +19402,8 @@ static void cli_help(const cli_command *cmd) {
         printf("  %-34s %s%s%s%s\n", left, f[i].help, f[i].choices ? " (" : "",
                f[i].choices ? f[i].choices : "", f[i].choices ? ")" : "");
     }
-    if (cmd->config >= 0 && cli_notes[cmd->config]) printf("\n%s", cli_notes[cmd->config]);
+    if (cmd->config >= 0 && cmd->config <= RLHF_CONFIG_GENERATE && cli_notes[cmd->config])
+        printf("\n%s", cli_notes[cmd->config]);
     if (cmd->options & 1u << O_chat_template)
         printf("\nChat templates: %s\n", rlhf_chat_templates());
 }
@@ -17544,8 +19436,7 @@ static int cli_distance(const char *a, const char *b) {
 static int cli_unknown(cli *c, const char *name) {
     const char *best = NULL;
     int least = 4, n = 0;
-    const rlhf_field *f =
-        c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
+    const rlhf_field *f = cli_fields(c->cmd, &n);
     for (int i = 0; i < O_COUNT + n; i++) {
         const char *known = i < O_COUNT ? cli_options[i].name : f[i - O_COUNT].name;
         if (i < O_COUNT && !(c->cmd->options & 1u << i)) continue;
@@ -17717,8 +19608,7 @@ static int cli_is_boolean(const char *s) {
  * as the next argument. Returns an exit code, 0 to go on; *took: the value was used. */
 static int cli_take(cli *c, const char *name, const char *value, int bound, int *took) {
     int n = 0;
-    const rlhf_field *f =
-        c->cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)c->cmd->config, &n);
+    const rlhf_field *f = cli_fields(c->cmd, &n);
     *took = 1;
     for (size_t i = 0; i < sizeof cli_aliases / sizeof *cli_aliases; i++)
         if (cli_same(name, cli_aliases[i][0])) name = cli_aliases[i][1];
@@ -17823,7 +19713,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 34 TALK (talk_)
+ * MARK: - 37 TALK (talk_)
  * A conversation in the terminal. A line of standard input is a turn of the user; the answer is
  * shown as its tokens come. Between turns only texts are kept: each answer starts from the whole
  * conversation anew, as `rlhf generate` would from a record of it.
@@ -18026,9 +19916,9 @@ static int talk_run(talk *t, long long most) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 35 COMMAND (cli_ main)
- * What each command does: it opens what its options name, calls the public functions of rlhf.h
- * and prints what they found. The table at the end is what main, --help and suggestions know.
+ * MARK: - 38 STAGE (cli_)
+ * What commands share, and those that train: each opens what its options name, calls the public
+ * functions of rlhf.h and prints what they found.
  * ============================================================================================ */
 
 /* ---- shared by commands ---- */
@@ -18460,7 +20350,14 @@ static int cli_ppo(cli *c) {
     return cli_results(c, j);
 }
 
-/* ---- the other commands ---- */
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 39 COMMAND (cli_ main)
+ * The other commands. The table at the end is what main, --help and suggestions know.
+ * ============================================================================================ */
 
 static int cli_put_line(FILE *f, json_t *j) {
     char *text = json_dumps(j, JSON_COMPACT | JSON_REAL_PRECISION(9));
@@ -18924,6 +20821,152 @@ static int cli_bench(cli *c) {
     return cli_results(c, j);
 }
 
+/* ---- labelling ---- */
+
+/* Opens the models that answer prompts. */
+static int cli_open_sampler(cli *c, label *l, label_sampler *m) {
+    const label_config *cfg = l->c;
+    rlhf_tokenizer *tok;
+    m->fd = -1;
+    m->done = json_object();
+    m->dir[0] = c->v[O_model];
+    m->dir[1] = *cfg->model2 ? cfg->model2 : NULL;
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    m->tok = tok;
+    for (int i = 0; i < 2 && m->dir[i]; i++) {
+        CLI_TRY(rlhf_model_open(c->ctx, m->dir[i], m->model + i));
+        CLI_TRY(rlhf_model_hash(m->model[i], m->hash[i]));
+    }
+    int64_t room = cli_fitting(m->model[0], INT_MAX, cfg->max_new_tokens);
+    if (m->model[1]) room = cli_fitting(m->model[1], room, cfg->max_new_tokens);
+    if (room < 1)
+        return cli_fail(c,
+                        "--max_new_tokens %lld leaves no room for a prompt in a model's positions",
+                        (long long)cfg->max_new_tokens);
+    rlhf_data_config d = cli_data_config(c, RLHF_DATA_PROMPT, room);
+    CLI_TRY(rlhf_dataset_open(c->ctx, cfg->prompts, tok, &d, &m->prompts));
+    l->sampler = m;
+    return 0;
+}
+
+/* Which round this is: that of the file's newest samples if they are of these models, else the
+ * first, or with --continue the next one. */
+static int cli_label_round(cli *c, label *l) {
+    label_sampler *m = l->sampler;
+    char key[64];
+    int same = m->round > 0;
+    for (int i = 0; i < 2 && m->model[i]; i++) {
+        snprintf(key, sizeof key, "%d %s", m->round, m->hash[i]);
+        same &= json_object_get(m->done, key) != NULL;
+    }
+    if (same) return 0;
+    if (m->round && !c->v[O_continue])
+        return cli_fail(c,
+                        "%s: its answers are from other weights than %s; --continue adds a round "
+                        "of these",
+                        l->out, m->dir[0]);
+    m->round++;
+    return 0;
+}
+
+/* Samples until somebody has something to do. Returns an exit code. */
+static int cli_label_more(void *user) {
+    cli *c = ((void **)user)[0];
+    label *l = ((void **)user)[1];
+    while (l->sampler && l->sampler->next < l->sampler->prompts->n && !cli_interrupted &&
+           label_pick(l, l->who, 0) < 0)
+        CLI_TRY(label_sample(l));
+    return cli_interrupted ? 130 : 0;
+}
+
+#ifndef RLHF_NO_HTTP
+
+/* Serves until it is interrupted or, if asked, done; samples meanwhile. */
+static int cli_label_serve(cli *c, label *l) {
+    serve s = {0};
+    char url[256];
+    const char *bad = serve_open(&s, l);
+    if (bad) return cli_fail(c, "%s", bad);
+    for (int w = -1; w < l->n_whos; w++) {
+        if (w >= 0 && !l->who[w].invited) continue;
+        serve_link(&s, w < 0 ? l->operator_token : l->who[w].token, url, sizeof url);
+        printf("%-20s %s\n", w < 0 ? "operator" : l->who[w].name, url);
+    }
+    fflush(stdout);
+    c->serve = &s;
+    int code = 0;
+    while (!code && !s.failed && !cli_interrupted && !(l->c->exit_when_done && label_done(l))) {
+        rlhf_status status = RLHF_OK;
+        if (l->sampler && l->sampler->next < l->sampler->prompts->n) status = label_sample(l);
+        else serve_poll(&s, 250);
+        if (status && status != RLHF_STOPPED) code = cli_error(c, status);
+    }
+    c->serve = NULL;
+    /* The last answer is still on its way. */
+    for (int i = 0; i < 20 && !cli_interrupted; i++) serve_poll(&s, 5);
+    serve_close(&s);
+    if (cli_interrupted && !code) {
+        cli_fail(c, "interrupted; the same command goes on from there");
+        code = 130;
+    }
+    return s.failed ? 1 : code;
+}
+
+#endif
+
+/* What label_open and the commands of the label need open; an exit code. */
+static int cli_label_run(cli *c, label *l, label_sampler *m) {
+    const label_config *cfg = l->c;
+    rlhf_model *reward = NULL;
+    rlhf_tokenizer *tok = NULL;
+    int samples = *cfg->prompts && (strcmp(cfg->task, "write") || cfg->draft);
+    l->fd = -1;
+    CLI_NEED(out);
+    if (!*cfg->prompts && !*cfg->pairs)
+        return cli_fail(c, "label: --prompts FILE or --pairs FILE is missing"), 2;
+    if (samples) CLI_NEED(model);
+    int code = samples ? cli_open_sampler(c, l, m) : 0;
+    if (code) return code;
+    CLI_TRY(label_open(l));
+    if (samples && (code = cli_label_round(c, l))) return code;
+    if (c->v[O_reward]) {
+        CLI_TRY(rlhf_model_open(c->ctx, c->v[O_reward], &reward));
+        CLI_TRY(rlhf_tokenizer_open(c->ctx, c->v[O_reward], &tok));
+        m->reward = reward;
+        m->reward_tok = tok;
+        m->chat_template = c->v[O_chat_template] ? c->v[O_chat_template] : "auto";
+    }
+    CLI_TRY(label_rank_items(l, 0, reward, tok, m->chat_template));
+    if (cfg->tty) {
+        const json_t *known = json_object_get(l->names, cfg->annotator);
+        void *user[] = {c, l};
+        if (!known || !l->who[json_integer_value(known)].invited)
+            return cli_fail(c, "--annotator %s is not in %s", cfg->annotator, cfg->annotators);
+        return serve_tty(l, (int)json_integer_value(known), cli_label_more, user);
+    }
+#ifdef RLHF_NO_HTTP
+    return cli_fail(c, "this program is built without libmicrohttpd: only --tty works");
+#else
+    return cli_label_serve(c, l);
+#endif
+}
+
+static int cli_label(cli *c) {
+    label l = {.ctx = c->ctx, .c = &c->config.label, .out = c->v[O_out]};
+    label_sampler m = {.fd = -1};
+    int code = cli_label_run(c, &l, &m), finished = 0, total = 0;
+    for (int i = 0; i < l.n_items; i++) {
+        total += l.item[i].gold < 0;
+        finished += l.item[i].gold < 0 && l.item[i].counted >= l.c->per_item;
+    }
+    json_t *j = json_pack("{s:s,s:i,s:i,s:i}", "out", l.out ? l.out : "", "items", total,
+                          "finished", finished, "judgements", l.judgements);
+    label_free(&l);
+    if (!code) return cli_results(c, j);
+    json_decref(j);
+    return code;
+}
+
 /* ---- main ---- */
 
 static const cli_command cli_commands[] = {
@@ -18963,6 +21006,11 @@ static const cli_command cli_commands[] = {
      "--data prefs.jsonl [FILE...] [--reward RM_DIR] [--out labels.jsonl]",
      CLI_COMMON | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(data) | CLI_BIT(out),
      RLHF_CONFIG_RATERS, cli_raters},
+    {"label", "collect judgements and texts of people, in their browsers or a terminal",
+     "--model DIR --prompts FILE --out prefs.jsonl | --pairs FILE --out prefs.jsonl",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(out) |
+         CLI_BIT(chat_template) | CLI_BIT(continue),
+     CLI_LABEL, cli_label},
     {"report", "runs as one page for a browser: curves, slices, answers, warnings",
      "RUN... --out report.html [--raters FILE]",
      CLI_COMMON | CLI_BIT(raters) | CLI_BIT(out), -1, cli_report},
@@ -19028,7 +21076,9 @@ int main(int argc, char **argv) {
                 near ? "\"?" : "");
         return 2;
     }
-    if (c.cmd->config >= 0) train_defaults((rlhf_config_kind)c.cmd->config, &c.config);
+    int n_fields;
+    const rlhf_field *fields = cli_fields(c.cmd, &n_fields);
+    train_fill(fields, n_fields, &c.config);
     int code = cli_parse(&c, argc - 2, argv + 2);
     if (c.v[O_help]) {
         cli_help(c.cmd);

@@ -1,0 +1,169 @@
+"""`rlhf label` under load, and killed: many annotators at once, each judging what they are given.
+
+    python3 test/label_load.py              200 annotators, one judgement a second each, for a minute
+    python3 test/label_load.py --short      20 annotators as fast as they are allowed; killed half-way
+
+Prints how long an answer takes (99th percentile). Whether every acknowledged judgement is in the file,
+once and whole, is asserted and does not depend on time. Only the long form asserts the 50 ms, and only
+if asked (--limit 50). RLHF names the program. Python's standard library is all it needs.
+"""
+import argparse
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+PROGRAM = os.path.abspath(os.environ.get("RLHF", Path(__file__).resolve().parent.parent / "rlhf"))
+
+
+class Label:
+    """The program on a set of pairs, with so many annotators."""
+
+    def __init__(self, folder, annotators, items):
+        self.out = folder / "out.jsonl"
+        (folder / "pairs.jsonl").write_text("".join(
+            json.dumps({"item": i, "prompt": f"Question {i}?" + " More of it." * 40,
+                        "answers": [f"first answer {i} " * 30, f"second answer {i} " * 30]}) + "\n"
+            for i in range(items)))
+        (folder / "people.json").write_text(json.dumps([{"name": f"a{i}"} for i in range(annotators)]))
+        self.log = folder / "log"
+        self.command = [PROGRAM, "label", "--pairs", folder / "pairs.jsonl", "--out", self.out,
+                        "--annotators", folder / "people.json", "--port", "0"]
+        self.process = None
+
+    def start(self):
+        with open(self.log, "w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+        while True:
+            assert self.process.poll() is None, self.log.read_text()
+            links = dict(re.findall(r"^(a\d+) +http://127.0.0.1:(\d+/#\S+)$", self.log.read_text(), re.M))
+            if len(links) == len(json.loads(Path(self.command[7]).read_text())):
+                return {name: link.split("/#") for name, link in links.items()}
+            time.sleep(0.01)
+
+    def end(self, how):
+        self.process.send_signal(how)
+        self.process.wait()
+
+    def records(self):
+        text = self.out.read_text()
+        return text, [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def annotate(name, link, pace, until, done, times, wait):
+    """Judges until the time or the server is over; done: what was acknowledged."""
+    port, token = link
+    headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+
+    def call(method, path, body=None):
+        began = time.monotonic()
+        connection.request(method, path, body and json.dumps(body), headers)
+        response = connection.getresponse()
+        data = json.loads(response.read())
+        times.append(time.monotonic() - began)
+        if response.status == 429:
+            time.sleep(0.2)
+            return call(method, path, body)
+        assert response.status == 200, (response.status, data)
+        return data
+
+    time.sleep(wait)
+    due = time.monotonic()
+    try:
+        while time.monotonic() < until:
+            item = call("GET", "/api/next")["item"]
+            if not item:
+                break
+            call("POST", "/api/judge", {"id": item["id"], "token": item["token"], "choice": "AB"[len(done) % 2],
+                                        "seconds": 1.5, "reason": name})
+            done.append(item["id"])
+            due += pace
+            time.sleep(max(0, due - time.monotonic()))
+    except (OSError, http.client.HTTPException):
+        pass  # the server was killed
+    finally:
+        connection.close()
+
+
+def crowd(links, pace, seconds, kill=None, enough=0):
+    """Everybody at once; what each had acknowledged, and all times."""
+    done = {name: [] for name in links}
+    times = []
+    until = time.monotonic() + seconds
+    threads = [threading.Thread(target=annotate, args=(name, link, pace, until, done[name], times,
+                                                       pace * i / len(links)))
+               for i, (name, link) in enumerate(links.items())]
+    for t in threads:
+        t.start()
+    while kill and sum(map(len, done.values())) < enough and any(t.is_alive() for t in threads):
+        time.sleep(0.005)
+    if kill:
+        kill()
+    for t in threads:
+        t.join()
+    return done, times
+
+
+def check(label, acknowledged, unanswered):
+    """Every acknowledged judgement is a line; others are at most those whose answer was lost."""
+    text, records = label.records()
+    counts = {}
+    for r in records:
+        counts[r["annotator"]] = counts.get(r["annotator"], 0) + 1
+    items = [r["item"] for r in records]
+    assert len(set(items)) == len(items), "an item was judged twice"
+    for name, n in acknowledged.items():
+        assert n <= counts.get(name, 0) <= n + unanswered, (name, n, counts.get(name, 0))
+    return text, len(records)
+
+
+def short(folder):
+    label = Label(folder, 20, 300)
+    done, _ = crowd(label.start(), 0.001, 600, lambda: label.end(signal.SIGKILL), 60)
+    first = {name: len(d) for name, d in done.items()}
+    # What a kill in the middle of writing leaves.
+    with open(label.out, "a", encoding="utf-8") as out:
+        out.write('{"prompt": "half a li')
+    links = label.start()
+    text, kept = check(label, first, 1)
+    assert text.endswith("\n") and "half a li" not in text, "half a line is left"
+    done, _ = crowd(links, 0.001, 600)
+    label.end(signal.SIGINT)
+    total = {name: first[name] + len(done[name]) for name in first}
+    _, n = check(label, total, 1)
+    assert n == 300, f"{n} of 300 items judged"
+    print(f"killed after {kept} judgements, none lost; {n} in the end")
+
+
+def long(folder, annotators, seconds, limit):
+    label = Label(folder, annotators, annotators * (seconds + 5))
+    done, times = crowd(label.start(), 1, seconds)
+    label.end(signal.SIGINT)
+    _, n = check(label, {name: len(d) for name, d in done.items()}, 0)
+    times.sort()
+    at = lambda q: 1000 * times[min(len(times) - 1, int(q * len(times)))]
+    print(f"{n} judgements by {annotators} annotators in {seconds} s, none lost; answer within "
+          f"{at(.5):.1f} ms (median), {at(.99):.1f} ms (99 %), {1000 * times[-1]:.1f} ms (longest)")
+    assert not limit or at(.99) < limit, f"99 % take {at(.99):.1f} ms, allowed {limit}"
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser()
+    options.add_argument("--short", action="store_true")
+    options.add_argument("--annotators", type=int, default=200)
+    options.add_argument("--seconds", type=int, default=60)
+    options.add_argument("--limit", type=float, default=0)
+    options = options.parse_args()
+    with tempfile.TemporaryDirectory(prefix="rlhf-load-") as path:
+        if options.short:
+            short(Path(path))
+        else:
+            long(Path(path), options.annotators, options.seconds, options.limit)

@@ -232,14 +232,14 @@ $(CACHE)/interop-%/.llama.cpp: $(CACHE)/interop-%/.installed
 
 # Every test/pages_*.py (pages_tool.py is what they share) ends with "N passed, N failed"; so does the
 # whole. Screenshots stay in build/pages.
-PAGES = $(BUILD)/pages
+BROWSER = $(BUILD)/pages
 
 pages: deps-pages         ## the pages of `rlhf label` and `rlhf report` in headless Chromium
 	@$(MAKE) --no-print-directory all
 	@passed=0; failed=0; for s in $(filter-out %_tool.py,$(wildcard test/pages_*.py)); do \
-	    echo "$$s"; RLHF=$(abspath $(PROG)) PAGES_OUT=$(abspath $(PAGES)) \
-	        $(PAGES)/venv/bin/python $$s $(T) >$(PAGES)/log 2>&1; status=$$?; \
-	    sed 's/^/  /' $(PAGES)/log; set -- $$(tail -n 1 $(PAGES)/log); \
+	    echo "$$s"; RLHF=$(abspath $(PROG)) PAGES_OUT=$(abspath $(BROWSER)) \
+	        $(BROWSER)/venv/bin/python $$s $(T) >$(BROWSER)/log 2>&1; status=$$?; \
+	    sed 's/^/  /' $(BROWSER)/log; set -- $$(tail -n 1 $(BROWSER)/log); \
 	    case "$$2 $$4" in ("passed, failed") ;; (*) set -- 0 x 1;; esac; \
 	    [ $$status -eq 0 ] || [ "$$3" -gt 0 ] || set -- "$$1" x 1; \
 	    passed=$$((passed + $$1)); failed=$$((failed + $$3)); \
@@ -252,10 +252,10 @@ deps-pages: deps          ## install what pages needs: a browser, its driver, se
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || want="$$want python3-venv"; \
 	[ -z "$$want" ] || { command -v apt-get >/dev/null || { echo "missing:$$want" >&2; exit 1; }; \
 	    $(call apt_install,$$want); }
-	@$(MAKE) --no-print-directory $(PAGES)/venv/.installed
+	@$(MAKE) --no-print-directory $(BROWSER)/venv/.installed
 
-$(PAGES)/venv/.installed: test/requirements-pages.txt
-	@mkdir -p $(PAGES)
+$(BROWSER)/venv/.installed: test/requirements-pages.txt
+	@mkdir -p $(BROWSER)
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet -r test/requirements-pages.txt

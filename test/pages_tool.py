@@ -8,6 +8,7 @@ runs those whose name contains WORD. Pictures go to build/pages; the last line i
 Nothing is awaited by sleeping: until() asks again and again, and gives up only after a minute or two.
 """
 import base64
+import contextlib
 import os
 import shutil
 import sys
@@ -22,12 +23,13 @@ from selenium.webdriver.common.by import By
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(os.environ.get("PAGES_OUT", ROOT / "build" / "pages"))
 PROGRAM = os.path.abspath(os.environ.get("RLHF", ROOT / "rlhf"))
-PATIENCE = 120  # seconds; a slow machine is no failure
+PATIENCE = int(os.environ.get("PAGES_PATIENCE", "120"))  # seconds; a slow machine is no failure
 
 DESKTOP = (1280, 900)
 PHONE = (360, 740)
 
 browsers = []
+endings = []  # called after each test: what it started ends with it
 
 
 def until(ask, what, seconds=PATIENCE):
@@ -49,7 +51,7 @@ def until(ask, what, seconds=PATIENCE):
 # ---- Browser -------------------------------------------------------------------------------------
 
 def browser(size=DESKTOP, dark=False):
-    """A fresh headless Chromium that knows nothing of others; it ends with the script."""
+    """A fresh headless Chromium that knows nothing of others; it ends with the test."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
@@ -59,6 +61,7 @@ def browser(size=DESKTOP, dark=False):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
     browsers.append(driver)
+    endings.append(driver.quit)
     resize(driver, size)
     scheme(driver, dark)
     return driver
@@ -79,12 +82,14 @@ def scheme(driver, dark):
         {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
 
 
-def screenshot(driver, name, whole=False):
-    """build/pages/NAME.png: what is on the screen, or the whole page."""
+def screenshot(driver, name, whole=False, kind="png"):
+    """build/pages/NAME.KIND (png or webp): what is on the screen, or the whole page."""
     OUT.mkdir(parents=True, exist_ok=True)
-    picture = driver.execute_cdp_cmd("Page.captureScreenshot",
-                                     {"format": "png", "captureBeyondViewport": whole})
-    (OUT / f"{name}.png").write_bytes(base64.b64decode(picture["data"]))
+    options = {"format": kind, "captureBeyondViewport": whole}
+    if kind == "webp":
+        options["quality"] = 85
+    picture = driver.execute_cdp_cmd("Page.captureScreenshot", options)
+    (OUT / f"{name}.{kind}").write_bytes(base64.b64decode(picture["data"]))
 
 
 def find(driver, css):
@@ -104,7 +109,7 @@ def text(driver, css):
 
 
 def complaints(driver):
-    """What the browser logged against the page since the last call: errors of scripts, CSP, resources."""
+    """What the browser holds against the page since the last call: scripts, policy, resources."""
     return [e["message"] for e in driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
 
 
@@ -138,7 +143,8 @@ function rgba(color) {
 }
 const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
 function luminance(c) {
-    const l = c.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    const l = c.slice(0, 3).map(v => v / 255)
+        .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
     return .2126 * l[0] + .7152 * l[1] + .0722 * l[2];
 }
 function ratio(a, b) {
@@ -177,7 +183,8 @@ for (const e of document.querySelectorAll("textarea, select, input[type=text], i
     const color = rgba(s.color), mine = behind(e);
     checked++;
     if (e.value && ratio(over(color, mine), mine) < 4.5) bad.push("text of " + (e.id || e.tagName));
-    if (ratio(over(rgba(s.borderTopColor), back), back) < 3) bad.push("border of " + (e.id || e.tagName));
+    if (ratio(over(rgba(s.borderTopColor), back), back) < 3)
+        bad.push("border of " + (e.id || e.tagName));
 }
 return [checked, bad];
 """
@@ -202,7 +209,8 @@ def accessible(driver):
     assert not nameless(driver), f"without a name: {nameless(driver)}"
     for dark in (True, False):
         scheme(driver, dark)
-        assert not faint(driver), f"too little contrast ({'dark' if dark else 'light'}): {faint(driver)}"
+        found = faint(driver)
+        assert not found, f"too little contrast ({'dark' if dark else 'light'}): {found}"
     assert driver.execute_script("return document.documentElement.lang"), "the page names no language"
     assert driver.title, "the page has no title"
     resize(driver, PHONE)
@@ -217,25 +225,30 @@ def main(names):
     """Runs the functions test_* of a script in their order, prints the result, ends the script."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     passed = failed = 0
-    try:
-        for name, test in names.items():
-            if not name.startswith("test_") or word not in name:
-                continue
-            began = time.monotonic()
-            try:
-                test()
-                passed += 1
-                print(f"ok      {name[5:]} ({time.monotonic() - began:.1f} s)", flush=True)
-            except Exception:  # pylint: disable=broad-except
-                failed += 1
-                print(f"FAILED  {name[5:]}\n{traceback.format_exc()}", flush=True)
-                for i, driver in enumerate(browsers):
-                    try:
-                        screenshot(driver, f"failed-{name[5:]}-{i}")
-                    except Exception:  # pylint: disable=broad-except
-                        pass
-    finally:
-        for driver in browsers:
-            driver.quit()
+    for name, test in names.items():
+        if not name.startswith("test_") or word not in name:
+            continue
+        began = time.monotonic()
+        try:
+            test()
+            passed += 1
+            print(f"ok      {name[5:]} ({time.monotonic() - began:.1f} s)", flush=True)
+        except Exception:  # pylint: disable=broad-except
+            failed += 1
+            print(f"FAILED  {name[5:]}\n{traceback.format_exc()}", flush=True)
+            for i, driver in enumerate(browsers):
+                with contextlib.suppress(Exception):
+                    screenshot(driver, f"failed-{name[5:]}-{i}")
+        finally:
+            finish()
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed != 0 or passed == 0)
+
+
+def finish():
+    """Ends what browser() and others have started."""
+    for end in reversed(endings):
+        with contextlib.suppress(Exception):
+            end()
+    endings.clear()
+    browsers.clear()

@@ -1,18 +1,19 @@
 "use strict";
-/* The page of `rlhf label`: what an annotator or the operator sees. Its counterpart, which stores the
- * judgements and says what comes next, is section LABEL of rlhf.c.
+/* The page of `rlhf label`: what an annotator or the operator sees. Its counterpart, which stores
+ * the judgements and says what comes next, is section LABEL of rlhf.c.
  *
  *   session    who this is and what is asked: read once
  *   show       one item, its form filled with what was entered before a reload or an undo
  *   save       sends a judgement until the server has answered, then asks for the next item
  *
- * Texts of people and models enter the page through textContent only. Nothing counts as saved before
- * the server said so; what is entered survives a reload (sessionStorage) and a server that is away.
+ * Texts of people and models enter the page through textContent only. Nothing counts as saved
+ * before the server said so; what is entered survives a reload (sessionStorage) and a server that
+ * is away.
  */
 
 const $ = id => document.getElementById(id);
 
-let token = "";          // who this is: the part of the address after #, which is sent to no one else
+let token = "";          // who this is: what follows # in the address, which no request tells
 let session = null;
 let progress = {done: 0, total: 0};
 let item = null;         // what is on the page, null for none
@@ -55,17 +56,20 @@ async function call(method, path, body) {
     return data;
 }
 
-/* The same, again and again while the reason for failing may pass. `waiting` says what is held up. */
+/* The same, again and again while the reason for failing may pass; `waiting`: what is held up. */
 async function insist(method, path, body, waiting) {
+    const before = [$("status").textContent, $("status").className];
     let lost = false;            // an earlier attempt may have reached the server
     for (let attempt = 0; ; attempt++) {
         try {
-            return await call(method, path, body);
+            const data = await call(method, path, body);
+            if (attempt) [$("status").textContent, $("status").className] = before;
+            return data;
         } catch (error) {
             error.lost = lost;
             if (!(error instanceof Refusal) || !error.passing) throw error;
             lost ||= error.status !== 429;
-            if (attempt > 0 || error.status !== 429) 
+            if (attempt > 0 || error.status !== 429)
                 say(waiting + ": " + sentence(error.message) + " Trying again.", "bad");
             const seconds = error.wait || Math.min(5, 0.5 * 2 ** attempt);
             await new Promise(resume => {
@@ -108,11 +112,14 @@ function notice(title, text, button, action) {
 
 /* What cannot be waited for. */
 function fail(error) {
+    item = null;
+    busy = false;
     if (error instanceof Refusal && error.status === 401) {
         $("undo").hidden = $("help").hidden = true;
         say("");
         notice("This link is not valid",
-               "It may be incomplete, or from an earlier session. Ask whoever sent it to you for a new one.");
+               "It may be incomplete, or from an earlier session. " +
+               "Ask whoever sent it to you for a new one.");
     } else {
         notice("Something went wrong", error.message + ".", "Try again", start);
     }
@@ -127,12 +134,12 @@ function sentence(text) {
 
 /* Kept under the item's id together with its text, since another server may use the same ids. */
 const draftKey = () => "rlhf-label " + session.annotator + " " + item.id;
-const draftOf = () => JSON.stringify([item.prompt, item.answers, item.draft]);
+const content = of => JSON.stringify([of.prompt, of.answers, of.draft]);
 
 function keepDraft() {
     if (!item || busy) return;
     try {
-        sessionStorage.setItem(draftKey(), JSON.stringify({of: draftOf(), entered: entered()}));
+        sessionStorage.setItem(draftKey(), JSON.stringify({of: content(item), entered: entered()}));
     } catch {
         // A browser that keeps nothing: a reload then loses what was not saved.
     }
@@ -141,7 +148,7 @@ function keepDraft() {
 function findDraft() {
     try {
         const kept = JSON.parse(sessionStorage.getItem(draftKey()));
-        return kept && kept.of === draftOf() ? kept.entered : null;
+        return kept && kept.of === content(item) ? kept.entered : null;
     } catch {
         return null;
     }
@@ -203,7 +210,8 @@ function show(next, judgement) {
     showProgress();
     const before = judgement || findDraft() || {};
     const name = session.task === "write" ? "Prompt" : "Pair";
-    const number = name + " " + (progress.done + 1) + (progress.total > progress.done ? " of " + progress.total : "");
+    const {done, total} = progress;
+    const number = name + " " + (done + 1) + (total > done ? " of " + total : "");
     $("title").textContent = number + (item.domain ? " · " + item.domain : "");
     document.title = number + " – rlhf label";
     $("trial").hidden = progress.qualified?.[item.domain] !== false;
@@ -247,7 +255,8 @@ function entered() {
     if (session.task === "write") return {text: $("answer").value, seconds: clock.read()};
     const fields = $("compare").elements;
     const judgement = {choice: fields.choice.value, seconds: clock.read()};
-    if (strengthCounts() && fields.strength.value) judgement.strength = Number(fields.strength.value);
+    if (strengthCounts() && fields.strength.value)
+        judgement.strength = Number(fields.strength.value);
     for (const aspect of session.aspects) {
         const value = fields["aspect " + aspect].value;
         if (value) (judgement.aspects ??= {})[aspect] = value;
@@ -293,8 +302,8 @@ async function save(body) {
 }
 
 /* Sends until there is an answer. The server takes an item once: of a judgement that is sent twice
- * because the first answer was lost, the second is refused (409), and progress tells whether the first
- * was stored. A server that was restarted may have given the same item a new token. */
+ * because the first answer was lost, the second is refused (409), and progress tells whether the
+ * first was stored. A server that was restarted may have given the same item a new token. */
 async function deliver(body) {
     const path = session.task === "write" ? "api/write" : "api/judge";
     for (let tries = 0; ; tries++) {
@@ -317,7 +326,7 @@ async function deliver(body) {
 }
 
 function sameItem(other) {
-    return other.id === item.id && JSON.stringify([other.prompt, other.answers, other.draft]) === draftOf();
+    return other.id === item.id && content(other) === content(item);
 }
 
 /* The next item, or why there is none. */
@@ -330,11 +339,13 @@ async function goOn() {
     busy = false;
     enable(true);
     if (progress.done >= progress.total)
-        notice("All done", progress.done ? "Thank you. Every judgement is saved." : "There is nothing for you to do.",
+        notice("All done",
+               progress.done ? "Thank you. All that you did is saved." : "There is nothing to do.",
                "Look for more", again);
     else
         notice("Nothing for you just now",
-               "Others have the remaining ones, and some may come back to you.", "Look for more", again);
+               "Others have the remaining ones, and some may come back to you.",
+               "Look for more", again);
 }
 
 function again() {
@@ -357,8 +368,12 @@ async function undo() {
         busy = false;
         enable(true);
         if (!(error instanceof Refusal) || error.status === 401) return fail(error);
-        say(error.status === 409 ? "There is nothing to undo." : "Not undone: " + sentence(error.message), "bad");
-        if (error.status === 0) again();
+        say(error.status === 409 ? "There is nothing to undo."
+                                 : "Not undone: " + sentence(error.message), "bad");
+        if (error.status === 0) {
+            busy = true;
+            again();
+        }
     }
 }
 
@@ -373,12 +388,15 @@ function showProgress() {
 
 // ---- Operator -----------------------------------------------------------------------------------
 
-const percent = (part, whole) => whole ? part + " of " + whole + " (" + Math.round(100 * part / whole) + " %)" : "–";
+function percent(part, whole) {
+    return whole ? part + " of " + whole + " (" + Math.round(100 * part / whole) + " %)" : "–";
+}
 
 function duration(seconds) {
     if (!(seconds > 0)) return "–";
     if (seconds < 100) return seconds.toFixed(seconds < 10 ? 1 : 0) + " s";
-    return Math.floor(seconds / 60) + " min " + Math.round(seconds % 60) + " s";
+    const whole = Math.round(seconds);
+    return Math.floor(whole / 60) + " min " + whole % 60 + " s";
 }
 
 function qualification(qualified) {
@@ -395,15 +413,19 @@ function showOperator(state) {
     };
     const {total, finished, judgements} = state.items;
     $("figures").replaceChildren(figure("Items finished", finished + " of " + total),
-                                 figure("Items left", total - finished), figure("Judgements", judgements));
+                                 figure("Items left", total - finished),
+                                 figure("Judgements", judgements));
     $("people").replaceChildren(...state.annotators.map(a => {
         const row = element("tr");
         const name = element("th", "", a.annotator);
         name.scope = "row";
-        row.append(name, element("td", "", a.annotator_type || "–"),
-                   element("td", "", (a.domains || []).join(", ") || "all"), element("td", "n", String(a.done)),
+        row.append(name,
+                   element("td", "", a.annotator_type || "–"),
+                   element("td", "", (a.domains || []).join(", ") || "all"),
+                   element("td", "n", String(a.done)),
                    element("td", "n", percent(a.gold_right, a.gold_total)),
-                   element("td", "", qualification(a.qualified)), element("td", "n", duration(a.seconds_median)));
+                   element("td", "", qualification(a.qualified)),
+                   element("td", "n", duration(a.seconds_median)));
         return row;
     }));
     $("links").hidden = !state.links?.length;
@@ -414,8 +436,13 @@ function showOperator(state) {
         entry.append(a);
         return entry;
     }));
-    $("fresh").textContent = "As of " + new Date().toLocaleTimeString() + ". Renewed every few seconds.";
+    $("fresh").textContent =
+        "As of " + new Date().toLocaleTimeString() + ". Renewed every few seconds.";
 }
+
+const pause = seconds => new Promise(resume => setTimeout(resume, seconds * 1000));
+const turned = () => new Promise(resume =>
+    document.addEventListener("visibilitychange", resume, {once: true}));
 
 async function operate() {
     only("operator");
@@ -424,15 +451,16 @@ async function operate() {
     for (;;) {
         showOperator(await insist("GET", "api/operator", null, "Not up to date"));
         say("");
-        await new Promise(resume => setTimeout(resume, 5000));
-        while (document.hidden)
-            await new Promise(resume => document.addEventListener("visibilitychange", resume, {once: true}));
+        await pause(5);
+        while (document.hidden) await turned();
     }
 }
 
 // ---- Keyboard -----------------------------------------------------------------------------------
 
-const KEYS = {a: "A", 1: "A", ArrowLeft: "A", b: "B", 2: "B", ArrowRight: "B", t: "tie", n: "both_bad", s: "skip"};
+const KEYS = {a: "A", 1: "A", ArrowLeft: "A", b: "B", 2: "B", ArrowRight: "B",
+              t: "tie", n: "both_bad", s: "skip"};
+const FIELDS = "textarea, select, input:not([type=radio], [type=checkbox])";
 
 function choose(value) {
     $("compare").elements.choice.value = value;
@@ -450,10 +478,11 @@ function strengthen(step) {
 }
 
 function onKey(event) {
-    if (event.defaultPrevented || event.isComposing || event.altKey || !item || busy) return;
+    if (event.defaultPrevented || event.isComposing || event.altKey || busy || !session) return;
     const at = event.target;
-    const typing = at.matches("textarea, select, input:not([type=radio], [type=checkbox])") || at.isContentEditable;
+    const typing = at.matches(FIELDS);
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    if (!item && key !== "u") return;
     if (event.ctrlKey || event.metaKey) {
         if (key !== "Enter") return;
         event.preventDefault();
@@ -479,8 +508,13 @@ function onSubmit(event) {
     event.preventDefault();
     const body = entered();
     if (session.task === "write" ? body.text.trim() : body.choice) return save(body);
-    say(session.task === "write" ? "Write an answer first, or skip." : "Choose an answer first.", "bad");
-    (session.task === "write" ? $("answer") : $("compare").elements.choice[0]).focus();
+    if (session.task === "write") {
+        say("Write an answer first, or skip.", "bad");
+        $("answer").focus();
+    } else {
+        say("Choose an answer first.", "bad");
+        $("compare").elements.choice[0].focus();
+    }
 }
 
 // ---- Start --------------------------------------------------------------------------------------
@@ -507,8 +541,8 @@ function showSession() {
 async function start() {
     token = location.hash.slice(1);
     if (!token)
-        return notice("This page needs your personal link", "Open the whole link that was sent to you, " +
-                      "with the part after the #.");
+        return notice("This page needs your personal link",
+                      "Open the whole link that was sent to you, with the part after the #.");
     try {
         session = await insist("GET", "api/session", null, "Not started yet");
         say("");
@@ -541,7 +575,10 @@ $("skip").addEventListener("click", () => save({skip: true}));
 $("restore").addEventListener("click", () => { $("answer").value = item.draft; keepDraft(); });
 $("undo").addEventListener("click", undo);
 document.addEventListener("keydown", onKey);
-document.addEventListener("visibilitychange", () => { clock.turn(); if (document.hidden) keepDraft(); });
+document.addEventListener("visibilitychange", () => {
+    clock.turn();
+    if (document.hidden) keepDraft();
+});
 window.addEventListener("online", () => retryNow?.());
 window.addEventListener("hashchange", () => location.reload());
 window.addEventListener("pagehide", keepDraft);

@@ -16,37 +16,40 @@
  *   06 VEC (v_ vi_ v16_)       sixteen virtual lanes: AVX2, NEON, plain C; exp, tanh, sin and such
  *   07 KERN (k_)               row kernels on 06, each with a plain-C twin
  *   08 GEMM (gemm_)            the matrix product: packing, tiles, driver
- *   09 OPS (op_)               forward and backward of every operation
- *   10 IO (io_)                files: bounded reads, mapping, atomic writes, gzip
- *   11 JSON (json_)            schema helpers whose errors say file, line, key
- *   12 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
- *   13 VOCAB (tok_)            tokenizer.json in and out, training a vocabulary
- *   14 CHAT (chat_)            conversations as text: templates as data, spans that bear loss
- *   15 MODEL (model_)          families, parameter table, layout, initial weights
- *   16 PASS (model_)           forward, backward, heads, batches
- *   17 CKPT (ckpt_)            safetensors and Hugging Face directories
- *   18 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
- *   19 OPT (opt_)              AdamW, clipping, schedules
- *   20 DATA (data_)            records, loss spans, orders
- *   21 GEN (gen_)              sampling and batched generation
- *   22 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
- *   23 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
- *   24 SFT (sft_)              supervised fine-tuning
- *   25 RM (rm_)                the reward model
- *   26 PPO (ppo_)              proximal policy optimisation
- *   27 EVAL (eval_)            perplexity, KL, preference accuracy by slice
- *   28 RATER (rater_)          annotators: agreement, reliability, labels from many hands
- *   29 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
- *   30 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   31 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
- *   32 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
- *   33 LABEL (label_)          judgements of people: who is asked what, the file that keeps them
- *   34 POOL (label_)           what there is to judge, and who judges; only under RLHF_MAIN, as 33
- *   35 SERVE (serve_)          the page for browsers, the terminal; only under RLHF_MAIN
- *   36 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   37 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
- *   38 STAGE (cli_)            the commands that train; only under RLHF_MAIN
- *   39 COMMAND (cli_ main)     the program's other commands, main; only under RLHF_MAIN
+ *   09 LINEAR (op_)            norms, matrices as files store them, adapters, the linear layer
+ *   10 OPS (op_)               embedding, activations, attention, the vocabulary
+ *   11 IO (io_)                files: bounded reads, mapping, atomic writes, gzip
+ *   12 JSON (json_)            schema helpers whose errors say file, line, key
+ *   13 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
+ *   14 VOCAB (tok_)            tokenizer.json in and out, training a vocabulary
+ *   15 CHAT (chat_)            conversations as text: templates as data, spans that bear loss
+ *   16 MODEL (model_)          families, parameter table, layout, initial weights
+ *   17 PASS (model_)           forward, backward, heads, batches
+ *   18 CKPT (ckpt_)            safetensors and Hugging Face directories
+ *   19 ADAPT (ckpt_)          adapters in the layout of PEFT; opening and writing directories
+ *   20 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
+ *   21 OPT (opt_)              AdamW, clipping, schedules
+ *   22 DATA (data_)            records, loss spans, orders
+ *   23 GEN (gen_)              sampling and batched generation
+ *   24 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
+ *   25 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
+ *   26 RUN (train_)           the run directory, TensorBoard, resume, the loop
+ *   27 SFT (sft_)              supervised fine-tuning
+ *   28 RM (rm_)                the reward model
+ *   29 PPO (ppo_)              proximal policy optimisation
+ *   30 EVAL (eval_)            perplexity, KL, preference accuracy by slice
+ *   31 RATER (rater_)          annotators: agreement, reliability, labels from many hands
+ *   32 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
+ *   33 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
+ *   34 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
+ *   35 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
+ *   36 LABEL (label_)          judgements of people: who is asked what, the file that keeps them
+ *   37 POOL (label_)           what there is to judge, and who judges; only under RLHF_MAIN, as 36
+ *   38 SERVE (serve_)          the page for browsers, the terminal; only under RLHF_MAIN
+ *   39 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   40 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
+ *   41 STAGE (cli_)            the commands that train; only under RLHF_MAIN
+ *   42 COMMAND (cli_ main)     the program's other commands, main; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -193,7 +196,7 @@ typedef struct err_deferred {
     void *ptr;
 } err_deferred;
 
-/* Kernels of one instruction set (07), weights that models share (15). */
+/* Kernels of one instruction set (07), weights that models share (16). */
 struct k_table;
 struct model_base;
 
@@ -206,7 +209,7 @@ struct rlhf_ctx {
     struct par_team *team;   /* its threads */
     int half;                /* products of models are of bfloat16 */
     size_t cache;            /* bytes of a core's second-level cache: steers time only */
-    struct model_base *bases; /* weights that open models share (15) */
+    struct model_base *bases; /* weights that open models share (16) */
     err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
     int n_defer;                 /* entries of defer in use */
@@ -309,7 +312,8 @@ static int base_is_choice(const char *choices, const char *value) {
  * All memory of the library comes through the context's hooks in blocks that know their context and
  * their age. A public call that fails gives back the blocks younger than itself; therefore an
  * object that existed before a call may grow during it only through an arena, or by blocks that
- * mem_settle has made as old. Arenas serve the steps of training: after the first step they are one block and nothing is allocated any more.
+ * mem_settle has made as old. Arenas serve the steps of training: after the first step they are one
+ * block and nothing is allocated any more.
  *
  * What lives how long:
  *     a block           until mem_free, or until the call that made it fails
@@ -3338,7 +3342,7 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
 }
 
 /* ============================================================================================
- * MARK: - 09 OPS (op_)
+ * MARK: - 09 LINEAR (op_)
  * Forward and backward of every operation, side by side. A batch is a ragged concatenation of
  * sequences: matrices have one row for each token, attention loops over sequences; there is no
  * padding and no mask. Gradients of weights and of the residual stream are added to, other outputs
@@ -3457,8 +3461,8 @@ static float op_half(uint16_t h) {
     return sign ? -f : f;
 }
 
-/* Rows of a matrix W [n][k] as a file has them, read in place: rows [0, rows) of the piece, k = cols
- * each. kind: '4' F32, 'h' F16, 'b' BF16, whose addresses are multiples of their size. */
+/* Rows of a matrix W [n][k] as a file has them, read in place: rows [0, rows) of the piece, k =
+ * cols each. kind: '4' F32, 'h' F16, 'b' BF16, whose addresses are multiples of their size. */
 typedef struct op_piece {
     const unsigned char *data;
     int rows, cols;
@@ -3493,8 +3497,8 @@ static void op_piece_read(const k_table *k, const op_piece *p, size_t r, int fro
                                       : op_half(h[i * step]);
 }
 
-/* An adapter (Hu et al. 2021) to rows [from, from + n) of W: y += scale B (A x), A [r][k], B [n][r].
- * ga and gb are null where it is not trained. */
+/* An adapter (Hu et al. 2021) to rows [from, from + n) of W: y += scale B (A x), A [r][k], B
+ * [n][r]. ga and gb are null where it is not trained. */
 typedef struct op_lora {
     int from, n, r;
     float scale;
@@ -3656,7 +3660,8 @@ typedef struct op_act {
 static void op_act_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     const op_act *o = arg;
     (void)thread;
-    for (size_t r = (size_t)lo; r < (size_t)hi; r++) o->act(o->n, o->y + r * o->ld, o->z + r * o->ld);
+    for (size_t r = (size_t)lo; r < (size_t)hi; r++)
+        o->act(o->n, o->y + r * o->ld, o->z + r * o->ld);
 }
 
 /* Adds what the adapters add to y = x W^T, then act. */
@@ -3719,8 +3724,8 @@ static void op_cols_range(void *arg, int64_t lo, int64_t hi, int thread) {
         o->k->add((int)(hi - lo), o->x + (size_t)r * (size_t)o->n + lo, o->y + lo);
 }
 
-/* gw [n][k] += dy^T x, over m rows of which those of dy are ld apart: A is dy^T, B is x, and the sum
- * over rows a GEMM_ACC chain that continues what gw holds. */
+/* gw [n][k] += dy^T x, over m rows of which those of dy are ld apart: A is dy^T, B is x, and the
+ * sum over rows a GEMM_ACC chain that continues what gw holds. */
 static void op_outer(op_env *e, int half, int m, int n, int k, const float *dy, size_t ld,
                      const float *x, float *gw) {
     gemm_args g = {.m = n, .n = k, .half = half, .src = x, .ks = (size_t)k, .ns = 1};
@@ -3792,6 +3797,13 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
     }
     arena_restore(e->ws, mark);
 }
+
+/* ============================================================================================
+ * MARK: - 10 OPS (op_)
+ * The other operations of 09's kind: embedding, activations, attention, and the vocabulary, whose
+ * logits are made in chunks and never kept.
+ * Tests: test/test_ops.c (finite differences)
+ * ============================================================================================ */
 
 /* ---- embedding ---- */
 
@@ -4454,7 +4466,7 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
     arena_restore(e->ws, mark);
 }
 /* ============================================================================================
- * MARK: - 10 IO (io_)
+ * MARK: - 11 IO (io_)
  * Files. Reads are bounded and unpack gzip by themselves; large read-only files are mapped; a file
  * is written beside its place and renamed, so that a reader never sees half of one and a failed
  * call leaves nothing behind. Every error names the path and the system's reason. No file stays
@@ -4648,7 +4660,7 @@ static void io_write_file(rlhf_ctx *ctx, const char *path, const void *data, siz
 }
 
 /* ============================================================================================
- * MARK: - 11 JSON (json_)
+ * MARK: - 12 JSON (json_)
  * What jansson lacks: errors that say file, line, key, what was found and what was expected; and
  * values that a failed call gives back. Parsed values are put on the defer stack, so that they
  * follow err_release / err_keep like any other resource. null counts as absent.
@@ -4844,7 +4856,7 @@ static void json_write_file(rlhf_ctx *ctx, const char *path, const json_t *value
 }
 
 /* ============================================================================================
- * MARK: - 12 TOK (tok_)
+ * MARK: - 13 TOK (tok_)
  * Tokenizers as Hugging Face's tokenizer.json describes them: byte-level and SentencePiece-style
  * BPE (Sennrich et al. 2016). Opening flattens the file into a list of steps (split at added
  * tokens, normalize, split at added tokens again, pre-tokenize) that tok_run walks recursively down
@@ -5357,8 +5369,8 @@ static int tok_is_new_mark(uint32_t c) {
 }
 
 /* Appends the normal form of s. Stretches of ASCII are their own normal form, except that the
- * character before a stretch of others may combine with it. U+11A7, the vowel before the first final
- * consonant, combines with nothing; utf8proc 2.8 loses it behind a syllable. */
+ * character before a stretch of others may combine with it. U+11A7, the vowel before the first
+ * final consonant, combines with nothing; utf8proc 2.8 loses it behind a syllable. */
 static void tok_normal_form(tok_buf *b, int options, const char *s, size_t n) {
     for (size_t i = 0; i < n;) {
         size_t lo = i, mark = 0;
@@ -5830,12 +5842,12 @@ static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_s
 }
 
 /* ============================================================================================
- * MARK: - 13 VOCAB (tok_)
- * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 12, files
+ * MARK: - 14 VOCAB (tok_)
+ * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 13, files
  * out, and the training of a byte-level BPE.
  *
  * Readers append steps in the order in which the reference applies them; each names the key of what
- * it does not know. The two usual kinds become, in the terms of 12,
+ * it does not know. The two usual kinds become, in the terms of 13,
  *     GPT-2        ADDED(0) ADDED(1) SPLIT(GPT-2's pattern), words of bytes; decoder BYTES
  *     Llama 2      ADDED(0) PREFIX(always) REPLACE(space) ADDED(1), words of characters; decoders
  *                  REPLACE FALLBACK FUSE STRIP
@@ -6642,7 +6654,7 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
 }
 
 /* ============================================================================================
- * MARK: - 14 CHAT (chat_)
+ * MARK: - 15 CHAT (chat_)
  * Conversations as text, as the checkpoint's own Jinja template would write them. A template is a
  * row of data, known by words that only its Jinja text has; nothing here runs Jinja. Since the rows
  * say where an answer begins and ends, so do the spans that bear loss.
@@ -6983,7 +6995,7 @@ static char *chat_render(rlhf_tokenizer *t, const char *template, const chat_mes
 }
 
 /* ============================================================================================
- * MARK: - 15 MODEL (model_)
+ * MARK: - 16 MODEL (model_)
  * A decoder. A family is data: a reader for its config.json and a list that maps its tensors onto
  * one table of parameters; forward, backward and decoding are written once for all. Sampling with a
  * cache of keys and values and training run through model_forward alike.
@@ -7060,9 +7072,9 @@ typedef struct model_cfg {
 
 /* Every parameter: name, in every layer, rows, columns, exists, initial value ('n' normal, 'r'
  * normal of a residual projection, '1' what makes a norm's factor 1, '0', 'a' and 'b' of adapters).
- * The list makes the enum, the layout, initialisation, weight decay (to those with more than one column and to the score
- * head) and the order of model_hash. A matrix is [rows][cols] with y = x W^T; QKV holds queries,
- * keys and values below each other, UP gate and up. */
+ * The list makes the enum, the layout, initialisation, weight decay (to those with more than one
+ * column and to the score head) and the order of model_hash. A matrix is [rows][cols] with y = x
+ * W^T; QKV holds queries, keys and values below each other, UP gate and up. */
 #define MODEL_LORA(X, name, rows, cols)                                                            \
     X(name##_LA, 1, c->lora.r, cols, c->lora.on >> LORA_##name & 1, 'a')                           \
     X(name##_LB, 1, rows, c->lora.r, c->lora.on >> LORA_##name & 1, 'b')
@@ -7923,8 +7935,8 @@ static void model_thaw(rlhf_model *m) {
         for (int l = 0; l < model_param_layers(&to, p); l++) {
             model_merge g = {.m = m, .p = p, .layer = l, .out = model_w(&to, p, l)};
             g.loras = model_loras(m, p, l, g.lora);
-            par_for(m->ctx, to.slot[p].rows, par_grain((int64_t)to.slot[p].cols * (1 + 8 * g.loras)),
-                    model_merge_rows, &g);
+            int64_t grain = par_grain((int64_t)to.slot[p].cols * (1 + 8 * g.loras));
+            par_for(m->ctx, to.slot[p].rows, grain, model_merge_rows, &g);
         }
     model_replace(m, &to);
 }
@@ -7983,7 +7995,7 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
 }
 
 /* ============================================================================================
- * MARK: - 16 PASS (model_)
+ * MARK: - 17 PASS (model_)
  * What a model computes, for all families in one way: layers (x is the residual stream [rows][d])
  * and a head:
  *     x += attention(norm(x))        x += mlp(norm(x))        logits or score = norm(x) W^T
@@ -8002,8 +8014,8 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
  * time. Below, the panels of W are kept, since packing would cost as much as the product. */
 enum { MODEL_MANY_ROWS = 96 };
 
-/* Panels of a matrix for products of few rows, or null: there are many, or keeping a copy would cost
- * too much memory. Own matrices are packed again when they have changed. */
+/* Panels of a matrix for products of few rows, or null: there are many, or keeping a copy would
+ * cost too much memory. Own matrices are packed again when they have changed. */
 static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int layer, int rows) {
     size_t i = model_index(p, layer);
     int own = m->slot[p].where == MODEL_OWN;
@@ -8116,7 +8128,7 @@ static void model_rope_tables(rlhf_model *m, int len) {
 
 /* ---- forward ---- */
 
-/* What backward needs of a layer; [rows][...] as the operations of 09 have them. */
+/* What backward needs of a layer; [rows][...] as the operations of 09 and 10 have them. */
 typedef struct model_acts {
     float *x1, *h1, *mean1, *rstd1; /* input of the layer; its norm */
     float *qkv, *o, *lse;           /* as in op_attn; qkv is rotated */
@@ -8616,8 +8628,8 @@ static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, con
 
 /* ---- memory ---- */
 
-/* Floats that the buffers of a layer take for each row: what model_acts_new and its callers ask for,
- * and keys and values. */
+/* Floats that the buffers of a layer take for each row: what model_acts_new and its callers ask
+ * for, and keys and values. */
 static size_t model_row_floats(const rlhf_model *m, int save) {
     const model_cfg *c = &m->c;
     size_t d = (size_t)c->d, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv_heads * c->hd);
@@ -8645,7 +8657,8 @@ static size_t model_head_floats(const rlhf_model *m, int n) {
     return (size_t)op_vocab_chunk(m->c.vocab, n) * (size_t)(m->c.vocab + 2 * RLHF_LANES);
 }
 
-/* Bytes that products take beside their operands: blocks of each thread, weights that are widened. */
+/* Bytes that products take beside their operands: blocks of each thread, weights that are widened.
+ */
 static size_t model_scratch(const rlhf_model *m) {
     size_t block = m->ctx->cache / 2 + (size_t)GEMM_MAX_PANELS * RLHF_LANES * GEMM_DEPTH * 4;
     int widen = m->base && m->base->stored[0] && m->base->stored[0] != '4';
@@ -8697,7 +8710,8 @@ static size_t model_panel_bytes(const rlhf_model *m, int base) {
     size_t n = 0;
     if (base && !(m->base && m->base->keep_packed)) return 0;
     for (int p = 0; p < P_COUNT; p++) {
-        int layers = m->slot[p].where == (base ? MODEL_FILE : MODEL_OWN) ? model_param_layers(m, p) : 0;
+        model_where where = base ? MODEL_FILE : MODEL_OWN;
+        int layers = m->slot[p].where == where ? model_param_layers(m, p) : 0;
         if (m->slot[p].cols == 1 || p == P_WPE || model_param_info[p].init == 'a' ||
             model_param_info[p].init == 'b' || p == P_SCORE)
             continue;
@@ -8788,7 +8802,7 @@ static uint64_t model_hash(const rlhf_model *m) {
 }
 
 /* ============================================================================================
- * MARK: - 17 CKPT (ckpt_)
+ * MARK: - 18 CKPT (ckpt_)
  * safetensors files and Hugging Face model directories, in and out. Every offset and shape of a
  * file is checked before a byte is used; a tensor that is missing, unexpected or of another shape
  * is an error that names it.
@@ -8797,10 +8811,7 @@ static uint64_t model_hash(const rlhf_model *m) {
  * tensor's dtype, shape and range of bytes, then the bytes, little-endian too, as are the
  * processors of 01.
  *
- * A directory may also be an adapter, in the layout of PEFT: adapter_config.json, which names the
- * directory of its base, and adapter_model.safetensors.
- *
- * Entry: ckpt_open, ckpt_restore, ckpt_save, ckpt_clone; ckpt_map, ckpt_write for any tensors.
+ * Entry: ckpt_open_base, ckpt_save_model, ckpt_clone; ckpt_map, ckpt_write for any tensors.
  * Tests: test/test_ckpt.c
  * ============================================================================================ */
 
@@ -9425,7 +9436,8 @@ static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src
     memcpy(b->stored, m->stored, model_tensors(m) * (size_t)m->c.layers);
     size_t floats = 0;
     for (int p = 0; p < P_COUNT; p++)
-        if (m->slot[p].where == MODEL_FILE) floats += m->slot[p].n * (size_t)model_param_layers(m, p);
+        if (m->slot[p].where == MODEL_FILE)
+            floats += m->slot[p].n * (size_t)model_param_layers(m, p);
     b->keep_packed = floats <= CKPT_KEEP_FLOATS;
     b->next = ctx->bases;
     ctx->bases = b;
@@ -9571,7 +9583,14 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     return o;
 }
 
-/* ---- adapters ---- */
+/* ============================================================================================
+ * MARK: - 19 ADAPT (ckpt_)
+ * Adapters in the layout of PEFT: adapter_config.json, which names the matrices and the directory
+ * of the base, and adapter_model.safetensors. With them, what a directory is: a model of 18, or an
+ * adapter on one.
+ *
+ * Entry: ckpt_open, ckpt_restore, ckpt_save; ckpt_targets.   Tests: test/test_lora.c
+ * ============================================================================================ */
 
 /* The name of the matrix that a tensor of the family is, as in target_modules, into out: the last
  * part of its path. */
@@ -9583,8 +9602,8 @@ static const char *ckpt_module(const model_tensor *t, char *out, size_t size) {
 }
 
 /* Turns on the matrices that `name` means: one of the family's, its path's end, or "all-linear".
- * PEFT may name the matrix of each layer; of which layers is seen by the tensors there are. Throws if
- * there is none. */
+ * PEFT may name the matrix of each layer; of which layers is seen by the tensors there are. Throws
+ * if there is none. */
 static void ckpt_target(const rlhf_model *m, const char *where, const char *name, model_lora *l) {
     char known[512] = "", module[64], path[160], end[160];
     int all = !strcmp(name, "all-linear"), found = 0;
@@ -9610,13 +9629,14 @@ static void ckpt_target(const rlhf_model *m, const char *where, const char *name
     }
     if (!found)
         err_throw(m->ctx, RLHF_ERR_ARG,
-                  "%s: \"%s\" is no matrix of model_type %s that can have an adapter; there are %s, "
+                  "%s: \"%s\" is no matrix of model_type %s that can have an adapter; there are "
+                  "%s, "
                   "or all-linear",
                   where, name, m->family->type, known);
 }
 
-/* Turns on what a comma-separated list says; "auto" is what PEFT chooses: query and value, or all of
- * attention's input where these are one matrix. */
+/* Turns on what a comma-separated list says; "auto" is what PEFT chooses: query and value, or all
+ * of attention's input where these are one matrix. */
 static void ckpt_targets(const rlhf_model *m, const char *where, const char *list, model_lora *l) {
     if (!strcmp(list, "auto")) {
         int i = model_module_of(m->family->tensors + 4);
@@ -9653,7 +9673,8 @@ static model_lora ckpt_read_lora(const rlhf_model *m, const json_src *src, const
                     .alpha = (float)json_opt_real(src, j, "lora_alpha", 8),
                     .dropout = (float)json_opt_real(src, j, "lora_dropout", 0),
                     .rslora = json_opt_bool(src, j, "use_rslora", 0)};
-    const json_t *targets = json_get(j, "target_modules"), *t, *save = json_get(j, "modules_to_save");
+    const json_t *targets = json_get(j, "target_modules"), *t;
+    const json_t *save = json_get(j, "modules_to_save");
     size_t i;
     ckpt_adapter_need(src, j, "peft_type", !strcmp(json_need_str(src, j, "peft_type"), "LORA"));
     ckpt_adapter_need(src, j, "use_dora", !json_opt_bool(src, j, "use_dora", 0));
@@ -9664,7 +9685,8 @@ static model_lora ckpt_read_lora(const rlhf_model *m, const json_src *src, const
     json_array_foreach(save, i, t) {
         const char *name = json_string_value(t);
         ckpt_adapter_need(src, j, "modules_to_save",
-                          name && m->c.head == RLHF_HEAD_SCORE && base_is_choice("score|classifier", name));
+                          name && m->c.head == RLHF_HEAD_SCORE &&
+                              base_is_choice("score|classifier", name));
     }
     if (json_is_string(targets)) ckpt_target(m, src->file, json_string_value(targets), &l);
     json_array_foreach(targets, i, t) {
@@ -9691,7 +9713,8 @@ static ckpt_tensor *ckpt_adapter_tensors(const rlhf_model *m, int *n) {
                 ckpt_tensor *o = list + (*n)++;
                 ckpt_name(name, sizeof name, m->family, t, l, 1);
                 *strstr(name, ".weight") = 0;
-                snprintf(o->name, sizeof o->name, "%s%.110s.lora_%c.weight", outer, name, half ? 'B' : 'A');
+                snprintf(o->name, sizeof o->name, "%s%.110s.lora_%c.weight", outer, name,
+                         half ? 'B' : 'A');
                 o->rows = (size_t)m->slot[p].rows, o->cols = (size_t)m->slot[p].cols;
                 if (half && t->part == PART_HEADS) o->hd = (size_t)m->c.hd;
                 o->data = model_w(m, p, l);
@@ -9759,7 +9782,8 @@ static void ckpt_save_adapter(const rlhf_model *m, const char *dir) {
     json_object_set_new(j, "use_rslora", json_boolean(l->rslora));
     json_object_set_new(j, "target_modules", ckpt_target_names(m));
     json_object_set_new(j, "modules_to_save", score ? json_pack("[s]", "score") : json_null());
-    json_object_set_new(j, "fan_in_fan_out", json_boolean(m->family->tensors == model_gpt2_tensors));
+    json_object_set_new(j, "fan_in_fan_out",
+                        json_boolean(m->family->tensors == model_gpt2_tensors));
     json_object_set_new(j, "bias", json_string("none"));
     json_object_set_new(j, "init_lora_weights", json_true());
     json_object_set_new(j, "inference_mode", json_true());
@@ -9841,12 +9865,14 @@ static rlhf_model *ckpt_open_adapter(rlhf_ctx *ctx, const char *dir, const char 
     const char *task = json_opt_str(&asrc, adapter, "task_type", "CAUSAL_LM");
     if (io_exists(ckpt_path(ctx, base, "adapter_config.json")))
         err_throw(ctx, RLHF_ERR_UNSUPPORTED,
-                  "%s: its base %s is an adapter itself; merge that one first (rlhf export --merge)",
+                  "%s: its base %s is an adapter itself; merge that one first (rlhf export "
+                  "--merge)",
                   path, base);
     json_src src = json_source(ctx, ckpt_path(ctx, base, "config.json"));
     json_t *config = json_read(&src);
     const model_family *family = model_find_family(&src, config);
-    if (!base_is_choice("SEQ_CLS|CAUSAL_LM", task)) json_bad(&asrc, "task_type", json_get(adapter, "task_type"), "CAUSAL_LM or SEQ_CLS");
+    if (!base_is_choice("SEQ_CLS|CAUSAL_LM", task))
+        json_bad(&asrc, "task_type", json_get(adapter, "task_type"), "CAUSAL_LM or SEQ_CLS");
     json_object_set_new(
         config, "architectures",
         json_pack("[s]", !strcmp(task, "SEQ_CLS") ? family->score_class : family->lm_class));
@@ -9882,11 +9908,11 @@ static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
 }
 
 /* ============================================================================================
- * MARK: - 18 GGUF (gguf_)
+ * MARK: - 20 GGUF (gguf_)
  * A language model and its tokenizer as one file that llama.cpp loads. A family is a row of
  * gguf_archs, a tensor's name a row of gguf_names. What llama.cpp would compute or cut in another
  * way is refused, or named in the log where it concerns few texts: an f32 file gives the greedy
- * tokens that section 21 gives.
+ * tokens that section 23 gives.
  *
  * A GGUF file, version 3, is little-endian as the processors of 01: "GGUF", the version, how many
  * tensors and keys; the keys with typed values; each tensor's name, sizes (that of a row first),
@@ -10419,7 +10445,7 @@ static void gguf_save(rlhf_model *m, rlhf_tokenizer *t, const char *path, const 
 }
 
 /* ============================================================================================
- * MARK: - 19 OPT (opt_)
+ * MARK: - 21 OPT (opt_)
  * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm is
  * summed in double over chunks that the problem fixes, in order.
  *
@@ -10650,7 +10676,7 @@ static double opt_step(opt *o, const double *lr) {
 }
 
 /* ============================================================================================
- * MARK: - 20 DATA (data_)
+ * MARK: - 22 DATA (data_)
  * Records of every kind, read by one loader for every stage. A record becomes token sequences whose
  * tokens are marked where they bear loss: assistant turns with their end, completions, or all of a
  * plain text. Text is tokenised whole; where a part begins is found as the longest common prefix
@@ -11574,7 +11600,7 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
 }
 
 /* ============================================================================================
- * MARK: - 21 GEN (gen_)
+ * MARK: - 23 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
  * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
@@ -11824,7 +11850,7 @@ static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
 }
 
 /* ============================================================================================
- * MARK: - 22 ROLL (roll_)
+ * MARK: - 24 ROLL (roll_)
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
  * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
  * ragged; a mean over tokens is a sum over all of them by their number.
@@ -11920,26 +11946,11 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 }
 
 /* ============================================================================================
- * MARK: - 23 TRAIN (train_)
- * The loop that every trainer runs in: schedule, step, metrics, evaluation, checkpoints, resume. A
- * trainer supplies what a step is (22, 23, 24). metrics.jsonl holds no times, so that two equal
- * runs write equal files.
+ * MARK: - 25 TRAIN (train_)
+ * What every trainer has: configuration tables, schedule, metrics, what is trained of a model, and
+ * how much memory the run takes. A trainer supplies what a step is (27, 28, 29).
  *
- * An optimizer step changes the weights whole or not at all: whatever may fail, fails before it.
- * What follows a step (evaluation, line, checkpoint) is owed until it is done. A run directory
- * holds
- *     run.json                          the configuration, without "resume"
- *     metrics.jsonl                     a line every logging_steps and for every evaluation
- *     runs/events.out.tfevents.*        the same for TensorBoard, with times; a file for each start
- *     samples.jsonl                     answers to a few prompts, before and after (sft, ppo)
- *     best_of_n.json                    what choosing the best of n answers reaches (ppo)
- *     checkpoint/trainer_state.json     where the run stands, and which of a and b counts
- *     checkpoint/a, checkpoint/b        weights and optimizer, written in turn
- *     config.json, model.safetensors    and the tokenizer's files: the model, in the end
- *     annotators.json                   rm, annotator_temperatures: what was found, in the end
- *
- * Entry: train_new, train_step, train_run, train_put.
- * Invariant: a resumed run writes the bytes of one that was never stopped, but for runs/.
+ * Entry: train_new, train_optimizer, train_plan, train_put.
  * Tests: test/test_train.c
  * ============================================================================================ */
 
@@ -12088,7 +12099,7 @@ typedef struct train_size {
     size_t rollout;         /* bytes that stay in the arena for a whole step */
 } train_size;
 
-/* What is learned of annotators beside the model (25): a number for each, with its gradient and
+/* What is learned of annotators beside the model (28): a number for each, with its gradient and
  * both moments. n 0: nothing. */
 typedef struct train_annotators {
     int n;
@@ -12321,21 +12332,22 @@ static int64_t train_mapped(rlhf_model *const *role, int i) {
 /* Tokens of the largest micro-batch of the run's first epochs, from the records in their orders. */
 static void train_record_size(const rlhf_trainer *t, train_size *z) {
     const train_config *c = &t->u.c;
-    int n = t->train->n, window = (int)(c->per_device_train_batch_size * c->gradient_accumulation_steps);
-    int *order = mem_alloc(t->ctx, (size_t)n * sizeof *order), *len = mem_alloc(t->ctx, (size_t)n * sizeof *len);
+    int64_t window = c->per_device_train_batch_size * c->gradient_accumulation_steps;
+    int n = t->train->n, *order = mem_alloc(t->ctx, 2 * (size_t)n * sizeof *order);
+    int *len = order + n;
     for (int64_t epoch = 0; epoch < 3 && epoch * t->per_epoch < t->total; epoch++) {
         data_order((uint64_t)c->seed, epoch, c->shuffle_dataset, n, order);
         for (int i = 0; i < n; i++)
             len[i] = t->train->record[order[i]].a.n + t->train->record[order[i]].b.n;
         int64_t steps = t->total - epoch * t->per_epoch;
         for (int i = 0, k; i < n && i / window < steps; i += k) {
-            k = train_cut(t, len, i, base_min(n, (i / window + 1) * window));
+            int64_t end = (i / window + 1) * window;
+            k = train_cut(t, len, i, end < n ? (int)end : n);
             int rows = 0;
             for (int j = i; j < i + k; j++) rows += len[j];
             z->rows = base_max(z->rows, rows);
         }
     }
-    mem_free(len);
     mem_free(order);
 }
 
@@ -12409,7 +12421,8 @@ static void train_plan(rlhf_trainer *t) {
               c->memory_limit, (double)o->total / 1e9, (double)o->weights / 1e9,
               (double)o->adapters / 1e9, (double)o->optimizer / 1e9, (double)o->activations / 1e9,
               (double)o->cache / 1e9, (double)o->scratch / 1e9, (double)o->other / 1e9,
-              c->use_peft ? "shorter records (max_length, response_length) or fewer episodes take less"
+              c->use_peft ? "shorter records (max_length, response_length) or fewer episodes take "
+                            "less"
                           : "use_peft trains an adapter on weights that stay as they are stored");
 }
 
@@ -12425,6 +12438,29 @@ static void train_free(rlhf_trainer *t) {
     mem_free(t->order);
     mem_free(t);
 }
+
+/* ============================================================================================
+ * MARK: - 26 RUN (train_)
+ * The loop that every trainer runs in: metrics, evaluation, checkpoints, resume. metrics.jsonl
+ * holds no times, so that two equal runs write equal files.
+ *
+ * An optimizer step changes the weights whole or not at all: whatever may fail, fails before it.
+ * What follows a step (evaluation, line, checkpoint) is owed until it is done. A run directory
+ * holds
+ *     run.json                          the configuration, without "resume"
+ *     metrics.jsonl                     a line every logging_steps and for every evaluation
+ *     runs/events.out.tfevents.*        the same for TensorBoard, with times; a file for each start
+ *     samples.jsonl                     answers to a few prompts, before and after (sft, ppo)
+ *     best_of_n.json                    what choosing the best of n answers reaches (ppo)
+ *     checkpoint/trainer_state.json     where the run stands, and which of a and b counts
+ *     checkpoint/a, checkpoint/b        weights and optimizer, written in turn
+ *     config.json, model.safetensors    and the tokenizer's files: the model, in the end
+ *     annotators.json                   rm, annotator_temperatures: what was found, in the end
+ *
+ * Entry: train_step, train_run.
+ * Invariant: a resumed run writes the bytes of one that was never stopped, but for runs/.
+ * Tests: test/test_train.c
+ * ============================================================================================ */
 
 /* ---- run directory ---- */
 
@@ -12941,7 +12977,7 @@ static int train_run(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 24 SFT (sft_)
+ * MARK: - 27 SFT (sft_)
  * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
  * micro-batches of an optimizer step:
  *     L = -1/N sum over marked t of log p(x_t | x_<t),    N the marked tokens of the whole step
@@ -13095,7 +13131,7 @@ static void sft_eval(rlhf_trainer *t) {
     train_put(t, "eval_num_tokens", (double)s.tokens);
 }
 
-/* What 23 needs to know of this trainer. */
+/* What 25 needs to know of this trainer. */
 static const train_ops sft_ops = {"sft",    RLHF_CONFIG_SFT, sft_step,         NULL,
                                   sft_eval, NULL,            train_record_size};
 
@@ -13117,7 +13153,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
 }
 
 /* ============================================================================================
- * MARK: - 25 RM (rm_)
+ * MARK: - 28 RM (rm_)
  * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood
  * (Bradley and Terry 1952; Stiennon et al. 2020): P(chosen beats rejected) = sigmoid(r_c - r_r).
  * Over the pairs of an optimizer step, w the weight and m the margin of a pair, y the probability
@@ -13189,8 +13225,8 @@ static int rm_annotator(const rlhf_trainer *t, const data_record *rec) {
     return t->who.n ? t->who.of[rec - t->train->record] : -1;
 }
 
-/* One micro-batch, pairs first to first + n out of `of` in the step: gradients and sums. Both answers of a pair
- * are sequences of one batch, chosen at even places. */
+/* One micro-batch, pairs first to first + n out of `of` in the step: gradients and sums. Both
+ * answers of a pair are sequences of one batch, chosen at even places. */
 static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int first, int n, int of,
                     rm_sums *sums) {
     arena *ws = &t->ws;
@@ -13405,7 +13441,7 @@ static void rm_finish(rlhf_trainer *t) {
     err_release(t->ctx);
 }
 
-/* What 23 needs to know of this trainer. */
+/* What 25 needs to know of this trainer. */
 static const train_ops rm_ops = {"rm",    RLHF_CONFIG_RM, rm_step, NULL,
                                  rm_eval, rm_finish,      rm_size};
 
@@ -13470,7 +13506,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
 }
 
 /* ============================================================================================
- * MARK: - 26 PPO (ppo_)
+ * MARK: - 29 PPO (ppo_)
  * Proximal policy optimisation with a per-token KL penalty (Schulman et al. 2017; Ziegler et al.
  * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
@@ -13482,7 +13518,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
  *     reference        ppo_reference        log p_ref,t, KL, entropy
  *     values           ppo_values           V_t
  *     scores           ppo_score            one number for the answer
- *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (20)
+ *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (24)
  *     optimisation     ppo_minibatch        loss = policy(A_t, log p_t) + vf_coef value(R_t, V_t)
  *
  * The reference is the policy as it was when the trainer was opened. Log-probabilities are those of
@@ -14073,7 +14109,7 @@ static void ppo_best_of_n(rlhf_trainer *t) {
     err_release(ctx);
 }
 
-/* What 23 needs to know of this trainer; there is no evaluation set. */
+/* What 25 needs to know of this trainer; there is no evaluation set. */
 static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, ppo_best_of_n,
                                   NULL,  NULL,            ppo_size};
 
@@ -14132,7 +14168,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
 }
 
 /* ============================================================================================
- * MARK: - 27 EVAL (eval_)
+ * MARK: - 30 EVAL (eval_)
  * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy and
  * calibration overall, by any field of the records and turn by turn. Results are JSON objects.
  *
@@ -14592,7 +14628,7 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
 }
 
 /* ============================================================================================
- * MARK: - 28 RATER (rater_)
+ * MARK: - 31 RATER (rater_)
  * Annotators: who judged what, how far they agree, and whom to trust. Judgements are gathered from
  * files by what they are about: an item is a prompt with two answers. Agreement is
  * Krippendorff's alpha (nominal) and Cohen's kappa; intervals are Wilson's for shares and
@@ -15591,7 +15627,7 @@ static void rater_weigh(rlhf_dataset *d, const char *how) {
 }
 
 /* ============================================================================================
- * MARK: - 29 API (rlhf_ api_)
+ * MARK: - 32 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
  *
@@ -16320,7 +16356,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 30 BENCH (bench_)
+ * MARK: - 33 BENCH (bench_)
  * How fast this machine does the work of RLHF, against its own limits: multiply-adds in registers
  * and the memory's bandwidth, measured first. Random weights of named shapes, nothing is
  * downloaded. Equal weight hashes at the end mean that two machines did the same work.
@@ -16808,7 +16844,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 31 PAGE (page_)
+ * MARK: - 34 PAGE (page_)
  * The pages that the program shows in a browser. Their HTML, CSS and JavaScript are the readable
  * files of data/page/; the build turns them into page.h, a table of names and bytes.
  * ============================================================================================ */
@@ -16828,8 +16864,8 @@ static const char *page_text(const char *name, size_t *size) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 32 REPORT (report_)
- * Runs as one page: what their directories hold (23) becomes one JSON object, which the template
+ * MARK: - 35 REPORT (report_)
+ * Runs as one page: what their directories hold (26) becomes one JSON object, which the template
  * data/page/report.html takes in beside its style and script. The page needs no other file and no
  * network. What is drawn is decided there; what is a warning is decided here.
  *
@@ -17266,9 +17302,9 @@ static void report_write(rlhf_ctx *ctx, const char *const *dirs, int n, const ch
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 33 LABEL (label_)
+ * MARK: - 36 LABEL (label_)
  * Judgements of people: what there is to judge, who judges it, what comes next for whom, and the
- * file that keeps what they said. How they are asked, by browser or terminal, is 34's.
+ * file that keeps what they said. How they are asked, by browser or terminal, is 38's.
  *
  * The file is the state. Each judgement is one line, on the disk before anybody is told so; what is
  * done, whom to ask what, and who is qualified are found again from the file, so that a program
@@ -17376,7 +17412,7 @@ typedef struct label_who {
     int n_votes, cap_votes;
     label_vet *vet;
     int n_vets, cap_vets;
-    double allowance, counted_at; /* of requests (34) */
+    double allowance, counted_at; /* of requests (38) */
 } label_who;
 
 typedef struct label {
@@ -17958,7 +17994,7 @@ static int label_write(label *l, int w, const json_t *said) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 34 POOL (label_)
+ * MARK: - 37 POOL (label_)
  * Where items and annotators come from: files of records, people.json, what models sample, and what
  * the file of judgements says of earlier runs. Sampling goes in windows of a few prompts, whose
  * items are kept in OUT.items before anybody sees them: a restart samples nothing twice.
@@ -18561,7 +18597,7 @@ static void label_free(label *l) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 35 SERVE (serve_)
+ * MARK: - 38 SERVE (serve_)
  * How people are asked: a page in their browser, served by libmicrohttpd to whoever has a link, or
  * this terminal. One thread does everything, so there are no locks; judgements that arrive together
  * share one fsync, and each is answered after it.
@@ -19129,7 +19165,7 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 36 CLI (cli_)
+ * MARK: - 39 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -19203,7 +19239,7 @@ typedef union cli_config {
     label_config label;
 } cli_config;
 
-enum { CLI_LABEL = 100 }; /* as a kind of configuration: that of 33, which the library has not */
+enum { CLI_LABEL = 100 }; /* as a kind of configuration: that of 36, which the library has not */
 
 struct cli;
 
@@ -19713,7 +19749,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 37 TALK (talk_)
+ * MARK: - 40 TALK (talk_)
  * A conversation in the terminal. A line of standard input is a turn of the user; the answer is
  * shown as its tokens come. Between turns only texts are kept: each answer starts from the whole
  * conversation anew, as `rlhf generate` would from a record of it.
@@ -19916,7 +19952,7 @@ static int talk_run(talk *t, long long most) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 38 STAGE (cli_)
+ * MARK: - 41 STAGE (cli_)
  * What commands share, and those that train: each opens what its options name, calls the public
  * functions of rlhf.h and prints what they found.
  * ============================================================================================ */
@@ -20016,7 +20052,8 @@ static void cli_show_memory(cli *c, const rlhf_trainer *t, json_t *out) {
                {"total", m.total}};
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
         if (!out && !c->v[O_quiet])
-            fprintf(stderr, "rlhf: memory  %-12s %9.1f MB\n", row[i].name, (double)row[i].bytes / 1e6);
+            fprintf(stderr, "rlhf: memory  %-12s %9.1f MB\n", row[i].name,
+                    (double)row[i].bytes / 1e6);
         if (out) json_object_set_new(out, row[i].name, json_integer((json_int_t)row[i].bytes));
     }
 }
@@ -20355,7 +20392,7 @@ static int cli_ppo(cli *c) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 39 COMMAND (cli_ main)
+ * MARK: - 42 COMMAND (cli_ main)
  * The other commands. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
 

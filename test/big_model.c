@@ -1,7 +1,8 @@
 /* A checkpoint of the shape of a published model, with random weights, for test/big.sh:
  *     big_model SHAPE VOCAB DIR        llama-1b, qwen-0.5b, llama-small, qwen-small
- * Writes DIR/config.json and DIR/model.safetensors in bfloat16; VOCAB 0 is the model's own. Matrices
- * and biases are normal with deviation 0.02, norms 1: a model as it is before any training. */
+ * Writes DIR/config.json and DIR/model.safetensors in bfloat16; VOCAB 0 is the model's own.
+ * Matrices and biases are normal with deviation 0.02, norms 1: a model as it is before any
+ * training. */
 #include <errno.h>
 #include <math.h>
 #include <stdint.h>

@@ -93,6 +93,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -15739,6 +15740,9 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
  * objects only. */
 void rlhf_close(rlhf_ctx *ctx) {
     if (!ctx) return;
+    /* Models that are still open go with their blocks; mappings are none of these. */
+    for (model_base *b = ctx->bases; b; b = b->next)
+        for (int i = 0; i < b->n_maps; i++) io_unmap(b->maps[i]);
     while (ctx->blocks) mem_free(ctx->blocks + 1);
     par_free(ctx);
     rlhf_hooks h = ctx->hooks;
@@ -19613,7 +19617,7 @@ static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
     double x = strtod(text, &end);
     int ok = *text && !*end;
     if (f->kind == 'B') {
-        int yes = !strcmp(text, "true") || !strcmp(text, "1"),
+        int yes = !strcasecmp(text, "true") || !strcmp(text, "1"),
             no = !strcmp(text, "false") || !strcmp(text, "0");
         if (!yes && !no)
             return cli_fail(c, "--%s: \"%s\", expected true or false", f->name, text), 2;
@@ -19637,7 +19641,7 @@ static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
 }
 
 static int cli_is_boolean(const char *s) {
-    return !strcmp(s, "true") || !strcmp(s, "false") || !strcmp(s, "1") || !strcmp(s, "0");
+    return !strcasecmp(s, "true") || !strcasecmp(s, "false") || !strcmp(s, "1") || !strcmp(s, "0");
 }
 
 /* Takes one option; value null: there was none. bound: the value came with '=' or from a file, not
@@ -19665,7 +19669,7 @@ static int cli_take(cli *c, const char *name, const char *value, int bound, int 
             *took = 0;
             if (bound && !cli_is_boolean(value))
                 return cli_fail(c, "--%s: \"%s\", expected true or false", name, value), 2;
-            if (!bound || *value == 't' || *value == '1') c->v[i] = "true";
+            if (!bound || strchr("tT1", *value)) c->v[i] = "true";
             return 0;
         }
         if (!value)

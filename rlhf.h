@@ -251,7 +251,11 @@ typedef struct rlhf_model_shape {
 } rlhf_model_shape;
 
 /* Opens a Hugging Face directory: config.json, model.safetensors or the files of its index (f32,
- * f16, bf16; computed in f32), generation_config.json if present. RLHF_ERR_IO for a file that is
+ * f16, bf16; computed in f32), generation_config.json if present; or an adapter in PEFT's layout
+ * (adapter_config.json, adapter_model.safetensors) and the directory of its base. Matrices stay in
+ * the files, mapped, and are shared by all models that are opened from the same ones, until a
+ * trainer makes them floats of its model's own; the files must not be written to meanwhile (to be
+ * replaced by others is fine). RLHF_ERR_IO for a file that is
  * missing, RLHF_ERR_FORMAT for tensors that do not fit config.json, RLHF_ERR_UNSUPPORTED for a
  * model_type or option not computed here; *model is then null. */
 rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model);
@@ -262,8 +266,9 @@ rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model);
 rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_size, int bos,
                             int eos, uint64_t seed, rlhf_model **model);
 
-/* A copy that shares nothing. head RLHF_HEAD_SCORE turns a language model into a scorer whose head
- * is not yet trained (or keeps a scorer's head); scoring with an untrained head is refused. */
+/* A copy: training one changes nothing of the other, weights that nobody trains are shared. head
+ * RLHF_HEAD_SCORE turns a language model into a scorer whose head is not yet trained (or keeps a
+ * scorer's head); scoring with an untrained head is refused. */
 rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **copy);
 
 /* Writes DIR/config.json, model.safetensors, generation_config.json and, if tokenizer is not null,

@@ -19618,7 +19618,7 @@ static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
     int ok = *text && !*end;
     if (f->kind == 'B') {
         int yes = !strcasecmp(text, "true") || !strcmp(text, "1"),
-            no = !strcmp(text, "false") || !strcmp(text, "0");
+            no = !strcasecmp(text, "false") || !strcmp(text, "0");
         if (!yes && !no)
             return cli_fail(c, "--%s: \"%s\", expected true or false", f->name, text), 2;
         memcpy(at, &yes, sizeof yes);

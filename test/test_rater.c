@@ -600,7 +600,7 @@ static double warm_loss(rlhf_trainer *t) {
     t->opt->clean = 0;
     opt_zero(t->opt);
     memset(t->who.g, 0, (size_t)t->who.n * sizeof(float));
-    rm_pass(t, rec, t->train->n, t->train->n, &sums);
+    rm_pass(t, rec, 0, t->train->n, t->train->n, &sums);
     return sums.loss / t->train->n;
 }
 

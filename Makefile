@@ -146,9 +146,9 @@ $(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.c rlhf.h | need $(BUILD)
 $(BUILD)/test_demo: data/demo.c
 $(BUILD)/test_report: $(BUILD)/page.h
 
-# This one tests the program from inside.
+# These test the program from inside.
 $(BUILD)/test_label: $(BUILD)/page.h
-$(BUILD)/test_label: LIBS += $(MAIN_LIBS) -I$(BUILD)
+$(BUILD)/test_label $(BUILD)/test_report: LIBS += $(MAIN_LIBS) -I$(BUILD)
 
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
@@ -201,9 +201,9 @@ $(INTEROP)/librlhf.so: rlhf.c rlhf.h | need
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -fPIC -shared -o $@ rlhf.c $(LIBS)
 
-$(INTEROP)/tool: test/interop_tool.c rlhf.c rlhf.h | need
+$(INTEROP)/tool: test/interop_tool.c rlhf.c rlhf.h $(BUILD)/page.h | need
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -I. -o $@ $< $(LIBS)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -I. -I$(BUILD) -o $@ $< $(LIBS) $(MAIN_LIBS)
 
 # The environment outlives the clone: installing it takes minutes. Its name tells what is in it, and
 # the processor, which llama.cpp is compiled for.

@@ -141,13 +141,14 @@ TESTFLAGS = -Wno-unused-function $(WHOLE)
 WHOLE     = $(if $(findstring clang,$(shell $(CC) --version)),,-fwhole-program)
 
 $(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.c rlhf.h | need $(BUILD)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -o $@ $< $(LIBS)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -I$(BUILD) -o $@ $< $(LIBS)
 
 $(BUILD)/test_demo: data/demo.c
+$(BUILD)/test_report: $(BUILD)/page.h
 
-# This one tests the program from inside.
+# These test the program from inside.
 $(BUILD)/test_label: $(BUILD)/page.h
-$(BUILD)/test_label: LIBS += $(MAIN_LIBS) -I$(BUILD)
+$(BUILD)/test_label $(BUILD)/test_report: LIBS += $(MAIN_LIBS) -I$(BUILD)
 
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
@@ -169,7 +170,7 @@ sanitize: deps            ## the same under AddressSanitizer and UBSan, quick su
 
 # ---- Demo ----------------------------------------------------------------------------------------
 
-demo: deps                ## train, align twice, compare: the whole loop in five minutes
+demo: deps                ## train, align, compare: the whole loop in a few minutes
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(BUILD)/demo-tool
 	@bash data/demo.sh
 
@@ -178,33 +179,53 @@ $(BUILD)/demo-tool: data/demo.c | need $(BUILD)
 
 # ---- Interoperation ------------------------------------------------------------------------------
 
-# Every test/interop_*.py ends with "N passed, N failed"; so does the whole. PIP_EXTRA_INDEX_URL, as
-# for the bench, takes PyTorch's build for CPUs.
+# Every test/interop_*.py ends with "N passed, N failed"; so does the whole. RLHF_TEST_QUICK=1 takes
+# fewer strings, tokens and models. PIP_EXTRA_INDEX_URL, as for the bench, takes PyTorch's build for CPUs.
 INTEROP = $(BUILD)/interop
 
-interop: deps             ## files, ids and numbers against transformers, tokenizers, gguf, TensorBoard
-	@$(MAKE) --no-print-directory all $(INTEROP)/librlhf.so $(INTEROP)/venv/.installed
-	@passed=0; failed=0; for s in test/interop_*.py; do \
-	    echo "$$s"; $(INTEROP)/venv/bin/python $$s >$(INTEROP)/log 2>&1; status=$$?; \
+interop: deps             ## files, ids and numbers against transformers, PEFT, tokenizers, llama.cpp (T=NAME)
+	@$(MAKE) --no-print-directory all $(INTEROP)/librlhf.so $(INTEROP)/tool $(VENV)/.installed
+	@$(MAKE) --no-print-directory $(VENV)/.llama.cpp || \
+	    echo "llama-cpp-python could not be installed; the comparison goes on without it" >&2
+	@passed=0; failed=0; for s in $(sort $(wildcard test/interop_*$(T)*.py)); do \
+	    echo "$$s"; began=$$(date +%s); \
+	    INTEROP=$(INTEROP) PROG=$(PROG) $(VENV)/bin/python $$s >$(INTEROP)/log 2>&1; status=$$?; \
 	    sed 's/^/  /' $(INTEROP)/log; set -- $$(tail -n 1 $(INTEROP)/log); \
 	    case "$$2 $$4" in ("passed, failed") ;; (*) set -- 0 x 1;; esac; \
 	    [ $$status -eq 0 ] || [ "$$3" -gt 0 ] || set -- "$$1" x 1; \
 	    passed=$$((passed + $$1)); failed=$$((failed + $$3)); \
+	    echo "  $$(($$(date +%s) - began)) s"; \
 	done; echo "$$passed passed, $$failed failed"; [ $$failed -eq 0 ]
 
 $(INTEROP)/librlhf.so: rlhf.c rlhf.h | need
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -fPIC -shared -o $@ rlhf.c $(LIBS)
 
-# Without llama.cpp, which is compiled, the comparison with it is left out.
-$(INTEROP)/venv/.installed: test/requirements-interop.txt
-	@mkdir -p $(INTEROP)
+$(INTEROP)/tool: test/interop_tool.c rlhf.c rlhf.h $(BUILD)/page.h | need
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -I. -I$(BUILD) -o $@ $< $(LIBS) $(MAIN_LIBS)
+
+# The environment outlives the clone: installing it takes minutes. Its name tells what is in it, and
+# the processor, which llama.cpp is compiled for.
+CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rlhf
+VENV  = $(eval VENV := $$(CACHE)/interop-$$(shell $(venv_key)))$(VENV)
+venv_key = { cat test/requirements-interop*.txt bench/requirements-llama.cpp.txt; $(PYTHON) --version; \
+             grep -m 1 flags /proc/cpuinfo || uname -m; } | cksum | cut -d ' ' -f 1
+
+# TRL is only read, for the names of its options: of its last release, and of the last that has PPO.
+$(CACHE)/interop-%/.installed:
 	rm -rf $(@D)
+	@mkdir -p $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet -r test/requirements-interop.txt
+	$(@D)/bin/pip install -qq -r test/requirements-interop.txt
+	while read -r trl; do case $$trl in (trl*) $(@D)/bin/pip install -qq --no-deps --target $(@D)/$$trl $$trl || exit;; \
+	    esac; done <test/requirements-interop-trl.txt
+	touch $@
+
+# Without llama.cpp, which is compiled, the comparison with it is left out.
+$(CACHE)/interop-%/.llama.cpp: $(CACHE)/interop-%/.installed
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="$(LLAMA)" \
-	    $(@D)/bin/pip install --quiet -r bench/requirements-llama.cpp.txt || \
-	    echo "llama-cpp-python could not be installed; the comparison goes on without it" >&2
+	    $(@D)/bin/pip install -qq -r bench/requirements-llama.cpp.txt
 	touch $@
 
 # ---- Pages ---------------------------------------------------------------------------------------

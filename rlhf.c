@@ -16,36 +16,40 @@
  *   06 VEC (v_ vi_ v16_)       sixteen virtual lanes: AVX2, NEON, plain C; exp, tanh, sin and such
  *   07 KERN (k_)               row kernels on 06, each with a plain-C twin
  *   08 GEMM (gemm_)            the matrix product: packing, tiles, driver
- *   09 OPS (op_)               forward and backward of every operation
- *   10 IO (io_)                files: bounded reads, mapping, atomic writes, gzip
- *   11 JSON (json_)            schema helpers whose errors say file, line, key
- *   12 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
- *   13 VOCAB (tok_)            tokenizer.json in and out, training a vocabulary
- *   14 CHAT (chat_)            conversations as text: templates as data, spans that bear loss
- *   15 MODEL (model_)          families, parameter table, layout, initial weights
- *   16 PASS (model_)           forward, backward, heads, batches
- *   17 CKPT (ckpt_)            safetensors and Hugging Face directories
- *   18 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
- *   19 OPT (opt_)              AdamW, clipping, schedules
- *   20 DATA (data_)            records, loss spans, orders
- *   21 GEN (gen_)              sampling and batched generation
- *   22 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
- *   23 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
- *   24 SFT (sft_)              supervised fine-tuning
- *   25 RM (rm_)                the reward model
- *   26 PPO (ppo_)              proximal policy optimisation
- *   27 EVAL (eval_)            perplexity, KL, preference accuracy by slice
- *   28 RATER (rater_)          annotators: agreement, reliability, labels from many hands
- *   29 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
- *   30 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   31 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
- *   32 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
- *   33 LABEL (label_)          judgements of people: who is asked what, the file that keeps them
- *   34 POOL (label_)           what there is to judge, and who judges; only under RLHF_MAIN, as 33
- *   35 SERVE (serve_)          the page for browsers, the terminal; only under RLHF_MAIN
- *   36 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   37 STAGE (cli_)            the commands that train; only under RLHF_MAIN
- *   38 COMMAND (cli_ main)     the program's other commands, main; only under RLHF_MAIN
+ *   09 LINEAR (op_)            norms, matrices as files store them, adapters, the linear layer
+ *   10 OPS (op_)               embedding, activations, attention, the vocabulary
+ *   11 IO (io_)                files: bounded reads, mapping, atomic writes, gzip
+ *   12 JSON (json_)            schema helpers whose errors say file, line, key
+ *   13 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
+ *   14 VOCAB (tok_)            tokenizer.json in and out, training a vocabulary
+ *   15 CHAT (chat_)            conversations as text: templates as data, spans that bear loss
+ *   16 MODEL (model_)          families, parameter table, layout, initial weights
+ *   17 PASS (model_)           forward, backward, heads, batches
+ *   18 CKPT (ckpt_)            safetensors and Hugging Face directories
+ *   19 ADAPT (ckpt_)          adapters in the layout of PEFT; opening and writing directories
+ *   20 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
+ *   21 OPT (opt_)              AdamW, clipping, schedules
+ *   22 DATA (data_)            records, loss spans, orders
+ *   23 GEN (gen_)              sampling and batched generation
+ *   24 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
+ *   25 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
+ *   26 RUN (train_)           the run directory, TensorBoard, resume, the loop
+ *   27 SFT (sft_)              supervised fine-tuning
+ *   28 RM (rm_)                the reward model
+ *   29 PPO (ppo_)              proximal policy optimisation
+ *   30 EVAL (eval_)            perplexity, KL, preference accuracy by slice
+ *   31 RATER (rater_)          annotators: agreement, reliability, labels from many hands
+ *   32 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
+ *   33 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
+ *   34 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
+ *   35 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
+ *   36 LABEL (label_)          judgements of people: who is asked what, the file that keeps them
+ *   37 POOL (label_)           what there is to judge, and who judges; only under RLHF_MAIN, as 36
+ *   38 SERVE (serve_)          the page for browsers, the terminal; only under RLHF_MAIN
+ *   39 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   40 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
+ *   41 STAGE (cli_)            the commands that train; only under RLHF_MAIN
+ *   42 COMMAND (cli_ main)     the program's other commands, main; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -89,6 +93,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -192,8 +197,9 @@ typedef struct err_deferred {
     void *ptr;
 } err_deferred;
 
-/* Kernels of one instruction set (07). */
+/* Kernels of one instruction set (07), weights that models share (16). */
 struct k_table;
+struct model_base;
 
 /* Used by one thread at a time. Everything that the library remembers between calls hangs here or
  * on an object that points here; there is no other state but base_current. */
@@ -204,6 +210,7 @@ struct rlhf_ctx {
     struct par_team *team;   /* its threads */
     int half;                /* products of models are of bfloat16 */
     size_t cache;            /* bytes of a core's second-level cache: steers time only */
+    struct model_base *bases; /* weights that open models share (16) */
     err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
     int n_defer;                 /* entries of defer in use */
@@ -292,16 +299,6 @@ static size_t base_round_up(size_t n, size_t unit) { return (n + unit - 1) / uni
 RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
 RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
 
-/* Greatest common divisor of two positive numbers. */
-static int base_gcd(int a, int b) {
-    while (b) {
-        int rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return a;
-}
-
 /* 1 if value is one of the words that '|' separates in choices. */
 static int base_is_choice(const char *choices, const char *value) {
     size_t n = strlen(value);
@@ -315,8 +312,9 @@ static int base_is_choice(const char *choices, const char *value) {
  * MARK: - 03 MEM (mem_ arena_)
  * All memory of the library comes through the context's hooks in blocks that know their context and
  * their age. A public call that fails gives back the blocks younger than itself; therefore an
- * object that existed before a call may grow during it only through an arena. Arenas serve the
- * steps of training: after the first step they are one block and nothing is allocated any more.
+ * object that existed before a call may grow during it only through an arena, or by blocks that
+ * mem_settle has made as old. Arenas serve the steps of training: after the first step they are one
+ * block and nothing is allocated any more.
  *
  * What lives how long:
  *     a block           until mem_free, or until the call that made it fails
@@ -325,7 +323,7 @@ static int base_is_choice(const char *choices, const char *value) {
  *     a deferred thing  until err_release, or until the call fails; after err_keep its owner's
  *
  * Entry: mem_alloc, mem_free, mem_temp; arena_alloc, arena_save, arena_restore, arena_reset.
- * Invariant: the list of blocks is ordered by age, newest first; arena blocks (seq 0) close it.
+ * Invariant: the list of blocks is ordered by age, newest first; settled blocks (seq 0) close it.
  * Tests: test/test_api.c (every n-th allocation fails)
  * ============================================================================================ */
 
@@ -390,6 +388,20 @@ static void mem_free(void *ptr) {
 /* Marks a block as living no longer than the public call that is running. */
 static void *mem_temp(void *ptr) {
     ((mem_block *)ptr - 1)->temporary = 1;
+    return ptr;
+}
+
+/* Makes a block as old as an arena's: a failed call does not take it back. For what an object that
+ * is older than the call is to own. */
+static void *mem_settle(void *ptr) {
+    mem_block *b = (mem_block *)ptr - 1, *last;
+    mem_unlink(b);
+    b->seq = 0;
+    for (last = b->ctx->blocks; last && last->older;) last = last->older;
+    b->younger = last;
+    b->older = NULL;
+    if (last) last->older = b;
+    else b->ctx->blocks = b;
     return ptr;
 }
 
@@ -516,17 +528,7 @@ typedef struct arena_mark {
 
 /* A block of size usable bytes that no failed call takes back. */
 static arena_block *arena_block_new(arena *a, size_t size) {
-    arena_block *b = mem_alloc(a->ctx, sizeof *b + RLHF_ALIGN + size);
-    mem_block *m = (mem_block *)b - 1;
-    /* Move the block to the old end of the list: a failed call must not take it back. */
-    mem_unlink(m);
-    m->seq = 0;
-    mem_block *last = a->ctx->blocks;
-    while (last && last->older) last = last->older;
-    m->younger = last;
-    m->older = NULL;
-    if (last) last->older = m;
-    else a->ctx->blocks = m;
+    arena_block *b = mem_settle(mem_alloc(a->ctx, sizeof *b + RLHF_ALIGN + size));
     b->size = size;
     b->used = 0;
     return b;
@@ -618,6 +620,8 @@ enum {
     RNG_MINIBATCH,  /* order of episodes inside a PPO update */
     RNG_PROMPT,     /* order of prompts */
     RNG_BOOTSTRAP,  /* resampled items */
+    RNG_LORA,       /* initial adapters; index = position in the flat parameter array */
+    RNG_DROPOUT,    /* what adapters do not see; the seed mixes step and layer */
     RNG_LABEL,      /* what annotators are shown, and in which order */
     RNG_SAMPLE = 64 /* sampling: RNG_SAMPLE + a key of the sample; index = position in the answer */
 };
@@ -891,6 +895,14 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
  * Tests: test/test_kern.c (against double precision, and lane against scalar bit for bit)
  * ============================================================================================ */
 
+/* In front of a loop over an array of registers: unrolled at any optimisation level, since only
+ * then are its elements registers. */
+#if defined(__clang__)
+#define V_UNROLL _Pragma("unroll")
+#else
+#define V_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 /* ---- constants of the polynomials (S. Moshier's Cephes; parts of pi/2 and ln 2 so that fma
  * reduces exactly) ---- */
 
@@ -1124,21 +1136,28 @@ V_OP float v_sum(vf a) {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
-/* The square r[V_WIDTH] with rows and columns exchanged: pairs, then fours, then halves. */
-V_OP void v_transpose(vf r[8]) {
-    vf a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
-            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+/* V_WIDTH columns of V_WIDTH rows, ld apart: r[i] is column i. The halves of registers are put
+ * together by the loads, since exchanging them between registers takes longer; then pairs, then
+ * fours. */
+V_OP void v_columns(const float *x, size_t ld, vf r[8]) {
+    V_UNROLL
+    for (int half = 0; half < 8; half += 4) {
+        vf a[4], b[4];
+        V_UNROLL
+        for (int i = 0; i < 4; i++)
+            a[i] = _mm256_insertf128_ps(
+                _mm256_castps128_ps256(_mm_loadu_ps(x + (size_t)i * ld + half)),
+                _mm_loadu_ps(x + (size_t)(i + 4) * ld + half), 1);
+        V_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+            b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+            b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
         }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-        r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+        V_UNROLL
+        for (int i = 0; i < 2; i++) {
+            r[half + 2 * i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+            r[half + 2 * i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        }
     }
 }
 /* The largest lane; the order of comparisons does not matter, since no lane is NaN. */
@@ -1214,8 +1233,9 @@ V_OP float v_sum(vf a) {
 }
 V_OP float v_top(vf a) { return vmaxnmvq_f32(a); }
 /* Pairs, then halves. */
-V_OP void v_transpose(vf r[4]) {
-    float32x4x2_t a = vtrnq_f32(r[0], r[1]), b = vtrnq_f32(r[2], r[3]);
+V_OP void v_columns(const float *x, size_t ld, vf r[4]) {
+    float32x4x2_t a = vtrnq_f32(v_load(x), v_load(x + ld));
+    float32x4x2_t b = vtrnq_f32(v_load(x + 2 * ld), v_load(x + 3 * ld));
     for (int i = 0; i < 2; i++) {
         r[i] = vcombine_f32(vget_low_f32(a.val[i]), vget_low_f32(b.val[i]));
         r[i + 2] = vcombine_f32(vget_high_f32(a.val[i]), vget_high_f32(b.val[i]));
@@ -1508,6 +1528,7 @@ typedef void k_cap_bwd_fn(int n, const float *y, float in, float *d);
 typedef void k_panel_fn(int n, const float *x, size_t ld, float *y);
 typedef void k_strips_fn(int n, int strips, int w, const float *x, size_t ld, float *y);
 typedef void k_half_fn(int n, const float *x, size_t step, uint16_t *y);
+typedef void k_wide_fn(int n, const uint16_t *x, float *y);
 typedef void k_pairs_fn(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y);
 typedef double k_sumsq_fn(int64_t n, const float *x);
 typedef void k_adam_fn(int64_t n, float *p, float *g, float *m, float *v, const k_adam *a);
@@ -1551,6 +1572,7 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(ds, k_ds_fn)                                                                                 \
     X(panel, k_panel_fn)                                                                           \
     X(strips, k_strips_fn)                                                                         \
+    X(wide, k_wide_fn)                                                                             \
     X(sumsq, k_sumsq_fn)                                                                           \
     X(adam, k_adam_fn)
 
@@ -1866,13 +1888,17 @@ static void k_r_panel(int n, const float *x, size_t ld, float *y) {
     k_panel_part(RLHF_LANES, n, x, 1, ld, y);
 }
 
+/* Row i of k_r_strips. */
+static void k_strips_row(int n, int strips, int w, const float *x, size_t ld, float *y, int i) {
+    for (int s = 0; s < strips; s++)
+        memcpy(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w,
+               x + (size_t)i * ld + (size_t)(s * w), (size_t)w * sizeof *y);
+}
+
 /* n rows of strips * w numbers, ld apart, cut into strips y[strips][n][w], side by side: each row
  * is read as it lies. */
 static void k_r_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
-    for (int i = 0; i < n; i++)
-        for (int s = 0; s < strips; s++)
-            memcpy(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w,
-                   x + (size_t)i * ld + (size_t)(s * w), (size_t)w * sizeof *y);
+    for (int i = 0; i < n; i++) k_strips_row(n, strips, w, x, ld, y, i);
 }
 
 /* n floats as bfloat16. Every 32 of them, the output goes on `step` halves behind where those
@@ -1880,6 +1906,11 @@ static void k_r_strips(int n, int strips, int w, const float *x, size_t ld, floa
 static void k_r_half(int n, const float *x, size_t step, uint16_t *y) {
     for (int i = 0; i < (n + 15) / 16 * 16; i++)
         y[(size_t)(i / 32) * step + (size_t)(i % 32)] = i < n ? v_half1(x[i]) : 0;
+}
+
+/* n numbers of bfloat16 as floats. */
+static void k_r_wide(int n, const uint16_t *x, float *y) {
+    for (int i = 0; i < n; i++) y[i] = v_wide1(x[i]);
 }
 
 /* w columns of n numbers, element (k, l) at b[k ld + l], as bfloat16 in pairs (k, k + 1), the first
@@ -2233,8 +2264,8 @@ K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
     for (int i = 0; i < whole; i += V_WIDTH)
         for (int row = 0; row < RLHF_LANES; row += V_WIDTH) {
             vf r[V_WIDTH];
-            for (int j = 0; j < V_WIDTH; j++) r[j] = v_load(x + (size_t)(row + j) * ld + i);
-            v_transpose(r);
+            v_columns(x + (size_t)row * ld + i, ld, r);
+            V_UNROLL
             for (int j = 0; j < V_WIDTH; j++) v_store(y + (size_t)(i + j) * RLHF_LANES + row, r[j]);
         }
     k_panel_part(RLHF_LANES, n - whole, x + whole, 1, ld, y + (size_t)whole * RLHF_LANES);
@@ -2245,18 +2276,20 @@ K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
 enum { K_ROWS_AHEAD = 12 };
 
 K_FN void k_v_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
-    if (w % V_WIDTH) {
-        k_r_strips(n, strips, w, x, ld, y);
-        return;
-    }
-    for (int i = 0; i < n; i++, x += ld) {
+    /* Where w is no multiple of a register, registers reach over into what is written next; so the
+     * last row and the last strip go by numbers. */
+    int over = w % V_WIDTH, rows = over ? n - 1 : n, whole = over ? strips - 1 : strips;
+    size_t strip = (size_t)n * (size_t)w;
+    for (int i = 0; i < rows; i++) {
+        const float *from = x + (size_t)i * ld;
+        float *to = y + (size_t)(i * w);
         for (int c = 0; c < strips * w; c += RLHF_LANES)
-            __builtin_prefetch(x + K_ROWS_AHEAD * ld + c);
-        for (int s = 0; s < strips; s++)
-            for (int c = 0; c < w; c += V_WIDTH)
-                v_store(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w + c,
-                        v_load(x + s * w + c));
+            __builtin_prefetch(from + K_ROWS_AHEAD * ld + c);
+        for (int s = 0; s < whole; s++, from += w, to += strip)
+            for (int c = 0; c < w; c += V_WIDTH) v_store(to + c, v_load(from + c));
+        for (int c = 0; over && c < w; c++) to[c] = from[c];
     }
+    if (over) k_strips_row(n, strips, w, x, ld, y, n - 1);
 }
 
 K_FN void k_v_half(int n, const float *x, size_t step, uint16_t *y) {
@@ -2265,6 +2298,12 @@ K_FN void k_v_half(int n, const float *x, size_t step, uint16_t *y) {
         uint16_t *out = y + (size_t)(at / 32) * step + at % 32;
         V_EACH(v_store_upper(out + i * V_WIDTH, vi_half(v.r[i])));
     }
+}
+
+K_FN void k_v_wide(int n, const uint16_t *x, float *y) {
+    int i = 0;
+    for (; i + V_WIDTH <= n; i += V_WIDTH) v_store(y + i, v_widen(x + i));
+    k_r_wide(n - i, x + i, y + i);
 }
 
 K_FN void k_v_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y) {
@@ -2462,14 +2501,6 @@ static void gemm_r_pair_tile(int rows, int panels, const gemm_tile_args *t) {
             }
 }
 
-/* The loops over R and P are unrolled at any optimisation level: only then are the sums
- * registers. */
-#if defined(__clang__)
-#define GEMM_UNROLL _Pragma("unroll")
-#else
-#define GEMM_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 #if V_SIMD
 /* Panels that a low tile reads faster than they are needed come from memory: each step asks for
  * what it will read this many floats later. */
@@ -2480,9 +2511,9 @@ enum { GEMM_AHEAD = 40 * RLHF_LANES };
  * multiply-add itself. half, a constant too: pairs, as in gemm_r_pair_tile. */
 V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_args *t) {
     v16 sum[6][4];
-    GEMM_UNROLL
+    V_UNROLL
     for (int r = 0; r < R; r++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++)
             sum[r][p] = t->mode == GEMM_ACC ? v16_load(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
                                             : v16_set(0);
@@ -2495,33 +2526,33 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_
     const float *a = t->a, *b = t->b;
     for (int k = t->k; k > 0; k--) {
         v16 col[4];
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++) {
             if (R <= 3) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD);
             col[p] = v16_load(b + (size_t)p * t->bs);
         }
         v16 high[4];
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; half && p < P; p++) {
             V_EACH(high[p].r[i] = v_and(col[p].r[i], v_of(vi_set((int32_t)0xffff0000))));
             V_EACH(col[p].r[i] = v_of(vi_shl(vi_of(col[p].r[i]), 16)));
         }
-        GEMM_UNROLL
+        V_UNROLL
         for (int r = 0; r < R; r++) {
             float e = a[(size_t)r * t->rs];
             v16 x = v16_set(half ? gemm_low(e) : e);
-            GEMM_UNROLL
+            V_UNROLL
             for (int p = 0; p < P; p++) sum[r][p] = v16_fma(x, col[p], sum[r][p]);
             if (half) x = v16_set(gemm_high(e));
-            GEMM_UNROLL
+            V_UNROLL
             for (int p = 0; half && p < P; p++) sum[r][p] = v16_fma(x, high[p], sum[r][p]);
         }
         a += t->cs;
         b += RLHF_LANES;
     }
-    GEMM_UNROLL
+    V_UNROLL
     for (int r = 0; r < R; r++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++) {
             float *c = t->c + (size_t)r * t->ldc + p * RLHF_LANES;
             v16 s = sum[r][p];
@@ -2553,16 +2584,19 @@ K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
 #undef GEMM_V
 }
 
-/* Six chains of sixteen lanes: as many registers as a tile has. */
+/* Six chains of sixteen lanes: as many registers as a tile has. Every lane begins at a value of its
+ * own: a compiler does two equal chains once, and the peak would be twice what there is. */
 K_FN double gemm_v_peak(int64_t rounds, float *sink) {
+    static const float lane[RLHF_LANES] = {0, .1f, .2f, .3f, .4f, .5f, .6f, .7f,
+                                           8, 8.1f, 8.2f, 8.3f, 8.4f, 8.5f, 8.6f, 8.7f};
     v16 sum[6], x = v16_set(0.999f), y = v16_set(1e-3f);
-    GEMM_UNROLL
-    for (int j = 0; j < 6; j++) sum[j] = v16_set((float)j);
+    V_UNROLL
+    for (int j = 0; j < 6; j++) sum[j] = v16_add(v16_load(lane), v16_set((float)j));
     for (int64_t n = 0; n < rounds; n++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int j = 0; j < 6; j++) sum[j] = v16_fma(sum[j], x, y);
     }
-    GEMM_UNROLL
+    V_UNROLL
     for (int j = 0; j < 6; j++) *sink += v16_sum(sum[j]);
     return 2.0 * 6 * RLHF_LANES * (double)rounds;
 }
@@ -2592,9 +2626,9 @@ K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
 RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half,
                                         const gemm_tile_args *t) {
     __m512 sum[GEMM_SUMS][GEMM_MAX_PANELS];
-    GEMM_UNROLL
+    V_UNROLL
     for (int r = 0; r < R; r++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++)
             sum[r][p] = t->mode == GEMM_ACC
                             ? _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
@@ -2609,15 +2643,15 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
 #pragma GCC unroll 4
     for (int k = t->k; k > 0; k--) {
         __m512 col[GEMM_MAX_PANELS];
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++) {
             if (R <= 4) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD);
             col[p] = _mm512_loadu_ps(b + (size_t)p * t->bs);
         }
-        GEMM_UNROLL
+        V_UNROLL
         for (int r = 0; r < R; r++) {
             __m512 x = _mm512_set1_ps(a[(size_t)r * t->rs]);
-            GEMM_UNROLL
+            V_UNROLL
             for (int p = 0; p < P; p++)
                 sum[r][p] = half ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
                                  : _mm512_fmadd_ps(x, col[p], sum[r][p]);
@@ -2627,9 +2661,9 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
         b += RLHF_LANES;
         next += step;
     }
-    GEMM_UNROLL
+    V_UNROLL
     for (int r = 0; r < R; r++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int p = 0; p < P; p++) {
             float *c = t->c + (size_t)r * t->ldc + p * RLHF_LANES;
             __m512 s = sum[r][p];
@@ -2670,15 +2704,15 @@ GEMM_512
 /* Sixteen chains of a register each. */
 RLHF_INLINE GEMM_512 double gemm_512_chains(const int half, int64_t rounds, float *sink) {
     __m512 sum[16], x = _mm512_set1_ps(0.999f), y = _mm512_set1_ps(1e-3f);
-    GEMM_UNROLL
+    V_UNROLL
     for (int j = 0; j < 16; j++) sum[j] = _mm512_set1_ps((float)j);
     for (int64_t n = 0; n < rounds; n++) {
-        GEMM_UNROLL
+        V_UNROLL
         for (int j = 0; j < 16; j++)
             sum[j] = half ? _mm512_dpbf16_ps(sum[j], (__m512bh)y, (__m512bh)y)
                           : _mm512_fmadd_ps(sum[j], x, y);
     }
-    GEMM_UNROLL
+    V_UNROLL
     for (int j = 0; j < 16; j++) *sink += _mm512_reduce_add_ps(sum[j]);
     return (half ? 4.0 : 2.0) * 16 * RLHF_LANES * (double)rounds;
 }
@@ -3115,10 +3149,9 @@ static void gemm_edge(const k_tiles *tiles, int rows, int n, const gemm_tile_arg
         memcpy(t->c + (size_t)r * t->ldc, c + r * RLHF_LANES, (size_t)n * sizeof *c);
 }
 
-/* Width of the next tile of `rows` rows where `left` panels are left: as wide as there is, in
- * equal pieces. */
-static int gemm_width(const k_tiles *tiles, int rows, int left) {
-    int pieces = (left + tiles->panels[rows] - 1) / tiles->panels[rows];
+/* The first of the equal pieces, of at most `most` each, that `left` is cut into. */
+static int gemm_piece(int left, int most) {
+    int pieces = (left + most - 1) / most;
     return (left + pieces - 1) / pieces;
 }
 
@@ -3127,24 +3160,32 @@ static const k_tiles *gemm_tiles(const k_table *kt, const gemm_args *g) {
     return g->half ? &kt->bf16 : &kt->f32;
 }
 
-/* The product on the calling thread, B in panels (t.b); then act on what it wrote. Tiles of a full
- * height share their panels while these are near. The order of tiles decides what stays in the
- * cache, never a bit of the result. */
+/* The product on the calling thread, B in panels (t.b); then act on what it wrote. Tiles of all
+ * rows share their panels while these are near, and are of one height as nearly as they can be: a
+ * low one makes less of each load. A that is packed has the height it was packed for. The order of
+ * tiles decides what stays in the cache, never a bit of the result. */
 static void gemm_block(const k_table *kt, const gemm_args *g) {
     const k_tiles *tiles = gemm_tiles(kt, g);
-    int whole = g->n / RLHF_LANES, height = base_min(tiles->rows, g->m);
+    int whole = g->n / RLHF_LANES, panels = (int)gemm_panels(g->n);
+    int height = g->ms ? tiles->rows : gemm_piece(g->m, tiles->rows);
+    size_t ms = g->ms ? g->ms : g->t.rs;
     if (tiles->begin) tiles->begin();
-    for (int p = 0, w; p < (int)gemm_panels(g->n); p += w) {
-        w = p < whole ? gemm_width(tiles, height, whole - p) : 1;
-        for (int m = 0; m < g->m; m += tiles->rows) {
-            int rows = base_min(tiles->rows, g->m - m);
-            gemm_args tile = gemm_part(g, m, m + rows, p, p + w);
+    for (int p = 0, w; p < panels; p += w) {
+        w = p < whole ? gemm_piece(whole - p, tiles->panels[base_min(height, g->m)]) : 1;
+        gemm_tile_args t = g->t;
+        size_t col = (size_t)p * RLHF_LANES;
+        t.b += (size_t)p * g->t.bs;
+        if (t.bias) t.bias += col;
+        for (int m = 0, i = 0, rows; m < g->m; m += rows, i++) {
+            size_t row = (size_t)m * g->t.ldc + col;
+            rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
+            t.a = g->t.a + (size_t)m * ms;
+            t.c = g->t.c + row;
+            if (t.add) t.add = g->t.add + row;
             /* The next panels are on their way while these are used: one for each tile. */
-            int ahead = p + w + m / tiles->rows;
-            if (m / tiles->rows < w && ahead < (int)gemm_panels(g->n))
-                tile.t.next = g->t.b + (size_t)ahead * g->t.bs;
-            if (p < whole) tiles->tile(rows, w, &tile.t);
-            else gemm_edge(tiles, rows, tile.n, &tile.t);
+            t.next = i < w && p + w + i < panels ? g->t.b + (size_t)(p + w + i) * g->t.bs : NULL;
+            if (p < whole) tiles->tile(rows, w, &t);
+            else gemm_edge(tiles, rows, g->n - (int)col, &t);
         }
     }
     if (tiles->end) tiles->end();
@@ -3152,41 +3193,50 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         g->act(g->n, g->t.c + (size_t)m * g->t.ldc, g->y + (size_t)m * g->ldy);
 }
 
-/* The product cut into a grid of blocks for par_for, and the scratch of one thread: a block of A,
- * a group of panels of B, a block of C where the sum is cut and C is not its place. */
+/* The product cut into a grid of blocks for par_for, and the scratch of one thread: rows of A, a
+ * group of panels of B, a block of C where the sum is cut and C is not its place. */
 typedef struct gemm_job {
     const k_table *kt;
     const gemm_args *g;
     int rows, panels, down; /* size of a block; blocks in one column of blocks */
     int depth;              /* of a part of the sum */
+    int high, group;        /* rows of A and panels of B that are packed at a time */
     size_t a, b, c;         /* floats for each; a 0: A is read in place */
     float *scratch;
 } gemm_job;
 
-/* One part of the sum of one block. Packs what is not packed. */
-static void gemm_job_part(const gemm_job *j, gemm_args *s, float *scratch) {
+/* Some rows of one part of the sum, whose panels are packed. Packs A where it is to be. */
+static void gemm_job_rows(const gemm_job *j, gemm_args *s, float *scratch) {
     const k_table *kt = j->kt;
-    const k_tiles *tiles = gemm_tiles(kt, s);
-    int k = s->t.k, panels = (int)gemm_panels(s->n), height = base_min(tiles->rows, s->m);
     if (s->half && kt->blocks) s->ms = gemm_pack_a_squares(kt, &s->t, s->m, scratch);
     else if (s->half) s->ms = gemm_pack_a_pairs(kt, &s->t, s->m, scratch);
     else if (j->a) {
-        gemm_pack_a(kt, s->t.a, s->t.cs, s->m, k, scratch);
+        gemm_pack_a(kt, s->t.a, s->t.cs, s->m, s->t.k, scratch);
         s->t.a = scratch;
-        s->t.cs = (size_t)tiles->rows;
-        s->ms = (size_t)k;
+        s->t.cs = (size_t)kt->f32.rows;
+        s->ms = (size_t)s->t.k;
     }
+    gemm_block(kt, s);
+}
+
+/* One part of the sum of one block: panels are packed once for all its rows, rows of A once for a
+ * group of panels. */
+static void gemm_job_part(const gemm_job *j, const gemm_args *s, float *scratch) {
+    int panels = (int)gemm_panels(s->n);
     for (int p = 0, w; p < panels; p += w) {
-        w = s->t.b ? panels : gemm_width(tiles, height, panels - p);
+        w = gemm_piece(panels - p, j->group);
         gemm_args group = gemm_part(s, 0, s->m, p, p + w);
         if (!s->t.b) {
-            gemm_pack_args pack = {kt, group.src, s->ks,   s->ns,
-                                   k,  group.n,   s->half, scratch + j->a};
+            gemm_pack_args pack = {j->kt,   group.src, s->ks,   s->ns,
+                                   s->t.k,  group.n,   s->half, scratch + j->a};
             gemm_pack_range(&pack, 0, w, 0);
             group.t.b = pack.out;
-            group.t.bs = gemm_panel_size(kt, s->half, k);
+            group.t.bs = gemm_panel_size(j->kt, s->half, s->t.k);
         }
-        gemm_block(kt, &group);
+        for (int m = 0; m < s->m; m += j->high) {
+            gemm_args rows = gemm_part(&group, m, base_min(m + j->high, s->m), 0, w);
+            gemm_job_rows(j, &rows, scratch);
+        }
     }
 }
 
@@ -3203,7 +3253,7 @@ static void gemm_job_block(const gemm_job *j, const gemm_args *block, float *scr
         gemm_args s = part;
         s.t.k = base_min(j->depth, k - k0);
         s.t.a += (size_t)k0 * part.t.cs;
-        if (s.t.b) s.t.b += (size_t)k0 * RLHF_LANES;
+        if (s.t.b) s.t.b += gemm_panel_size(j->kt, s.half, k0);
         else s.src += (size_t)k0 * part.ks;
         /* What follows the sum follows its last part. */
         if (k0) s.t.mode = GEMM_ACC;
@@ -3229,24 +3279,38 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Cuts the product into blocks: rows by the cache, then columns and if need be rows again until
- * every thread has as many blocks as any other. Returns their number. */
-static int gemm_cut(rlhf_ctx *ctx, gemm_job *j) {
+/* Multiply-adds of a block that is worth a thread's attention, and those that a thread does in the
+ * time in which it packs one number. */
+#define GEMM_WORTH 4e6
+#define GEMM_PACK 6
+
+/* Cuts the product into a grid of blocks: the one that takes the busiest thread the fewest
+ * multiply-adds, what it packs counted in them. Each row of blocks packs B, each column A. Returns
+ * their number. */
+static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
     const gemm_args *g = j->g;
     const k_tiles *tiles = gemm_tiles(j->kt, g);
     int panels = (int)gemm_panels(g->n), step = tiles->panels[base_min(tiles->rows, g->m)];
-    int fit = (int)(ctx->cache / 2 / sizeof(float) / (size_t)base_max(j->depth, 1));
-    int down = (g->m + base_max(fit, 96) - 1) / base_max(fit, 96), across = ctx->threads;
-    if (g->t.b && !j->a) down = (g->m + 95) / 96; /* nothing is packed twice */
-    across /= base_gcd(across, down);
-    across = base_max(1, base_min(across, (panels + step - 1) / step));
-    while (down * across % ctx->threads && g->m >= 64 * down) down++;
-    /* Blocks of equal size, in whole tiles. */
-    j->rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
-    j->panels = (panels + across - 1) / across;
-    if (panels >= 4 * step * across) j->panels = (j->panels + step - 1) / step * step;
-    j->down = (g->m + j->rows - 1) / j->rows;
-    return j->down * ((panels + j->panels - 1) / j->panels);
+    double work = (double)g->m * g->n * g->t.k, best = INFINITY;
+    int want = ctx->threads * (int)fmax(1, fmin(PAR_PIECES, work / ctx->threads / GEMM_WORTH));
+    int blocks = 1;
+    for (int down = 1; down <= want && (down == 1 || g->m >= 24 * down); down++) {
+        int across = base_min((want + down - 1) / down, (panels + step - 1) / step);
+        int rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
+        int wide = (panels + across - 1) / across;
+        if (panels >= 4 * step * across) wide = (wide + step - 1) / step * step;
+        int n = (g->m + rows - 1) / rows * ((panels + wide - 1) / wide);
+        double size = rows * (double)(wide * RLHF_LANES);
+        double pack = (g->t.b ? 0 : GEMM_PACK * wide * RLHF_LANES) + (j->a ? GEMM_PACK * rows : 0);
+        double cost = (n + ctx->threads - 1) / ctx->threads * (size + pack);
+        if (cost >= best) continue;
+        best = cost;
+        j->rows = rows;
+        j->panels = wide;
+        j->down = (g->m + rows - 1) / rows;
+        blocks = n;
+    }
+    return blocks;
 }
 
 /* The whole product, over the context's threads; scratch comes from ws. */
@@ -3255,16 +3319,22 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     int k = g->t.k,
         small = (double)g->m * g->n * k < 262144.0; /* a fork costs more than the work */
     gemm_job j = {.kt = ctx->k, .g = g, .rows = g->m, .panels = (int)gemm_panels(g->n), .down = 1};
-    /* Panels that are ready run over all of k; so does what has no more than twice the depth. */
-    int parts = g->t.b ? 1 : base_max(1, k / GEMM_DEPTH);
+    int tile = gemm_tiles(j.kt, g)->rows, floats = (int)(ctx->cache / sizeof(float));
+    /* Rows of A that share panels fill half of the cache; for few rows B passes but once. */
+    int deep = base_max(256, base_min(GEMM_DEPTH, floats / 2 / 96));
+    int parts = g->m < 2 * tile ? 1 : base_max(1, (k + deep / 2) / deep);
     j.depth = (int)base_round_up((size_t)base_max(1, (k + parts - 1) / parts), g->half ? 32 : 1);
     /* A's columns are packed unless there are too few tiles for that to pay; pairs always are. */
     j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
     int blocks = small ? 1 : gemm_cut(ctx, &j);
-    size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth), rows = (size_t)j.rows;
-    if (j.a) j.a = base_round_up(rows, (size_t)gemm_tiles(j.kt, g)->rows) * steps;
-    if (!g->t.b) j.b = (size_t)GEMM_MAX_PANELS * RLHF_LANES * steps;
-    if (parts > 1 && g->t.add == g->t.c) j.c = rows * (size_t)j.panels * RLHF_LANES;
+    size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth);
+    j.high = base_max(floats / 2 / j.depth / tile * tile, 4 * tile);
+    j.high = (int)base_round_up((size_t)gemm_piece(j.rows, j.high), (size_t)tile);
+    j.group = g->t.b ? j.panels : base_max(GEMM_MAX_PANELS, 2 * floats / j.depth / RLHF_LANES);
+    j.group = base_min(j.panels, j.group);
+    if (j.a) j.a = (size_t)j.high * steps;
+    if (!g->t.b) j.b = (size_t)j.group * RLHF_LANES * steps;
+    if (parts > 1 && g->t.add == g->t.c) j.c = (size_t)j.rows * (size_t)j.panels * RLHF_LANES;
     arena_mark mark = arena_save(ws);
     j.scratch = arena_floats(ws, j.a + j.b + j.c, (size_t)(blocks > 1 ? ctx->threads : 1));
     if (blocks > 1) par_for(ctx, blocks, 1, gemm_job_range, &j);
@@ -3273,7 +3343,7 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
 }
 
 /* ============================================================================================
- * MARK: - 09 OPS (op_)
+ * MARK: - 09 LINEAR (op_)
  * Forward and backward of every operation, side by side. A batch is a ragged concatenation of
  * sequences: matrices have one row for each token, attention loops over sequences; there is no
  * padding and no mask. Gradients of weights and of the residual stream are added to, other outputs
@@ -3383,9 +3453,72 @@ static void op_norm_bwd(op_env *e, op_norm *o) {
 
 /* ---- linear ---- */
 
-/* y = x W^T + b with W [n][k], as PyTorch's Linear holds it. packed is W^T in panels
- * [gemm_packed_size(k, n)], kept by the model for products of few rows, or null; gw [n][k] and gb
- * [n] are null where nothing is trained. */
+/* A half-precision number, exactly; denormals by value, NaN with its payload. */
+static float op_half(uint16_t h) {
+    uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, m = h & 1023;
+    if (e == 31) return v_bits1((int32_t)(sign | 0x7f800000u | m << 13));
+    if (e) return v_bits1((int32_t)(sign | (e + 112) << 23 | m << 13));
+    float f = (float)m * 0x1p-24f;
+    return sign ? -f : f;
+}
+
+/* Rows of a matrix W [n][k] as a file has them, read in place: rows [0, rows) of the piece, k =
+ * cols each. kind: '4' F32, 'h' F16, 'b' BF16, whose addresses are multiples of their size. */
+typedef struct op_piece {
+    const unsigned char *data;
+    int rows, cols;
+    int hd;         /* not 0: the file has query, key and value of one head after another, hd rows
+                       each, where W has all queries, all keys, all values */
+    int transposed; /* the file has [cols][rows], as GPT-2's Conv1D; then hd is 0 */
+    char kind;
+} op_piece;
+
+enum { OP_PIECES = 3 }; /* query, key and value are three tensors */
+
+/* Row r of W in the file's order. */
+static size_t op_piece_row(const op_piece *p, size_t r) {
+    size_t third = (size_t)p->rows / 3, hd = (size_t)p->hd, in = hd ? r % third : 0;
+    return hd ? (in / hd * 3 + r / third) * hd + in % hd : r;
+}
+
+/* Columns [from, from + n) of row r as floats. */
+static void op_piece_read(const k_table *k, const op_piece *p, size_t r, int from, int n,
+                          float *out) {
+    size_t step = p->transposed ? (size_t)p->rows : 1;
+    size_t at = p->transposed ? (size_t)from * step + r
+                              : op_piece_row(p, r) * (size_t)p->cols + (size_t)from;
+    const uint16_t *h = (const uint16_t *)(const void *)p->data + (p->kind == '4' ? 0 : at);
+    const float *f = (const float *)(const void *)p->data + (p->kind == '4' ? at : 0);
+    if (p->kind == 'b' && step == 1) k->wide(n, h, out);
+    else if (p->kind == '4' && step == 1) memcpy(out, f, (size_t)n * sizeof *out);
+    else
+        for (size_t i = 0; i < (size_t)n; i++)
+            out[i] = p->kind == '4'   ? f[i * step]
+                     : p->kind == 'b' ? v_wide1(h[i * step])
+                                      : op_half(h[i * step]);
+}
+
+/* An adapter (Hu et al. 2021) to rows [from, from + n) of W: y += scale B (A x), A [r][k], B
+ * [n][r]. ga and gb are null where it is not trained. */
+typedef struct op_lora {
+    int from, n, r;
+    float scale;
+    const float *a, *b;
+    float *ga, *gb;
+} op_lora;
+
+/* What an adapter does not see of x: element (row, j) is zero with probability p, else divided by 1
+ * - p (Srivastava et al. 2014), by the number key[row] + j of the stream (seed, RNG_DROPOUT). */
+typedef struct op_drop {
+    float p; /* 0: nothing is dropped */
+    uint64_t seed;
+    const uint64_t *key; /* [rows] */
+} op_drop;
+
+/* y = x W^T + b with W [n][k], as PyTorch's Linear holds it, and adapters to it. W is floats w, or
+ * pieces of a file one below the other. packed is W^T in panels [gemm_packed_size(k, n)], kept by
+ * the model for products of few rows, or null; gw [n][k] and gb [n] are null where nothing is
+ * trained. */
 typedef struct op_weight {
     int n, k;
     int ld;    /* floats from one row of y or dy to the next; 0: n */
@@ -3393,28 +3526,187 @@ typedef struct op_weight {
     float cap; /* soft cap of the outputs, which op_logits applies; 0: none */
     const float *w, *b, *packed;
     float *gw, *gb;
+    op_piece piece[OP_PIECES];
+    op_lora lora[OP_PIECES];
+    int pieces, loras;
+    op_drop drop; /* of the adapters */
 } op_weight;
 
 static size_t op_ld(const op_weight *w) { return (size_t)(w->ld ? w->ld : w->n); }
+
+/* Some rows of W in memory: element (at + i, j) is w[i * rs + j * cs], one of them 1. */
+typedef struct op_block {
+    const float *w;
+    int n;
+    size_t rs, cs;
+} op_block;
+
+/* Rows of a piece that become floats. */
+typedef struct op_widen {
+    const k_table *k;
+    const op_piece *piece;
+    int row;
+    float *out; /* [rows][cols] */
+} op_widen;
+
+static void op_widen_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    const op_widen *o = arg;
+    size_t cols = (size_t)o->piece->cols;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++)
+        op_piece_read(o->k, o->piece, (size_t)(o->row + i), 0, o->piece->cols,
+                      o->out + (size_t)i * cols);
+}
+
+/* Floats of a block of rows that are widened: near enough to the cores to cost no memory traffic,
+ * large enough to be shared among them. */
+enum { OP_WIDEN = 1 << 19 };
+
+/* Rows that are widened at a time: whole panels and whole steps of a sum over them. */
+static int op_widen_count(int cols) { return base_max(64, OP_WIDEN / cols / 64 * 64); }
+
+/* The block that begins at row `at`: all of W where it is floats, the rest of a piece that can be
+ * used as it lies, else some of its rows as floats in ws. */
+static op_block op_block_at(op_env *e, const op_weight *w, int at) {
+    if (!w->pieces) return (op_block){w->w, w->n, (size_t)w->k, 1};
+    const op_piece *p = w->piece;
+    while (at >= p->rows) at -= p++->rows;
+    if (p->kind == '4' && !p->hd) {
+        const float *f = (const float *)(const void *)p->data;
+        if (p->transposed) return (op_block){f + at, p->rows - at, 1, (size_t)p->rows};
+        return (op_block){f + (size_t)at * (size_t)p->cols, p->rows - at, (size_t)p->cols, 1};
+    }
+    int n = base_min(op_widen_count(p->cols), p->rows - at);
+    op_widen o = {e->ctx->k, p, at, arena_floats(e->ws, (size_t)n, (size_t)p->cols)};
+    par_for(e->ctx, n, par_grain(p->cols), op_widen_rows, &o);
+    return (op_block){o.out, n, (size_t)p->cols, 1};
+}
+
+/* All of W^T in panels (gemm_pack). */
+static void op_pack(op_env *e, const op_weight *w, float *out) {
+    arena_mark mark = arena_save(e->ws);
+    op_block b = op_block_at(e, w, 0);
+    if (b.n < w->n) { /* panels may span pieces: W as floats first */
+        float *whole = arena_floats(e->ws, (size_t)w->n, (size_t)w->k), *to = whole;
+        for (int i = 0; i < w->pieces; i++) {
+            op_widen o = {e->ctx->k, w->piece + i, 0, to};
+            par_for(e->ctx, w->piece[i].rows, par_grain(w->k), op_widen_rows, &o);
+            to += (size_t)w->piece[i].rows * (size_t)w->k;
+        }
+        b = (op_block){whole, w->n, (size_t)w->k, 1};
+    }
+    gemm_pack(e->ctx, w->half, b.w, b.cs, b.rs, w->k, w->n, out);
+    arena_restore(e->ws, mark);
+}
+
+/* y [m][n] (rows ld apart) = or, with mode GEMM_ACC, += x [m][k] W^T for a small W of floats. */
+static void op_small(op_env *e, int m, int n, int k, const float *x, const float *w, int mode,
+                     float *y, size_t ld) {
+    gemm_args g = {.m = m, .n = n, .src = w, .ks = 1, .ns = (size_t)k};
+    g.t = (gemm_tile_args){
+        .k = k, .a = x, .rs = (size_t)k, .cs = 1, .c = y, .ldc = ld, .mode = mode};
+    gemm_run(e->ctx, e->ws, &g);
+}
+
+/* Rows [lo, hi) of what adapters see of x, in place. */
+typedef struct op_drop_job {
+    const op_drop *d;
+    int k;
+    float *x;
+} op_drop_job;
+
+static void op_drop_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    const op_drop_job *o = arg;
+    float keep = 1.0f / (1.0f - o->d->p);
+    uint64_t bound = (uint64_t)((double)o->d->p * 65536.0);
+    (void)thread;
+    for (int64_t r = lo; r < hi; r++) {
+        float *x = o->x + (size_t)r * (size_t)o->k;
+        /* One number decides on four elements, by sixteen bits each. */
+        for (int j = 0; j < o->k; j += 4) {
+            uint64_t bits = rng_u64(o->d->seed, RNG_DROPOUT, o->d->key[r] + (uint64_t)j);
+            for (int i = j; i < base_min(j + 4, o->k); i++, bits >>= 16)
+                x[i] = (bits & 65535) < bound ? 0 : x[i] * keep;
+        }
+    }
+}
+
+/* x as the adapters see it: x itself, or a copy in ws with elements dropped. */
+static const float *op_dropped(op_env *e, const op_weight *w, int m, const float *x) {
+    if (w->drop.p <= 0) return x;
+    size_t n = (size_t)m * (size_t)w->k;
+    op_drop_job o = {&w->drop, w->k, memcpy(arena_floats(e->ws, n, 1), x, n * sizeof *x)};
+    par_for(e->ctx, m, par_grain(4 * w->k), op_drop_rows, &o);
+    return o.x;
+}
+
+/* scale A x for each row, [m][r] in ws. */
+static float *op_lora_inner(op_env *e, const op_weight *w, const op_lora *l, int m,
+                            const float *x) {
+    float *t = arena_floats(e->ws, (size_t)m, (size_t)l->r);
+    op_small(e, m, l->r, w->k, x, l->a, GEMM_STORE, t, (size_t)l->r);
+    e->ctx->k->scale(m * l->r, t, l->scale);
+    return t;
+}
+
+/* z = act(y) by rows, where it cannot be part of the product. */
+typedef struct op_act {
+    k_map_fn *act;
+    int n;
+    size_t ld;
+    const float *y;
+    float *z;
+} op_act;
+
+static void op_act_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    const op_act *o = arg;
+    (void)thread;
+    for (size_t r = (size_t)lo; r < (size_t)hi; r++)
+        o->act(o->n, o->y + r * o->ld, o->z + r * o->ld);
+}
+
+/* Adds what the adapters add to y = x W^T, then act. */
+static void op_lora_fwd(op_env *e, const op_weight *w, int m, const float *x, float *y,
+                        k_map_fn *act, float *z) {
+    arena_mark mark = arena_save(e->ws);
+    const float *seen = op_dropped(e, w, m, x);
+    for (const op_lora *l = w->lora; l < w->lora + w->loras; l++) {
+        float *t = op_lora_inner(e, w, l, m, seen);
+        op_small(e, m, l->n, l->r, t, l->b, GEMM_ACC, y + l->from, op_ld(w));
+    }
+    op_act o = {act, w->n, op_ld(w), y, z};
+    if (act) par_for(e->ctx, m, par_grain(4 * w->n), op_act_rows, &o);
+    arena_restore(e->ws, mark);
+}
 
 /* y [m][n] = x [m][k] W^T + b, and then add [m][n], a residual connection, unless it is null (it
  * may be y). act, if not null, also writes z [m][n] = act(y). */
 static void op_linear(op_env *e, const op_weight *w, int m, const float *x, float *y,
                       const float *add, k_map_fn *act, float *z) {
-    gemm_args g = {.m = m, .n = w->n, .half = w->half, .act = act, .y = z, .ldy = op_ld(w)};
-    /* A is x as it lies, B is W^T. */
-    g.t = (gemm_tile_args){.k = w->k,
-                           .a = x,
-                           .rs = (size_t)w->k,
-                           .cs = 1,
-                           .b = w->packed,
-                           .bs = gemm_panel_size(e->ctx->k, w->half, w->k),
-                           .c = y,
-                           .ldc = op_ld(w),
-                           .bias = w->b,
-                           .add = add};
-    g.src = w->w, g.ks = 1, g.ns = (size_t)w->k;
-    gemm_run(e->ctx, e->ws, &g);
+    int n;
+    for (int at = 0; at < w->n; at += n) {
+        arena_mark mark = arena_save(e->ws);
+        op_block b = {NULL, w->n, 1, 1};
+        if (!w->packed) b = op_block_at(e, w, at);
+        n = b.n;
+        /* A is x as it lies, B is W^T: rows of W are columns of y. */
+        gemm_args g = {.m = m, .n = n, .half = w->half, .ldy = op_ld(w)};
+        if (act && !w->loras) g.act = act, g.y = z + at;
+        g.t = (gemm_tile_args){.k = w->k,
+                               .a = x,
+                               .rs = (size_t)w->k,
+                               .cs = 1,
+                               .b = w->packed,
+                               .bs = gemm_panel_size(e->ctx->k, w->half, w->k),
+                               .c = y + at,
+                               .ldc = op_ld(w),
+                               .bias = w->b ? w->b + at : NULL,
+                               .add = add ? add + at : NULL};
+        g.src = b.w, g.ks = b.cs, g.ns = b.rs;
+        gemm_run(e->ctx, e->ws, &g);
+        arena_restore(e->ws, mark);
+    }
+    if (w->loras) op_lora_fwd(e, w, m, x, y, act, z);
 }
 
 /* Column sums: y [n] += sum over rows of x [rows][n]. */
@@ -3433,31 +3725,86 @@ static void op_cols_range(void *arg, int64_t lo, int64_t hi, int thread) {
         o->k->add((int)(hi - lo), o->x + (size_t)r * (size_t)o->n + lo, o->y + lo);
 }
 
-/* gw [n][k] += dy^T x and gb [n] += column sums of dy, over m rows: A is dy^T, B is x, and the sum
- * over rows a GEMM_ACC chain that continues what gw holds. */
-static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x, const float *dy) {
-    if (!w->gw) return;
-    gemm_args g = {.m = w->n, .n = w->k, .half = w->half, .src = x, .ks = (size_t)w->k, .ns = 1};
-    g.t = (gemm_tile_args){.k = m,
-                           .a = dy,
-                           .rs = 1,
-                           .cs = op_ld(w),
-                           .c = w->gw,
-                           .ldc = (size_t)w->k,
-                           .mode = GEMM_ACC};
+/* gw [n][k] += dy^T x, over m rows of which those of dy are ld apart: A is dy^T, B is x, and the
+ * sum over rows a GEMM_ACC chain that continues what gw holds. */
+static void op_outer(op_env *e, int half, int m, int n, int k, const float *dy, size_t ld,
+                     const float *x, float *gw) {
+    gemm_args g = {.m = n, .n = k, .half = half, .src = x, .ks = (size_t)k, .ns = 1};
+    g.t = (gemm_tile_args){
+        .k = m, .a = dy, .rs = 1, .cs = ld, .c = gw, .ldc = (size_t)k, .mode = GEMM_ACC};
     gemm_run(e->ctx, e->ws, &g);
-    if (!w->gb) return;
-    op_cols o = {e->ctx->k, dy, w->gb, m, (int)op_ld(w)};
-    par_for(e->ctx, w->n, op_col_grain(m), op_cols_range, &o);
 }
 
-/* dx [m][k] = dy [m][n] W, overwritten: A is dy as it lies, B is W. */
-static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *dy, float *dx) {
-    gemm_args g = {.m = m, .n = w->k, .half = w->half, .src = w->w, .ks = (size_t)w->k, .ns = 1};
-    g.t =
-        (gemm_tile_args){.k = w->n, .a = dy, .rs = op_ld(w), .cs = 1, .c = dx, .ldc = (size_t)w->k};
+/* dx [m][k] = or, with mode GEMM_ACC, += dy [m][n] (rows ld apart) W, where W has b's rows: A is dy
+ * as it lies, B is W. */
+static void op_back(op_env *e, int half, int m, int k, const float *dy, size_t ld,
+                    const op_block *b, int mode, float *dx) {
+    gemm_args g = {.m = m, .n = k, .half = half, .src = b->w, .ks = b->rs, .ns = b->cs};
+    g.t = (gemm_tile_args){
+        .k = b->n, .a = dy, .rs = ld, .cs = 1, .c = dx, .ldc = (size_t)k, .mode = mode};
     gemm_run(e->ctx, e->ws, &g);
 }
+
+/* The gradient of scale A x, given that of y: scale dy B, [m][r] in ws. */
+static float *op_lora_back(op_env *e, const op_weight *w, const op_lora *l, int m,
+                           const float *dy) {
+    float *t = arena_floats(e->ws, (size_t)m, (size_t)l->r);
+    op_block b = {l->b, l->n, (size_t)l->r, 1};
+    op_back(e, 0, m, l->r, dy + l->from, op_ld(w), &b, GEMM_STORE, t);
+    e->ctx->k->scale(m * l->r, t, l->scale);
+    return t;
+}
+
+/* Gradients of the weights: gw [n][k] += dy^T x and gb [n] += column sums of dy, over m rows; those
+ * of adapters likewise, whose inner product is computed again rather than kept. */
+static void op_linear_bwd_w(op_env *e, const op_weight *w, int m, const float *x, const float *dy) {
+    if (w->gw) op_outer(e, w->half, m, w->n, w->k, dy, op_ld(w), x, w->gw);
+    op_cols o = {e->ctx->k, dy, w->gb, m, (int)op_ld(w)};
+    if (w->gw && w->gb) par_for(e->ctx, w->n, op_col_grain(m), op_cols_range, &o);
+    if (!w->loras || !w->lora->ga) return;
+    arena_mark mark = arena_save(e->ws);
+    const float *seen = op_dropped(e, w, m, x);
+    for (const op_lora *l = w->lora; l < w->lora + w->loras; l++) {
+        float *t = op_lora_inner(e, w, l, m, seen), *dt = op_lora_back(e, w, l, m, dy);
+        op_outer(e, 0, m, l->n, l->r, dy + l->from, op_ld(w), t, l->gb);
+        op_outer(e, 0, m, l->r, w->k, dt, (size_t)l->r, seen, l->ga);
+    }
+    arena_restore(e->ws, mark);
+}
+
+/* dx [m][k] = dy [m][n] W, overwritten, and what comes through the adapters. Blocks of W's rows
+ * continue one chain of sums. */
+static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *dy, float *dx) {
+    arena_mark mark = arena_save(e->ws);
+    int n;
+    for (int at = 0; at < w->n; at += n) {
+        op_block b = op_block_at(e, w, at);
+        n = b.n;
+        op_back(e, w->half, m, w->k, dy + at, op_ld(w), &b, at ? GEMM_ACC : GEMM_STORE, dx);
+        arena_restore(e->ws, mark);
+    }
+    /* The mask of the forward pass, applied to what comes back, needs a place of its own. */
+    float *part = w->drop.p > 0 && w->loras ? arena_floats(e->ws, (size_t)m, (size_t)w->k) : dx;
+    for (const op_lora *l = w->lora; l < w->lora + w->loras; l++) {
+        op_block a = {l->a, l->r, (size_t)w->k, 1};
+        float *dt = op_lora_back(e, w, l, m, dy);
+        op_back(e, 0, m, w->k, dt, (size_t)l->r, &a,
+                l == w->lora && part != dx ? GEMM_STORE : GEMM_ACC, part);
+    }
+    if (part != dx) {
+        op_drop_job o = {&w->drop, w->k, part};
+        par_for(e->ctx, m, par_grain(4 * w->k), op_drop_rows, &o);
+        e->ctx->k->add(m * w->k, part, dx);
+    }
+    arena_restore(e->ws, mark);
+}
+
+/* ============================================================================================
+ * MARK: - 10 OPS (op_)
+ * The other operations of 09's kind: embedding, activations, attention, and the vocabulary, whose
+ * logits are made in chunks and never kept.
+ * Tests: test/test_ops.c (finite differences)
+ * ============================================================================================ */
 
 /* ---- embedding ---- */
 
@@ -3466,8 +3813,9 @@ typedef struct op_embed {
     const k_table *k;
     int rows, d;
     const int32_t *ids, *pos; /* [rows] */
-    const float *wte, *wpe;   /* wpe null: no learned positions */
-    float *gwte, *gwpe;       /* as wte and wpe */
+    const op_weight *wte;
+    const float *wpe;         /* null: no learned positions */
+    float *gwte, *gwpe;       /* as wte and wpe; null: not trained */
     float scale;              /* 0: 1; otherwise wpe is null */
     float *x;                 /* forward: output; backward: its gradient, destroyed */
 } op_embed;
@@ -3478,9 +3826,12 @@ static void op_embed_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     size_t d = (size_t)o->d;
     for (int64_t r = lo; r < hi; r++) {
-        memcpy(o->x + (size_t)r * d, o->wte + (size_t)o->ids[r] * d, d * sizeof(float));
-        if (o->scale != 0) o->k->scale(o->d, o->x + (size_t)r * d, o->scale);
-        if (o->wpe) o->k->add(o->d, o->wpe + (size_t)o->pos[r] * d, o->x + (size_t)r * d);
+        float *x = o->x + (size_t)r * d;
+        size_t id = (size_t)o->ids[r];
+        if (o->wte->pieces) op_piece_read(o->k, o->wte->piece, id, 0, o->d, x);
+        else memcpy(x, o->wte->w + id * d, d * sizeof *x);
+        if (o->scale != 0) o->k->scale(o->d, x, o->scale);
+        if (o->wpe) o->k->add(o->d, o->wpe + (size_t)o->pos[r] * d, x);
     }
 }
 
@@ -3499,7 +3850,7 @@ static void op_embed_cols(void *arg, int64_t lo, int64_t hi, int thread) {
         float *dx = o->x + (size_t)r * d + lo;
         if (o->scale != 0) o->k->scale((int)(hi - lo), dx, o->scale);
         o->k->add((int)(hi - lo), dx, o->gwte + (size_t)o->ids[r] * d + lo);
-        if (o->wpe) o->k->add((int)(hi - lo), dx, o->gwpe + (size_t)o->pos[r] * d + lo);
+        if (o->gwpe) o->k->add((int)(hi - lo), dx, o->gwpe + (size_t)o->pos[r] * d + lo);
     }
 }
 
@@ -4116,7 +4467,7 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
     arena_restore(e->ws, mark);
 }
 /* ============================================================================================
- * MARK: - 10 IO (io_)
+ * MARK: - 11 IO (io_)
  * Files. Reads are bounded and unpack gzip by themselves; large read-only files are mapped; a file
  * is written beside its place and renamed, so that a reader never sees half of one and a failed
  * call leaves nothing behind. Every error names the path and the system's reason. No file stays
@@ -4310,7 +4661,7 @@ static void io_write_file(rlhf_ctx *ctx, const char *path, const void *data, siz
 }
 
 /* ============================================================================================
- * MARK: - 11 JSON (json_)
+ * MARK: - 12 JSON (json_)
  * What jansson lacks: errors that say file, line, key, what was found and what was expected; and
  * values that a failed call gives back. Parsed values are put on the defer stack, so that they
  * follow err_release / err_keep like any other resource. null counts as absent.
@@ -4506,7 +4857,7 @@ static void json_write_file(rlhf_ctx *ctx, const char *path, const json_t *value
 }
 
 /* ============================================================================================
- * MARK: - 12 TOK (tok_)
+ * MARK: - 13 TOK (tok_)
  * Tokenizers as Hugging Face's tokenizer.json describes them: byte-level and SentencePiece-style
  * BPE (Sennrich et al. 2016). Opening flattens the file into a list of steps (split at added
  * tokens, normalize, split at added tokens again, pre-tokenize) that tok_run walks recursively down
@@ -5019,7 +5370,8 @@ static int tok_is_new_mark(uint32_t c) {
 }
 
 /* Appends the normal form of s. Stretches of ASCII are their own normal form, except that the
- * character before a stretch of others may combine with it. */
+ * character before a stretch of others may combine with it. U+11A7, the vowel before the first
+ * final consonant, combines with nothing; utf8proc 2.8 loses it behind a syllable. */
 static void tok_normal_form(tok_buf *b, int options, const char *s, size_t n) {
     for (size_t i = 0; i < n;) {
         size_t lo = i, mark = 0;
@@ -5029,7 +5381,7 @@ static void tok_normal_form(tok_buf *b, int options, const char *s, size_t n) {
         while (i < n && (s[i] & 0x80) && !mark) {
             uint32_t cp;
             size_t k = (size_t)tok_char(s + i, n - i, &cp);
-            if (tok_is_new_mark(cp)) mark = k;
+            if (tok_is_new_mark(cp) || cp == 0x11A7) mark = k;
             else i += k;
         }
         tok_put(b, s + lo, mid - lo);
@@ -5491,12 +5843,12 @@ static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_s
 }
 
 /* ============================================================================================
- * MARK: - 13 VOCAB (tok_)
- * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 12, files
+ * MARK: - 14 VOCAB (tok_)
+ * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 13, files
  * out, and the training of a byte-level BPE.
  *
  * Readers append steps in the order in which the reference applies them; each names the key of what
- * it does not know. The two usual kinds become, in the terms of 12,
+ * it does not know. The two usual kinds become, in the terms of 13,
  *     GPT-2        ADDED(0) ADDED(1) SPLIT(GPT-2's pattern), words of bytes; decoder BYTES
  *     Llama 2      ADDED(0) PREFIX(always) REPLACE(space) ADDED(1), words of characters; decoders
  *                  REPLACE FALLBACK FUSE STRIP
@@ -6303,7 +6655,7 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
 }
 
 /* ============================================================================================
- * MARK: - 14 CHAT (chat_)
+ * MARK: - 15 CHAT (chat_)
  * Conversations as text, as the checkpoint's own Jinja template would write them. A template is a
  * row of data, known by words that only its Jinja text has; nothing here runs Jinja. Since the rows
  * say where an answer begins and ends, so do the spans that bear loss.
@@ -6312,7 +6664,7 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
  * equal data give equal ids on every day; and the text that some put behind a whole conversation is
  * left away, since it is never predicted.
  *
- * Entry: chat_choose, chat_render.
+ * Entry: chat_choose, chat_end, chat_render.
  * Tests: test/test_chat.c
  * ============================================================================================ */
 
@@ -6473,13 +6825,18 @@ static int chat_matches(const chat_template *c, const char *jinja) {
     return c->marks[0] != NULL;
 }
 
+/* The token that ends a turn of the assistant, or -1: the template has none, or the tokenizer. */
+static int chat_end(rlhf_tokenizer *t, const chat_template *c) {
+    return c->close[CHAT_ASSISTANT] ? tok_find(t, c->close[CHAT_ASSISTANT]) : -1;
+}
+
 /* The template that a Jinja text is, or null. Its end of turn has to be a token of the tokenizer:
  * else it is the text of a relative with another one. */
 static const chat_template *chat_detect(rlhf_tokenizer *t, const char *jinja) {
     for (int i = 0; i < CHAT_TEMPLATES; i++) {
         const chat_template *c = &chat_templates[i];
-        const char *end = c->close[CHAT_ASSISTANT];
-        if (chat_matches(c, jinja)) return !end || tok_find(t, end) >= 0 ? c : NULL;
+        if (chat_matches(c, jinja))
+            return !c->close[CHAT_ASSISTANT] || chat_end(t, c) >= 0 ? c : NULL;
     }
     return NULL;
 }
@@ -6639,13 +6996,18 @@ static char *chat_render(rlhf_tokenizer *t, const char *template, const chat_mes
 }
 
 /* ============================================================================================
- * MARK: - 15 MODEL (model_)
+ * MARK: - 16 MODEL (model_)
  * A decoder. A family is data: a reader for its config.json and a list that maps its tensors onto
- * one table of parameters; forward, backward and decoding are written once for all. All weights lie
- * in one array, gradients and moments in arrays of the same layout. Sampling with a cache of keys
- * and values and training run through model_forward alike.
+ * one table of parameters; forward, backward and decoding are written once for all. Sampling with a
+ * cache of keys and values and training run through model_forward alike.
  *
- * Entry: model_new, model_free, model_randomize; model_w, model_at, model_param_layers.
+ * What is trained lies in one array, gradients and moments in arrays of the same layout. A model
+ * that was opened trains nothing yet: its weights are a base that stays in the files, as they are
+ * stored there, and that all models of the same files share. It becomes its own array of floats
+ * (model_thaw), or gets adapters, which are then the array (model_adapt). So policy, reference,
+ * value and reward model are one base with an adapter and a head each.
+ *
+ * Entry: model_new, model_free, model_thaw, model_adapt; model_w, model_at, model_own_layers.
  * Invariant: version changes whenever weights do; packed matrices of another version are stale.
  * Tests: test/test_model.c, test/test_golden.c
  * ============================================================================================ */
@@ -6658,6 +7020,29 @@ enum {
     MODEL_LOCAL = 1, /* attention to the last `window` positions, rotation by local_theta */
     MODEL_NOPE = 2   /* no rotation */
 };
+
+/* Matrices that may have an adapter, as files name them: QKV is one tensor in some families, three
+ * in others; FC is the up matrix of an MLP without a gate. */
+enum {
+    LORA_QKV,
+    LORA_Q,
+    LORA_K,
+    LORA_V,
+    LORA_O,
+    LORA_FC,
+    LORA_GATE,
+    LORA_UP,
+    LORA_DOWN,
+    LORA_MODULES
+};
+
+/* Adapters as PEFT's LoraConfig describes them. */
+typedef struct model_lora {
+    int r;       /* rank; 0: none */
+    unsigned on; /* 1 << LORA_Q and such: which matrices have one */
+    int rslora;  /* scale alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r */
+    float alpha, dropout;
+} model_lora;
 
 /* What config.json says, in the terms of this section. Names follow the papers: ff is the width of
  * the MLP, hd that of a head; heads hd need not be d. */
@@ -6682,14 +7067,18 @@ typedef struct model_cfg {
     int parallel;              /* the MLP reads what attention reads: x of the layer's input */
     int qkv_bias, o_bias, mlp_bias, tied; /* tied: logits come from WTE */
     int scaled_init;                      /* residual projections start smaller by sqrt(2 layers) */
+    model_lora lora;                      /* adapters */
     rlhf_head head; /* by "architectures": a ...ForSequenceClassification is a scorer */
 } model_cfg;
 
 /* Every parameter: name, in every layer, rows, columns, exists, initial value ('n' normal, 'r'
- * normal of a residual projection, '1' what makes a norm's factor 1, '0'). The list makes the enum,
- * the layout, initialisation, weight decay (to those with more than one column and to the score
- * head) and the order of model_hash. A matrix is [rows][cols] with y = x W^T; QKV holds queries,
- * keys and values below each other, UP gate and up. */
+ * normal of a residual projection, '1' what makes a norm's factor 1, '0', 'a' and 'b' of adapters).
+ * The list makes the enum, the layout, initialisation, weight decay (to those with more than one
+ * column and to the score head) and the order of model_hash. A matrix is [rows][cols] with y = x
+ * W^T; QKV holds queries, keys and values below each other, UP gate and up. */
+#define MODEL_LORA(X, name, rows, cols)                                                            \
+    X(name##_LA, 1, c->lora.r, cols, c->lora.on >> LORA_##name & 1, 'a')                           \
+    X(name##_LB, 1, rows, c->lora.r, c->lora.on >> LORA_##name & 1, 'b')
 #define MODEL_PARAMS(X)                                                                            \
     X(WTE, 0, c->vocab, c->d, 1, 'n')                                                              \
     X(WPE, 0, c->positions, c->d, c->learned_pos, 'n')                                             \
@@ -6709,6 +7098,15 @@ typedef struct model_cfg {
     X(DOWN_W, 1, c->d, c->ff, 1, 'r')                                                              \
     X(DOWN_B, 1, c->d, 1, c->mlp_bias, '0')                                                        \
     X(PN2_W, 1, c->d, 1, c->post_norms, '1')                                                       \
+    MODEL_LORA(X, QKV, (c->heads + 2 * c->kv_heads) * c->hd, c->d)                                 \
+    MODEL_LORA(X, Q, c->heads * c->hd, c->d)                                                       \
+    MODEL_LORA(X, K, c->kv_heads * c->hd, c->d)                                                    \
+    MODEL_LORA(X, V, c->kv_heads * c->hd, c->d)                                                    \
+    MODEL_LORA(X, O, c->d, c->heads * c->hd)                                                       \
+    MODEL_LORA(X, FC, c->ff, c->d)                                                                 \
+    MODEL_LORA(X, GATE, c->ff, c->d)                                                               \
+    MODEL_LORA(X, UP, c->ff, c->d)                                                                 \
+    MODEL_LORA(X, DOWN, c->d, c->ff)                                                               \
     X(LNF_W, 0, c->d, 1, 1, '1')                                                                   \
     X(LNF_B, 0, c->d, 1, c->layer_norm, '0')                                                       \
     X(HEAD, 0, c->vocab, c->d, c->head == RLHF_HEAD_LM && !c->tied, 'n')                           \
@@ -6750,12 +7148,40 @@ typedef struct model_family {
     void (*read)(const json_src *src, const json_t *config, model_cfg *c);
 } model_family;
 
-/* Place of one parameter in the flat array: n floats from at, in the first layer that has it. n 0:
- * this model has none. */
+/* Where a parameter is: in the model's own array, in its base as floats, in the base's files. */
+typedef enum model_where { MODEL_OWN, MODEL_FLOATS, MODEL_FILE } model_where;
+
+/* Place of one parameter: n numbers, of an own one from at on in the flat array, in the first layer
+ * that has it. n 0: this model has none. */
 typedef struct model_slot {
     size_t at, n;
     int rows, cols;
+    model_where where;
 } model_slot;
+
+/* Weights that nobody trains, shared by the models of one directory. Matrices are read where the
+ * files are mapped; vectors and the table of positions are copied as floats. Arrays [layers *
+ * P_COUNT] by layer and parameter. */
+typedef struct model_base {
+    rlhf_ctx *ctx;
+    struct model_base *next; /* of the context's */
+    int refs;
+    char *dir;                     /* as it was opened */
+    uint64_t device, inode, stamp; /* of the file of weights, or of their index */
+    op_piece (*piece)[OP_PIECES];  /* in the order of model_part */
+    uint8_t *pieces;
+    float **floats; /* null: none */
+    void **blocks;  /* what floats and pieces that could not be mapped point to: [n_blocks] */
+    model_slot slot[P_COUNT]; /* the shape of the model that it was opened for */
+    const model_tensor *tensors;
+    int layers, hd, other_score; /* other_score: it left a score head in the files */
+    io_view **maps; /* [n_maps] */
+    int n_blocks, n_maps;
+    char *stored;   /* as rlhf_model.stored */
+    float **packed; /* panels of matrices in files, made when first used */
+    arena keep;     /* they lie here */
+    int keep_packed;
+} model_base;
 
 /* A model: configuration, weights, and what is derived from them. */
 struct rlhf_model {
@@ -6763,13 +7189,16 @@ struct rlhf_model {
     const model_family *family;
     model_cfg c;    /* fixed once the model is made */
     json_t *config; /* as read; written back with what this library adds */
-    size_t n;       /* floats in w */
+    size_t n;       /* floats in w: what can be trained */
     float *w;       /* [n], laid out by slot */
+    model_base *base; /* null: all weights are in w */
+    const op_drop *drop; /* of the training pass that runs; null: adapters see everything */
     float *g;       /* gradients, lent by the trainer that is open; null otherwise */
     float *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
     model_slot slot[P_COUNT];
     size_t layer_size; /* floats from one layer to the next */
     int half;          /* products are of bfloat16 */
+    int recompute;     /* training passes keep less and compute layers again, set by trainers */
     uint64_t version;  /* changes with the weights */
     float **packed; /* [layers * P_COUNT]: forward panels of the matrices, made when first used */
     uint64_t *packed_version;
@@ -7201,28 +7630,6 @@ static void model_read_special(rlhf_model *m, const json_src *src, const json_t 
 
 /* ---- layout ---- */
 
-/* Fills slot, layer_size and n: first what exists once, then the layers one after the other. Every
- * parameter begins at a multiple of RLHF_LANES floats; the gaps are zeros and stay so. */
-static void model_layout(rlhf_model *m) {
-    const model_cfg *c = &m->c;
-    size_t at = 0, layer = 0;
-    /* Pass 0 places what is there once, pass 1 the first layer; the others repeat it. */
-    for (int pass = 0; pass < 2; pass++) {
-#define MODEL_PLACE(name, per_layer, r, k, exists, init)                                           \
-    if ((per_layer) == pass) {                                                                     \
-        model_slot *s = m->slot + P_##name;                                                        \
-        *s = (model_slot){at + layer, (exists) ? base_mul(m->ctx, (size_t)(r), (size_t)(k)) : 0,   \
-                          (r), (k)};                                                               \
-        if (pass) layer += base_round_up(s->n, RLHF_LANES);                                        \
-        else at += base_round_up(s->n, RLHF_LANES);                                                \
-    }
-        MODEL_PARAMS(MODEL_PLACE)
-#undef MODEL_PLACE
-    }
-    m->layer_size = layer;
-    m->n = at + base_mul(m->ctx, layer, (size_t)c->layers);
-}
-
 /* What the layout does not keep of the table. */
 static const struct {
     uint8_t per_layer, init;
@@ -7232,35 +7639,197 @@ static const struct {
 #undef MODEL_INFO
 };
 
+/* Where parameter p of a model with a base is: adapters and the score head are its own. */
+static model_where model_where_of(int p, int cols) {
+    int init = model_param_info[p].init;
+    if (init == 'a' || init == 'b' || p == P_SCORE) return MODEL_OWN;
+    return cols == 1 || p == P_WPE ? MODEL_FLOATS : MODEL_FILE;
+}
+
+/* Fills slot, layer_size and n: first what exists once, then the layers one after the other. Every
+ * own parameter begins at a multiple of RLHF_LANES floats; the gaps are zeros and stay so. */
+static void model_layout(rlhf_model *m) {
+    const model_cfg *c = &m->c;
+#define MODEL_SIZE(name, per_layer, r, k, exists, init)                                            \
+    m->slot[P_##name] = (model_slot){                                                              \
+        0, (exists) ? base_mul(m->ctx, (size_t)(r), (size_t)(k)) : 0, (r), (k), MODEL_OWN};
+    MODEL_PARAMS(MODEL_SIZE)
+#undef MODEL_SIZE
+    size_t at = 0, once = 0;
+    /* Pass 0 places what is there once, pass 1 the first layer; the others repeat it. */
+    for (int pass = 0; pass < 2; pass++) {
+        for (int p = 0; p < P_COUNT; p++) {
+            model_slot *s = m->slot + p;
+            if (m->base) s->where = model_where_of(p, s->cols);
+            if (model_param_info[p].per_layer != pass || s->where != MODEL_OWN) continue;
+            s->at = at;
+            at += base_round_up(s->n, RLHF_LANES);
+        }
+        if (!pass) once = at;
+    }
+    m->layer_size = at - once;
+    m->n = once + base_mul(m->ctx, m->layer_size, (size_t)c->layers);
+}
+
 /* Layers that have the parameter: 0, 1 or all. Loops over (p, layer) visit every weight once. */
 static int model_param_layers(const rlhf_model *m, int p) {
     return m->slot[p].n ? (model_param_info[p].per_layer ? m->c.layers : 1) : 0;
 }
 
-/* Place of a parameter of one layer in w, and of its gradient and moments in theirs. */
+/* The same of what is in w: 0 for what the base has. */
+static int model_own_layers(const rlhf_model *m, int p) {
+    return m->slot[p].where == MODEL_OWN ? model_param_layers(m, p) : 0;
+}
+
+/* Place of an own parameter of one layer in w, and of its gradient and moments in theirs. */
 static size_t model_at(const rlhf_model *m, int p, int layer) {
     return m->slot[p].at + (model_param_info[p].per_layer ? (size_t)layer * m->layer_size : 0);
 }
 
-/* Weights of one parameter, null if this model has none. */
+/* Index into arrays by layer and parameter. */
+static size_t model_index(int p, int layer) { return (size_t)layer * P_COUNT + (size_t)p; }
+
+/* Weights of one parameter; null if this model has none, or in a file. */
 static float *model_w(const rlhf_model *m, int p, int layer) {
-    return m->slot[p].n ? m->w + model_at(m, p, layer) : NULL;
+    if (!m->slot[p].n || m->slot[p].where == MODEL_FILE) return NULL;
+    if (m->slot[p].where == MODEL_FLOATS) return m->base->floats[model_index(p, layer)];
+    return m->w + model_at(m, p, layer);
 }
 
-/* Its gradient, null also while no optimizer is attached. */
+/* Its gradient, null also while no optimizer is attached and for what is not trained. */
 static float *model_g(const rlhf_model *m, int p, int layer) {
-    return m->slot[p].n && m->g ? m->g + model_at(m, p, layer) : NULL;
+    return m->g && model_own_layers(m, p) ? m->g + model_at(m, p, layer) : NULL;
 }
 
-/* Weights, without gaps. */
-static int64_t model_count(const rlhf_model *m) {
+/* Columns [from, from + n) of a row, wherever the parameter is. */
+static void model_read(const rlhf_model *m, int p, int layer, size_t row, int from, int n,
+                       float *out) {
+    const float *w = model_w(m, p, layer);
+    if (w) {
+        memcpy(out, w + row * (size_t)m->slot[p].cols + from, (size_t)n * sizeof *out);
+        return;
+    }
+    const op_piece *piece = m->base->piece[model_index(p, layer)];
+    while (row >= (size_t)piece->rows) row -= (size_t)piece++->rows;
+    op_piece_read(m->ctx->k, piece, row, from, n, out);
+}
+
+/* Weights, without gaps: all, or those in w. */
+static int64_t model_count(const rlhf_model *m, int own) {
     int64_t n = 0;
-    for (int p = 0; p < P_COUNT; p++) n += (int64_t)m->slot[p].n * model_param_layers(m, p);
+    for (int p = 0; p < P_COUNT; p++)
+        n += (int64_t)m->slot[p].n * (own ? model_own_layers(m, p) : model_param_layers(m, p));
     return n;
 }
 
-/* A model with zero weights: everything from a parsed config.json. Setting m->config, and keeping
- * its reference, is the caller's part. */
+/* Which rows of a parameter a tensor of a file holds: QKV is queries, keys, values below each
+ * other, UP gate and up. Returns their number. */
+static int model_part_rows(const model_cfg *c, int part, int rows, int *from) {
+    int q = c->heads * c->hd, kv = c->kv_heads * c->hd;
+    *from = part == PART_K ? q : part == PART_V ? q + kv : part == PART_UP ? c->ff : 0;
+    if (part == PART_Q) return q;
+    if (part == PART_K || part == PART_V) return kv;
+    return part == PART_GATE || part == PART_UP ? c->ff : rows;
+}
+
+/* Which of a parameter's pieces that is. */
+static int model_part_piece(int part) {
+    return part == PART_V ? 2 : part == PART_K || part == PART_UP ? 1 : 0;
+}
+
+/* Whether weight decay applies: to matrices, which B of an adapter of rank 1 is too. */
+static int model_decays(const rlhf_model *m, int p) {
+    return m->slot[p].cols > 1 || model_param_info[p].init == 'b';
+}
+
+/* ---- adapters ---- */
+
+/* Each module: the parameter whose rows it is, and the adapter's two; part as in a file, PART_ALL
+ * also for PART_HEADS. */
+static const struct {
+    uint8_t param, part, a, b;
+} model_modules[LORA_MODULES] = {[LORA_QKV] = {P_QKV_W, PART_ALL, P_QKV_LA, P_QKV_LB},
+                                 [LORA_Q] = {P_QKV_W, PART_Q, P_Q_LA, P_Q_LB},
+                                 [LORA_K] = {P_QKV_W, PART_K, P_K_LA, P_K_LB},
+                                 [LORA_V] = {P_QKV_W, PART_V, P_V_LA, P_V_LB},
+                                 [LORA_O] = {P_O_W, PART_ALL, P_O_LA, P_O_LB},
+                                 [LORA_FC] = {P_UP_W, PART_ALL, P_FC_LA, P_FC_LB},
+                                 [LORA_GATE] = {P_UP_W, PART_GATE, P_GATE_LA, P_GATE_LB},
+                                 [LORA_UP] = {P_UP_W, PART_UP, P_UP_LA, P_UP_LB},
+                                 [LORA_DOWN] = {P_DOWN_W, PART_ALL, P_DOWN_LA, P_DOWN_LB}};
+
+/* The module that a tensor of the family is, -1: none. */
+static int model_module_of(const model_tensor *t) {
+    int part = t->part == PART_HEADS ? PART_ALL : t->part;
+    for (int i = 0; i < LORA_MODULES; i++)
+        if (model_modules[i].param == t->param && model_modules[i].part == part) return i;
+    return -1;
+}
+
+/* What the product B A is multiplied by. */
+static float model_lora_scale(const model_lora *l) {
+    return l->alpha / (l->rslora ? sqrtf((float)l->r) : (float)l->r);
+}
+
+/* The adapters to parameter p of a layer, into list; returns their number. */
+static int model_loras(const rlhf_model *m, int p, int layer, op_lora *list) {
+    int n = 0;
+    for (int i = 0; i < LORA_MODULES && m->c.lora.r; i++) {
+        if (model_modules[i].param != p || !(m->c.lora.on >> i & 1)) continue;
+        op_lora *l = list + n++;
+        *l = (op_lora){.r = m->c.lora.r, .scale = model_lora_scale(&m->c.lora)};
+        l->n = model_part_rows(&m->c, model_modules[i].part, m->slot[p].rows, &l->from);
+        l->a = model_w(m, model_modules[i].a, layer), l->b = model_w(m, model_modules[i].b, layer);
+        l->ga = model_g(m, model_modules[i].a, layer);
+        l->gb = model_g(m, model_modules[i].b, layer);
+    }
+    return n;
+}
+
+/* ---- bases ---- */
+
+/* A base with room for the family's tensors of so many layers. */
+static model_base *model_base_new(rlhf_ctx *ctx, const char *dir, int layers, size_t tensors) {
+    model_base *b = mem_zalloc(ctx, 1, sizeof *b);
+    size_t n = base_mul(ctx, (size_t)layers, P_COUNT);
+    b->ctx = b->keep.ctx = ctx;
+    b->dir = mem_strdup(ctx, dir);
+    b->piece = mem_zalloc(ctx, n, sizeof *b->piece);
+    b->pieces = mem_zalloc(ctx, n, sizeof *b->pieces);
+    b->floats = mem_zalloc(ctx, n, sizeof *b->floats);
+    b->blocks = mem_zalloc(ctx, n, OP_PIECES * sizeof *b->blocks);
+    b->packed = mem_zalloc(ctx, n, sizeof *b->packed);
+    b->stored = mem_zalloc(ctx, tensors, (size_t)layers);
+    return b;
+}
+
+/* Gives a base back when the last of its models goes. */
+static void model_base_drop(model_base *b) {
+    if (!b || --b->refs > 0) return;
+    for (model_base **p = &b->ctx->bases; *p; p = &(*p)->next)
+        if (*p == b) {
+            *p = b->next;
+            break;
+        }
+    for (int i = 0; i < b->n_maps; i++) io_unmap(b->maps[i]);
+    for (int i = 0; i < b->n_blocks; i++) mem_free(b->blocks[i]);
+    arena_free(&b->keep);
+    void *parts[] = {b->dir,    b->piece,  b->pieces, b->floats, b->blocks,
+                     b->packed, b->stored, b->maps,   b};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) mem_free(parts[i]);
+}
+
+/* ---- making and giving back ---- */
+
+/* Tensors of the family in a layer: the length of its list. */
+static size_t model_tensors(const rlhf_model *m) {
+    size_t n = 0;
+    while (m->family->tensors[n].name) n++;
+    return n;
+}
+
+/* All of a model from a parsed config.json but its weights, which model_place makes. Setting
+ * m->config, and keeping its reference, is the caller's part. */
 static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config) {
     rlhf_model *m = mem_zalloc(ctx, 1, sizeof *m);
     m->ctx = ctx;
@@ -7285,15 +7854,18 @@ static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config)
     const char *cls = json_string_value(json_array_get(classes, 0));
     c->head = cls && strstr(cls, "ForSequenceClassification") ? RLHF_HEAD_SCORE : RLHF_HEAD_LM;
     model_read_special(m, src, config);
-    model_layout(m);
-    m->w = mem_zalloc(ctx, m->n, sizeof *m->w);
-    size_t tensors = 0;
-    while (m->family->tensors[tensors].name) tensors++;
-    m->stored = mem_zalloc(ctx, tensors, (size_t)c->layers);
+    m->stored = mem_zalloc(ctx, model_tensors(m), (size_t)c->layers);
     m->packed = mem_zalloc(ctx, (size_t)c->layers * P_COUNT, sizeof *m->packed);
     m->packed_version = mem_zalloc(ctx, (size_t)c->layers * P_COUNT, sizeof *m->packed_version);
     m->version = 1;
     return m;
+}
+
+/* Lays the model out, on a base or (null) by itself, and makes its array, of zeros. */
+static void model_place(rlhf_model *m, model_base *base) {
+    m->base = base;
+    model_layout(m);
+    m->w = mem_zalloc(m->ctx, m->n, sizeof *m->w);
 }
 
 /* Gives everything back, at any time after model_new; null is not allowed. */
@@ -7306,7 +7878,86 @@ static void model_free(rlhf_model *m) {
     mem_free(m->c.kinds);
     mem_free(m->stored);
     mem_free(m->w);
+    model_base_drop(m->base);
     mem_free(m);
+}
+
+/* Gives a model another array, of the layout that `to` has and the values that are set: nothing
+ * can fail here. */
+static void model_replace(rlhf_model *m, const rlhf_model *to) {
+    mem_free(m->w);
+    m->w = mem_settle(to->w);
+    memcpy(m->slot, to->slot, sizeof m->slot);
+    m->layer_size = to->layer_size;
+    m->n = to->n;
+    m->c.lora = to->c.lora;
+    if (!to->base) model_base_drop(m->base);
+    m->base = to->base;
+    m->version++;
+}
+
+/* Rows of a parameter that become floats, with what its adapters add. */
+typedef struct model_merge {
+    const rlhf_model *m;
+    int p, layer, loras;
+    op_lora lora[OP_PIECES];
+    float *out;
+} model_merge;
+
+/* Rows [lo, hi) of W + scale B A. */
+static void model_merge_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    const model_merge *g = arg;
+    int cols = g->m->slot[g->p].cols;
+    (void)thread;
+    for (int64_t row = lo; row < hi; row++) {
+        float *out = g->out + (size_t)row * (size_t)cols;
+        model_read(g->m, g->p, g->layer, (size_t)row, 0, cols, out);
+        for (const op_lora *l = g->lora; l < g->lora + g->loras; l++) {
+            if (row < l->from || row >= l->from + l->n) continue;
+            const float *b = l->b + (size_t)(row - l->from) * (size_t)l->r;
+            for (int j = 0; j < cols; j++) {
+                float sum = 0;
+                for (int k = 0; k < l->r; k++)
+                    sum = fmaf(b[k], l->a[(size_t)k * (size_t)cols + (size_t)j], sum);
+                out[j] += l->scale * sum;
+            }
+        }
+    }
+}
+
+/* Makes all weights the model's own, as floats that can be trained; adapters become part of
+ * them. */
+static void model_thaw(rlhf_model *m) {
+    if (!m->base) return;
+    rlhf_model to = *m;
+    to.c.lora = (model_lora){0};
+    model_place(&to, NULL);
+    for (int p = 0; p < P_COUNT; p++)
+        for (int l = 0; l < model_param_layers(&to, p); l++) {
+            model_merge g = {.m = m, .p = p, .layer = l, .out = model_w(&to, p, l)};
+            g.loras = model_loras(m, p, l, g.lora);
+            int64_t grain = par_grain((int64_t)to.slot[p].cols * (1 + 8 * g.loras));
+            par_for(m->ctx, to.slot[p].rows, grain, model_merge_rows, &g);
+        }
+    model_replace(m, &to);
+}
+
+/* Gives a model on a base adapters that change nothing yet: A is uniform within 1 / sqrt(columns),
+ * B zero (PEFT's default, from He et al. 2015). What it had of its own stays. */
+static void model_adapt(rlhf_model *m, const model_lora *lora, uint64_t seed) {
+    rlhf_model to = *m;
+    to.c.lora = *lora;
+    model_place(&to, m->base);
+    for (int p = 0; p < P_COUNT; p++)
+        for (int l = 0; l < model_own_layers(&to, p); l++) {
+            float *w = model_w(&to, p, l), bound = 1.0f / sqrtf((float)to.slot[p].cols);
+            if (p == P_SCORE) memcpy(w, model_w(m, p, l), to.slot[p].n * sizeof *w);
+            for (size_t i = 0; model_param_info[p].init == 'a' && i < to.slot[p].n; i++) {
+                double u = rng_uniform(seed, RNG_LORA, (uint64_t)(w - to.w) + i);
+                w[i] = (float)(2 * u - 1) * bound;
+            }
+        }
+    model_replace(m, &to);
 }
 
 /* A standard normal number (Box and Muller 1958): sqrt(-2 ln u) cos(2 pi v) with u in (0, 1]. The
@@ -7322,7 +7973,7 @@ static float model_normal(uint64_t seed, uint64_t stream, uint64_t index) {
  * the result is a function of config and seed. */
 static void model_randomize(rlhf_model *m, uint64_t seed) {
     for (int p = 0; p < P_COUNT; p++)
-        for (int layer = 0; layer < model_param_layers(m, p); layer++) {
+        for (int layer = 0; layer < model_own_layers(m, p); layer++) {
             float *w = model_w(m, p, layer), std = m->c.init_range;
             int init = model_param_info[p].init;
             if (init == 'r' && m->c.scaled_init) std /= sqrtf(2.0f * (float)m->c.layers);
@@ -7345,7 +7996,7 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
 }
 
 /* ============================================================================================
- * MARK: - 16 PASS (model_)
+ * MARK: - 17 PASS (model_)
  * What a model computes, for all families in one way: layers (x is the residual stream [rows][d])
  * and a head:
  *     x += attention(norm(x))        x += mlp(norm(x))        logits or score = norm(x) W^T
@@ -7364,30 +8015,47 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
  * time. Below, the panels of W are kept, since packing would cost as much as the product. */
 enum { MODEL_MANY_ROWS = 96 };
 
-/* A matrix ready for op_linear on `rows` rows. Panels that are kept are packed again when the
- * weights have changed. bias P_COUNT: none. */
-static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int rows) {
-    size_t i = (size_t)layer * P_COUNT + (size_t)p;
-    const model_slot *s = m->slot + p;
-    float *w = model_w(m, p, layer);
-    int keep = rows < MODEL_MANY_ROWS;
-    if (keep && !m->packed[i])
-        m->packed[i] =
-            arena_floats(&m->keep, gemm_packed_size(m->ctx->k, m->half, s->cols, s->rows), 1);
-    /* y = x W^T wants W^T as B: its columns are W's rows. */
-    if (keep && m->packed_version[i] != m->version) {
-        gemm_pack(m->ctx, m->half, w, 1, (size_t)s->cols, s->cols, s->rows, m->packed[i]);
+/* Panels of a matrix for products of few rows, or null: there are many, or keeping a copy would
+ * cost too much memory. Own matrices are packed again when they have changed. */
+static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int layer, int rows) {
+    size_t i = model_index(p, layer);
+    int own = m->slot[p].where == MODEL_OWN;
+    if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
+    float **packed = own ? m->packed + i : m->base->packed + i, *to = *packed;
+    if (!to)
+        to = arena_floats(own ? &m->keep : &m->base->keep,
+                          gemm_packed_size(m->ctx->k, m->half, w->k, w->n), 1);
+    /* Noted only when they are whole: packing may fail. */
+    if (own ? m->packed_version[i] != m->version : !*packed) {
+        op_env e = {m->ctx, &m->ws};
+        op_pack(&e, w, to);
         m->packed_version[i] = m->version;
     }
-    op_weight o = {.n = s->rows,
-                   .k = s->cols,
-                   .w = w,
-                   .packed = keep ? m->packed[i] : NULL,
-                   .half = m->half,
-                   .gw = model_g(m, p, layer)};
+    *packed = to;
+    return to;
+}
+
+/* A matrix ready for op_linear on `rows` rows, with its adapters. bias P_COUNT: none. */
+static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int rows) {
+    const model_slot *s = m->slot + p;
+    op_weight o = {.n = s->rows, .k = s->cols, .half = m->half};
+    o.w = model_w(m, p, layer);
+    o.gw = model_g(m, p, layer);
+    if (s->where == MODEL_FILE) {
+        size_t i = model_index(p, layer);
+        memcpy(o.piece, m->base->piece[i], sizeof o.piece);
+        o.pieces = m->base->pieces[i];
+    }
+    o.packed = model_panels(m, &o, p, layer, rows);
     if (bias != P_COUNT) {
         o.b = model_w(m, bias, layer);
         o.gb = o.b ? model_g(m, bias, layer) : NULL;
+    }
+    o.loras = model_loras(m, p, layer, o.lora);
+    /* Each matrix of each layer drops elements of its own. */
+    if (o.loras && m->drop) {
+        o.drop = *m->drop;
+        o.drop.seed += model_index(p, layer);
     }
     return o;
 }
@@ -7461,7 +8129,7 @@ static void model_rope_tables(rlhf_model *m, int len) {
 
 /* ---- forward ---- */
 
-/* What backward needs of a layer; [rows][...] as the operations of 09 have them. */
+/* What backward needs of a layer; [rows][...] as the operations of 09 and 10 have them. */
 typedef struct model_acts {
     float *x1, *h1, *mean1, *rstd1; /* input of the layer; its norm */
     float *qkv, *o, *lse;           /* as in op_attn; qkv is rotated */
@@ -7479,7 +8147,9 @@ typedef struct model_run {
     const int32_t *ids, *pos; /* [rows] */
     const op_seq *seq;        /* [seqs]; kv is filled per layer */
     op_kv *kv;                /* [layers][seqs], caches that outlive the pass; null: scratch */
-    int save;                 /* keep what backward needs */
+    int save;                 /* keep what backward needs: model_for_training */
+    int recompute;            /* with save: only the layers' inputs, the rest is computed again */
+    op_drop drop;             /* of adapters, with save */
     model_acts *acts;         /* [layers] */
     float *x;                 /* out: residual stream behind the last layer, [rows][d] */
 } model_run;
@@ -7531,13 +8201,14 @@ static op_attn model_attn(rlhf_model *m, const model_run *run, int layer, model_
                      .rows = run->rows};
 }
 
-/* Buffers of one layer. Without save they serve every layer. */
+/* Buffers of one layer. Where nothing is kept of it they serve every layer. */
 static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run) {
     const model_cfg *c = &m->c;
+    int save = run->save && !run->recompute;
     size_t n = (size_t)run->rows, d = (size_t)c->d, q = (size_t)(c->heads * c->hd);
     model_acts a = {0};
     a.h1 = arena_floats(ws, n, d);
-    a.h2 = run->save ? arena_floats(ws, n, d) : a.h1;
+    a.h2 = save ? arena_floats(ws, n, d) : a.h1;
     a.mean1 = arena_floats(ws, n, 4);
     a.rstd1 = a.mean1 + n;
     a.mean2 = a.rstd1 + n;
@@ -7545,20 +8216,20 @@ static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run)
     a.qkv = a.raw = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
     if (c->qk_norm) {
         size_t per = (size_t)(c->heads + c->kv_heads);
-        if (run->save) a.raw = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
+        if (save) a.raw = arena_floats(ws, n, q + 2 * (size_t)(c->kv_heads * c->hd));
         a.mean_h = arena_floats(ws, n, 2 * per);
         a.rstd_h = a.mean_h + n * per;
     }
     if (c->post_norms) {
         a.y1 = arena_floats(ws, n, d);
-        a.y2 = run->save ? arena_floats(ws, n, d) : a.y1;
+        a.y2 = save ? arena_floats(ws, n, d) : a.y1;
         a.mean_y1 = arena_floats(ws, n, 4);
         a.rstd_y1 = a.mean_y1 + n;
         a.mean_y2 = a.rstd_y1 + n;
         a.rstd_y2 = a.mean_y2 + n;
     }
     a.o = arena_floats(ws, n, q);
-    a.lse = run->save ? arena_floats(ws, n, (size_t)c->heads) : NULL;
+    a.lse = save ? arena_floats(ws, n, (size_t)c->heads) : NULL;
     a.up = arena_floats(ws, n, (size_t)(c->ff * (1 + c->glu)));
     a.act = arena_floats(ws, n, (size_t)c->ff);
     a.seq = arena_alloc(ws, (size_t)run->seqs * sizeof *a.seq);
@@ -7630,7 +8301,8 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
      * kept). */
     for (int s = 0; s < run->seqs; s++) {
         if (run->kv) a->seq[s].kv = run->kv[(size_t)layer * (size_t)run->seqs + (size_t)s];
-        else if (run->save || layer == 0) a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
+        else if ((run->save && !run->recompute) || layer == 0)
+            a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
     }
     /* Attention: norm, queries keys values, their norms, rotation, attention. */
     op_norm n1 = model_norm(m, P_LN1_W, layer, n);
@@ -7669,6 +8341,21 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     model_branch(m, e, P_PN2_W, layer, n, a, &down, a->act, a->x2, run->x);
 }
 
+/* Has the coming pass keep what a backward pass needs. With first >= 0 adapters drop elements:
+ * sequence i of the batch is number first + i of an optimizer step whose seed is given, so that the
+ * way a step is cut into batches changes nothing. */
+static void model_for_training(const rlhf_model *m, arena *ws, model_run *run, uint64_t seed,
+                               int first) {
+    run->save = 1;
+    run->recompute = m->recompute;
+    if (!m->c.lora.r || m->c.lora.dropout <= 0 || first < 0) return;
+    uint64_t *key = arena_alloc(ws, (size_t)run->rows * sizeof *key);
+    for (int s = 0; s < run->seqs; s++)
+        for (int i = 0; i < run->seq[s].n; i++)
+            key[run->seq[s].row + i] = (uint64_t)(first + s) << 44 | (uint64_t)i << 22;
+    run->drop = (op_drop){m->c.lora.dropout, seed, key};
+}
+
 /* Runs the batch through all layers: run->x becomes the residual stream behind the last one,
  * [rows][d], run->acts what backward needs. Everything it allocates lies in ws, above what is
  * there, and is the caller's to restore. With run->kv the rows continue their sequences' caches. */
@@ -7683,26 +8370,31 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
     size_t rows = (size_t)run->rows, d = (size_t)c->d;
     run->acts = arena_alloc(ws, (size_t)c->layers * sizeof *run->acts);
     float *x = arena_floats(ws, rows, d);
+    m->drop = run->save && run->drop.p > 0 ? &run->drop : NULL;
     /* Embedding. */
+    op_weight wte = model_weight(m, P_WTE, P_COUNT, 0, INT_MAX);
     op_embed em = {.k = m->ctx->k,
                    .rows = run->rows,
                    .d = c->d,
                    .ids = run->ids,
                    .pos = run->pos,
-                   .wte = model_w(m, P_WTE, 0),
+                   .wte = &wte,
                    .wpe = model_w(m, P_WPE, 0),
                    .scale = c->embed_scale,
                    .x = x};
     op_embed_fwd(&e, &em);
     run->x = x;
-    /* With save every layer has its own buffers and every state of x its own copy. */
+    /* With save every layer has its own buffers and every state of x its own copy, or only its
+     * input has. */
+    int save = run->save && !run->recompute;
     for (int l = 0; l < c->layers; l++) {
-        if (run->save || l == 0) run->acts[l] = model_acts_new(m, ws, run);
+        if (save || l == 0) run->acts[l] = model_acts_new(m, ws, run);
         else run->acts[l] = run->acts[0];
         model_acts *a = run->acts + l;
         a->x1 = run->x;
-        a->x2 = run->save ? arena_floats(ws, rows, d) : run->x;
+        if (save) a->x2 = arena_floats(ws, rows, d);
         if (run->save) run->x = arena_floats(ws, rows, d);
+        if (!save) a->x2 = run->x;
         model_layer_fwd(m, &e, run, l, a);
     }
 }
@@ -7811,12 +8503,31 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     arena_restore(e->ws, mark);
 }
 
+/* A layer's forward pass once more, from its input, into new buffers. */
+static void model_layer_again(rlhf_model *m, op_env *e, const model_run *run, int layer) {
+    model_run again = *run;
+    size_t rows = (size_t)run->rows, d = (size_t)m->c.d;
+    again.recompute = 0;
+    model_acts a = model_acts_new(m, e->ws, &again);
+    a.x1 = run->acts[layer].x1;
+    a.x2 = arena_floats(e->ws, rows, d);
+    again.x = arena_floats(e->ws, rows, d);
+    model_layer_fwd(m, e, &again, layer, &a);
+    run->acts[layer] = a;
+}
+
 /* Adds the gradients of all weights below run->x, given its gradient dx (destroyed). run went
  * through model_forward with save. Where WTE is the head too, the embedding's part goes to g_embed
  * (opt_join says why). */
 static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float *dx) {
     op_env e = {m->ctx, ws};
-    for (int l = m->c.layers - 1; l >= 0; l--) model_layer_bwd(m, &e, run, l, dx);
+    m->drop = run->drop.p > 0 ? &run->drop : NULL;
+    for (int l = m->c.layers - 1; l >= 0; l--) {
+        arena_mark mark = arena_save(ws);
+        if (run->recompute) model_layer_again(m, &e, run, l);
+        model_layer_bwd(m, &e, run, l, dx);
+        arena_restore(ws, mark);
+    }
     op_embed em = {.k = m->ctx->k,
                    .rows = run->rows,
                    .d = m->c.d,
@@ -7916,13 +8627,114 @@ static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, con
     return run;
 }
 
-/* How many of the sequences from `from` on fit into one batch of about MODEL_BATCH_TOKENS. */
-enum { MODEL_BATCH_TOKENS = 4096 };
+/* ---- memory ---- */
 
-/* At least one. The cut changes memory and time, not results. */
-static int model_batch_count(const int *len, int from, int n) {
-    int tokens = 0, i = from;
-    while (i < n && (i == from || tokens + len[i] <= MODEL_BATCH_TOKENS)) tokens += len[i++];
+/* Floats that the buffers of a layer take for each row: what model_acts_new and its callers ask
+ * for, and keys and values. */
+static size_t model_row_floats(const rlhf_model *m, int save) {
+    const model_cfg *c = &m->c;
+    size_t d = (size_t)c->d, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv_heads * c->hd);
+    size_t ff = (size_t)c->ff, n = d + 4 + 2 * q + 2 * kv + ff * (size_t)(2 + c->glu) + 2 * kv;
+    if (save) n += 3 * d + (size_t)c->heads;
+    if (c->qk_norm) n += (save ? q + 2 * kv : 0) + 2 * (size_t)(c->heads + c->kv_heads);
+    if (c->post_norms) n += d * (save ? 2 : 1) + 4;
+    return n;
+}
+
+/* Floats that the backward pass of a layer takes for each row. */
+static size_t model_row_back(const rlhf_model *m) {
+    const model_cfg *c = &m->c;
+    size_t d = (size_t)c->d, q = (size_t)(c->heads * c->hd), ff = (size_t)c->ff;
+    size_t w = q + 2 * (size_t)(c->kv_heads * c->hd), n = ff * (size_t)(1 + 2 * c->glu) + d + q + w;
+    if (c->qk_norm) n += w;
+    if (c->post_norms) n += 2 * d;
+    if (c->lora.r) n += 2 * (size_t)c->lora.r + (c->lora.dropout > 0 ? ff : 0);
+    return n;
+}
+
+/* Floats of logits that a chunk of n scored rows takes. */
+static size_t model_head_floats(const rlhf_model *m, int n) {
+    if (m->c.head != RLHF_HEAD_LM) return 0;
+    return (size_t)op_vocab_chunk(m->c.vocab, n) * (size_t)(m->c.vocab + 2 * RLHF_LANES);
+}
+
+/* Bytes that products take beside their operands: blocks of each thread, weights that are widened.
+ */
+static size_t model_scratch(const rlhf_model *m) {
+    size_t block = m->ctx->cache / 2 + (size_t)GEMM_MAX_PANELS * RLHF_LANES * GEMM_DEPTH * 4;
+    int widen = m->base && m->base->stored[0] && m->base->stored[0] != '4';
+    return (size_t)m->ctx->threads * block + (widen ? (size_t)OP_WIDEN * 4 : 0);
+}
+
+/* Bytes that a pass takes at its highest, apart by kind; their sum is what counts. */
+typedef struct model_need {
+    size_t acts, cache, scratch;
+} model_need;
+
+/* A training pass over `rows` tokens, all of which meet the head. */
+static model_need model_need_training(const rlhf_model *m, int rows) {
+    size_t d = (size_t)m->c.d, layers = (size_t)m->c.layers, r = (size_t)rows;
+    size_t kept = d + (m->recompute ? layers * d + model_row_floats(m, 0)
+                                    : layers * model_row_floats(m, 1));
+    size_t back = d + model_row_back(m) + (m->recompute ? model_row_floats(m, 1) : 0);
+    size_t head = m->c.head == RLHF_HEAD_LM ? model_head_floats(m, rows) : 0;
+    size_t top = 3 * d * r;
+    /* Logits are gone before the backward pass through the layers begins. */
+    model_need o = {4 * (r * kept + top), 0, model_scratch(m)};
+    if (head > r * back) o.scratch += 4 * head;
+    else o.acts += 4 * r * back;
+    return o;
+}
+
+/* A pass without backward over `rows` tokens whose logits are compared with another model's, or
+ * (compare 0) not asked for. */
+static model_need model_need_scoring(const rlhf_model *m, int rows, int compare) {
+    size_t d = (size_t)m->c.d, r = (size_t)rows;
+    model_need o = {4 * r * (model_row_floats(m, 0) + 3 * d), 0, model_scratch(m)};
+    if (compare) o.scratch += 8 * model_head_floats(m, rows);
+    return o;
+}
+
+/* Sampling in `slots` rows of up to `len` tokens, from prompts of up to `prompt`. */
+static model_need model_need_sampling(const rlhf_model *m, int slots, int prompt, int len) {
+    size_t cap = base_round_up((size_t)len, RLHF_LANES), n = (size_t)slots;
+    size_t kv = 2 * (size_t)m->c.layers * (size_t)(m->c.kv_heads * m->c.hd) * cap;
+    model_need o = model_need_scoring(m, slots * prompt, 0);
+    o.cache = 4 * n * kv;
+    o.scratch += 4 * n * (size_t)m->c.vocab;
+    return o;
+}
+
+/* Bytes of panels that products of few rows leave behind, for matrices that the model owns or for
+ * those of its base. */
+static size_t model_panel_bytes(const rlhf_model *m, int base) {
+    size_t n = 0;
+    if (base && !(m->base && m->base->keep_packed)) return 0;
+    for (int p = 0; p < P_COUNT; p++) {
+        model_where where = base ? MODEL_FILE : MODEL_OWN;
+        int layers = m->slot[p].where == where ? model_param_layers(m, p) : 0;
+        if (m->slot[p].cols == 1 || p == P_WPE || model_param_info[p].init == 'a' ||
+            model_param_info[p].init == 'b' || p == P_SCORE)
+            continue;
+        if (p == P_WTE && (!m->c.tied || m->c.head != RLHF_HEAD_LM)) continue;
+        n += (size_t)layers *
+             gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows) * sizeof(float);
+    }
+    return n;
+}
+
+/* Tokens of a batch from which nothing is trained: its buffers take 64 MiB at most, since more rows
+ * at once make no product faster. */
+static int model_batch_tokens(const rlhf_model *m) {
+    size_t most = ((size_t)64 << 20) / (4 * (model_row_floats(m, 0) + 3 * (size_t)m->c.d));
+    return most < 4096 ? base_max((int)most, 64) : 4096;
+}
+
+/* How many of the sequences from `from` on fit into one such batch, at least one. The cut changes
+ * memory and time, not results. */
+static int model_batch_count(const rlhf_model *m, const int *len, int from, int n) {
+    int tokens = 0, i = from, most = model_batch_tokens(m);
+    while (i < n && (i == from || tokens + len[i] <= most)) tokens += len[i++];
     return i - from;
 }
 
@@ -7930,7 +8742,7 @@ static int model_batch_count(const int *len, int from, int n) {
 static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *const *ids,
                              const int *len, float *score) {
     for (int at = 0, k; at < n; at += k) {
-        k = model_batch_count(len, at, n);
+        k = model_batch_count(m, len, at, n);
         arena_mark mark = arena_save(ws);
         model_run run = model_batch(ws, k, ids + at, len + at);
         int *row = arena_alloc(ws, (size_t)k * sizeof *row);
@@ -7976,20 +8788,22 @@ static int model_is_eos(const rlhf_model *m, int32_t id) {
  * Gaps and the layout's order are not part of it. */
 static uint64_t model_hash(const rlhf_model *m) {
     uint64_t h = 14695981039346656037u;
+    float w[256];
     for (int p = 0; p < P_COUNT; p++)
         for (int l = 0; l < model_param_layers(m, p); l++) {
-            const float *w = model_w(m, p, l);
-            for (size_t i = 0; i < m->slot[p].n; i++) {
-                uint32_t bits;
-                memcpy(&bits, w + i, sizeof bits);
-                h = (h ^ bits) * 1099511628211u;
+            int cols = m->slot[p].cols;
+            for (size_t i = 0; i < m->slot[p].n;) {
+                int from = (int)(i % (size_t)cols), n = base_min(256, cols - from);
+                model_read(m, p, l, i / (size_t)cols, from, n, w);
+                for (int j = 0; j < n; j++) h = (h ^ (uint32_t)v_int1(w[j])) * 1099511628211u;
+                i += (size_t)n;
             }
         }
     return h;
 }
 
 /* ============================================================================================
- * MARK: - 17 CKPT (ckpt_)
+ * MARK: - 18 CKPT (ckpt_)
  * safetensors files and Hugging Face model directories, in and out. Every offset and shape of a
  * file is checked before a byte is used; a tensor that is missing, unexpected or of another shape
  * is an error that names it.
@@ -7998,7 +8812,7 @@ static uint64_t model_hash(const rlhf_model *m) {
  * tensor's dtype, shape and range of bytes, then the bytes, little-endian too, as are the
  * processors of 01.
  *
- * Entry: ckpt_open, ckpt_load_model, ckpt_save, ckpt_clone; ckpt_map, ckpt_write for any tensors.
+ * Entry: ckpt_open_base, ckpt_save_model, ckpt_clone; ckpt_map, ckpt_write for any tensors.
  * Tests: test/test_ckpt.c
  * ============================================================================================ */
 
@@ -8124,28 +8938,6 @@ static ckpt_file ckpt_map(rlhf_ctx *ctx, const char *path) {
     return f;
 }
 
-/* A half-precision number, exactly; denormals by value, NaN with its payload. */
-static float ckpt_half(uint16_t h) {
-    uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, m = h & 1023;
-    if (e == 31) return v_bits1((int32_t)(sign | 0x7f800000u | m << 13));
-    if (e) return v_bits1((int32_t)(sign | (e + 112) << 23 | m << 13));
-    float f = (float)m * 0x1p-24f;
-    return sign ? -f : f;
-}
-
-/* Element i of a tensor's bytes as a float; kind '4': F32, 'h': F16, 'b': BF16, the upper half of
- * an F32. Files align nothing, hence memcpy. */
-static float ckpt_value(const unsigned char *p, char kind, size_t i) {
-    if (kind == '4') {
-        float f;
-        memcpy(&f, p + 4 * i, sizeof f);
-        return f;
-    }
-    uint16_t h;
-    memcpy(&h, p + 2 * i, sizeof h);
-    return kind == 'h' ? ckpt_half(h) : v_bits1((int32_t)((uint32_t)h << 16));
-}
-
 /* The nearest half-precision number, the even one of two; beyond the largest is infinity. */
 static uint16_t ckpt_to_half(float f) {
     uint32_t x = (uint32_t)v_int1(f), sign = x >> 16 & 0x8000, a = x & 0x7fffffff;
@@ -8159,14 +8951,54 @@ static uint16_t ckpt_to_half(float f) {
 
 /* One tensor of a file: [rows][cols] floats, or their transpose; cols 0: [rows]. hd, if not 0: the
  * file has the rows of query, key and value of one head after another, hd each. kind: the dtype it
- * is written in, as in ckpt_value. The data stay the caller's. */
+ * is written in, as in op_piece. The data stay the caller's; null: raw, rows in the file's own
+ * order. */
 typedef struct ckpt_tensor {
     char name[160];
     size_t rows, cols, hd;
     int transposed;
     char kind;
     float *data;
+    op_piece raw;
 } ckpt_tensor;
+
+/* The tensor's shape in a file: rows, and 1 or the columns of each. */
+static void ckpt_shape(const ckpt_tensor *t, size_t *a, size_t *b) {
+    size_t cols = t->cols ? t->cols : 1;
+    *a = t->transposed ? cols : t->rows;
+    *b = t->transposed ? t->rows : cols;
+}
+
+/* A tensor of a file as a piece of t's matrix. Another shape than t's, or a dtype that is not read,
+ * is an error. */
+static op_piece ckpt_find(const ckpt_file *f, const json_t *entry, const ckpt_tensor *t) {
+    rlhf_ctx *ctx = f->src.ctx;
+    const char *name = t->name;
+    const char *dtype = json_string_value(json_object_get(entry, "dtype"));
+    op_piece o = {.rows = (int)t->rows, .cols = (int)(t->cols ? t->cols : 1), .hd = (int)t->hd};
+    o.transposed = t->transposed;
+    o.kind = !strcmp(dtype, "F32") ? '4' : !strcmp(dtype, "F16") ? 'h' : 'b';
+    if (o.kind == 'b' && strcmp(dtype, "BF16") != 0)
+        err_throw(ctx, RLHF_ERR_UNSUPPORTED,
+                  "%s: tensor \"%s\" has dtype %s; F32, F16 and BF16 are read", f->src.file, name,
+                  dtype);
+    json_t *shape = json_object_get(entry, "shape");
+    size_t nd = json_array_size(shape), a = (size_t)json_integer_value(json_array_get(shape, 0));
+    size_t b = nd > 1 ? (size_t)json_integer_value(json_array_get(shape, 1)) : 1, want_a, want_b;
+    ckpt_shape(t, &want_a, &want_b);
+    if (nd != (t->cols ? 2u : 1u) || a != want_a || b != want_b) {
+        char *found = json_text(ctx, shape, JSON_COMPACT, NULL);
+        if (!t->cols)
+            err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu]",
+                      f->src.file, name, found, want_a);
+        err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu,%zu]",
+                  f->src.file, name, found, want_a, want_b);
+    }
+    /* ckpt_check has seen that the range is in the data and of this size. */
+    o.data =
+        f->data + json_integer_value(json_array_get(json_object_get(entry, "data_offsets"), 0));
+    return o;
+}
 
 /* Where row r of a file lies in a parameter: hd as in ckpt_tensor. */
 static size_t ckpt_row(size_t rows, size_t hd, size_t r) {
@@ -8174,67 +9006,64 @@ static size_t ckpt_row(size_t rows, size_t hd, size_t r) {
     return r / hd % 3 * (rows / 3) + r / (3 * hd) * hd + r % hd;
 }
 
-/* Copies a checked tensor to t->data as floats and returns its dtype. Another shape than t's, or a
- * dtype that is not read, is an error. */
-static char ckpt_load(const ckpt_file *f, const json_t *entry, const ckpt_tensor *t) {
-    rlhf_ctx *ctx = f->src.ctx;
-    const char *name = t->name;
-    int one_dim = t->cols == 0, transposed = t->transposed;
-    size_t rows = t->rows, cols = one_dim ? 1 : t->cols;
-    const char *dtype = json_string_value(json_object_get(entry, "dtype"));
-    char kind = !strcmp(dtype, "F32")    ? '4'
-                : !strcmp(dtype, "F16")  ? 'h'
-                : !strcmp(dtype, "BF16") ? 'b'
-                                         : 0;
-    if (!kind)
-        err_throw(ctx, RLHF_ERR_UNSUPPORTED,
-                  "%s: tensor \"%s\" has dtype %s; F32, F16 and BF16 are read", f->src.file, name,
-                  dtype);
-    json_t *shape = json_object_get(entry, "shape");
-    size_t nd = json_array_size(shape), a = (size_t)json_integer_value(json_array_get(shape, 0));
-    size_t b = nd > 1 ? (size_t)json_integer_value(json_array_get(shape, 1)) : 1;
-    size_t want_a = transposed ? cols : rows, want_b = transposed ? rows : cols;
-    if (nd != (one_dim ? 1u : 2u) || a != want_a || b != want_b) {
-        char *found = json_text(ctx, shape, JSON_COMPACT, NULL);
-        if (one_dim)
-            err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu]",
-                      f->src.file, name, found, want_a);
-        err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" has shape %s, expected [%zu,%zu]",
-                  f->src.file, name, found, want_a, want_b);
+/* Copies a tensor to data as floats. Files align nothing, hence rows by way of an aligned copy. */
+static void ckpt_copy(rlhf_ctx *ctx, const op_piece *p, float *data) {
+    size_t a = (size_t)(p->transposed ? p->cols : p->rows);
+    size_t b = (size_t)(p->transposed ? p->rows : p->cols), size = p->kind == '4' ? 4 : 2;
+    unsigned char *bytes = mem_alloc(ctx, b * size + b * sizeof(float));
+    float *row = (float *)(void *)bytes;
+    for (size_t r = 0; r < a; r++) {
+        op_piece line = {.data = memcpy(bytes + b * sizeof *row, p->data + r * b * size, b * size),
+                         .rows = 1, .cols = (int)b, .kind = p->kind};
+        op_piece_read(ctx->k, &line, 0, 0, (int)b, row);
+        for (size_t i = 0; p->transposed && i < b; i++) data[i * a + r] = row[i];
+        if (!p->transposed)
+            memcpy(data + ckpt_row(a, (size_t)p->hd, r) * b, row, b * sizeof *row);
     }
-    /* ckpt_check has seen that the range is in the data and of this size. */
-    const unsigned char *p =
-        f->data + json_integer_value(json_array_get(json_object_get(entry, "data_offsets"), 0));
-    for (size_t r = 0; r < rows; r++) {
-        float *out = t->data + ckpt_row(rows, t->hd, r) * cols;
-        for (size_t c = 0; c < cols; c++)
-            out[c] = ckpt_value(p, kind, transposed ? c * rows + r : r * cols + c);
-    }
-    return kind;
+    mem_free(bytes);
+}
+
+/* Copies the tensor that t describes to t->data. */
+static void ckpt_load(const ckpt_file *f, const json_t *entry, const ckpt_tensor *t) {
+    op_piece piece = ckpt_find(f, entry, t);
+    ckpt_copy(f->src.ctx, &piece, t->data);
 }
 
 /* Whether n numbers are the same again when they have been stored in a dtype. */
 static int ckpt_fits(const float *x, size_t n, char kind) {
     for (size_t i = 0; i < n; i++) {
-        float back = kind == 'h' ? ckpt_half(ckpt_to_half(x[i])) : v_wide1(v_half1(x[i]));
+        float back = kind == 'h' ? op_half(ckpt_to_half(x[i])) : v_wide1(v_half1(x[i]));
         if (v_int1(back) != v_int1(x[i])) return 0;
     }
     return 1;
 }
 
+/* Row r of a file, of n numbers, from the tensor's data. */
+static void ckpt_put_row(const ckpt_tensor *t, size_t r, size_t n, const k_table *k, float *row) {
+    if (!t->data) {
+        op_piece_read(k, &t->raw, r, 0, (int)n, row);
+        return;
+    }
+    const float *x = t->data + (t->transposed ? r : ckpt_row(t->rows, t->hd, r) * n);
+    size_t step = t->transposed ? (t->cols ? t->cols : 1) : 1;
+    for (size_t i = 0; i < n; i++) row[i] = x[i * step];
+}
+
 /* Writes one tensor's data in its dtype, a row of the file at a time: no second copy of a large
- * matrix. */
+ * matrix. What is in that dtype already is written as it is. */
 static void ckpt_put(io_file *f, rlhf_ctx *ctx, const ckpt_tensor *t) {
-    size_t cols = t->cols ? t->cols : 1, n = t->transposed ? t->rows : cols;
-    if (t->kind == '4' && !t->transposed && !t->hd) {
-        io_write(f, t->data, t->rows * cols * sizeof(float));
+    size_t a, n;
+    ckpt_shape(t, &a, &n);
+    int as_is = t->data ? t->kind == '4' && !t->transposed && !t->hd : t->kind == t->raw.kind;
+    if (as_is) {
+        io_write(f, t->data ? (const void *)t->data : t->raw.data,
+                 a * n * (t->kind == '4' ? sizeof(float) : 2));
         return;
     }
     float *row = mem_alloc(ctx, n * sizeof *row);
     uint16_t *half = mem_alloc(ctx, n * sizeof *half);
-    for (size_t r = 0; r < (t->transposed ? cols : t->rows); r++) {
-        const float *x = t->data + (t->transposed ? r : ckpt_row(t->rows, t->hd, r) * cols);
-        for (size_t i = 0; i < n; i++) row[i] = x[t->transposed ? i * cols : i];
+    for (size_t r = 0; r < a; r++) {
+        ckpt_put_row(t, r, n, ctx->k, row);
         for (size_t i = 0; i < n && t->kind != '4'; i++)
             half[i] = t->kind == 'h' ? ckpt_to_half(row[i]) : v_half1(row[i]);
         if (t->kind == '4') io_write(f, row, n * sizeof *row);
@@ -8252,10 +9081,11 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
     size_t at = 0;
     for (int i = 0; i < n; i++) {
         const char *dtype = t[i].kind == '4' ? "F32" : t[i].kind == 'h' ? "F16" : "BF16";
-        size_t bytes = t[i].rows * (t[i].cols ? t[i].cols : 1) * ckpt_dtype_size(dtype);
-        json_int_t a = (json_int_t)(t[i].transposed ? t[i].cols : t[i].rows);
-        json_int_t b = (json_int_t)(t[i].transposed ? t[i].rows : t[i].cols);
-        json_t *shape = t[i].cols ? json_pack("[I,I]", a, b) : json_pack("[I]", a);
+        size_t a, b;
+        ckpt_shape(t + i, &a, &b);
+        size_t bytes = a * b * ckpt_dtype_size(dtype);
+        json_t *shape = t[i].cols ? json_pack("[I,I]", (json_int_t)a, (json_int_t)b)
+                                  : json_pack("[I]", (json_int_t)a);
         json_object_set_new(header, t[i].name,
                             json_pack("{s:s,s:o,s:[I,I]}", "dtype", dtype, "shape", shape,
                                       "data_offsets", (json_int_t)at, (json_int_t)(at + bytes)));
@@ -8279,36 +9109,6 @@ static void ckpt_write(rlhf_ctx *ctx, const char *path, const ckpt_tensor *t, in
 
 /* ---- models ---- */
 
-/* A tensor of the family in one layer, as it lies in the model: rows of a parameter, w null if the
- * model has none. */
-typedef struct ckpt_slice {
-    float *w;
-    size_t rows, cols, hd; /* hd: as in ckpt_tensor */
-    int one_dim, transposed;
-} ckpt_slice;
-
-/* Which rows a part is: QKV is queries, keys, values below each other, UP gate and up. */
-static ckpt_slice ckpt_slice_of(const rlhf_model *m, const model_tensor *t, int layer) {
-    const model_cfg *c = &m->c;
-    const model_slot *s = m->slot + t->param;
-    size_t q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv_heads * c->hd), ff = (size_t)c->ff;
-    size_t from = 0, rows = (size_t)s->rows;
-    switch ((model_part)t->part) {
-    case PART_ALL: break;
-    case PART_Q: rows = q; break;
-    case PART_K: from = q, rows = kv; break;
-    case PART_V: from = q + kv, rows = kv; break;
-    case PART_GATE: rows = ff; break;
-    case PART_UP: from = ff, rows = ff; break;
-    case PART_HEADS: break;
-    }
-    ckpt_slice o = {model_w(m, t->param, layer), rows, (size_t)s->cols, 0, 0, t->transposed};
-    if (t->part == PART_HEADS) o.hd = (size_t)c->hd;
-    o.one_dim = s->cols == 1;
-    if (o.w) o.w += from * (size_t)s->cols;
-    return o;
-}
-
 /* The full name of a tensor in a file into out[size], with or without the family's prefix. */
 static const char *ckpt_name(char *out, size_t size, const model_family *f, const model_tensor *t,
                              int layer, int prefix) {
@@ -8321,13 +9121,37 @@ static const char *ckpt_name(char *out, size_t size, const model_family *f, cons
     return out;
 }
 
-/* The tensor t of one layer as it stands in a file. */
+/* Gives a tensor its data: the rows of the model's array, or what its base has in a file. */
+static void ckpt_fill(const rlhf_model *m, const model_tensor *t, int layer, ckpt_tensor *o) {
+    float *w = model_w(m, t->param, layer);
+    int from;
+    model_part_rows(&m->c, t->part, m->slot[t->param].rows, &from);
+    if (w) {
+        o->data = w + (size_t)from * (size_t)m->slot[t->param].cols;
+        return;
+    }
+    o->raw = m->base->piece[model_index(t->param, layer)][model_part_piece(t->part)];
+    /* What could not be mapped is floats in the model's order. */
+    if (o->raw.transposed != t->transposed || (o->raw.hd != 0) != (o->hd != 0))
+        o->data = (float *)(uintptr_t)(const void *)o->raw.data;
+    if (o->raw.transposed) {
+        int rows = o->raw.rows;
+        o->raw.rows = o->raw.cols, o->raw.cols = rows;
+    }
+    o->raw.transposed = o->raw.hd = 0;
+}
+
+/* The tensor t of one layer as it stands in a file, with the model's data. */
 static ckpt_tensor ckpt_tensor_of(const rlhf_model *m, const model_tensor *t, int layer,
                                   int prefix) {
-    ckpt_slice s = ckpt_slice_of(m, t, layer);
-    ckpt_tensor o = {.rows = s.rows, .cols = s.one_dim ? 0 : s.cols, .hd = s.hd, .data = s.w};
-    o.transposed = s.transposed;
+    const model_slot *s = m->slot + t->param;
+    int from;
+    ckpt_tensor o = {.rows = (size_t)model_part_rows(&m->c, t->part, s->rows, &from),
+                     .cols = s->cols == 1 ? 0 : (size_t)s->cols,
+                     .transposed = t->transposed};
+    if (t->part == PART_HEADS) o.hd = (size_t)m->c.hd;
     ckpt_name(o.name, sizeof o.name, m->family, t, layer, prefix);
+    ckpt_fill(m, t, layer, &o);
     return o;
 }
 
@@ -8349,6 +9173,38 @@ static int ckpt_ignored(const rlhf_model *m, const char *name) {
     for (const model_tensor *t = m->family->tensors; t->name; t++)
         if ((t->param == P_HEAD || t->param == P_SCORE) && !strcmp(name, t->name + 1)) return 1;
     return 0;
+}
+
+/* A block of the base, or of a model that has none. */
+static float *ckpt_block(rlhf_model *m, size_t n) {
+    float *w = mem_zalloc(m->ctx, n, sizeof *w);
+    m->base->blocks[m->base->n_blocks++] = w;
+    return w;
+}
+
+/* Takes a tensor from a file: into the model's array, into floats of its base, or as what the base
+ * is. What is not aligned for its dtype is copied. */
+static void ckpt_take(rlhf_model *m, const model_tensor *t, int layer, op_piece *piece) {
+    const model_slot *s = m->slot + t->param;
+    size_t i = model_index(t->param, layer), cols = (size_t)s->cols;
+    int from, rows = model_part_rows(&m->c, t->part, s->rows, &from);
+    if (s->where == MODEL_FILE) {
+        if ((uintptr_t)piece->data % (piece->kind == '4' ? 4 : 2)) {
+            float *w = ckpt_block(m, (size_t)rows * cols);
+            ckpt_copy(m->ctx, piece, w);
+            *piece = (op_piece){.data = (unsigned char *)w, .rows = rows, .cols = s->cols,
+                                .kind = '4'};
+        }
+        m->base->piece[i][model_part_piece(t->part)] = *piece;
+        m->base->pieces[i]++;
+        return;
+    }
+    /* A score head is a model's own, but other models of the same files start with it, too. */
+    int floats = s->where == MODEL_FLOATS || (m->base && t->param == P_SCORE);
+    if (floats && !m->base->floats[i]) m->base->floats[i] = ckpt_block(m, s->n);
+    if (floats) ckpt_copy(m->ctx, piece, m->base->floats[i] + (size_t)from * cols);
+    if (s->where == MODEL_FLOATS) return;
+    ckpt_copy(m->ctx, piece, model_w(m, t->param, layer) + (size_t)from * cols);
 }
 
 /* Loads what one file of dir holds of the model. seen, by name of tensor: the file that has it. A
@@ -8373,17 +9229,28 @@ static void ckpt_load_file(rlhf_model *m, const char *dir, const char *file, jso
             for (int prefix = 1; prefix >= !m->family->prefix_optional; prefix--) {
                 ckpt_tensor x = ckpt_tensor_of(m, t, l, prefix);
                 if (!(entry = json_object_get(left, x.name))) continue;
-                *ckpt_stored(m, t, l) = ckpt_load(&f, entry, &x);
+                op_piece piece = ckpt_find(&f, entry, &x);
+                *ckpt_stored(m, t, l) = piece.kind;
+                ckpt_take(m, t, l, &piece);
                 if (t->param == P_SCORE) m->score_trained = 1;
                 json_object_del(left, x.name);
                 break;
             }
     json_object_foreach(left, name, entry) {
         if (!ckpt_ignored(m, name)) json_object_set_new(rest, name, json_string(path));
+        else if (m->base) m->base->other_score |= !strcmp(name, "score.weight");
     }
     err_release(m->ctx);
     err_release(m->ctx);
-    err_release(m->ctx);
+    /* A base keeps the mapping. */
+    if (m->base) {
+        m->base->maps = mem_realloc(m->ctx, m->base->maps,
+                                    (size_t)(m->base->n_maps + 1) * sizeof *m->base->maps);
+        m->base->maps[m->base->n_maps++] = m->ctx->defer[m->ctx->n_defer - 1].ptr;
+        err_keep(m->ctx);
+    } else {
+        err_release(m->ctx);
+    }
 }
 
 /* Loads all files of an index: {"weight_map": {tensor: file}}. Whatever the order of the map, a
@@ -8433,28 +9300,38 @@ static void ckpt_no_weights(rlhf_ctx *ctx, const char *dir) {
     err_throw(ctx, RLHF_ERR_IO, "%s: no model.safetensors, no model.safetensors.index.json", dir);
 }
 
+/* The file that holds dir's weights, or says which do; null if there is none. */
+static const char *ckpt_weights_file(rlhf_ctx *ctx, const char *dir) {
+    static const char *const names[] = {"model.safetensors", "model.safetensors.index.json"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (io_exists(ckpt_path(ctx, dir, names[i]))) return names[i];
+    return NULL;
+}
+
+/* The first tensor that the model needs and that no file had, its name into out; null if all are
+ * there. */
+static const char *ckpt_missing(const rlhf_model *m, char *out, size_t size) {
+    for (const model_tensor *t = m->family->tensors; t->name; t++)
+        for (int l = 0; l < model_param_layers(m, t->param) && t->param != P_SCORE; l++)
+            if (!*ckpt_stored(m, t, l)) return ckpt_name(out, size, m->family, t, l, 1);
+    return NULL;
+}
+
 /* Fills m's weights from a directory of its family; m keeps its shape. A failed call leaves weights
  * partly replaced: the model is then to be closed or loaded again. */
 static void ckpt_load_model(rlhf_model *m, const char *dir) {
-    char *path = ckpt_path(m->ctx, dir, "model.safetensors");
+    const char *file = ckpt_weights_file(m->ctx, dir);
+    if (!file) ckpt_no_weights(m->ctx, dir);
+    char *path = ckpt_path(m->ctx, dir, file);
     json_t *seen = json_hold(m->ctx, json_object()), *rest = json_hold(m->ctx, json_object());
     m->version++; /* panels of the old weights are stale from the first tensor on */
     m->score_trained = 0;
-    if (io_exists(path)) ckpt_load_file(m, dir, "model.safetensors", seen, rest);
-    else {
-        path = ckpt_path(m->ctx, dir, "model.safetensors.index.json");
-        if (!io_exists(path)) ckpt_no_weights(m->ctx, dir);
-        ckpt_load_shards(m, dir, path, seen, rest);
-    }
-    for (const model_tensor *t = m->family->tensors; t->name; t++)
-        for (int l = 0; l < model_param_layers(m, t->param) && t->param != P_SCORE; l++) {
-            char bare[160], name[160];
-            ckpt_name(bare, sizeof bare, m->family, t, l, 0);
-            ckpt_name(name, sizeof name, m->family, t, l, 1);
-            if (!json_object_get(seen, name) &&
-                !(m->family->prefix_optional && json_object_get(seen, bare)))
-                err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", path, name);
-        }
+    memset(m->stored, 0, model_tensors(m) * (size_t)m->c.layers);
+    if (strstr(file, ".json")) ckpt_load_shards(m, dir, path, seen, rest);
+    else ckpt_load_file(m, dir, file, seen, rest);
+    char missing[160];
+    if (ckpt_missing(m, missing, sizeof missing))
+        err_throw(m->ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", path, missing);
     /* What is left over was not expected. */
     const char *name;
     json_t *in;
@@ -8467,44 +9344,114 @@ static void ckpt_load_model(rlhf_model *m, const char *dir) {
     m->version++;
 }
 
-/* A model with zero weights from a parsed and held config; the hold stays the caller's, the model
- * takes a reference of its own. "mean" and "std" are the normalisation of a reward model's
- * scores. */
-static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config) {
+/* For err_defer: jansson's memory, mappings and settled blocks are not the context's, an unfinished
+ * model's would leak. */
+static void ckpt_drop_model(void *model) {
+    rlhf_model *m = model;
+    json_decref(m->config);
+    model_base_drop(m->base);
+    mem_free(m->w);
+}
+
+/* A model without weights from a parsed and held config, deferred (ckpt_drop_model); the hold stays
+ * the caller's, the model takes a reference of its own. "mean" and "std" are the normalisation of a
+ * reward model's scores. */
+static rlhf_model *ckpt_describe(rlhf_ctx *ctx, const json_src *src, json_t *config) {
     rlhf_model *m = model_new(ctx, src, config);
     m->score_mean = (float)json_opt_real(src, config, "mean", 0);
     m->score_std = (float)json_opt_real(src, config, "std", 1);
-    m->config = json_incref(config); /* last: nothing can fail behind it */
+    m->config = json_incref(config);
+    err_defer(ctx, ckpt_drop_model, m);
     return m;
 }
 
-/* For err_defer: jansson's memory is not the context's, an unfinished model's config would leak. */
-static void ckpt_drop_config(void *model) { json_decref(((rlhf_model *)model)->config); }
+/* Gives such a model the weights of a base. */
+static void ckpt_share(rlhf_model *m, model_base *base) {
+    base->refs++;
+    model_place(m, base);
+    memcpy(m->stored, base->stored, model_tensors(m) * (size_t)m->c.layers);
+    const float *score = base->floats[P_SCORE];
+    m->score_trained = score && m->slot[P_SCORE].n;
+    if (m->score_trained) memcpy(model_w(m, P_SCORE, 0), score, m->slot[P_SCORE].n * sizeof *score);
+}
 
-/* Opens a directory: config.json, model.safetensors (or its index) and, if there,
- * generation_config.json. What is missing or stored in another way is an error that says how to
- * save it. */
-static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
-    if (!io_is_dir(dir))
-        err_throw(ctx, RLHF_ERR_IO, "%s: not a directory; expected a Hugging Face model directory",
-                  dir);
-    char *path = ckpt_path(ctx, dir, "config.json");
-    json_src src = json_source(ctx, path);
-    json_t *config = json_read(&src);
-    rlhf_model *m = ckpt_adopt(ctx, &src, config);
-    err_release(ctx);
-    err_defer(ctx, ckpt_drop_config, m);
-    /* From here on a failure also drops the config that the model holds. */
-    ckpt_load_model(m, dir);
-    /* Models tuned for chat name further end tokens here. */
-    char *gen = ckpt_path(ctx, dir, "generation_config.json");
-    if (io_exists(gen)) {
-        json_src gsrc = json_source(ctx, gen);
-        model_read_special(m, &gsrc, json_read(&gsrc));
-        err_release(ctx);
-    }
-    err_keep(ctx);
+/* The same with zero weights of its own, or those of a base. */
+static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config,
+                              model_base *base) {
+    rlhf_model *m = ckpt_describe(ctx, src, config);
+    if (base) ckpt_share(m, base);
+    else model_place(m, NULL);
     return m;
+}
+
+/* What makes two openings the same files: the file of weights, or their index, by device, number
+ * and time of its last change. */
+static model_base ckpt_identity(rlhf_ctx *ctx, const char *dir) {
+    const char *file = ckpt_weights_file(ctx, dir);
+    struct stat st;
+    if (!file) ckpt_no_weights(ctx, dir);
+    if (stat(ckpt_path(ctx, dir, file), &st) != 0) io_fail(ctx, "read", dir, errno);
+    return (model_base){.device = (uint64_t)st.st_dev,
+                        .inode = (uint64_t)st.st_ino,
+                        .stamp = (uint64_t)st.st_mtime * 1000003u ^ (uint64_t)st.st_size};
+}
+
+/* Panels of a base are kept where they take no more than this: a second copy of what the files
+ * hold, for the speed of decoding. */
+enum { CKPT_KEEP_FLOATS = 1 << 28 };
+
+/* Whether a base has what a model reads: config.json may be another than that of the model that it
+ * was opened for, or ask for a head that was left in the files. */
+static int ckpt_base_fits(rlhf_model *m, const model_base *b) {
+    model_layout(m);
+    if (m->c.layers != b->layers || m->c.hd != b->hd || m->family->tensors != b->tensors) return 0;
+    for (int p = 0; p < P_COUNT; p++) {
+        const model_slot *s = m->slot + p, *t = b->slot + p;
+        int head = p == P_HEAD || p == P_SCORE;
+        if (head ? s->n && !t->n && (p == P_HEAD || b->other_score)
+                 : s->n != t->n || s->rows != t->rows || s->cols != t->cols)
+            return 0;
+    }
+    return 1;
+}
+
+/* The model that config describes with the weights of a directory, deferred: on the base of another
+ * model that was opened from the same files, or on a new one. */
+static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src *src,
+                                  json_t *config) {
+    model_base id = ckpt_identity(ctx, dir);
+    rlhf_model *m = ckpt_describe(ctx, src, config);
+    for (model_base *b = ctx->bases; b; b = b->next)
+        if (b->device == id.device && b->inode == id.inode && b->stamp == id.stamp &&
+            ckpt_base_fits(m, b)) {
+            ckpt_share(m, b);
+            return m;
+        }
+    model_base *b = model_base_new(ctx, dir, m->c.layers, model_tensors(m));
+    b->device = id.device, b->inode = id.inode, b->stamp = id.stamp;
+    b->refs = 1;
+    model_place(m, b);
+    ckpt_load_model(m, dir);
+    memcpy(b->slot, m->slot, sizeof b->slot);
+    b->layers = m->c.layers, b->hd = m->c.hd, b->tensors = m->family->tensors;
+    memcpy(b->stored, m->stored, model_tensors(m) * (size_t)m->c.layers);
+    size_t floats = 0;
+    for (int p = 0; p < P_COUNT; p++)
+        if (m->slot[p].where == MODEL_FILE)
+            floats += m->slot[p].n * (size_t)model_param_layers(m, p);
+    b->keep_packed = floats <= CKPT_KEEP_FLOATS;
+    b->next = ctx->bases;
+    ctx->bases = b;
+    return m;
+}
+
+/* Models tuned for chat name further end tokens in generation_config.json. */
+static void ckpt_read_generation(rlhf_model *m, const char *dir) {
+    char *path = ckpt_path(m->ctx, dir, "generation_config.json");
+    if (!io_exists(path)) return;
+    json_src src = json_source(m->ctx, path);
+    model_read_special(m, &src, json_read(&src));
+    err_release(m->ctx);
 }
 
 /* null, one id or a list, as transformers writes them. */
@@ -8552,18 +9499,26 @@ static json_t *ckpt_config(const rlhf_model *m) {
 
 /* The dtype to write a tensor in: that of the file it came from if no digit is lost, so that what
  * nobody changed is the same bytes again; else `kind`. */
-static char ckpt_kind(const rlhf_model *m, const model_tensor *t, int layer, char kind) {
-    char stored = *ckpt_stored(m, t, layer);
-    ckpt_slice s = ckpt_slice_of(m, t, layer);
-    return stored && stored != '4' && ckpt_fits(s.w, s.rows * s.cols, stored) ? stored : kind;
+static char ckpt_kind(const ckpt_tensor *t, char stored, char kind) {
+    if (!stored || stored == '4') return kind;
+    size_t n = t->rows * (t->cols ? t->cols : 1);
+    return !t->data || ckpt_fits(t->data, n, stored) ? stored : kind;
+}
+
+/* generation_config.json of a language model. */
+static void ckpt_save_generation(const rlhf_model *m, const char *dir) {
+    json_t *g = json_hold(m->ctx, json_object());
+    json_object_set_new(g, "eos_token_id", ckpt_eos_json(m));
+    if (m->bos >= 0) json_object_set_new(g, "bos_token_id", json_integer(m->bos));
+    json_write_file(m->ctx, ckpt_path(m->ctx, dir, "generation_config.json"), g);
+    err_release(m->ctx);
 }
 
 /* Writes a model directory that transformers and ckpt_open read: weights first, so that config.json
  * appears in a new directory only when there is something to load. kind ('4' or 'b') is the dtype
  * of what is new or was trained. */
-static void ckpt_save(const rlhf_model *m, const char *dir, char kind) {
+static void ckpt_save_model(const rlhf_model *m, const char *dir, char kind) {
     rlhf_ctx *ctx = m->ctx;
-    io_mkdirs(ctx, dir);
     int n = 0, cap = 0, same = 1;
     for (const model_tensor *t = m->family->tensors; t->name; t++)
         cap += model_param_layers(m, t->param);
@@ -8574,7 +9529,7 @@ static void ckpt_save(const rlhf_model *m, const char *dir, char kind) {
         if (t->param == P_SCORE && !m->score_trained) continue;
         for (int l = 0; l < model_param_layers(m, t->param); l++, n++) {
             list[n] = ckpt_tensor_of(m, t, l, 1);
-            list[n].kind = ckpt_kind(m, t, l, kind);
+            list[n].kind = ckpt_kind(list + n, *ckpt_stored(m, t, l), kind);
             same &= list[n].kind == list[0].kind;
         }
     }
@@ -8585,19 +9540,14 @@ static void ckpt_save(const rlhf_model *m, const char *dir, char kind) {
                             json_string(list[0].kind == 'h' ? "float16" : "bfloat16"));
     json_write_file(ctx, ckpt_path(ctx, dir, "config.json"), config);
     err_release(ctx);
-    if (m->c.head == RLHF_HEAD_LM) {
-        json_t *g = json_hold(ctx, json_object());
-        json_object_set_new(g, "eos_token_id", ckpt_eos_json(m));
-        if (m->bos >= 0) json_object_set_new(g, "bos_token_id", json_integer(m->bos));
-        json_write_file(ctx, ckpt_path(ctx, dir, "generation_config.json"), g);
-        err_release(ctx);
-    }
+    if (m->c.head == RLHF_HEAD_LM) ckpt_save_generation(m, dir);
     mem_free(list);
 }
 
-/* A copy with the head asked for, as a new model of the same context. What both have is copied; a
- * head that the original lacks is zeros and counts as untrained. */
-static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
+/* A copy with the head asked for, as a new model of the same context, deferred (ckpt_drop_model).
+ * It shares a base and copies what is the model's own; a head that the original lacks is zeros and
+ * counts as untrained. */
+static rlhf_model *ckpt_copy_model(rlhf_model *m, rlhf_head head) {
     json_t *config = ckpt_config(m);
     json_object_set_new(
         config, "architectures",
@@ -8607,15 +9557,18 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     if (head == RLHF_HEAD_LM && m->c.head == RLHF_HEAD_SCORE && !m->c.tied)
         err_throw(m->ctx, RLHF_ERR_ARG,
                   "a scorer has no output matrix to make a language model from");
-    rlhf_model *o = ckpt_adopt(m->ctx, &src, config);
-    err_release(m->ctx);
+    rlhf_model *o = ckpt_adopt(m->ctx, &src, config, m->base);
+    if (m->c.lora.r) { /* the same adapters, not new ones */
+        mem_free(o->w);
+        o->w = NULL; /* an error below frees what o has */
+        o->c.lora = m->c.lora;
+        model_place(o, m->base);
+    }
     for (int p = 0; p < P_COUNT; p++)
-        for (int l = 0; l < model_param_layers(o, p); l++)
+        for (int l = 0; l < model_own_layers(o, p); l++)
             if (model_w(m, p, l))
                 memcpy(model_w(o, p, l), model_w(m, p, l), o->slot[p].n * sizeof(float));
-    size_t tensors = 0;
-    while (m->family->tensors[tensors].name) tensors++;
-    memcpy(o->stored, m->stored, tensors * (size_t)m->c.layers);
+    memcpy(o->stored, m->stored, model_tensors(m) * (size_t)m->c.layers);
     o->score_trained = head == RLHF_HEAD_SCORE && m->score_trained;
     o->score_mean = o->score_trained ? m->score_mean : 0;
     o->score_std = o->score_trained ? m->score_std : 1;
@@ -8623,12 +9576,344 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     return o;
 }
 
+/* The same, as the caller's. */
+static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
+    rlhf_model *o = ckpt_copy_model(m, head);
+    err_keep(m->ctx);  /* the copy */
+    err_release(m->ctx); /* its config */
+    return o;
+}
+
 /* ============================================================================================
- * MARK: - 18 GGUF (gguf_)
+ * MARK: - 19 ADAPT (ckpt_)
+ * Adapters in the layout of PEFT: adapter_config.json, which names the matrices and the directory
+ * of the base, and adapter_model.safetensors. With them, what a directory is: a model of 18, or an
+ * adapter on one.
+ *
+ * Entry: ckpt_open, ckpt_restore, ckpt_save; ckpt_targets.   Tests: test/test_lora.c
+ * ============================================================================================ */
+
+/* The name of the matrix that a tensor of the family is, as in target_modules, into out: the last
+ * part of its path. */
+static const char *ckpt_module(const model_tensor *t, char *out, size_t size) {
+    const char *end = strstr(t->name, ".weight"), *p = end;
+    while (p > t->name && p[-1] != '.') p--;
+    snprintf(out, size, "%.*s", (int)(end - p), p);
+    return out;
+}
+
+/* Turns on the matrices that `name` means: one of the family's, its path's end, or "all-linear".
+ * PEFT may name the matrix of each layer; of which layers is seen by the tensors there are. Throws
+ * if there is none. */
+static void ckpt_target(const rlhf_model *m, const char *where, const char *name, model_lora *l) {
+    char known[512] = "", module[64], path[160], end[160];
+    int all = !strcmp(name, "all-linear"), found = 0;
+    size_t digit = strcspn(name, "0123456789"), digits = strspn(name + digit, "0123456789");
+    const char *rest = name + digit + digits;
+    if (digits && *rest == '.' && (!digit || name[digit - 1] == '.'))
+        snprintf(end, sizeof end, "%.*s%%d%s", (int)digit, name, rest);
+    else snprintf(end, sizeof end, "%s", name);
+    size_t n = strlen(end);
+    for (const model_tensor *t = m->family->tensors; t->name; t++) {
+        int i = model_module_of(t);
+        if (i < 0) continue;
+        ckpt_module(t, module, sizeof module);
+        size_t at = strlen(known);
+        if (!strstr(known, module))
+            snprintf(known + at, sizeof known - at, "%s%s", at ? ", " : "", module);
+        snprintf(path, sizeof path, ".%s%.*s", m->family->prefix,
+                 (int)(strstr(t->name, ".weight") - t->name), t->name);
+        size_t k = strlen(path);
+        if (!all && (k <= n || path[k - n - 1] != '.' || strcmp(path + k - n, end) != 0)) continue;
+        l->on |= 1u << i;
+        found = 1;
+    }
+    if (!found)
+        err_throw(m->ctx, RLHF_ERR_ARG,
+                  "%s: \"%s\" is no matrix of model_type %s that can have an adapter; there are "
+                  "%s, "
+                  "or all-linear",
+                  where, name, m->family->type, known);
+}
+
+/* Turns on what a comma-separated list says; "auto" is what PEFT chooses: query and value, or all
+ * of attention's input where these are one matrix. */
+static void ckpt_targets(const rlhf_model *m, const char *where, const char *list, model_lora *l) {
+    if (!strcmp(list, "auto")) {
+        int i = model_module_of(m->family->tensors + 4);
+        l->on = 1u << LORA_Q | 1u << LORA_V;
+        for (const model_tensor *t = m->family->tensors; t->name; t++)
+            if ((i = model_module_of(t)) == LORA_QKV) l->on = 1u << i;
+        return;
+    }
+    char name[64];
+    for (const char *p = list; *p; p += *p == ',') {
+        size_t n = strcspn(p, ",");
+        snprintf(name, sizeof name, "%.*s", (int)n, p);
+        ckpt_target(m, where, name, l);
+        p += n;
+    }
+    if (!l->on)
+        err_throw(m->ctx, RLHF_ERR_ARG, "%s: no matrix is named, so there is nothing to adapt",
+                  where);
+}
+
+/* A member that asks for what is not computed here is refused, unless it has its neutral value. */
+static void ckpt_adapter_need(const json_src *src, const json_t *j, const char *key, int neutral) {
+    if (neutral) return;
+    char *text = json_text(src->ctx, json_get(j, key), JSON_COMPACT | JSON_ENCODE_ANY, NULL);
+    err_throw(src->ctx, RLHF_ERR_UNSUPPORTED,
+              "%s: \"%s\" is %s, which this version does not compute; merge the adapter with PEFT "
+              "(merge_and_unload) first",
+              src->file, key, text);
+}
+
+/* adapter_config.json as a description of adapters to m. */
+static model_lora ckpt_read_lora(const rlhf_model *m, const json_src *src, const json_t *j) {
+    model_lora l = {.r = (int)json_opt_int(src, j, "r", 1, 65536, 8),
+                    .alpha = (float)json_opt_real(src, j, "lora_alpha", 8),
+                    .dropout = (float)json_opt_real(src, j, "lora_dropout", 0),
+                    .rslora = json_opt_bool(src, j, "use_rslora", 0)};
+    const json_t *targets = json_get(j, "target_modules"), *t;
+    const json_t *save = json_get(j, "modules_to_save");
+    size_t i;
+    ckpt_adapter_need(src, j, "peft_type", !strcmp(json_need_str(src, j, "peft_type"), "LORA"));
+    ckpt_adapter_need(src, j, "use_dora", !json_opt_bool(src, j, "use_dora", 0));
+    ckpt_adapter_need(src, j, "bias", !strcmp(json_opt_str(src, j, "bias", "none"), "none"));
+    ckpt_adapter_need(src, j, "rank_pattern", !json_object_size(json_get(j, "rank_pattern")));
+    ckpt_adapter_need(src, j, "alpha_pattern", !json_object_size(json_get(j, "alpha_pattern")));
+    ckpt_adapter_need(src, j, "layers_to_transform", !json_get(j, "layers_to_transform"));
+    json_array_foreach(save, i, t) {
+        const char *name = json_string_value(t);
+        ckpt_adapter_need(src, j, "modules_to_save",
+                          name && m->c.head == RLHF_HEAD_SCORE &&
+                              base_is_choice("score|classifier", name));
+    }
+    if (json_is_string(targets)) ckpt_target(m, src->file, json_string_value(targets), &l);
+    json_array_foreach(targets, i, t) {
+        if (!json_is_string(t)) json_bad(src, "target_modules", t, "names of matrices");
+        ckpt_target(m, src->file, json_string_value(t), &l);
+    }
+    if (!l.on) json_bad(src, "target_modules", targets, "a list of names");
+    return l;
+}
+
+/* Every tensor of the model's adapters, and its score head, as PEFT's file has them: a block;
+ * *n becomes their number. */
+static ckpt_tensor *ckpt_adapter_tensors(const rlhf_model *m, int *n) {
+    static const char outer[] = "base_model.model.";
+    ckpt_tensor *list =
+        mem_zalloc(m->ctx, 2 * LORA_MODULES * (size_t)m->c.layers + 1, sizeof *list);
+    char name[160];
+    *n = 0;
+    for (const model_tensor *t = m->family->tensors; t->name; t++) {
+        int i = model_module_of(t), on = i >= 0 && (m->c.lora.on >> i & 1);
+        for (int l = 0; on && l < m->c.layers; l++)
+            for (int half = 0; half < 2; half++) {
+                int p = half ? model_modules[i].b : model_modules[i].a;
+                ckpt_tensor *o = list + (*n)++;
+                ckpt_name(name, sizeof name, m->family, t, l, 1);
+                *strstr(name, ".weight") = 0;
+                snprintf(o->name, sizeof o->name, "%s%.110s.lora_%c.weight", outer, name,
+                         half ? 'B' : 'A');
+                o->rows = (size_t)m->slot[p].rows, o->cols = (size_t)m->slot[p].cols;
+                if (half && t->part == PART_HEADS) o->hd = (size_t)m->c.hd;
+                o->data = model_w(m, p, l);
+                o->kind = '4';
+            }
+        if (t->param != P_SCORE || !m->slot[P_SCORE].n || !m->score_trained) continue;
+        ckpt_tensor *o = list + (*n)++;
+        *o = ckpt_tensor_of(m, t, 0, 1);
+        o->data = model_w(m, P_SCORE, 0);
+        o->kind = '4';
+        memmove(o->name + sizeof outer - 1, o->name, strlen(o->name) + 1);
+        memcpy(o->name, outer, sizeof outer - 1);
+    }
+    return list;
+}
+
+/* The matrices that have adapters, by name, without repetition. */
+static json_t *ckpt_target_names(const rlhf_model *m) {
+    json_t *names = json_array();
+    char module[64];
+    for (const model_tensor *t = m->family->tensors; t->name; t++) {
+        int i = model_module_of(t), known = 0;
+        if (i < 0 || !(m->c.lora.on >> i & 1)) continue;
+        /* GPT-2 has two matrices of one name, told apart by their path. */
+        ckpt_module(t, module, sizeof module);
+        for (const model_tensor *o = m->family->tensors; o->name; o++) {
+            char other[64];
+            int k = model_module_of(o);
+            if (k >= 0 && k != i && !strcmp(ckpt_module(o, other, sizeof other), module))
+                known = 1;
+        }
+        const char *mark = strstr(t->name, "%d.");
+        json_array_append_new(
+            names, known ? json_stringn(mark + 3, (size_t)(strstr(mark, ".weight") - mark - 3))
+                         : json_string(module));
+    }
+    return names;
+}
+
+/* Writes adapters as PEFT does: the weights, then adapter_config.json, and for a reward model
+ * reward.json with the normalisation of its scores. */
+static void ckpt_save_adapter(const rlhf_model *m, const char *dir) {
+    rlhf_ctx *ctx = m->ctx;
+    const model_lora *l = &m->c.lora;
+    int n, score = m->c.head == RLHF_HEAD_SCORE;
+    ckpt_tensor *list = ckpt_adapter_tensors(m, &n);
+    ckpt_write(ctx, ckpt_path(ctx, dir, "adapter_model.safetensors"), list, n);
+    mem_free(list);
+    if (score) {
+        json_t *reward = json_hold(ctx, json_object());
+        json_object_set_new(reward, "mean", json_real((double)m->score_mean));
+        json_object_set_new(reward, "std", json_real((double)m->score_std));
+        json_write_file(ctx, ckpt_path(ctx, dir, "reward.json"), reward);
+        err_release(ctx);
+    } else {
+        ckpt_save_generation(m, dir);
+    }
+    json_t *j = json_hold(ctx, json_object());
+    json_object_set_new(j, "peft_type", json_string("LORA"));
+    json_object_set_new(j, "task_type", json_string(score ? "SEQ_CLS" : "CAUSAL_LM"));
+    json_object_set_new(j, "base_model_name_or_path", json_string(m->base->dir));
+    json_object_set_new(j, "r", json_integer(l->r));
+    json_object_set_new(j, "lora_alpha", json_real((double)l->alpha));
+    json_object_set_new(j, "lora_dropout", json_real((double)l->dropout));
+    json_object_set_new(j, "use_rslora", json_boolean(l->rslora));
+    json_object_set_new(j, "target_modules", ckpt_target_names(m));
+    json_object_set_new(j, "modules_to_save", score ? json_pack("[s]", "score") : json_null());
+    json_object_set_new(j, "fan_in_fan_out",
+                        json_boolean(m->family->tensors == model_gpt2_tensors));
+    json_object_set_new(j, "bias", json_string("none"));
+    json_object_set_new(j, "init_lora_weights", json_true());
+    json_object_set_new(j, "inference_mode", json_true());
+    json_write_file(ctx, ckpt_path(ctx, dir, "adapter_config.json"), j);
+    err_release(ctx);
+}
+
+/* Fills the adapters and the score head of a model from a directory that has the same. */
+static void ckpt_load_adapter(rlhf_model *m, const char *dir) {
+    rlhf_ctx *ctx = m->ctx;
+    ckpt_file f = ckpt_map(ctx, ckpt_path(ctx, dir, "adapter_model.safetensors"));
+    json_t *left = json_hold(ctx, json_copy((json_t *)(uintptr_t)f.header)), *entry;
+    const char *name;
+    int n;
+    json_object_del(left, "__metadata__");
+    m->version++;
+    m->score_trained = m->slot[P_SCORE].n != 0; /* so that the list has it */
+    ckpt_tensor *list = ckpt_adapter_tensors(m, &n);
+    for (int i = 0; i < n; i++) {
+        int score = list[i].data == model_w(m, P_SCORE, 0);
+        if (!(entry = json_object_get(left, list[i].name)) && score) m->score_trained = 0;
+        else if (!entry)
+            err_throw(ctx, RLHF_ERR_FORMAT, "%s: tensor \"%s\" is missing", f.src.file,
+                      list[i].name);
+        if (entry) ckpt_load(&f, entry, list + i);
+        json_object_del(left, list[i].name);
+    }
+    json_object_foreach(left, name, entry) {
+        err_throw(ctx, RLHF_ERR_FORMAT,
+                  "%s: unexpected tensor \"%s\": adapter_config.json does not speak of it",
+                  f.src.file, name);
+    }
+    mem_free(list);
+    for (int i = 0; i < 3; i++) err_release(ctx);
+    char *path = ckpt_path(ctx, dir, "reward.json");
+    if (m->score_trained && io_exists(path)) {
+        json_src src = json_source(ctx, path);
+        json_t *j = json_read(&src);
+        m->score_mean = (float)json_need_real(&src, j, "mean");
+        m->score_std = (float)json_need_real(&src, j, "std");
+        err_release(ctx);
+    }
+    m->version++;
+}
+
+/* The directory of an adapter's base: as adapter_config.json names it, else seen from the
+ * adapter. */
+static char *ckpt_base_dir(const json_src *src, const json_t *j, const char *dir) {
+    const char *name = json_need_str(src, j, "base_model_name_or_path");
+    char *beside = ckpt_path(src->ctx, dir, name);
+    if (io_is_dir(name)) return mem_temp(mem_strdup(src->ctx, name));
+    if (*name != '/' && io_is_dir(beside)) return beside;
+    err_throw(src->ctx, RLHF_ERR_IO,
+              "%s: \"base_model_name_or_path\" is \"%s\", which is no directory here; put the base "
+              "model there, or write its directory into this file",
+              src->file, name);
+}
+
+/* ---- directories ---- */
+
+/* Writes a model directory, or an adapter's where the model has adapters (ckpt_save_model). */
+static void ckpt_save(const rlhf_model *m, const char *dir, char kind) {
+    io_mkdirs(m->ctx, dir);
+    if (m->c.lora.r) ckpt_save_adapter(m, dir);
+    else ckpt_save_model(m, dir, kind);
+}
+
+/* Fills what is trained of a model from a directory that ckpt_save wrote of such a one. */
+static void ckpt_restore(rlhf_model *m, const char *dir) {
+    if (m->c.lora.r) ckpt_load_adapter(m, dir);
+    else ckpt_load_model(m, dir);
+}
+
+/* Opens an adapter on its base: the base's configuration with the head that task_type says. */
+static rlhf_model *ckpt_open_adapter(rlhf_ctx *ctx, const char *dir, const char *path) {
+    json_src asrc = json_source(ctx, path);
+    json_t *adapter = json_read(&asrc);
+    char *base = ckpt_base_dir(&asrc, adapter, dir);
+    const char *task = json_opt_str(&asrc, adapter, "task_type", "CAUSAL_LM");
+    if (io_exists(ckpt_path(ctx, base, "adapter_config.json")))
+        err_throw(ctx, RLHF_ERR_UNSUPPORTED,
+                  "%s: its base %s is an adapter itself; merge that one first (rlhf export "
+                  "--merge)",
+                  path, base);
+    json_src src = json_source(ctx, ckpt_path(ctx, base, "config.json"));
+    json_t *config = json_read(&src);
+    const model_family *family = model_find_family(&src, config);
+    if (!base_is_choice("SEQ_CLS|CAUSAL_LM", task))
+        json_bad(&asrc, "task_type", json_get(adapter, "task_type"), "CAUSAL_LM or SEQ_CLS");
+    json_object_set_new(
+        config, "architectures",
+        json_pack("[s]", !strcmp(task, "SEQ_CLS") ? family->score_class : family->lm_class));
+    rlhf_model *m = ckpt_open_base(ctx, base, &src, config);
+    model_lora lora = ckpt_read_lora(m, &asrc, adapter);
+    model_adapt(m, &lora, 0);
+    ckpt_load_adapter(m, dir);
+    ckpt_read_generation(m, base);
+    ckpt_read_generation(m, dir);
+    err_keep(ctx);
+    err_release(ctx);
+    err_release(ctx);
+    return m;
+}
+
+/* Opens a directory: config.json, model.safetensors (or its index) and, if there,
+ * generation_config.json; or an adapter. What is missing or stored in another way is an error that
+ * says how to save it. */
+static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
+    if (!io_is_dir(dir))
+        err_throw(ctx, RLHF_ERR_IO, "%s: not a directory; expected a Hugging Face model directory",
+                  dir);
+    char *path = ckpt_path(ctx, dir, "adapter_config.json");
+    if (io_exists(path)) return ckpt_open_adapter(ctx, dir, path);
+    path = ckpt_path(ctx, dir, "config.json");
+    json_src src = json_source(ctx, path);
+    json_t *config = json_read(&src);
+    rlhf_model *m = ckpt_open_base(ctx, dir, &src, config);
+    ckpt_read_generation(m, dir);
+    err_keep(ctx);
+    err_release(ctx);
+    return m;
+}
+
+/* ============================================================================================
+ * MARK: - 20 GGUF (gguf_)
  * A language model and its tokenizer as one file that llama.cpp loads. A family is a row of
  * gguf_archs, a tensor's name a row of gguf_names. What llama.cpp would compute or cut in another
  * way is refused, or named in the log where it concerns few texts: an f32 file gives the greedy
- * tokens that section 21 gives.
+ * tokens that section 23 gives.
  *
  * A GGUF file, version 3, is little-endian as the processors of 01: "GGUF", the version, how many
  * tensors and keys; the keys with typed values; each tensor's name, sizes (that of a row first),
@@ -9036,8 +10321,8 @@ static gguf_tensor *gguf_tensors(gguf_head *h, const rlhf_model *m, const gguf_k
                 snprintf(o->name, sizeof o->name, "%.*s%d%s", (int)(mark - name), name, l,
                          mark + 2);
             else snprintf(o->name, sizeof o->name, "%s", name);
-            ckpt_slice s = ckpt_slice_of(m, t, l);
-            o->w = s.w, o->rows = s.rows, o->cols = s.cols, o->one_dim = s.one_dim;
+            ckpt_tensor x = ckpt_tensor_of(m, t, l, 1);
+            o->w = x.data, o->rows = x.rows, o->one_dim = !x.cols, o->cols = x.cols ? x.cols : 1;
             int sorted = llama && (t->part == PART_Q || t->part == PART_K);
             o->hd = sorted ? (size_t)m->c.hd : 0;
             gguf_place(h, o, t->param == P_WPE ? &gguf_f32 : kind);
@@ -9110,8 +10395,8 @@ static void gguf_write_tensor(io_file *f, const gguf_tensor *t) {
     mem_free(row);
 }
 
-/* Writes the file; t may be null. The same model and tokenizer give the same bytes. */
-static void gguf_save(const rlhf_model *m, rlhf_tokenizer *t, const char *path, const char *type) {
+/* Writes the file of a model that has all its weights as floats; t may be null. */
+static void gguf_write(const rlhf_model *m, rlhf_tokenizer *t, const char *path, const char *type) {
     static const gguf_kind *const kinds[] = {&gguf_f32, &gguf_f16, &gguf_bf16, &gguf_q8};
     rlhf_ctx *ctx = m->ctx;
     const gguf_kind *kind = NULL;
@@ -9146,8 +10431,22 @@ static void gguf_save(const rlhf_model *m, rlhf_tokenizer *t, const char *path, 
     mem_free(list);
 }
 
+/* The same of any model. The same model and tokenizer give the same bytes. */
+static void gguf_save(rlhf_model *m, rlhf_tokenizer *t, const char *path, const char *type) {
+    if (!m->base) {
+        gguf_write(m, t, path, type);
+        return;
+    }
+    rlhf_model *whole = ckpt_copy_model(m, m->c.head);
+    model_thaw(whole);
+    gguf_write(whole, t, path, type);
+    err_keep(m->ctx);
+    err_release(m->ctx);
+    model_free(whole);
+}
+
 /* ============================================================================================
- * MARK: - 19 OPT (opt_)
+ * MARK: - 21 OPT (opt_)
  * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm is
  * summed in double over chunks that the problem fixes, in order.
  *
@@ -9221,12 +10520,12 @@ static double opt_schedule(const char *kind, int64_t k, int64_t warmup, int64_t 
 static void opt_add_chunks(opt *o, int model, int count_only) {
     const rlhf_model *m = o->model[model];
     for (int p = 0; p < P_COUNT; p++)
-        for (int l = 0; l < model_param_layers(m, p); l++)
+        for (int l = 0; l < model_own_layers(m, p); l++)
             for (size_t i = 0; i < m->slot[p].n; i += OPT_CHUNK) {
                 size_t n = m->slot[p].n - i < OPT_CHUNK ? m->slot[p].n - i : OPT_CHUNK;
                 if (!count_only)
                     o->chunk[o->chunks] =
-                        (opt_chunk){model, model_at(m, p, l) + i, (int)n, m->slot[p].cols > 1};
+                        (opt_chunk){model, model_at(m, p, l) + i, (int)n, model_decays(m, p)};
                 o->chunks++;
             }
 }
@@ -9243,7 +10542,7 @@ static opt *opt_new(rlhf_ctx *ctx, rlhf_model *const *models, int n) {
         o->m[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         o->v[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         /* One matrix, two uses: opt_join. */
-        if (models[i]->c.tied && models[i]->c.head == RLHF_HEAD_LM)
+        if (models[i]->c.tied && models[i]->c.head == RLHF_HEAD_LM && !models[i]->base)
             o->embed[i] = mem_zalloc(ctx, models[i]->slot[P_WTE].n, sizeof(float));
         opt_add_chunks(o, i, 1);
     }
@@ -9378,7 +10677,7 @@ static double opt_step(opt *o, const double *lr) {
 }
 
 /* ============================================================================================
- * MARK: - 20 DATA (data_)
+ * MARK: - 22 DATA (data_)
  * Records of every kind, read by one loader for every stage. A record becomes token sequences whose
  * tokens are marked where they bear loss: assistant turns with their end, completions, or all of a
  * plain text. Text is tokenised whole; where a part begins is found as the longest common prefix
@@ -9396,6 +10695,7 @@ static double opt_step(opt *o, const double *lr) {
  *     prompt + responses + ranking | best          best (SFT)     its pairs     prompt
  *     prompt + two answers + choice                best (SFT)     the pair      prompt
  *     all: domain, annotator, annotator_type, weight, margin, soft_label, each optional
+ *     two answers: aspects, with a choice on each; all that are judged or written: qualified
  *
  * By label: each good answer is paired with each bad one to the same prompt; SFT leaves out what is
  * labelled false. The pairs of one ranking, or of one prompt's labels, weigh as much as one record.
@@ -9413,6 +10713,7 @@ typedef struct data_seq {
     int32_t *ids;
     uint8_t *loss;
     int turns, *end; /* config.turns: assistant turn k is the last of the first end[k] tokens */
+    const int32_t *turn_end; /* of a conversation: also ends an answer to it; null: no such token */
 } data_seq;
 
 /* One usable record. */
@@ -9426,10 +10727,22 @@ typedef struct data_record {
 } data_record;
 
 /* Why a record is left out. */
-enum { DATA_LONG, DATA_FALSE, DATA_TIED, DATA_SINGLE, DATA_WHYS };
+enum {
+    DATA_LONG,
+    DATA_FALSE,
+    DATA_TIED,
+    DATA_SINGLE,
+    DATA_UNQUALIFIED,
+    DATA_OTHER_ASPECT,
+    DATA_WHYS
+};
 static const char *const data_whys[DATA_WHYS] = {
-    "longer than", "labelled false", "no answer is better than another",
-    "no answer with the other label to the same prompt"};
+    "longer than",
+    "labelled false",
+    "no answer is better than another",
+    "no answer with the other label to the same prompt",
+    "by somebody not qualified (use_unqualified takes them)",
+    "without the aspect"};
 
 /* Usable records, in the order of the file. */
 struct rlhf_dataset {
@@ -9439,6 +10752,7 @@ struct rlhf_dataset {
     int n, cap, dropped;
     int why[DATA_WHYS]; /* parts of dropped */
     int64_t tokens;     /* in all sequences */
+    int32_t turn_end;   /* the chat template's end of turn, see data_turn_end */
     arena store;
 };
 
@@ -9457,9 +10771,17 @@ typedef struct data_prompt_group {
     data_group value;
 } data_prompt_group;
 
+/* Which judgements count. */
+typedef struct data_judged {
+    const char *aspect; /* "": the overall choice */
+    int use_unqualified;
+    json_t *aspects; /* of the records so far: {name: 1} */
+} data_judged;
+
 /* The state of reading one file. */
 typedef struct data_reader {
     rlhf_dataset *d;
+    data_judged judged;
     rlhf_tokenizer *tok;
     const char *chat;         /* name of the chat template, or "auto" */
     json_src src;             /* of the record at hand */
@@ -9612,6 +10934,12 @@ static int data_chat_is_text(const data_reader *r) {
     return !chat_choose(r->tok, r->chat)->close[CHAT_ASSISTANT];
 }
 
+/* The token that ends an answer in a conversation, kept by the dataset, or null. */
+static const int32_t *data_turn_end(const data_reader *r) {
+    r->d->turn_end = chat_end(r->tok, chat_choose(r->tok, r->chat));
+    return r->d->turn_end < 0 ? NULL : &r->d->turn_end;
+}
+
 /* The conversation as text, a block, see chat_render. */
 static char *data_chat_text(const data_reader *r, const data_chat *c, int generate, chat_span *span,
                             int *spans) {
@@ -9652,6 +10980,7 @@ static data_seq data_chat_seq(const data_reader *r, const data_chat *c, int skip
     tok_ids ids = {0};
     tok_encode(r->tok, text, strlen(text), special, &ids);
     data_seq s = data_seq_new(r, &ids, special && r->d->config.add_eos);
+    s.turn_end = data_turn_end(r);
     /* A record that will be dropped for its length is not worth marking. */
     int fits = s.n <= r->d->config.max_length;
     for (int i = skip < 0 ? spans - 1 : skip; fits && i < spans; i++)
@@ -9725,8 +11054,7 @@ static void data_read_ranking(const data_reader *r, json_t *j, data_form *f) {
     }
 }
 
-/* One of two answers, as "choice", "gold" and "order" name them: 0 or "A", 1 or "B"; -1: neither.
- */
+/* One of two answers as "choice", "gold" and "order" name them: 0 or "A", 1 or "B"; -1: neither. */
 static int data_side(const json_t *v) {
     static const char names[] = "AaBb";
     const char *text = json_string_value(v), *at = text && *text ? strchr(names, *text) : NULL;
@@ -9743,6 +11071,38 @@ static int data_choice(const json_src *src, const json_t *j) {
     if (text && (!strcmp(text, "tie") || !strcmp(text, "both_bad"))) return DATA_TIE;
     if (text && !strcmp(text, "skip")) return DATA_SKIP;
     json_bad(src, "choice", v, "0, 1, \"A\", \"B\", \"tie\", \"both_bad\" or \"skip\"");
+}
+
+/* Why a judgement does not count, or -1. An aspect's choice takes the place of the record's overall
+ * one; what is known to be right of that, is not of the aspect. */
+static int data_judge(const data_judged *q, const json_src *src, json_t *j) {
+    if (!json_opt_bool(src, j, "qualified", 1) && !q->use_unqualified) return DATA_UNQUALIFIED;
+    if (!*q->aspect) return -1;
+    json_t *aspects = json_opt_object(src, j, "aspects"), *v;
+    const char *name;
+    json_object_foreach(aspects, name, v)
+        if (json_object_set_new(q->aspects, name, json_true()))
+            err_throw(src->ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+    v = json_get(aspects, q->aspect);
+    if (!v) return DATA_OTHER_ASPECT;
+    if (!json_get(j, "answers")) json_bad(src, "answers", NULL, "two, which \"aspects\" compare");
+    json_object_set(j, "choice", v);
+    json_object_del(j, "gold");
+    return -1;
+}
+
+/* Throws if no record has the aspect that is asked for. */
+static void data_need_aspect(const data_judged *q, rlhf_ctx *ctx, const char *name) {
+    char list[400] = "";
+    const char *aspect;
+    json_t *v;
+    if (!*q->aspect || json_object_get(q->aspects, q->aspect)) return;
+    json_object_foreach(q->aspects, aspect, v) {
+        size_t at = strlen(list);
+        snprintf(list + at, sizeof list - at, "%s%s", at ? ", " : "", aspect);
+    }
+    err_throw(ctx, RLHF_ERR_DATA, "%s: no record has the aspect \"%s\"; there %s%s", name,
+              q->aspect, *list ? "are: " : "are no \"aspects\"", list);
 }
 
 /* "answers" with the "choice" between two of them. Where neither was chosen, or nothing yet, no
@@ -10082,6 +11442,8 @@ static void data_read_prompt(data_reader *r, const data_form *f, data_record *re
     rec->prompt = data_keep(r->d, text, strlen(text));
     tok_encode(r->tok, text, strlen(text), special, &ids);
     rec->a = data_seq_new(r, &ids, 0);
+    /* Only a conversation with such a token is encoded without the tokenizer's own. */
+    if (!special) rec->a.turn_end = data_turn_end(r);
     data_add(r, rec, NULL);
     mem_free(ids.ids);
     mem_free(text);
@@ -10109,6 +11471,12 @@ static void data_read_record(data_reader *r, json_t *j) {
     rec.doubt = 1 - json_opt_real(&r->src, j, "soft_label", 1);
     if (!(rec.doubt >= 0 && rec.doubt <= 1))
         json_bad(&r->src, "soft_label", json_get(j, "soft_label"), "a number from 0 to 1");
+    int is_judged = d->config.kind == RLHF_DATA_PREFERENCE || d->config.kind == RLHF_DATA_SFT;
+    int why = is_judged ? data_judge(&r->judged, &r->src, j) : -1;
+    if (why >= 0) {
+        data_drop(r, NULL, why, 0);
+        return;
+    }
     size_t len;
     char *line = json_text(d->ctx, j, JSON_COMPACT, &len);
     rec.line = data_keep(d, line, len);
@@ -10144,6 +11512,7 @@ static void data_read_lines(data_reader *r, const char *text, size_t len) {
 /* Says what was dropped and why: a warning for each reason, or an error if nothing is left. */
 static void data_report(const data_reader *r, const char *name) {
     rlhf_dataset *d = r->d;
+    data_need_aspect(&r->judged, d->ctx, name);
     char text[400] = "";
     for (int i = 0; i < DATA_WHYS; i++) {
         size_t at = strlen(text);
@@ -10172,7 +11541,11 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     d->config = *config;
     d->store.ctx = ctx;
     err_defer(ctx, data_drop_store, &d->store);
+    const char *aspect = config->kind == RLHF_DATA_PREFERENCE ? config->aspect : NULL;
+    d->config.aspect = aspect ? data_keep(d, aspect, strlen(aspect)) : "";
     data_reader r = {.d = d,
+                     .judged = {d->config.aspect, config->use_unqualified,
+                                json_hold(ctx, json_object())},
                      .tok = tok,
                      .chat = config->chat_template ? config->chat_template : "auto"};
     if (strcmp(r.chat, "auto")) chat_choose(tok, r.chat);
@@ -10198,6 +11571,7 @@ static rlhf_dataset *data_parse(rlhf_ctx *ctx, const char *text, size_t len, con
     }
     data_pair_up(&r);
     data_report(&r, name);
+    err_release(ctx);
     err_keep(ctx);
     return d;
 }
@@ -10227,7 +11601,7 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
 }
 
 /* ============================================================================================
- * MARK: - 21 GEN (gen_)
+ * MARK: - 23 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
  * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
@@ -10250,7 +11624,7 @@ typedef struct gen_config {
     float temperature; /* 0: greedy */
     double top_p;      /* 1: all */
     uint64_t seed;
-    int stop; /* the id that ends an answer; -1: the model's end-of-text ids */
+    int stop; /* the id that ends an answer; -1: the model's end-of-text ids, an item's turn_end */
 } gen_config;
 
 /* One answer. The caller provides the arrays of max_new entries; logp and hidden ([max_new][d], the
@@ -10258,7 +11632,8 @@ typedef struct gen_config {
 typedef struct gen_item {
     const int32_t *prompt;
     int n_prompt;
-    uint64_t key; /* number of the sample; two of one run differ */
+    uint64_t key;            /* number of the sample; two of one run differ */
+    const int32_t *turn_end; /* besides the model's end-of-text ids, or null; see data_seq */
     int32_t *out;
     float *logp, *hidden;
     int n, finished; /* tokens in out; 1: the last of them ends the answer */
@@ -10405,7 +11780,9 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
             memcpy(it->hidden + (size_t)it->n * d, top.h + (size_t)i * d, d * sizeof(float));
         if (it->logp) it->logp[it->n] = g.logp[i];
         it->out[it->n++] = g.token[i];
-        it->finished = c->stop >= 0 ? g.token[i] == c->stop : model_is_eos(m, g.token[i]);
+        it->finished = c->stop >= 0 ? g.token[i] == c->stop
+                                    : model_is_eos(m, g.token[i]) ||
+                                          (it->turn_end && g.token[i] == *it->turn_end);
     }
     arena_restore(ws, mark);
 }
@@ -10474,7 +11851,7 @@ static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
 }
 
 /* ============================================================================================
- * MARK: - 22 ROLL (roll_)
+ * MARK: - 24 ROLL (roll_)
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
  * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
  * ragged; a mean over tokens is a sum over all of them by their number.
@@ -10570,25 +11947,11 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 }
 
 /* ============================================================================================
- * MARK: - 23 TRAIN (train_)
- * The loop that every trainer runs in: schedule, step, metrics, evaluation, checkpoints, resume. A
- * trainer supplies what a step is (22, 23, 24). metrics.jsonl holds no times, so that two equal
- * runs write equal files.
+ * MARK: - 25 TRAIN (train_)
+ * What every trainer has: configuration tables, schedule, metrics, what is trained of a model, and
+ * how much memory the run takes. A trainer supplies what a step is (27, 28, 29).
  *
- * An optimizer step changes the weights whole or not at all: whatever may fail, fails before it.
- * What follows a step (evaluation, line, checkpoint) is owed until it is done. A run directory
- * holds
- *     run.json                          the configuration, without "resume"
- *     metrics.jsonl                     a line every logging_steps and for every evaluation
- *     runs/events.out.tfevents.*        the same for TensorBoard, with times; a file for each start
- *     samples.jsonl                     answers to a few prompts, before and after (sft, ppo)
- *     best_of_n.json                    what choosing the best of n answers reaches (ppo)
- *     checkpoint/trainer_state.json     where the run stands, and which of a and b counts
- *     checkpoint/a, checkpoint/b        weights and optimizer, written in turn
- *     config.json, model.safetensors    and the tokenizer's files: the model, in the end
- *
- * Entry: train_new, train_step, train_run, train_put.
- * Invariant: a resumed run writes the bytes of one that was never stopped, but for runs/.
+ * Entry: train_new, train_optimizer, train_plan, train_put.
  * Tests: test/test_train.c
  * ============================================================================================ */
 
@@ -10728,6 +12091,24 @@ typedef struct train_metric {
     int fresh; /* put since the last line of metrics */
 } train_metric;
 
+/* What of a run decides how much memory it takes; tokens, at most. */
+typedef struct train_size {
+    int rows;               /* of a micro-batch */
+    const rlhf_model *from; /* samples answers, null: none does */
+    int slots, prompt, len; /* so many at once, their longest prompt, their length with it */
+    int scored;             /* tokens of all sequences that are scored or compared */
+    size_t rollout;         /* bytes that stay in the arena for a whole step */
+} train_size;
+
+/* What is learned of annotators beside the model (28): a number for each, with its gradient and
+ * both moments. n 0: nothing. */
+typedef struct train_annotators {
+    int n;
+    const char **name;    /* the dataset's texts */
+    int *of, *judgements; /* [records]: number of its annotator, -1: it has none; [n] */
+    float *x, *g, *m, *v; /* [n] */
+} train_annotators;
+
 /* What makes a trainer: step computes one optimizer step or update, eval puts metrics over
  * t->eval. */
 typedef struct train_ops {
@@ -10738,6 +12119,7 @@ typedef struct train_ops {
     void (*eval)(rlhf_trainer *t);   /* may be null */
     void (*finish)(rlhf_trainer *t); /* after the last step, before the model is saved; may be null
                                       */
+    void (*size)(const rlhf_trainer *t, train_size *size);
 } train_ops;
 
 /* One run. Models, data and tokenizer are the host's unless owned; configuration texts are the
@@ -10755,6 +12137,7 @@ struct rlhf_trainer {
     rlhf_model *start; /* rm: samples answers to normalise with; ppo: the reference, owned */
     rlhf_model *value, *reward;
     int owns_start, owns_value;
+    train_annotators who; /* rm */
     rlhf_tokenizer *tok;
     rlhf_dataset *train, *eval; /* eval may be null */
     rlhf_reward_fn fn;
@@ -10768,6 +12151,8 @@ struct rlhf_trainer {
     double kl_coef, begun;
     int slot;            /* of checkpoint/a and checkpoint/b: where the next state goes */
     int fresh, finished; /* fresh: the run directory has not been opened yet */
+    int at_once;      /* tokens of a micro-batch, unless its first sequence is longer */
+    rlhf_memory memory; /* what the run takes, known when it is opened */
     int owed, logged; /* the last step's evaluation, line and checkpoint are still to be done, or in
                          part: what an error interrupted is made up for by the next call */
     train_metric metric[TRAIN_METRICS];
@@ -10804,6 +12189,11 @@ static json_t *train_metrics_json(const rlhf_trainer *t, int fresh) {
     return j;
 }
 
+/* Seed of what the coming step drops. */
+static uint64_t train_seed(const rlhf_trainer *t) {
+    return rng_u64((uint64_t)t->u.c.seed, RNG_DROPOUT, (uint64_t)t->step);
+}
+
 /* Learning rate of the coming step. */
 static double train_lr(const rlhf_trainer *t) {
     const train_config *c = &t->u.c;
@@ -10826,9 +12216,43 @@ static int train_window(rlhf_trainer *t, int *from) {
     return (int)(left < window ? left : window);
 }
 
+/* Settles what of a model is trained: the adapters it has, new ones if they are asked for, else all
+ * of it. */
+static void train_prepare(rlhf_model *m, const train_config *c, uint64_t seed) {
+    m->recompute = c->gradient_checkpointing;
+    if (m->c.lora.r) {
+        if (c->use_peft) m->c.lora.dropout = (float)c->lora_dropout;
+        return;
+    }
+    if (!c->use_peft) {
+        model_thaw(m);
+        return;
+    }
+    if (!m->base)
+        err_throw(m->ctx, RLHF_ERR_ARG,
+                  "use_peft: an adapter needs a base that lies in a directory; save this model and "
+                  "open it again");
+    model_lora l = {.r = (int)c->lora_r,
+                    .alpha = (float)c->lora_alpha,
+                    .dropout = (float)c->lora_dropout,
+                    .rslora = c->use_rslora};
+    ckpt_targets(m, "lora_target_modules", c->lora_target_modules, &l);
+    model_adapt(m, &l, seed);
+}
+
+/* How many of the sequences (pairs) from `from` on make the next micro-batch: what does not fit at
+ * once changes nothing but memory, since gradients are chains over rows in order. */
+static int train_cut(const rlhf_trainer *t, const int *len, int from, int n) {
+    int tokens = 0, i = from, most = (int)t->u.c.per_device_train_batch_size;
+    while (i < n && i - from < most && (i == from || tokens + len[i] <= t->at_once))
+        tokens += len[i++];
+    return i - from;
+}
+
 /* Makes the optimizer of n models from the common configuration. */
 static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
     const train_config *c = &t->u.c;
+    for (int i = 0; i < n; i++) train_prepare(models[i], c, (uint64_t)c->seed + (uint64_t)i);
     t->opt = opt_new(t->ctx, models, n);
     t->opt->beta1 = c->adam_beta1;
     t->opt->beta2 = c->adam_beta2;
@@ -10889,15 +12313,155 @@ static void train_set_length(rlhf_trainer *t, int64_t window) {
                                  : (int64_t)ceil(c->num_train_epochs * (double)t->per_epoch);
 }
 
+/* ---- memory ---- */
+
+enum {
+    TRAIN_AT_ONCE = 512,        /* tokens: products of more rows are hardly faster */
+    TRAIN_PROGRAM = 5 << 20     /* bytes of program and libraries, about */
+};
+
+/* Bytes mapped of a role's base, unless a role before it has the same. */
+static int64_t train_mapped(rlhf_model *const *role, int i) {
+    const model_base *b = role[i] ? role[i]->base : NULL;
+    int64_t bytes = 0;
+    for (int k = 0; k < i; k++)
+        if (role[k] && role[k]->base == b) return 0;
+    for (int k = 0; b && k < b->n_maps; k++) bytes += (int64_t)b->maps[k]->size;
+    return bytes;
+}
+
+/* Tokens of the largest micro-batch of the run's first epochs, from the records in their orders. */
+static void train_record_size(const rlhf_trainer *t, train_size *z) {
+    const train_config *c = &t->u.c;
+    int64_t window = c->per_device_train_batch_size * c->gradient_accumulation_steps;
+    int n = t->train->n, *order = mem_alloc(t->ctx, 2 * (size_t)n * sizeof *order);
+    int *len = order + n;
+    for (int64_t epoch = 0; epoch < 3 && epoch * t->per_epoch < t->total; epoch++) {
+        data_order((uint64_t)c->seed, epoch, c->shuffle_dataset, n, order);
+        for (int i = 0; i < n; i++)
+            len[i] = t->train->record[order[i]].a.n + t->train->record[order[i]].b.n;
+        int64_t steps = t->total - epoch * t->per_epoch;
+        for (int i = 0, k; i < n && i / window < steps; i += k) {
+            int64_t end = (i / window + 1) * window;
+            k = train_cut(t, len, i, end < n ? (int)end : n);
+            int rows = 0;
+            for (int j = i; j < i + k; j++) rows += len[j];
+            z->rows = base_max(z->rows, rows);
+        }
+    }
+    mem_free(order);
+}
+
+/* The stage of a step that takes the most: sampling, scoring, or training. */
+static model_need train_stage(const rlhf_trainer *t, const train_size *z) {
+    model_need stage[2 + OPT_MODELS] = {{0, 0, 0}}, most = {0, 0, 0};
+    for (int i = 0; i < t->opt->models; i++)
+        stage[i] = model_need_training(t->opt->model[i], z->rows);
+    if (z->from) {
+        int batch = base_min(z->scored, base_max(model_batch_tokens(z->from), z->len));
+        stage[OPT_MODELS] = model_need_sampling(z->from, z->slots, z->prompt, z->len);
+        stage[OPT_MODELS + 1] = model_need_scoring(z->from, batch, z->rollout != 0);
+    }
+    for (int i = 0; i < 2 + OPT_MODELS; i++)
+        if (stage[i].acts + stage[i].cache + stage[i].scratch >
+            most.acts + most.cache + most.scratch)
+            most = stage[i];
+    return most;
+}
+
+/* What the run takes with the present at_once and recompute. */
+static rlhf_memory train_memory(const rlhf_trainer *t) {
+    rlhf_model *role[] = {t->model, t->value, t->start, t->reward};
+    rlhf_memory o = {0};
+    train_size z = {0};
+    t->ops->size(t, &z);
+    for (int i = 0; i < 4; i++) {
+        if (!role[i]) continue;
+        *(role[i]->c.lora.r ? &o.adapters : &o.weights) += 4 * (int64_t)role[i]->n;
+        o.weights += train_mapped(role, i);
+        o.other -= 4 * (int64_t)role[i]->n;
+    }
+    for (int i = 0; i < t->opt->models; i++) {
+        o.optimizer += 12 * (int64_t)t->opt->model[i]->n;
+        if (t->opt->embed[i]) o.optimizer += 4 * (int64_t)t->opt->model[i]->slot[P_WTE].n;
+    }
+    o.other += t->ctx->mem_now - o.optimizer + TRAIN_PROGRAM;
+    model_need most = train_stage(t, &z);
+    o.activations = (int64_t)(most.acts + z.rollout);
+    o.cache = (int64_t)most.cache;
+    o.scratch = (int64_t)most.scratch;
+    /* Panels of what samples, or of what is trained on few rows at once. */
+    const rlhf_model *few = z.from ? z.from : z.rows < MODEL_MANY_ROWS ? t->model : NULL;
+    if (few) o.scratch += (int64_t)(model_panel_bytes(few, 0) + model_panel_bytes(few, 1));
+    o.total = o.weights + o.adapters + o.optimizer + o.activations + o.cache + o.scratch + o.other;
+    return o;
+}
+
+/* Chooses what a micro-batch is, and whether layers are computed again, so that the run fits
+ * memory_limit; neither changes a bit of the result. Throws if nothing fits, and says what
+ * would help. */
+static void train_plan(rlhf_trainer *t) {
+    const train_config *c = &t->u.c;
+    double limit = c->memory_limit * 1e9;
+    t->at_once = TRAIN_AT_ONCE;
+    t->memory = train_memory(t);
+    for (int again = 0; again < 2 && limit > 0; again++) {
+        if (again && c->gradient_checkpointing) break;
+        for (int i = 0; again && i < t->opt->models; i++) t->opt->model[i]->recompute = 1;
+        for (t->at_once = TRAIN_AT_ONCE; t->at_once; t->at_once /= 2) {
+            t->memory = train_memory(t);
+            if ((double)t->memory.total <= limit) return;
+        }
+    }
+    if (limit <= 0) return;
+    t->at_once = 1;
+    const rlhf_memory *o = &t->memory;
+    err_throw(t->ctx, RLHF_ERR_ARG,
+              "memory_limit is %g GB, the run takes %.2f GB at least: weights %.2f, adapters %.2f, "
+              "optimizer %.2f, activations %.2f, cache %.2f, scratch %.2f, other %.2f; %s",
+              c->memory_limit, (double)o->total / 1e9, (double)o->weights / 1e9,
+              (double)o->adapters / 1e9, (double)o->optimizer / 1e9, (double)o->activations / 1e9,
+              (double)o->cache / 1e9, (double)o->scratch / 1e9, (double)o->other / 1e9,
+              c->use_peft ? "shorter records (max_length, response_length) or fewer episodes take "
+                            "less"
+                          : "use_peft trains an adapter on weights that stay as they are stored");
+}
+
 /* Gives the trainer and what it owns back; the trained model stays. */
 static void train_free(rlhf_trainer *t) {
     opt_free(t->opt);
     arena_free(&t->ws);
     if (t->owns_start) model_free(t->start);
     if (t->owns_value) model_free(t->value);
+    mem_free(t->who.name);
+    mem_free(t->who.of);
+    mem_free(t->who.x);
     mem_free(t->order);
     mem_free(t);
 }
+
+/* ============================================================================================
+ * MARK: - 26 RUN (train_)
+ * The loop that every trainer runs in: metrics, evaluation, checkpoints, resume. metrics.jsonl
+ * holds no times, so that two equal runs write equal files.
+ *
+ * An optimizer step changes the weights whole or not at all: whatever may fail, fails before it.
+ * What follows a step (evaluation, line, checkpoint) is owed until it is done. A run directory
+ * holds
+ *     run.json                          the configuration, without "resume"
+ *     metrics.jsonl                     a line every logging_steps and for every evaluation
+ *     runs/events.out.tfevents.*        the same for TensorBoard, with times; a file for each start
+ *     samples.jsonl                     answers to a few prompts, before and after (sft, ppo)
+ *     best_of_n.json                    what choosing the best of n answers reaches (ppo)
+ *     checkpoint/trainer_state.json     where the run stands, and which of a and b counts
+ *     checkpoint/a, checkpoint/b        weights and optimizer, written in turn
+ *     config.json, model.safetensors    and the tokenizer's files: the model, in the end
+ *     annotators.json                   rm, annotator_temperatures: what was found, in the end
+ *
+ * Entry: train_step, train_run.
+ * Invariant: a resumed run writes the bytes of one that was never stopped, but for runs/.
+ * Tests: test/test_train.c
+ * ============================================================================================ */
 
 /* ---- run directory ---- */
 
@@ -10919,6 +12483,38 @@ static void train_state_tensors(const rlhf_trainer *t, ckpt_tensor *list) {
     }
 }
 
+/* The members that annotators.json holds for each annotator, and where. */
+static const char *const train_who_keys[] = {"log_sharpness", "exp_avg", "exp_avg_sq"};
+static float *train_who_at(const rlhf_trainer *t, int key, int i) {
+    float *const list[] = {t->who.x, t->who.m, t->who.v};
+    return list[key] + i;
+}
+
+/* Writes what is known of annotators into dir: 17 digits give every float back. */
+static void train_save_who(const rlhf_trainer *t, const char *dir) {
+    json_t *j = json_hold(t->ctx, json_object());
+    for (int i = 0; i < t->who.n; i++) {
+        json_t *one = json_object();
+        for (int k = 0; k < 3; k++)
+            json_object_set_new(one, train_who_keys[k], json_real((double)*train_who_at(t, k, i)));
+        json_object_set_new(j, t->who.name[i], one);
+    }
+    json_write_file(t->ctx, ckpt_path(t->ctx, dir, "annotators.json"), j);
+    err_release(t->ctx);
+}
+
+/* Reads it back; every annotator of the training data must be there. */
+static void train_load_who(rlhf_trainer *t, const char *dir) {
+    json_src src = json_source(t->ctx, ckpt_path(t->ctx, dir, "annotators.json"));
+    json_t *j = json_read(&src);
+    for (int i = 0; i < t->who.n; i++) {
+        const json_t *one = json_need_object(&src, j, t->who.name[i]);
+        for (int k = 0; k < 3; k++)
+            *train_who_at(t, k, i) = (float)json_need_real(&src, one, train_who_keys[k]);
+    }
+    err_release(t->ctx);
+}
+
 /* Writes checkpoint/a or b, in turn: the weights, the optimizer and where the run stands. The state
  * file comes last and names the directory: until then the other one, still whole, counts. */
 static void train_save_state(rlhf_trainer *t) {
@@ -10927,6 +12523,7 @@ static void train_save_state(rlhf_trainer *t) {
     char *dir = ckpt_path(ctx, top, t->slot ? "b" : "a");
     ckpt_save(t->model, dir, '4'); /* every digit, whatever the run ends in */
     if (t->owns_value) ckpt_save(t->value, ckpt_path(ctx, dir, "value"), '4');
+    if (t->who.n) train_save_who(t, dir);
     ckpt_tensor list[2 * OPT_MODELS] = {0};
     train_state_tensors(t, list);
     ckpt_write(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"), list, 2 * t->opt->models);
@@ -10975,8 +12572,9 @@ static void train_load_state(rlhf_trainer *t) {
     int slot = strcmp(json_need_str(&src, j, "slot"), "b") != 0;
     char *dir = ckpt_path(ctx, top, slot ? "a" : "b");
     err_release(ctx);
-    ckpt_load_model(t->model, dir);
-    if (t->owns_value) ckpt_load_model(t->value, ckpt_path(ctx, dir, "value"));
+    ckpt_restore(t->model, dir);
+    if (t->owns_value) ckpt_restore(t->value, ckpt_path(ctx, dir, "value"));
+    if (t->who.n) train_load_who(t, dir);
     /* Moments are read into the optimizer's own arrays. */
     ckpt_file f = ckpt_map(ctx, ckpt_path(ctx, dir, "optimizer.safetensors"));
     ckpt_tensor list[2 * OPT_MODELS] = {0};
@@ -11380,7 +12978,7 @@ static int train_run(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 24 SFT (sft_)
+ * MARK: - 27 SFT (sft_)
  * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
  * micro-batches of an optimizer step:
  *     L = -1/N sum over marked t of log p(x_t | x_<t),    N the marked tokens of the whole step
@@ -11441,15 +13039,22 @@ static void sft_coef(void *user, int row, int n, const op_rows *found, float *co
     for (int i = 0; i < n; i++) coef[i] = *c;
 }
 
+/* A batch of an optimizer step: what nll is multiplied by, and as in model_for_training. */
+typedef struct sft_part {
+    double scale;
+    uint64_t seed;
+    int first;
+} sft_part;
+
 /* One batch: adds to the sums and, with train, to the gradients those of nll * scale. Without train
  * nothing is kept for a backward pass. */
-static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n, int train,
-                     double scale, sft_sums *sums) {
+static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n,
+                     const sft_part *train, sft_sums *sums) {
     arena_mark mark = arena_save(ws);
     sft_rows rows;
     model_run run = sft_batch(ws, seq, n, &rows);
     if (rows.n) {
-        run.save = train;
+        if (train) model_for_training(m, ws, &run, train->seed, train->first);
         model_forward(m, ws, &run);
         model_top top = model_top_fwd(m, ws, run.x, rows.row, rows.n);
         op_rows out = {.logp = arena_floats(ws, (size_t)rows.n, 1),
@@ -11458,7 +13063,7 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
         op_weight w = model_head_weight(m, rows.n);
         op_env e = {m->ctx, ws};
         /* Log-probabilities in chunks; their gradient in the same pass. */
-        float coef = (float)-scale,
+        float coef = train ? (float)-train->scale : 0,
               *dh = train ? arena_floats(ws, (size_t)rows.n, (size_t)m->c.d) : NULL;
         op_vocab_run(&e, &w, rows.n, top.h, rows.target, 1.0f, &out, train ? sft_coef : NULL, &coef,
                      dh);
@@ -11475,21 +13080,23 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
 
 /* One optimizer step: the window's micro-batches add up their gradients. */
 static void sft_step(rlhf_trainer *t) {
-    const train_config *c = &t->u.c;
-    int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
+    int from, n = train_window(t, &from), *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     const data_seq **seq = arena_alloc(&t->ws, (size_t)n * sizeof *seq);
     int64_t labels = 0, tokens = 0;
     for (int i = 0; i < n; i++) {
         seq[i] = &t->train->record[t->order[from + i]].a;
         labels += sft_count(seq[i]);
-        tokens += seq[i]->n;
+        tokens += len[i] = seq[i]->n;
     }
     /* The divisor is known before the first batch, so gradients are scaled once. */
     sft_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
-    for (int i = 0; i < n; i += batch)
-        sft_pass(t->model, &t->ws, seq + i, base_min(batch, n - i), 1, 1.0 / (double)labels, &sums);
+    for (int i = 0, k; i < n; i += k) {
+        sft_part part = {1.0 / (double)labels, train_seed(t), i};
+        k = train_cut(t, len, i, n);
+        sft_pass(t->model, &t->ws, seq + i, k, &part, &sums);
+    }
     double loss = sums.nll / (double)labels;
     train_check_loss(t, loss);
     double norm = opt_step(t->opt, &lr);
@@ -11508,8 +13115,8 @@ static sft_sums sft_measure(rlhf_model *m, arena *ws, const data_seq *const *seq
     int *len = arena_alloc(ws, (size_t)n * sizeof *len);
     for (int i = 0; i < n; i++) len[i] = seq[i]->n;
     for (int i = 0, k; i < n; i += k) {
-        k = model_batch_count(len, i, n);
-        sft_pass(m, ws, seq + i, k, 0, 0, &sums);
+        k = model_batch_count(m, len, i, n);
+        sft_pass(m, ws, seq + i, k, NULL, &sums);
     }
     return sums;
 }
@@ -11525,8 +13132,9 @@ static void sft_eval(rlhf_trainer *t) {
     train_put(t, "eval_num_tokens", (double)s.tokens);
 }
 
-/* What 20 needs to know of this trainer. */
-static const train_ops sft_ops = {"sft", RLHF_CONFIG_SFT, sft_step, NULL, sft_eval, NULL};
+/* What 25 needs to know of this trainer. */
+static const train_ops sft_ops = {"sft",    RLHF_CONFIG_SFT, sft_step,         NULL,
+                                  sft_eval, NULL,            train_record_size};
 
 /* A trainer of a language model; eval and tok may be null. Arguments are checked, weights
  * untouched. */
@@ -11541,23 +13149,33 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
     t->sample_stop = -1;
     train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
     train_optimizer(t, &model, 1);
+    train_plan(t);
     return t;
 }
 
 /* ============================================================================================
- * MARK: - 25 RM (rm_)
+ * MARK: - 28 RM (rm_)
  * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood
  * (Bradley and Terry 1952; Stiennon et al. 2020): P(chosen beats rejected) = sigmoid(r_c - r_r).
  * Over the pairs of an optimizer step, w the weight and m the margin of a pair, y the probability
  * that its chosen answer is the better one (1 unless its record or its annotators say otherwise),
  *     L = mean of w (-y log sigmoid(z) - (1 - y) log sigmoid(-z)) + c mean of (r_c + r_r)^2
- *     z = r_c - r_r - m
+ *     z = (r_c - r_r - m) b_a,    b_a = 1 or, with annotator_temperatures, 1 / T_a of annotator a
+ * A temperature says how far a's choices follow the rewards: those of a careless one are as good as
+ * drawn (T large), and then weigh little. Learned are t_a = log b_a = -log T_a, from 0, by the same
+ * AdamW, with a normal prior of deviation RM_SPREAD: over the N records of the training data
+ *     total = sum of L + sum over a of t_a^2 / (2 RM_SPREAD^2),    sum over records of t_a = 0
+ * The second equation takes out the scale that rewards and temperatures share. b_a is positive:
+ * whoever is wrong more often than right can only be ignored.
  * The likelihood leaves a constant free, hence the second term, and scale and origin of the scores
  * to chance: after training they are normalised so that answers of the starting model score with
  * mean 0 and deviation 1 (Ziegler et al. 2019), and a KL coefficient means the same for every
  * reward model.
- * Tests: test/test_golden.c, test/test_train.c
+ * Tests: test/test_golden.c, test/test_train.c, test/test_rater.c
  * ============================================================================================ */
+
+/* How far annotators' log temperatures lie apart, before anything is known. */
+#define RM_SPREAD 1.0
 
 /* -log sigmoid(z) = log(1 + e^-z), without overflow for either sign. Reported only: gradients come
  * from v_sigmoid1. */
@@ -11575,9 +13193,9 @@ static double rm_hit(const data_record *rec, double a, double b) {
     return sign > 0 ? 1 : sign < 0 ? 0 : 0.5;
 }
 
-/* Adds one pair with scores a (chosen) and b (rejected). */
-static void rm_add(rm_sums *s, const data_record *rec, double a, double b) {
-    double z = a - b - rec->margin;
+/* Adds one pair with scores a (chosen) and b (rejected); sharp: b_a of the loss. */
+static void rm_add(rm_sums *s, const data_record *rec, double a, double b, double sharp) {
+    double z = (a - b - rec->margin) * sharp;
     s->loss += rec->weight * ((1 - rec->doubt) * rm_loss(z) + rec->doubt * rm_loss(-z));
     s->margin += a - b;
     s->correct += rm_hit(rec, a, b);
@@ -11603,9 +13221,15 @@ static void rm_put(rlhf_trainer *t, const char *prefix, const rm_sums *s) {
     }
 }
 
-/* One micro-batch of n pairs out of `of` in the step: gradients and sums. Both answers of a pair
- * are sequences of one batch, chosen at even places. */
-static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int of, rm_sums *sums) {
+/* The number of a training record's annotator, -1: nothing is learned of them. */
+static int rm_annotator(const rlhf_trainer *t, const data_record *rec) {
+    return t->who.n ? t->who.of[rec - t->train->record] : -1;
+}
+
+/* One micro-batch, pairs first to first + n out of `of` in the step: gradients and sums. Both
+ * answers of a pair are sequences of one batch, chosen at even places. */
+static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int first, int n, int of,
+                    rm_sums *sums) {
     arena *ws = &t->ws;
     arena_mark mark = arena_save(ws);
     double center = t->u.rm.center_rewards_coefficient;
@@ -11619,44 +13243,69 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int n, int o
     model_run run = model_batch(ws, 2 * n, ids, len);
     /* The score is read where the sequence ends. */
     for (int i = 0; i < 2 * n; i++) row[i] = run.seq[i].row + run.seq[i].n - 1;
-    run.save = 1;
+    model_for_training(t->model, ws, &run, train_seed(t), 2 * first);
     model_forward(t->model, ws, &run);
     model_top top = model_top_fwd(t->model, ws, run.x, row, 2 * n);
     float *score = arena_floats(ws, (size_t)(2 * n), 2), *d = score + 2 * n;
     model_scores(t->model, ws, &top, score);
     for (int i = 0; i < n; i++) {
         float a = score[2 * i], b = score[2 * i + 1];
-        /*     dL/dr_c = -w (y sigmoid(-z) - (1 - y) sigmoid(z)) / of + 2 c (r_c + r_r) / of
-         * and the same with the first sign turned for r_r. */
-        float z = b - a + (float)rec[i]->margin, doubt = (float)rec[i]->doubt;
+        /*     f = w (y sigmoid(-z) - (1 - y) sigmoid(z)) / of
+         *     dL/dr_c = -f b_a + 2 c (r_c + r_r) / of        dL/dt_a = -f z
+         * and the first with the first sign turned for r_r. In the code z is -z. */
+        int who = rm_annotator(t, rec[i]);
+        float sharp = who < 0 ? 1 : v_exp1(t->who.x[who]);
+        float z = (b - a + (float)rec[i]->margin) * sharp, doubt = (float)rec[i]->doubt;
         float force = (1 - doubt) * v_sigmoid1(z) - doubt * v_sigmoid1(-z);
-        float slope = -(float)rec[i]->weight * force / (float)of;
+        float slope = -(float)rec[i]->weight * force * sharp / (float)of;
+        if (who >= 0) t->who.g[who] += (float)rec[i]->weight * force * z / (float)of;
         float pull = 2.0f * (float)center * (a + b) / (float)of;
         d[2 * i] = slope + pull;
         d[2 * i + 1] = pull - slope;
-        rm_add(sums, rec[i], (double)a, (double)b);
+        rm_add(sums, rec[i], (double)a, (double)b, (double)sharp);
         sums->loss += center * (double)(a + b) * (double)(a + b);
     }
     model_scores_bwd(t->model, ws, &run, &top, d);
     arena_restore(ws, mark);
 }
 
+/* One AdamW step on what is learned of annotators, with the constants of the optimizer's step that
+ * has just been done; then the mean over records is 0 again. */
+static void rm_step_annotators(rlhf_trainer *t) {
+    const rlhf_rm_config *c = &t->u.rm;
+    train_annotators *w = &t->who;
+    double n = 0, mean = 0;
+    for (int i = 0; i < w->n; i++) n += w->judgements[i];
+    for (int i = 0; i < w->n; i++) w->g[i] += w->x[i] / (float)(RM_SPREAD * RM_SPREAD * n);
+    k_adam a = t->opt->now[0][0];
+    a.lr = (float)(c->annotator_learning_rate *
+                   opt_schedule(c->lr_scheduler_type, t->step, c->warmup_steps, t->total));
+    a.clip = 1;
+    t->ctx->k->adam(w->n, w->x, w->g, w->m, w->v, &a);
+    for (int i = 0; i < w->n; i++) mean += w->judgements[i] / n * (double)w->x[i];
+    for (int i = 0; i < w->n; i++) w->x[i] -= (float)mean;
+}
+
 /* One optimizer step over the window's pairs. */
 static void rm_step(rlhf_trainer *t) {
-    const train_config *c = &t->u.c;
-    int from, n = train_window(t, &from), batch = (int)c->per_device_train_batch_size;
+    int from, n = train_window(t, &from), *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     const data_record **rec = arena_alloc(&t->ws, (size_t)n * sizeof *rec);
     int64_t tokens = 0;
     for (int i = 0; i < n; i++) {
         rec[i] = t->train->record + t->order[from + i];
-        tokens += rec[i]->a.n + rec[i]->b.n;
+        tokens += len[i] = rec[i]->a.n + rec[i]->b.n;
     }
     rm_sums sums = {0};
     double lr = train_lr(t);
     opt_zero(t->opt);
-    for (int i = 0; i < n; i += batch) rm_pass(t, rec + i, base_min(batch, n - i), n, &sums);
+    if (t->who.n) memset(t->who.g, 0, (size_t)t->who.n * sizeof(float));
+    for (int i = 0, k; i < n; i += k) {
+        k = train_cut(t, len, i, n);
+        rm_pass(t, rec + i, i, k, n, &sums);
+    }
     train_check_loss(t, sums.loss);
     double norm = opt_step(t->opt, &lr);
+    if (t->who.n) rm_step_annotators(t);
     t->tokens += tokens;
     rm_put(t, "", &sums);
     train_put(t, "grad_norm", norm);
@@ -11685,9 +13334,11 @@ static void rm_eval(rlhf_trainer *t) {
     float *score = rm_score_pairs(t->model, &t->ws, t->eval);
     rm_sums sums = {0};
     for (int i = 0; i < t->eval->n; i++)
-        rm_add(&sums, t->eval->record + i, (double)score[2 * i], (double)score[2 * i + 1]);
+        rm_add(&sums, t->eval->record + i, (double)score[2 * i], (double)score[2 * i + 1], 1);
     rm_put(t, "eval_", &sums);
 }
+
+enum { RM_SLOTS = 64 }; /* answers sampled at once */
 
 /* n answers that the starting model gives to prompts of the training data: whole sequences ids[i]
  * of len[i] tokens, in ws. Prompts are drawn without repetition as long as there are enough. */
@@ -11707,12 +13358,13 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
         item[i] = (gen_item){.prompt = whole,
                              .n_prompt = prompt,
                              .key = (uint64_t)i,
+                             .turn_end = s->turn_end,
                              .out = whole + prompt};
         ids[i] = whole;
     }
     /* From the whole distribution, as PPO samples. */
     gen_config g = {.max_new = room,
-                    .batch = 64,
+                    .batch = RM_SLOTS,
                     .temperature = (float)c->temperature,
                     .top_p = 1,
                     .seed = (uint64_t)c->seed,
@@ -11755,8 +13407,75 @@ static void rm_normalize(rlhf_trainer *t) {
     train_put(t, "score_std", (double)m->score_std);
 }
 
-/* What 20 needs to know of this trainer. */
-static const train_ops rm_ops = {"rm", RLHF_CONFIG_RM, rm_step, NULL, rm_eval, rm_normalize};
+/* The records, and the answers that normalisation samples. */
+static void rm_size(const rlhf_trainer *t, train_size *z) {
+    const rlhf_rm_config *c = &t->u.rm;
+    train_record_size(t, z);
+    if (!t->start || c->normalize_samples < 2) return;
+    z->from = t->start;
+    z->slots = base_min(RM_SLOTS, (int)c->normalize_samples);
+    for (int i = 0; i < t->train->n; i++) {
+        const data_seq *s = &t->train->record[i].a;
+        int prompt = 0;
+        while (prompt < s->n && !s->loss[prompt]) prompt++;
+        z->prompt = base_max(z->prompt, prompt);
+    }
+    z->len = z->prompt + (int)c->response_length;
+    z->scored = (int)c->normalize_samples * z->len;
+}
+
+/* Annotators with their temperatures, held. */
+static json_t *rm_temperatures(const rlhf_trainer *t) {
+    json_t *j = json_hold(t->ctx, json_object());
+    for (int i = 0; i < t->who.n; i++)
+        json_object_set_new(j, t->who.name[i],
+                            json_pack("{s:i,s:f}", "judgements", t->who.judgements[i],
+                                      "temperature", (double)v_exp1(-t->who.x[i])));
+    return j;
+}
+
+/* After the last step. */
+static void rm_finish(rlhf_trainer *t) {
+    rm_normalize(t);
+    if (!t->who.n || !train_dir(t)) return;
+    json_write_file(t->ctx, ckpt_path(t->ctx, train_dir(t), "annotators.json"), rm_temperatures(t));
+    err_release(t->ctx);
+}
+
+/* What 25 needs to know of this trainer. */
+static const train_ops rm_ops = {"rm",    RLHF_CONFIG_RM, rm_step, NULL,
+                                 rm_eval, rm_finish,      rm_size};
+
+/* Numbers the annotators of the training data, each with t_a = 0. */
+static void rm_open_annotators(rlhf_trainer *t) {
+    rlhf_ctx *ctx = t->ctx;
+    train_annotators *w = &t->who;
+    const rlhf_dataset *d = t->train;
+    json_t *numbers = json_hold(ctx, json_object());
+    w->of = mem_zalloc(ctx, 2 * (size_t)d->n, sizeof *w->of);
+    w->name = mem_zalloc(ctx, (size_t)d->n, sizeof *w->name);
+    w->judgements = w->of + d->n;
+    for (int i = 0; i < d->n; i++) {
+        const char *name = d->record[i].annotator;
+        const json_t *number = name ? json_object_get(numbers, name) : NULL;
+        int k = number ? (int)json_integer_value(number) : name ? w->n++ : -1;
+        w->of[i] = k;
+        if (k < 0) continue;
+        if (!number && json_object_set_new(numbers, name, json_integer(k)))
+            err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+        w->name[k] = name;
+        w->judgements[k]++;
+    }
+    err_release(ctx);
+    if (!w->n)
+        err_throw(ctx, RLHF_ERR_ARG,
+                  "annotator_temperatures: no training record says who its \"annotator\" is");
+    size_t n = (size_t)w->n;
+    w->x = mem_zalloc(ctx, 4 * n, sizeof *w->x);
+    w->g = w->x + n;
+    w->m = w->g + n;
+    w->v = w->m + n;
+}
 
 /* A trainer of a scorer; start, eval and tok may be null. A head that was never trained starts from
  * the seed; an earlier normalisation is forgotten, since it is measured again. */
@@ -11772,17 +13491,23 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
     if (eval) train_check_records(model, eval);
     t->eval = eval;
     t->start = start;
+    if (config->annotator_temperatures && strcmp(config->annotator_weights, "none"))
+        err_throw(model->ctx, RLHF_ERR_ARG,
+                  "annotator_temperatures learn from each annotator's own choice, expected "
+                  "annotator_weights \"none\"");
+    if (config->annotator_temperatures) rm_open_annotators(t);
     train_set_length(t, config->per_device_train_batch_size * config->gradient_accumulation_steps);
     train_optimizer(t, &model, 1);
     if (!model->score_trained) model_init_score(model, (uint64_t)config->seed);
     model->score_trained = 1;
     model->score_mean = 0;
     model->score_std = 1;
+    train_plan(t);
     return t;
 }
 
 /* ============================================================================================
- * MARK: - 26 PPO (ppo_)
+ * MARK: - 29 PPO (ppo_)
  * Proximal policy optimisation with a per-token KL penalty (Schulman et al. 2017; Ziegler et al.
  * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
@@ -11794,7 +13519,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
  *     reference        ppo_reference        log p_ref,t, KL, entropy
  *     values           ppo_values           V_t
  *     scores           ppo_score            one number for the answer
- *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (20)
+ *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (24)
  *     optimisation     ppo_minibatch        loss = policy(A_t, log p_t) + vf_coef value(R_t, V_t)
  *
  * The reference is the policy as it was when the trainer was opened. Log-probabilities are those of
@@ -11849,6 +13574,7 @@ static void ppo_generate(rlhf_trainer *t, roll_row *row, int n) {
         item[i] = (gen_item){.prompt = row[i].ids,
                              .n_prompt = row[i].n_prompt,
                              .key = (uint64_t)(t->episodes + i),
+                             .turn_end = row[i].record->a.turn_end,
                              .out = row[i].ids + row[i].n_prompt,
                              .logp = row[i].logp,
                              .hidden = row[i].hidden};
@@ -11951,7 +13677,7 @@ static void ppo_each_batch(rlhf_trainer *t, roll_row *const *row, int n,
     /* What a pass allocates goes with its batch; its results lie in the rows. */
     for (int at = 0, k; at < n; at += k) {
         arena_mark mark = arena_save(&t->ws);
-        k = model_batch_count(len, at, n);
+        k = model_batch_count(t->model, len, at, n);
         pass(t, row + at, k);
         arena_restore(&t->ws, mark);
     }
@@ -12138,7 +13864,7 @@ static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_po
     arena_mark mark = arena_save(ws);
     rlhf_model *m = t->model;
     model_run run = ppo_batch(ws, row, n);
-    run.save = 1;
+    model_for_training(m, ws, &run, 0, -1);
     int total, *state = ppo_states(ws, &run, row, n, 0, &total);
     int32_t *target = ppo_targets(ws, row, n, total);
     float *f = arena_floats(ws, (size_t)total, 4), *old = f, *adv = f + total;
@@ -12175,7 +13901,7 @@ static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double 
     float range = (float)t->u.ppo.cliprange_value,
           std = m->score_std > 1e-8f ? m->score_std : 1e-8f;
     model_run run = ppo_batch(ws, row, n);
-    run.save = 1;
+    model_for_training(m, ws, &run, 0, -1);
     int total, *state = ppo_states(ws, &run, row, n, 1, &total);
     model_forward(m, ws, &run);
     model_top top = model_top_fwd(m, ws, run.x, state, total);
@@ -12201,9 +13927,11 @@ static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double 
 static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const double *lr,
                           ppo_sums *s) {
     const rlhf_ppo_config *c = &t->u.ppo;
-    int batch = (int)c->per_device_train_batch_size;
+    arena_mark mark = arena_save(&t->ws);
+    int *len = arena_alloc(&t->ws, (size_t)n * sizeof *len);
     int64_t tokens = 0, states = 0;
     for (int i = 0; i < n; i++) {
+        len[i] = row[i]->n_prompt + row[i]->n;
         tokens += row[i]->n;
         states += row[i]->n_value;
     }
@@ -12211,8 +13939,8 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
     double loss = 0, clipped = 0;
     opt_zero(t->opt);
     /* Two models, two gradients, one optimizer step. */
-    for (int i = 0; i < n; i += batch) {
-        int k = base_min(batch, n - i);
+    for (int i = 0, k; i < n; i += k) {
+        k = train_cut(t, len, i, n);
         ppo_policy_pass(t, row + i, k, &p);
         ppo_value_pass(t, row + i, k, c->vf_coef / (double)states, &loss, &clipped);
     }
@@ -12230,6 +13958,7 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
     s->ratio += ratio;
     s->ratio_sq += ratio * ratio;
     s->minibatches++;
+    arena_restore(&t->ws, mark);
 }
 
 /* num_ppo_epochs passes over the rollout, each in its own order, in num_mini_batches steps of equal
@@ -12294,6 +14023,20 @@ static void ppo_step(rlhf_trainer *t) {
     }
 }
 
+/* Prompts and answers of full length, and what is kept of each answer until the update is over. */
+static void ppo_size(const rlhf_trainer *t, train_size *z) {
+    const rlhf_ppo_config *c = &t->u.ppo;
+    size_t room = (size_t)c->response_length;
+    for (int i = 0; i < t->train->n; i++) z->prompt = base_max(z->prompt, t->train->record[i].a.n);
+    z->len = z->prompt + (int)room;
+    int fit = base_max(1, t->at_once / z->len), most = (int)(c->batch_size / c->num_mini_batches);
+    z->rows = z->len * base_min(base_min(fit, most), (int)c->per_device_train_batch_size);
+    z->from = t->model;
+    z->slots = (int)c->batch_size;
+    z->scored = (int)c->batch_size * z->len;
+    z->rollout = (size_t)c->batch_size * (4 * room * (size_t)t->model->c.d + 32 * (room + 1));
+}
+
 static int ppo_compare_floats(const void *a, const void *b) {
     const float *x = a, *y = b;
     return (*x > *y) - (*x < *y);
@@ -12310,8 +14053,8 @@ static double ppo_mean_best(const float *score, int n, int k) {
     return sum;
 }
 
-/* What the best of n = 1, 2, 4, ... answers of the starting policy scores, as a mean over the
- * sample prompts with its standard error, at KL log n - (n-1)/n (Stiennon et al. 2020; an upper
+/* What the best of n = 1, 2, 4, ... answers of the starting policy scores, as a mean over
+ * batch_size prompts with its standard error, at KL log n - (n-1)/n (Stiennon et al. 2020; an upper
  * bound where answers repeat): the frontier that PPO's reward at its KL is to be seen against.
  * Answers are drawn and scored as in training. Nothing with a reward function, which is called for
  * training only. */
@@ -12319,9 +14062,9 @@ static void ppo_best_of_n(rlhf_trainer *t) {
     const rlhf_ppo_config *c = &t->u.ppo;
     rlhf_ctx *ctx = t->ctx;
     int n = (int)c->best_of_n, prompts, room = (int)c->response_length;
-    if (!n || !t->samples || t->fn || !train_dir(t)) return;
+    if (!n || t->fn || !train_dir(t)) return;
     arena_reset(&t->ws);
-    gen_item *first = train_sample_prompts(t, t->samples, room, &prompts);
+    gen_item *first = train_sample_prompts(t, (int)c->batch_size, room, &prompts);
     if (!prompts) return;
     gen_item *item = arena_alloc(&t->ws, (size_t)prompts * (size_t)n * sizeof *item);
     for (int i = 0; i < prompts * n; i++) {
@@ -12367,13 +14110,14 @@ static void ppo_best_of_n(rlhf_trainer *t) {
     err_release(ctx);
 }
 
-/* What 20 needs to know of this trainer; there is no evaluation set. */
-static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, ppo_best_of_n, NULL, NULL};
+/* What 25 needs to know of this trainer; there is no evaluation set. */
+static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, ppo_best_of_n,
+                                  NULL,  NULL,            ppo_size};
 
 /* The value model: a copy of the reward model, normalisation included (Stiennon et al. 2020), or
  * the policy's trunk with a head of zeros. */
 static rlhf_model *ppo_value_model(rlhf_model *policy, rlhf_model *reward) {
-    rlhf_model *v = ckpt_clone(reward ? reward : policy, RLHF_HEAD_SCORE);
+    rlhf_model *v = ckpt_copy_model(reward ? reward : policy, RLHF_HEAD_SCORE);
     v->score_trained = 1;
     return v;
 }
@@ -12410,21 +14154,22 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     t->sample_room = (int)config->response_length;
     t->sample_stop = (int)config->stop_token_id;
     train_set_length(t, config->batch_size);
-    /* Both clones, unfinished, would leave jansson memory behind if a later one failed. */
-    t->start = ckpt_clone(policy, RLHF_HEAD_LM);
-    err_defer(ctx, ckpt_drop_config, t->start);
+    /* Copies before the policy changes: they share its base. */
+    t->start = ckpt_copy_model(policy, RLHF_HEAD_LM);
     t->value = ppo_value_model(policy, reward);
-    err_defer(ctx, ckpt_drop_config, t->value);
     t->owns_start = t->owns_value = 1;
     rlhf_model *models[2] = {policy, t->value};
     train_optimizer(t, models, 2);
-    err_keep(ctx);
-    err_keep(ctx);
+    train_plan(t);
+    for (int i = 0; i < 2; i++) {
+        err_keep(ctx);    /* a copy */
+        err_release(ctx); /* its config */
+    }
     return t;
 }
 
 /* ============================================================================================
- * MARK: - 27 EVAL (eval_)
+ * MARK: - 30 EVAL (eval_)
  * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy and
  * calibration overall, by any field of the records and turn by turn. Results are JSON objects.
  *
@@ -12464,7 +14209,7 @@ static double eval_kl(rlhf_model *m, rlhf_model *ref, arena *ws, const data_seq 
     double sum = 0;
     for (int i = 0; i < n; i++) len[i] = seq[i]->n;
     for (int i = 0, k; i < n; i += k) {
-        k = model_batch_count(len, i, n);
+        k = model_batch_count(m, len, i, n);
         sum += eval_kl_pass(m, ref, ws, seq + i, k);
     }
     return sum;
@@ -12599,7 +14344,7 @@ static int eval_length(const data_seq *s) {
 /* Adds a pair with scores a and b and answers of these lengths. */
 static void eval_add(eval_slice *e, const data_record *r, double a, double b, double agree,
                      int length_a, int length_b) {
-    rm_add(&e->s, r, a, b);
+    rm_add(&e->s, r, a, b, 1);
     e->longer += rm_hit(r, length_a, length_b);
     if (!isnan(agree)) e->agree += agree, e->judged++;
     double sure = (double)v_sigmoid1((float)fabs(a - b));
@@ -12629,7 +14374,7 @@ static json_t *eval_slice_json(const eval_slice *e, double std) {
     eval_put(j, "ece", ece);
     eval_put(j, "loss", e->s.loss / n);
     eval_put(j, "length_accuracy", e->longer / n);
-    eval_put(j, "agreement", agreement);
+    eval_put_share(j, "agreement", e->agree, e->judged);
     eval_put(j, "ceiling", 0.5 + 0.5 * sqrt(fmax(2 * agreement - 1, 0)));
     if (isnan(agreement)) json_object_set_new(j, "ceiling", json_null());
     return j;
@@ -12884,7 +14629,7 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
 }
 
 /* ============================================================================================
- * MARK: - 28 RATER (rater_)
+ * MARK: - 31 RATER (rater_)
  * Annotators: who judged what, how far they agree, and whom to trust. Judgements are gathered from
  * files by what they are about: an item is a prompt with two answers. Agreement is
  * Krippendorff's alpha (nominal) and Cohen's kappa; intervals are Wilson's for shares and
@@ -12963,7 +14708,8 @@ typedef struct rater_set {
     rater_who *who;                             /* stb_ds */
     rater_name *items, *whos, *domains, *kinds; /* stb_ds: text -> number */
     int n_votes, n_items, n_whos, n_domains, n_kinds;
-    int replaced, skipped;
+    int replaced, skipped, ignored[DATA_WHYS];
+    data_judged judged;
     uint64_t seed;
     int replicates;
 } rater_set;
@@ -13036,7 +14782,6 @@ static rater_pair rater_read_pair(const json_src *src, const json_t *j) {
     if (!p.listed && p.value == RATER_B) p.value = RATER_A;
     int turn = strcmp(p.answer[0], p.answer[1]) > 0;
     p.id = rater_dump(ctx, json_get(j, json_get(j, "item") ? "item" : "item_id"));
-    p.id = rater_dump(ctx, json_get(j, json_get(j, "item") ? "item" : "item_id"));
     p.key = mem_temp(mem_printf(ctx, "%s\n%s\n%s\n%s", p.id ? p.id : "", p.prompt, p.answer[turn],
                                 p.answer[!turn]));
     return p;
@@ -13080,8 +14825,11 @@ static int rater_gold(const json_src *src, const json_t *j, int value) {
 }
 
 /* Reads one judgement. */
-static void rater_read_record(rater_set *s, const json_src *src, const json_t *j) {
+static void rater_read_record(rater_set *s, const json_src *src, json_t *j) {
     if (!json_is_object(j)) json_bad(src, "record", j, "an object");
+    int why = data_judge(&s->judged, src, j);
+    if (why >= 0) s->ignored[why]++;
+    if (why >= 0) return;
     const char *who = json_need_str(src, j, "annotator");
     const char *kind = json_opt_str(src, j, "annotator_type", json_opt_str(src, j, "kind", "-"));
     rater_pair p = rater_read_pair(src, j);
@@ -13107,7 +14855,7 @@ static void rater_read_record(rater_set *s, const json_src *src, const json_t *j
 
 /* Calls read for every record of JSON lines, or of one JSON array. */
 static void rater_each(rater_set *s, const char *name, const char *text, size_t len,
-                       void (*read)(rater_set *, const json_src *, const json_t *)) {
+                       void (*read)(rater_set *, const json_src *, json_t *)) {
     json_src src = json_source(s->ctx, name);
     src.status = RLHF_ERR_DATA;
     const char *end = text + len, *p;
@@ -13139,7 +14887,7 @@ static void rater_each(rater_set *s, const char *name, const char *text, size_t 
 
 /* The same for a file, plain or gzip. */
 static void rater_each_in(rater_set *s, const char *path,
-                          void (*read)(rater_set *, const json_src *, const json_t *)) {
+                          void (*read)(rater_set *, const json_src *, json_t *)) {
     size_t len;
     char *text = io_read(s->ctx, path, IO_LIMIT, &len);
     rater_each(s, path, text, len, read);
@@ -13198,8 +14946,13 @@ static void rater_free(rater_set *s) {
 
 /* Reads the judgements of all files. */
 static void rater_read(rater_set *s, const char *const *paths, int n) {
+    s->judged.aspects = json_hold(s->ctx, json_object());
     for (int i = 0; i < n; i++) rater_each_in(s, paths[i], rater_read_record);
-    if (!stbds_arrlen(s->vote)) err_throw(s->ctx, RLHF_ERR_DATA, "%s: no judgements", paths[0]);
+    data_need_aspect(&s->judged, s->ctx, paths[0]);
+    if (!stbds_arrlen(s->vote))
+        err_throw(s->ctx, RLHF_ERR_DATA, "%s: no judgements%s", paths[0],
+                  s->ignored[DATA_UNQUALIFIED] ? " of somebody qualified" : "");
+    err_release(s->ctx);
     rater_sort(s);
 }
 
@@ -13713,6 +15466,8 @@ static json_t *rater_report(const rater_set *s, const rater_fit *f,
     json_object_set_new(j, "ties", json_integer(ties));
     json_object_set_new(j, "skipped", json_integer(s->skipped));
     json_object_set_new(j, "replaced", json_integer(s->replaced));
+    json_object_set_new(j, "unqualified", json_integer(s->ignored[DATA_UNQUALIFIED]));
+    json_object_set_new(j, "other_aspect", json_integer(s->ignored[DATA_OTHER_ASPECT]));
     json_object_set_new(j, "rounds", json_integer(f->rounds));
     json_object_set_new(j, "domain",
                         rater_rows(s, f, RATER_BY_DOMAIN, s->domains, s->n_domains, &row));
@@ -13794,7 +15549,7 @@ static void rater_inform(rater_set *s, rlhf_model *m, rlhf_tokenizer *tok) {
 }
 
 /* A record of labels: its soft label becomes the item's prior, its weight a vote's seconds. */
-static void rater_read_label(rater_set *s, const json_src *src, const json_t *j) {
+static void rater_read_label(rater_set *s, const json_src *src, json_t *j) {
     if (!json_is_object(j)) json_bad(src, "record", j, "an object");
     rater_pair p = rater_read_pair(src, j);
     double label = json_need_real(src, j, "soft_label"),
@@ -13813,7 +15568,8 @@ static void rater_read_label(rater_set *s, const json_src *src, const json_t *j)
  * more of the likelihood. Pairs that the file does not know keep their label. */
 static void rater_weigh(rlhf_dataset *d, const char *how) {
     rlhf_ctx *ctx = d->ctx;
-    rater_set s = {.ctx = ctx};
+    /* The dataset has chosen which judgements count. */
+    rater_set s = {.ctx = ctx, .judged = {.aspect = "", .use_unqualified = 1}};
     int file = strcmp(how, "em") && strcmp(how, "majority"), unknown = 0;
     if (!strcmp(how, "none")) return;
     if (!*how)
@@ -13872,7 +15628,7 @@ static void rater_weigh(rlhf_dataset *d, const char *how) {
 }
 
 /* ============================================================================================
- * MARK: - 29 API (rlhf_ api_)
+ * MARK: - 32 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
  *
@@ -13984,6 +15740,9 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
  * objects only. */
 void rlhf_close(rlhf_ctx *ctx) {
     if (!ctx) return;
+    /* Models that are still open go with their blocks; mappings are none of these. */
+    for (model_base *b = ctx->bases; b; b = b->next)
+        for (int i = 0; i < b->n_maps; i++) io_unmap(b->maps[i]);
     while (ctx->blocks) mem_free(ctx->blocks + 1);
     par_free(ctx);
     rlhf_hooks h = ctx->hooks;
@@ -14103,7 +15862,8 @@ rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind) {
                               .max_records = -1,
                               .completion_only_loss = 1,
                               .add_eos = 1,
-                              .chat_template = "auto"};
+                              .chat_template = "auto",
+                              .aspect = ""};
 }
 
 const char *rlhf_chat_templates(void) { return "auto|" CHAT_NAMES; }
@@ -14162,7 +15922,8 @@ rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_si
     if (vocab_size > 0) json_object_set_new(config, "vocab_size", json_integer(vocab_size));
     if (bos >= 0) json_object_set_new(config, "bos_token_id", json_integer(bos));
     if (eos >= 0) json_object_set_new(config, "eos_token_id", json_integer(eos));
-    rlhf_model *m = ckpt_adopt(ctx, &src, config);
+    rlhf_model *m = ckpt_adopt(ctx, &src, config, NULL);
+    err_keep(ctx);
     err_release(ctx);
     model_randomize(m, seed);
     *model = m;
@@ -14182,6 +15943,13 @@ rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const 
     API_ENTER(model->ctx);
     ckpt_save(model, dir, '4');
     if (tokenizer) tok_save(tokenizer, dir);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_model_merge(rlhf_model *model) {
+    if (!model) return RLHF_ERR_ARG;
+    API_ENTER(model->ctx);
+    model_thaw(model);
     API_LEAVE();
 }
 
@@ -14210,7 +15978,7 @@ rlhf_model_shape rlhf_model_get_shape(const rlhf_model *m) {
                               .intermediate_size = m->c.ff,
                               .max_positions = m->c.positions,
                               .tied = m->c.tied,
-                              .n_params = model_count(m)};
+                              .n_params = model_count(m, 0)};
 }
 
 rlhf_status rlhf_model_hash(rlhf_model *model, char hash[17]) {
@@ -14329,6 +16097,7 @@ static rlhf_sample *api_generate(rlhf_model *m, rlhf_tokenizer *tok, const rlhf_
         item[i] = (gen_item){.prompt = prompt[i / each].ids,
                              .n_prompt = prompt[i / each].n,
                              .key = (uint64_t)i,
+                             .turn_end = prompt[i / each].turn_end,
                              .out = arena_alloc(&m->ws, (size_t)room * sizeof(int32_t)),
                              .logp = arena_floats(&m->ws, (size_t)room, 1)};
     gen_config g = {.max_new = room,
@@ -14438,6 +16207,8 @@ rlhf_status rlhf_eval_pairs(rlhf_model *reward, rlhf_dataset *dataset,
     train_validate(api_ctx, RLHF_CONFIG_EVAL, config);
     API_CHECK(dataset->config.kind == RLHF_DATA_PREFERENCE,
               "comparing pairs needs a dataset of kind RLHF_DATA_PREFERENCE");
+    API_CHECK(!*config->aspect || !strcmp(config->aspect, dataset->config.aspect),
+              "aspect: the dataset was opened for another one");
     API_CHECK(!config->per_turn || dataset->config.turns,
               "per_turn needs a dataset that was opened with turns = 1");
     arena_reset(&reward->ws);
@@ -14476,7 +16247,8 @@ rlhf_status rlhf_raters(rlhf_ctx *ctx, const char *const *paths, int n,
     for (int i = 0; i < n; i++) API_CHECK(paths[i], "a path is null");
     rater_set set = {.ctx = ctx,
                      .seed = (uint64_t)config->seed,
-                     .replicates = (int)config->bootstrap};
+                     .replicates = (int)config->bootstrap,
+                     .judged = {config->aspect, config->use_unqualified, NULL}};
     rater_read(&set, paths, n);
     if (reward) rater_inform(&set, reward, tokenizer);
     rater_fit fit = rater_fit_new(&set);
@@ -14511,8 +16283,19 @@ rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *t
     API_ENTER(model->ctx);
     API_CHECK(train->config.kind == RLHF_DATA_PREFERENCE,
               "a reward model needs a dataset of kind RLHF_DATA_PREFERENCE");
+    API_CHECK(!config->aspect || !*config->aspect || !strcmp(config->aspect, train->config.aspect),
+              "aspect: the dataset was opened for another one");
     if (config->annotator_weights) rater_weigh(train, config->annotator_weights);
     *trainer = rm_open(model, start, tokenizer, train, eval, config);
+    API_LEAVE();
+}
+
+rlhf_status rlhf_rm_temperatures(rlhf_trainer *trainer, char **json) {
+    if (!trainer || !json) return RLHF_ERR_ARG;
+    *json = NULL;
+    API_ENTER(trainer->ctx);
+    *json = json_text(api_ctx, rm_temperatures(trainer), JSON_COMPACT, NULL);
+    err_release(api_ctx);
     API_LEAVE();
 }
 
@@ -14557,6 +16340,10 @@ double rlhf_trainer_metric(const rlhf_trainer *trainer, const char *name) {
     return NAN;
 }
 
+rlhf_memory rlhf_trainer_memory(const rlhf_trainer *trainer) {
+    return trainer ? trainer->memory : (rlhf_memory){0};
+}
+
 rlhf_status rlhf_trainer_metrics(rlhf_trainer *trainer, char **json) {
     if (!trainer || !json) return RLHF_ERR_ARG;
     *json = NULL;
@@ -14573,7 +16360,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 30 BENCH (bench_)
+ * MARK: - 33 BENCH (bench_)
  * How fast this machine does the work of RLHF, against its own limits: multiply-adds in registers
  * and the memory's bandwidth, measured first. Random weights of named shapes, nothing is
  * downloaded. Equal weight hashes at the end mean that two machines did the same work.
@@ -14700,7 +16487,6 @@ static void bench_add(bench *b, const char *name, double value, const char *unit
 
 /* What both limits take. */
 typedef struct bench_peak {
-    const k_table *k;
     const k_tiles *tiles;
     const float *mem;
     int64_t pieces; /* of mem */
@@ -14708,7 +16494,7 @@ typedef struct bench_peak {
     _Atomic double flops;
 } bench_peak;
 
-enum { BENCH_PEAK_ROUNDS = 1 << 20, BENCH_PIECE = 1024, BENCH_STREAMS = 4 };
+enum { BENCH_PEAK_ROUNDS = 1 << 20, BENCH_PIECE = 4096 };
 
 /* Multiply-adds in registers, nothing else. */
 static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -14724,23 +16510,27 @@ static void bench_peak_run(void *arg) {
     par_for(base_current, 4 * base_current->threads, 1, bench_peak_range, arg);
 }
 
-/* Reads memory in order, several streams at once. */
+/* Eight registers of the compiler's own vectors, so that nothing but the loads takes time: a sum of
+ * floats would wait for its additions. */
+typedef uint64_t bench_word __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* Reads memory in order. */
 static void bench_read_range(void *arg, int64_t lo, int64_t hi, int thread) {
     bench_peak *p = arg;
-    float sink = 0;
+    const bench_word *x = (const bench_word *)(p->mem + lo * BENCH_PIECE);
+    bench_word bits[8] = {{0}};
     (void)thread;
-    for (int64_t i = lo; i < hi; i += BENCH_STREAMS)
-        for (int64_t at = 0; at < BENCH_PIECE; at += BENCH_PIECE / 4)
-            for (int64_t s = i; s < base_min((int)hi, (int)i + BENCH_STREAMS); s++) {
-                const float *x = p->mem + s * BENCH_PIECE + at;
-                sink += p->k->dot(BENCH_PIECE / 4, x, x);
-            }
-    if (sink == 1) p->sink = sink;
+    for (int64_t n = (hi - lo) * BENCH_PIECE / 32; n > 0; n--, x += 8) {
+        V_UNROLL
+        for (int j = 0; j < 8; j++) bits[j] ^= x[j];
+    }
+    for (int j = 1; j < 8; j++) bits[0] ^= bits[j];
+    if (bits[0][0] == 1) p->sink = 1; /* keeps the compiler from dropping the loads */
 }
 
 static void bench_read_run(void *arg) {
     bench_peak *p = arg;
-    par_for(base_current, p->pieces, BENCH_STREAMS, bench_read_range, p);
+    par_for(base_current, p->pieces, 1, bench_read_range, p);
 }
 
 /* GB/s that reading so many bytes over and over reaches: from memory, or from the cache that holds
@@ -14748,7 +16538,7 @@ static void bench_read_run(void *arg) {
 static double bench_read(bench *b, double bytes) {
     int64_t pieces = (int64_t)fmin(bytes, 1e9) / 4 / BENCH_PIECE + 1;
     float *mem = mem_zalloc(b->ctx, (size_t)pieces * BENCH_PIECE, sizeof *mem);
-    bench_peak p = {.k = b->ctx->k, .mem = mem, .pieces = pieces};
+    bench_peak p = {.mem = mem, .pieces = pieces};
     double t = bench_time(b, bench_read_run, &p);
     mem_free(mem);
     return 4.0 * (double)pieces * BENCH_PIECE / t / 1e9;
@@ -14756,7 +16546,7 @@ static double bench_read(bench *b, double bytes) {
 
 /* GFLOP/s in registers, 0 where the table has no such instructions. */
 static double bench_fma(bench *b, const k_tiles *tiles) {
-    bench_peak p = {.k = b->ctx->k, .tiles = tiles};
+    bench_peak p = {.tiles = tiles};
     if (!tiles->peak) return 0;
     double t = bench_time(b, bench_peak_run, &p);
     return 4 * b->ctx->threads * p.flops / t / 1e9;
@@ -14845,7 +16635,8 @@ static rlhf_model *bench_model(bench *b, const char *name, int score) {
     json_t *config = json_parse(&src, text, strlen(text));
     if (score)
         json_object_set_new(config, "architectures", json_pack("[s]", "ForSequenceClassification"));
-    rlhf_model *m = ckpt_adopt(b->ctx, &src, config);
+    rlhf_model *m = ckpt_adopt(b->ctx, &src, config, NULL);
+    err_keep(b->ctx);
     err_release(b->ctx);
     model_randomize(m, 1);
     if (score) {
@@ -15057,7 +16848,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 31 PAGE (page_)
+ * MARK: - 34 PAGE (page_)
  * The pages that the program shows in a browser. Their HTML, CSS and JavaScript are the readable
  * files of data/page/; the build turns them into page.h, a table of names and bytes.
  * ============================================================================================ */
@@ -15077,9 +16868,447 @@ static const char *page_text(const char *name, size_t *size) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 33 LABEL (label_)
+ * MARK: - 35 REPORT (report_)
+ * Runs as one page: what their directories hold (26) becomes one JSON object, which the template
+ * data/page/report.html takes in beside its style and script. The page needs no other file and no
+ * network. What is drawn is decided there; what is a warning is decided here.
+ *
+ *     version, rules    texts
+ *     raters            a report of `rlhf raters`, or null
+ *     runs              a list: name, trainer, command, options (name, value, default, help),
+ *                       metrics (by name: lists step and value), eval and best_of_n (as in their
+ *                       files, or null), samples (lines of samples.jsonl), warnings, unchecked
+ *
+ * Entry: report_write.   Tests: test/test_report.c, test/pages_report.py
+ * ============================================================================================ */
+
+/* ---- files ---- */
+
+/* Calls take for every line of a file of JSON objects. A last line without its end that is no JSON
+ * was cut short, by a crash or because the run is still writing: it does not count. */
+static void report_lines(rlhf_ctx *ctx, const char *path, json_t *out,
+                         void (*take)(const json_src *src, json_t *line, json_t *out)) {
+    size_t len;
+    char *text = io_read(ctx, path, IO_LIMIT, &len);
+    json_src src = json_source(ctx, path);
+    src.status = RLHF_ERR_DATA;
+    for (size_t at = 0, n; at < len; at += n + 1) {
+        char *end = memchr(text + at, '\n', len - at);
+        json_error_t e;
+        n = end ? (size_t)(end - text) - at : len - at;
+        src.line++;
+        if (!end) {
+            json_t *whole = json_loadb(text + at, n, JSON_ALLOW_NUL, &e);
+            json_decref(whole);
+            if (!whole) {
+                log_at(ctx, RLHF_LOG_WARNING, "%s:%lld: the last line is cut short and left out",
+                       path, (long long)src.line);
+                break;
+            }
+        }
+        json_t *j = json_parse(&src, text + at, n);
+        if (!json_is_object(j)) json_bad(&src, "line", j, "an object");
+        take(&src, j, out);
+        err_release(ctx);
+    }
+    mem_free(text);
+}
+
+/* Adds a line of metrics.jsonl to {name: {"step": [], "value": []}}. */
+static void report_take_metrics(const json_src *src, json_t *line, json_t *out) {
+    json_int_t step = (json_int_t)json_need_int(src, line, "step", 0, (int64_t)1 << 53);
+    const char *name;
+    json_t *v;
+    json_object_foreach(line, name, v) {
+        if (!strcmp(name, "step")) continue;
+        if (!json_is_number(v) && !json_is_null(v)) json_bad(src, name, v, "a number or null");
+        json_t *series = json_object_get(out, name);
+        if (!series) {
+            series = json_pack("{s:[],s:[]}", "step", "value");
+            json_object_set_new(out, name, series);
+        }
+        json_t *steps = json_object_get(series, "step");
+        size_t n = json_array_size(steps);
+        if (n && json_integer_value(json_array_get(steps, n - 1)) >= step)
+            json_bad(src, "step", json_object_get(line, "step"), "more than in the lines before");
+        json_array_append_new(steps, json_integer(step));
+        json_array_append(json_object_get(series, "value"), v);
+    }
+}
+
+/* Adds a line of samples.jsonl to a list. */
+static void report_take_sample(const json_src *src, json_t *line, json_t *out) {
+    json_need_int(src, line, "step", 0, (int64_t)1 << 53);
+    if (!json_is_string(json_get(line, "prompt")))
+        json_bad(src, "prompt", json_get(line, "prompt"), "a string");
+    if (!json_is_string(json_get(line, "completion")))
+        json_bad(src, "completion", json_get(line, "completion"), "a string");
+    json_array_append(out, line);
+}
+
+/* The object in dir/name, or null if there is no such file. need, if not null: an array or object
+ * that it must have, by which its kind is known. Held in either case. */
+static json_t *report_object(rlhf_ctx *ctx, const char *path, const char *need, const char *what) {
+    if (!path || !io_exists(path)) return json_hold(ctx, json_null());
+    json_src src = json_source(ctx, path);
+    json_t *j = json_read(&src);
+    if (!json_is_object(j)) err_throw(ctx, RLHF_ERR_FORMAT, "%s: expected %s", path, what);
+    if (need && !json_is_array(json_get(j, need)) && !json_is_object(json_get(j, need)))
+        json_bad(&src, need, json_get(j, need), what);
+    return j;
+}
+
+/* The points of best_of_n.json, if there are any. */
+static json_t *report_frontier(rlhf_ctx *ctx, const char *dir) {
+    char *path = ckpt_path(ctx, dir, "best_of_n.json");
+    json_t *j = report_object(ctx, path, "points", "a list of points"), *point;
+    json_src src = json_source(ctx, path);
+    size_t i;
+    json_array_foreach(json_object_get(j, "points"), i, point) {
+        json_need_int(&src, point, "n", 1, INT_MAX);
+        json_need_real(&src, point, "kl");
+        json_need_real(&src, point, "score");
+        json_need_real(&src, point, "error");
+    }
+    return j;
+}
+
+/* ---- what was run ---- */
+
+/* Appends " --name value", the value as a shell takes it. */
+static void report_put_option(tok_buf *b, const char *name, const char *value) {
+    static const char safe[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+                               "_-./:=,+@%";
+    size_t n = strlen(value);
+    tok_put(b, " --", 3);
+    tok_put(b, name, strlen(name));
+    tok_put(b, " ", 1);
+    if (n && strspn(value, safe) == n) {
+        tok_put(b, value, n);
+        return;
+    }
+    tok_put(b, "'", 1);
+    for (size_t i = 0; i < n; i++)
+        if (value[i] == '\'') tok_put(b, "'\\''", 4);
+        else tok_put(b, value + i, 1);
+    tok_put(b, "'", 1);
+}
+
+/* Whether an option's value in run.json is the table's default. */
+static int report_is_default(const rlhf_field *f, const json_t *v) {
+    if (f->kind == 'S') return json_is_string(v) && !strcmp(json_string_value(v), f->text);
+    if (f->kind == 'B') return json_is_boolean(v) && json_is_true(v) == (f->def != 0);
+    return json_is_number(v) && json_number_value(v) == f->def;
+}
+
+/* One row of "options", also an option of the command. Takes the reference to def, which may be
+ * null. */
+static void report_add_option(rlhf_ctx *ctx, tok_buf *command, json_t *options, const char *name,
+                              json_t *v, json_t *def, const char *help) {
+    char text[64];
+    def = json_hold(ctx, def ? def : json_null());
+    if (json_is_real(v)) snprintf(text, sizeof text, "%.12g", json_number_value(v));
+    else if (!json_is_string(v)) json_show(v, text, sizeof text);
+    report_put_option(command, name, json_is_string(v) ? json_string_value(v) : text);
+    if (json_array_append_new(options, json_pack("{s:s,s:O,s:O,s:s}", "name", name, "value", v,
+                                                 "default", def, "help", help)))
+        err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for a JSON value");
+    err_release(ctx);
+}
+
+/* "command" and "options" of a run: what it read, then every option that is not at its default. */
+static void report_put_command(rlhf_ctx *ctx, json_t *out, const char *dir, const json_t *run) {
+    static const struct {
+        const char *name, *help;
+    } inputs[] = {{"model", "the model it began with"},
+                  {"init", "the shape of the new model it began with"},
+                  {"tokenizer", "the tokenizer"},
+                  {"reward", "the reward model"},
+                  {"data", "records"},
+                  {"eval_data", "records for evaluation"},
+                  {"chat_template", "how conversations are rendered"},
+                  {"dtype", "numbers that matrix products multiply"}};
+    const char *trainer = json_string_value(json_object_get(run, "trainer"));
+    const rlhf_config_kind kind = trainer[0] == 's'   ? RLHF_CONFIG_SFT
+                                  : trainer[0] == 'r' ? RLHF_CONFIG_RM
+                                                      : RLHF_CONFIG_PPO;
+    json_t *options = json_array();
+    tok_buf command = {.ctx = ctx};
+    json_object_set_new(out, "options", options);
+    tok_put(&command, "rlhf ", 5);
+    tok_put(&command, trainer, strlen(trainer));
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
+        json_t *v = json_get(run, inputs[i].name);
+        int f32 = !strcmp(inputs[i].name, "dtype");
+        if (!json_is_string(v) || (f32 && !strcmp(json_string_value(v), "f32"))) continue;
+        report_add_option(ctx, &command, options, inputs[i].name, v,
+                          f32 ? json_string("f32") : NULL, inputs[i].help);
+    }
+    for (int i = 0; i < train_tables[kind].n; i++) {
+        const rlhf_field *f = train_tables[kind].row + i;
+        json_t *v = json_get(run, f->name);
+        if (!v || report_is_default(f, v) || !strcmp(f->name, "output_dir")) continue;
+        json_t *def = f->kind == 'S'   ? json_string(f->text)
+                      : f->kind == 'B' ? json_boolean(f->def != 0)
+                                       : json_real(f->def);
+        report_add_option(ctx, &command, options, f->name, v, def, f->help);
+    }
+    report_put_option(&command, "out", dir);
+    json_object_set_new(out, "command", json_stringn(command.p, command.n));
+    mem_free(command.p);
+}
+
+/* ---- warnings ---- */
+
+/* Lines of metrics that a trend needs. */
+enum { REPORT_LINES = 10 };
+
+/* How a metric ends against how it began: means of the last and the first fifth of its lines. It
+ * has changed if they differ by more than twice the standard error of that difference. */
+typedef struct report_trend {
+    int n; /* finite values; below REPORT_LINES nothing else is known */
+    double early, late;
+    int changed;
+} report_trend;
+
+static report_trend report_trend_of(rlhf_ctx *ctx, const json_t *metrics, const char *name) {
+    const json_t *value = json_object_get(json_object_get(metrics, name), "value");
+    size_t lines = json_array_size(value);
+    double *x = mem_alloc(ctx, (lines + 1) * sizeof *x), var = 0;
+    report_trend t = {0};
+    for (size_t i = 0; i < lines; i++)
+        if (json_is_number(json_array_get(value, i)))
+            x[t.n++] = json_number_value(json_array_get(value, i));
+    if (t.n >= REPORT_LINES) {
+        int k = t.n / 5;
+        for (int i = 0; i < k; i++) t.early += x[i] / k, t.late += x[t.n - 1 - i] / k;
+        for (int i = 0; i < k; i++) {
+            double a = x[i] - t.early, b = x[t.n - 1 - i] - t.late;
+            var += (a * a + b * b) / (k - 1) / k;
+        }
+        t.changed = fabs(t.late - t.early) > 2 * sqrt(var);
+    }
+    mem_free(x);
+    return t;
+}
+
+/* What must not change while the reward rises: by more than `by`, a share of how it began or, for
+ * what is itself a share, points of it. Either direction counts for the length alone. */
+static const struct {
+    const char *metric, *what, *rule;
+    double by;
+    int relative;
+} report_drifts[] = {
+    {"completions/mean_length", "answers went from %.3g to %.3g tokens",
+     "completions/mean_length has changed by more than 20 % of what it was, up or down", 0.2, 1},
+    {"completions/repetition", "the share of repeated three-token runs went from %.3g to %.3g",
+     "completions/repetition has risen by more than 0.05", 0.05, 0},
+    {"completions/clipped_ratio", "the share of answers without an end went from %.3g to %.3g",
+     "completions/clipped_ratio has risen by more than 0.05", 0.05, 0}};
+enum { REPORT_DRIFTS = sizeof report_drifts / sizeof *report_drifts };
+
+/* An evaluation loss that ends so much above its lowest value is a warning, too. */
+#define REPORT_OVERFIT 0.02
+
+/* The rules of warnings as the page states them. */
+static json_t *report_rules(void) {
+    json_t *list = json_array();
+    json_array_append_new(
+        list, json_sprintf("Early and late are the means of the first and of the last fifth of a "
+                           "metric's lines, of which there must be %d. A metric has changed if "
+                           "late and early differ by more than twice the standard error of their "
+                           "difference.",
+                           (int)REPORT_LINES));
+    for (int i = 0; i < REPORT_DRIFTS; i++)
+        json_array_append_new(list,
+                              json_sprintf("objective/scores has risen, and %s.",
+                                           report_drifts[i].rule));
+    json_array_append_new(list, json_sprintf("The last eval_loss is more than %.0f %% above the "
+                                             "lowest one before.",
+                                             100 * REPORT_OVERFIT));
+    return list;
+}
+
+/* A warning if eval_loss rose again after its lowest value. */
+static void report_warn_overfit(const json_t *metrics, json_t *warnings) {
+    const json_t *series = json_object_get(metrics, "eval_loss");
+    const json_t *value = json_object_get(series, "value"), *step = json_object_get(series, "step");
+    size_t least = 0, i;
+    double low = INFINITY, last = NAN;
+    json_t *v;
+    json_array_foreach((json_t *)(uintptr_t)value, i, v) {
+        last = json_is_number(v) ? json_number_value(v) : NAN;
+        if (last < low) low = last, least = i;
+    }
+    if (last > low + REPORT_OVERFIT * fabs(low))
+        json_array_append_new(
+            warnings,
+            json_sprintf("eval_loss was lowest at step %lld (%.4g) and ends at %.4g: further "
+                         "training made the model worse on what it is not trained on.",
+                         (long long)json_integer_value(json_array_get(step, least)), low, last));
+}
+
+/* "warnings" of a run, and what could not be checked. */
+static void report_put_warnings(rlhf_ctx *ctx, json_t *out) {
+    const char *trainer = json_string_value(json_object_get(out, "trainer"));
+    const json_t *metrics = json_object_get(out, "metrics");
+    json_t *warnings = json_array(), *unchecked = json_array();
+    json_object_set_new(out, "warnings", warnings);
+    json_object_set_new(out, "unchecked", unchecked);
+    report_warn_overfit(metrics, warnings);
+    if (strcmp(trainer, "ppo")) return;
+    report_trend reward = report_trend_of(ctx, metrics, "objective/scores");
+    for (int i = 0; i < REPORT_DRIFTS; i++) {
+        report_trend t = report_trend_of(ctx, metrics, report_drifts[i].metric);
+        if (base_min(t.n, reward.n) < REPORT_LINES) {
+            json_array_append_new(unchecked,
+                                  json_sprintf("%s: %d lines of it, %d of objective/scores",
+                                               report_drifts[i].metric, t.n, reward.n));
+            continue;
+        }
+        double change = t.late - t.early;
+        if (report_drifts[i].relative) change = fabs(change) / fmax(fabs(t.early), 1e-12);
+        if (!reward.changed || reward.late < reward.early || !t.changed ||
+            change <= report_drifts[i].by)
+            continue;
+        char what[160];
+        snprintf(what, sizeof what, report_drifts[i].what, t.early, t.late);
+        json_array_append_new(warnings,
+                              json_sprintf("The reward rose from %.3g to %.3g while %s.",
+                                           reward.early, reward.late, what));
+    }
+}
+
+/* ---- a run ---- */
+
+/* Everything about one run directory, held. */
+static json_t *report_run(rlhf_ctx *ctx, const char *dir) {
+    char *path = ckpt_path(ctx, dir, "run.json");
+    if (!io_exists(path))
+        err_throw(ctx, RLHF_ERR_IO,
+                  "%s: not a run directory: there is no run.json in it, which rlhf sft, rm and ppo "
+                  "write",
+                  dir);
+    json_src src = json_source(ctx, path);
+    json_t *out = json_hold(ctx, json_object()), *run = json_read(&src);
+    if (!json_is_object(run)) err_throw(ctx, RLHF_ERR_FORMAT, "%s: expected an object", path);
+    const char *trainer = json_need_str(&src, run, "trainer");
+    if (!base_is_choice("sft|rm|ppo", trainer))
+        json_bad(&src, "trainer", json_get(run, "trainer"), "sft, rm or ppo");
+    json_object_set_new(out, "trainer", json_string(trainer));
+    report_put_command(ctx, out, dir, run);
+    err_release(ctx);
+    json_t *metrics = json_object(), *samples = json_array();
+    json_object_set_new(out, "metrics", metrics);
+    json_object_set_new(out, "samples", samples);
+    report_lines(ctx, ckpt_path(ctx, dir, "metrics.jsonl"), metrics, report_take_metrics);
+    path = ckpt_path(ctx, dir, "samples.jsonl");
+    if (io_exists(path)) report_lines(ctx, path, samples, report_take_sample);
+    json_object_set(out, "best_of_n", report_frontier(ctx, dir));
+    err_release(ctx);
+    json_object_set(out, "eval", report_object(ctx, ckpt_path(ctx, dir, "eval.json"), NULL,
+                                               "an object, as `rlhf eval --json` prints it"));
+    err_release(ctx);
+    report_put_warnings(ctx, out);
+    return out;
+}
+
+/* The last part of a path, *len bytes. */
+static const char *report_base(const char *dir, size_t *len) {
+    size_t end = strlen(dir), at;
+    while (end > 1 && dir[end - 1] == '/') end--;
+    for (at = end; at && dir[at - 1] != '/';) at--;
+    *len = end - at;
+    return dir + at;
+}
+
+/* Runs are called by the last part of their paths, or by the whole where others end in the same. */
+static void report_put_names(json_t *runs, const char *const *dirs, int n) {
+    for (int i = 0; i < n; i++) {
+        size_t len, other;
+        const char *name = report_base(dirs[i], &len);
+        int same = 0;
+        for (int k = 0; k < n; k++) {
+            const char *base = report_base(dirs[k], &other);
+            same += len == other && !memcmp(name, base, len);
+        }
+        json_object_set_new(json_array_get(runs, (size_t)i), "name",
+                            same > 1 ? json_string(dirs[i]) : json_stringn(name, len));
+    }
+}
+
+/* ---- the page ---- */
+
+/* Everything that the page shows, held. raters: a report of `rlhf raters --json`, may be null. */
+static json_t *report_collect(rlhf_ctx *ctx, const char *const *dirs, int n, const char *raters) {
+    json_t *data = json_hold(ctx, json_object()), *runs = json_array();
+    json_object_set_new(data, "version", json_string(RLHF_VERSION));
+    json_object_set_new(data, "rules", report_rules());
+    json_object_set_new(data, "runs", runs);
+    for (int i = 0; i < n; i++) {
+        json_array_append(runs, report_run(ctx, dirs[i]));
+        err_release(ctx);
+    }
+    report_put_names(runs, dirs, n);
+    if (raters && !io_exists(raters)) io_fail(ctx, "read", raters, ENOENT);
+    json_object_set(data, "raters", report_object(ctx, raters, "annotator",
+                                                  "what `rlhf raters --json` prints"));
+    err_release(ctx);
+    return data;
+}
+
+/* Writes JSON such that a browser finds no tag in it: '<' stands only inside of strings. */
+static void report_put_data(io_file *f, const char *text, size_t n) {
+    for (size_t at = 0; at < n;) {
+        const char *mark = memchr(text + at, '<', n - at);
+        size_t len = mark ? (size_t)(mark - text) - at : n - at;
+        io_write(f, text + at, len);
+        if (mark) io_write(f, "\\u003c", 6);
+        at += len + (mark != NULL);
+    }
+}
+
+/* Writes the page of n run directories as a whole file. *warnings becomes their number; the log
+ * tells each. The template's {{NAME}} are the other files of the page, {{data}} is the JSON. */
+static void report_write(rlhf_ctx *ctx, const char *const *dirs, int n, const char *raters,
+                         const char *path, int *warnings) {
+    json_t *data = report_collect(ctx, dirs, n, raters), *run, *text;
+    size_t i, k, size, len;
+    *warnings = 0;
+    json_array_foreach(json_object_get(data, "runs"), i, run)
+        json_array_foreach(json_object_get(run, "warnings"), k, text) {
+            log_at(ctx, RLHF_LOG_WARNING, "%s: %s", dirs[i], json_string_value(text));
+            ++*warnings;
+        }
+    char *json = json_text(ctx, data, JSON_COMPACT, &len);
+    const char *at = page_text("report.html", &size), *end = at + size, *mark;
+    io_file *f = io_create(ctx, path);
+    for (; at < end; at = mark) {
+        const char *open = at, *part;
+        while (open + 1 < end && (open[0] != '{' || open[1] != '{')) open++;
+        mark = open + 1 < end ? strstr(open, "}}") : NULL;
+        if (!mark) break;
+        io_write(f, at, (size_t)(open - at));
+        char *name = mem_strndup(ctx, open + 2, (size_t)(mark - open) - 2);
+        if (!strcmp(name, "data")) report_put_data(f, json, len);
+        else part = page_text(name, &size), io_write(f, part, size);
+        mem_free(name);
+        mark += 2;
+    }
+    io_write(f, at, (size_t)(end - at));
+    io_commit(f);
+    mem_free(json);
+    err_release(ctx);
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 36 LABEL (label_)
  * Judgements of people: what there is to judge, who judges it, what comes next for whom, and the
- * file that keeps what they said. How they are asked, by browser or terminal, is 34's.
+ * file that keeps what they said. How they are asked, by browser or terminal, is 38's.
  *
  * The file is the state. Each judgement is one line, on the disk before anybody is told so; what is
  * done, whom to ask what, and who is qualified are found again from the file, so that a program
@@ -15187,7 +17416,7 @@ typedef struct label_who {
     int n_votes, cap_votes;
     label_vet *vet;
     int n_vets, cap_vets;
-    double allowance, counted_at; /* of requests (34) */
+    double allowance, counted_at; /* of requests (38) */
 } label_who;
 
 typedef struct label {
@@ -15769,7 +17998,7 @@ static int label_write(label *l, int w, const json_t *said) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 34 POOL (label_)
+ * MARK: - 37 POOL (label_)
  * Where items and annotators come from: files of records, people.json, what models sample, and what
  * the file of judgements says of earlier runs. Sampling goes in windows of a few prompts, whose
  * items are kept in OUT.items before anybody sees them: a restart samples nothing twice.
@@ -15855,7 +18084,7 @@ static int label_read_gold(const data_reader *r, const json_t *j, const data_for
 }
 
 /* Reads a record with a prompt and, unless texts are to be written, answers: all their pairs. */
-static void label_read_item(rater_set *set, const json_src *src, const json_t *record) {
+static void label_read_item(rater_set *set, const json_src *src, json_t *record) {
     const label_source *s = (const label_source *)(void *)set;
     label *l = s->l;
     json_t *j = (json_t *)(uintptr_t)record;
@@ -15911,7 +18140,7 @@ static void label_read_item(rater_set *set, const json_src *src, const json_t *r
 }
 
 /* Reads a judgement of an earlier run. */
-static void label_read_vote(rater_set *set, const json_src *src, const json_t *j) {
+static void label_read_vote(rater_set *set, const json_src *src, json_t *j) {
     label *l = ((const label_source *)(void *)set)->l;
     if (!json_is_object(j)) json_bad(src, "record", j, "an object");
     /* Records of others may stand in the same file. */
@@ -16372,7 +18601,7 @@ static void label_free(label *l) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 35 SERVE (serve_)
+ * MARK: - 38 SERVE (serve_)
  * How people are asked: a page in their browser, served by libmicrohttpd to whoever has a link, or
  * this terminal. One thread does everything, so there are no locks; judgements that arrive together
  * share one fsync, and each is answered after it.
@@ -16940,7 +19169,7 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 36 CLI (cli_)
+ * MARK: - 39 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -16960,9 +19189,13 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
     X(reward, "DIR", "reward model directory")                                                     \
     X(ref, "DIR", "reference model: also report KL to it (default none)")                          \
     X(prompt, "TEXT", "the prompt; default: one prompt a line from standard input")                \
+    X(raters, "FILE", "what `rlhf raters --json` printed, to show annotators (default none)")      \
     X(train, "FILE", "text to learn the vocabulary from; more files may follow")                   \
     X(vocab_size, "N", "entries of the vocabulary, at least 257 (default 512)")                    \
     X(gguf, "TYPE", "how numbers are stored: " GGUF_KINDS " (norms and biases always f32)")        \
+    X(merge, NULL, "write an adapter and its base as one model directory (default off)")           \
+    X(save_dtype, "TYPE", "with --merge, numbers that no file has yet: f32 or bf16 (default f32)") \
+    X(system, "TEXT", "the system text that begins the conversation (default: the template's)")    \
     X(type, "KIND", "text or preference; default: what the model is for")                          \
     X(chat_template, "NAME", "how conversations are rendered; see below (default auto)")           \
     X(continue, NULL, "a further round: sample from a newer checkpoint into the same file")        \
@@ -17010,7 +19243,7 @@ typedef union cli_config {
     label_config label;
 } cli_config;
 
-enum { CLI_LABEL = 100 }; /* as a kind of configuration: that of 33, which the library has not */
+enum { CLI_LABEL = 100 }; /* as a kind of configuration: that of 36, which the library has not */
 
 struct cli;
 
@@ -17033,22 +19266,21 @@ typedef struct cli {
     rlhf_ctx *ctx;
     int tty, line; /* a progress line stands on the terminal */
     int drops;     /* records that --dry_run told of */
+    struct talk *talk;
     double shown;
     struct serve *serve; /* goes on while the library works; may be null */
 } cli;
 
-static volatile sig_atomic_t cli_interrupted;
+static volatile sig_atomic_t cli_interrupted; /* the signal, or 0 */
 
-/* The table of a command's further options; *n becomes its length. */
-static const rlhf_field *cli_fields(const cli_command *cmd, int *n) {
-    *n = cmd->config == CLI_LABEL ? (int)(sizeof label_fields / sizeof *label_fields) : 0;
-    if (cmd->config == CLI_LABEL) return label_fields;
-    return cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, n);
-}
+static void cli_on_signal(int signal_number) { cli_interrupted = signal_number; }
 
-static void cli_on_signal(int signal_number) {
-    (void)signal_number;
-    cli_interrupted = 1;
+/* The first signal from now on is the handler's; a second one ends the program at once. */
+static void cli_catch_signals(void (*handler)(int)) {
+    struct sigaction on_signal = {.sa_handler = handler, .sa_flags = (int)SA_RESETHAND};
+    cli_interrupted = 0;
+    sigaction(SIGINT, &on_signal, NULL);
+    sigaction(SIGTERM, &on_signal, NULL);
 }
 
 /* ---- output ---- */
@@ -17087,6 +19319,15 @@ static void cli_log(void *user, rlhf_level level, const char *text) {
     if (level == RLHF_LOG_DEBUG && c->drops++ == CLI_DROPS) text = "further ones are not listed";
     cli_clear(c);
     fprintf(stderr, "rlhf: %s%s\n", level == RLHF_LOG_WARNING ? "warning: " : "", text);
+}
+
+/* Prints a part of a text; what would steer the terminal is shown as \xNN. */
+static void cli_show_text(const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        unsigned char b = (unsigned char)s[i];
+        if ((b < 0x20 && b != '\n' && b != '\t') || b == 0x7f) printf("\\x%02x", b);
+        else putchar(b);
+    }
 }
 
 /* The metrics worth a line, in this order, where they exist. */
@@ -17166,6 +19407,13 @@ static void cli_print_default(const rlhf_field *f, char *out, size_t size) {
     else snprintf(out, size, "%g", f->def);
 }
 
+/* The table of a command's further options; *n becomes its length. */
+static const rlhf_field *cli_fields(const cli_command *cmd, int *n) {
+    *n = cmd->config == CLI_LABEL ? (int)(sizeof label_fields / sizeof *label_fields) : 0;
+    if (cmd->config == CLI_LABEL) return label_fields;
+    return cmd->config < 0 ? NULL : rlhf_config_fields((rlhf_config_kind)cmd->config, n);
+}
+
 static int cli_named_by_config(const cli_command *cmd, const char *name) {
     int n = 0;
     const rlhf_field *f = cli_fields(cmd, &n);
@@ -17242,14 +19490,135 @@ static int cli_unknown(cli *c, const char *name) {
     return 2;
 }
 
+/* ---- TRL's names ---- */
+
+/* What TRL calls otherwise. */
+static const char *const cli_aliases[][2] = {
+    {"model_name_or_path", "model"},     {"sft_model_path", "model"},
+    {"reward_model_path", "reward"},     {"dataset_name", "data"},
+    {"resume_from_checkpoint", "resume"}, {"activation_checkpointing", "gradient_checkpointing"},
+    {"max_seq_length", "max_length"}};
+
+/* Options of TRL's SFTConfig, RewardConfig, PPOConfig, ModelConfig and ScriptArguments that have no
+ * counterpart: their names, the values that ask for what happens anyway and are taken as said, and
+ * what is to be known about the others. */
+static const struct {
+    const char *names, *values, *why;
+} cli_trl[] = {
+    {"packing packing_strategy eval_packing padding_free pad_to_multiple_of pad_token", "false",
+     "sequences lie next to each other without padding; there is nothing to pack or to pad"},
+    {"truncation_mode", NULL,
+     "a record longer than --max_length is dropped and counted, never cut"},
+    {"dataset_text_field", "text", "a text is read from \"text\"; other forms are in README.md"},
+    {"dataset_kwargs dataset_num_proc dataset_config dataset_streaming label_names "
+     "length_column_name dataloader_drop_last dataloader_num_workers "
+     "dataloader_prefetch_factor dataloader_multiprocessing_context",
+     "false|0|length",
+     "records are read from --data before the run, in every form that README.md lists"},
+    {"dataset_train_split dataset_test_split model_revision", "train|test|main",
+     "--model, --data and --eval_data name files of this machine"},
+    {"completion_only_loss assistant_only_loss", "true",
+     "loss is taken on completions and on the assistant's turns; to learn all, give \"text\""},
+    {"loss_type", "nll", "the loss is the mean negative log-likelihood"},
+    {"label_smoothing_factor neftune_noise_alpha router_aux_loss_coef", "0|0.0",
+     "the loss is what is written in rlhf.h, without further terms"},
+    {"eos_token stop_token", "eos",
+     "the end is the tokenizer's end-of-text token of tokenizer_config.json; ppo: --stop_token_id"},
+    {"chat_template_path", NULL, "templates have names; say --chat_template NAME"},
+    {"disable_dropout", "true", "the model's own dropout is off; adapters have --lora_dropout"},
+    {"bf16 bf16_full_eval", "false", "say --dtype bf16, and --save_dtype bf16 for the files"},
+    {"fp16 fp16_full_eval tf32", "false", "numbers are f32 or bf16; say --dtype"},
+    {"load_in_8bit load_in_4bit use_bnb_nested_quant bnb_4bit_quant_type bnb_4bit_quant_storage",
+     "false", "weights are not quantised in training; frozen ones stay as the file has them"},
+    {"use_dora lora_target_parameters", "false",
+     "adapters are LoRA or rsLoRA, on matrices; say --lora_target_modules"},
+    {"lora_modules_to_save", "score",
+     "beside the adapters, a reward model's score head is trained, nothing else"},
+    {"lora_task_type", "CAUSAL_LM|SEQ_CLS", "the command says it: sft and ppo, or rm"},
+    {"model_adapter_name ref_adapter_name", NULL,
+     "an adapter is a directory; say --model, the reference is the model that ppo starts from"},
+    {"model_init_kwargs trust_remote_code", "false",
+     "a model is what its config.json says; no code comes with it"},
+    {"attn_implementation use_liger_kernel liger_kernel_config torch_compile "
+     "torch_compile_backend torch_compile_mode torch_empty_cache_steps use_cache "
+     "activation_offloading gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+     "false", "there is one way of computing, which keeps neither logits nor attention matrices"},
+    {"optim optim_args optim_target_modules", "adamw_torch|adamw_torch_fused|adamw_hf",
+     "the optimizer is AdamW; see --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"},
+    {"lr_scheduler_kwargs warmup_ratio", "0|0.0",
+     "the schedule has no further values; say --lr_scheduler_type and --warmup_steps"},
+    {"average_tokens_across_devices", "true", "a loss is the mean over all tokens of a step"},
+    {"auto_find_batch_size", "false", "say --per_device_train_batch_size"},
+    {"per_device_eval_batch_size eval_accumulation_steps local_rollout_forward_batch_size",
+     NULL, "evaluation and generation choose their batches; no result depends on them"},
+    {"eval_strategy", "steps|no", "say --eval_steps; without --eval_data nothing is evaluated"},
+    {"eval_delay eval_on_start", "0|false", "say --eval_steps"},
+    {"logging_strategy", "steps", "say --logging_steps"},
+    {"save_strategy", "steps", "say --save_steps; the end of a run is always saved"},
+    {"save_total_limit save_only_model save_on_each_node enable_jit_checkpoint", "1|false",
+     "one checkpoint is kept, the last, with all it takes to go on"},
+    {"logging_first_step logging_nan_inf_filter include_num_input_tokens_seen", "false|no",
+     "metrics come each --logging_steps steps; a loss that is no number ends the run"},
+    {"log_level log_level_replica disable_tqdm debug", "passive|warning", "say --quiet"},
+    {"report_to", "tensorboard|none",
+     "metrics.jsonl and event files for TensorBoard are in the run directory, nothing is sent"},
+    {"run_name project trackio_space_id trackio_bucket_id trackio_static_space_id", NULL,
+     "a run is its directory; say --output_dir"},
+    {"push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
+     "hub_revision",
+     "false", "nothing is uploaded; the run directory is what the Hub takes"},
+    {"load_best_model_at_end metric_for_best_model greater_is_better", "false",
+     "the last step's model is kept; metrics.jsonl says which was best, --max_steps ends there"},
+    {"include_for_metrics batch_eval_metrics prediction_loss_only", "false",
+     "the metrics are those in metrics.jsonl"},
+    {"ignore_data_skip restore_callback_states_from_checkpoint", "false",
+     "--resume goes on exactly where the run stopped"},
+    {"full_determinism use_cpu remove_unused_columns dataloader_pin_memory dataloader_in_order "
+     "dataloader_persistent_workers eval_do_concat_batches eval_use_gather_object "
+     "log_on_each_node skip_memory_metrics do_train do_eval do_predict",
+     "true|false", "expected true or false; neither changes anything"},
+    {"data_seed", NULL, "say --seed, which also orders the records"},
+    {"train_sampling_strategy group_by_length", "random|false",
+     "say --shuffle_dataset; lengths do not matter without padding"},
+    {"ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
+     "ddp_backend ddp_timeout fsdp fsdp_config deepspeed accelerator_config parallelism_config "
+     "local_rank world_size ds3_gather_for_generation ignore_bias_buffers",
+     "-1|1|false", "a run is one process on one machine; say --threads"},
+    {"total_episodes num_total_batches", NULL,
+     "say --max_steps, the number of updates of --batch_size episodes, or --num_train_epochs"},
+    {"mini_batch_size local_batch_size local_mini_batch_size micro_batch_size", NULL,
+     "say --batch_size and --num_mini_batches; --per_device_train_batch_size bounds memory"},
+    {"num_sample_generations", "0", "`rlhf generate` shows what a model answers"}};
+
+/* Whether the words of a list, separated by spaces, have the name among them. */
+static int cli_listed(const char *list, const char *name) {
+    char word[64];
+    for (int n; sscanf(list, "%63s%n", word, &n) == 1; list += n)
+        if (cli_same(name, word)) return 1;
+    return 0;
+}
+
+/* An option of TRL's without a counterpart: taken where it asks for what happens anyway, else an
+ * error that says what to use. Returns an exit code, -1: not such an option. */
+static int cli_take_trl(cli *c, const char *name, const char *value, int *took) {
+    for (size_t i = 0; i < sizeof cli_trl / sizeof *cli_trl; i++) {
+        if (!cli_listed(cli_trl[i].names, name)) continue;
+        *took = value != NULL;
+        if (cli_trl[i].values && base_is_choice(cli_trl[i].values, value ? value : "true"))
+            return 0;
+        return cli_fail(c, "--%s: %s", name, cli_trl[i].why), 2;
+    }
+    return -1;
+}
+
 /* Sets one row of the configuration from text. */
 static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
     char *at = (char *)&c->config + f->offset, *end;
     double x = strtod(text, &end);
     int ok = *text && !*end;
     if (f->kind == 'B') {
-        int yes = !strcmp(text, "true") || !strcmp(text, "1"),
-            no = !strcmp(text, "false") || !strcmp(text, "0");
+        int yes = !strcasecmp(text, "true") || !strcmp(text, "1"),
+            no = !strcasecmp(text, "false") || !strcmp(text, "0");
         if (!yes && !no)
             return cli_fail(c, "--%s: \"%s\", expected true or false", f->name, text), 2;
         memcpy(at, &yes, sizeof yes);
@@ -17272,7 +19641,7 @@ static int cli_set_field(cli *c, const rlhf_field *f, const char *text) {
 }
 
 static int cli_is_boolean(const char *s) {
-    return !strcmp(s, "true") || !strcmp(s, "false") || !strcmp(s, "1") || !strcmp(s, "0");
+    return !strcasecmp(s, "true") || !strcasecmp(s, "false") || !strcmp(s, "1") || !strcmp(s, "0");
 }
 
 /* Takes one option; value null: there was none. bound: the value came with '=' or from a file, not
@@ -17281,6 +19650,8 @@ static int cli_take(cli *c, const char *name, const char *value, int bound, int 
     int n = 0;
     const rlhf_field *f = cli_fields(c->cmd, &n);
     *took = 1;
+    for (size_t i = 0; i < sizeof cli_aliases / sizeof *cli_aliases; i++)
+        if (cli_same(name, cli_aliases[i][0])) name = cli_aliases[i][1];
     for (int i = 0; i < n; i++) {
         if (!cli_same(name, f[i].name)) continue;
         if (f[i].kind == 'B' && (!value || (!bound && !cli_is_boolean(value)))) {
@@ -17298,7 +19669,7 @@ static int cli_take(cli *c, const char *name, const char *value, int bound, int 
             *took = 0;
             if (bound && !cli_is_boolean(value))
                 return cli_fail(c, "--%s: \"%s\", expected true or false", name, value), 2;
-            if (!bound || *value == 't' || *value == '1') c->v[i] = "true";
+            if (!bound || strchr("tT1", *value)) c->v[i] = "true";
             return 0;
         }
         if (!value)
@@ -17307,7 +19678,26 @@ static int cli_take(cli *c, const char *name, const char *value, int bound, int 
         if (!c->v[i]) c->v[i] = value;
         return 0;
     }
-    return cli_unknown(c, name);
+    int code = cli_take_trl(c, name, value, took);
+    return code < 0 ? cli_unknown(c, name) : code;
+}
+
+/* A value of --config as the command line would say it, a list of texts with commas; null for what
+ * it cannot say. Never freed, since what is set points to it. */
+static char *cli_value(const json_t *v) {
+    if (json_is_string(v)) return strdup(json_string_value(v));
+    if (json_is_object(v)) return NULL;
+    if (!json_is_array(v)) return json_dumps(v, JSON_ENCODE_ANY | JSON_REAL_PRECISION(17));
+    char *list = strdup("");
+    for (size_t i = 0; i < json_array_size(v); i++) {
+        const char *one = json_string_value(json_array_get(v, i));
+        char *more = one ? malloc(strlen(list) + strlen(one) + 2) : NULL;
+        if (more) sprintf(more, "%s%s%s", list, i ? "," : "", one);
+        free(list);
+        if (!more) return NULL;
+        list = more;
+    }
+    return list;
 }
 
 static int cli_take_file(cli *c) {
@@ -17323,17 +19713,12 @@ static int cli_take_file(cli *c) {
     json_object_foreach(c->file, key, v) {
         /* A run's own run.json may be replayed: it also says what wrote it. */
         if (!strcmp(key, "trainer") || !strcmp(key, "rlhf_version")) continue;
-        char text[64];
-        const char *value = text;
-        if (json_is_string(v)) value = json_string_value(v);
-        else if (json_is_boolean(v)) value = json_is_true(v) ? "true" : "false";
-        else if (json_is_integer(v))
-            snprintf(text, sizeof text, "%lld", (long long)json_integer_value(v));
-        else if (json_is_real(v)) snprintf(text, sizeof text, "%.17g", json_real_value(v));
-        else
-            return cli_fail(c, "%s: \"%s\" is neither a number, a text nor true or false",
+        if (json_is_null(v)) continue;
+        const char *value = cli_value(v);
+        if (!value)
+            return cli_fail(c, "%s: \"%s\" is no number, text, list of texts, true or false",
                             c->v[O_config], key);
-        int took, code = cli_take(c, key, value == text ? strdup(text) : value, 1, &took);
+        int took, code = cli_take(c, key, value, 1, &took);
         if (code) return code;
     }
     return 0;
@@ -17358,8 +19743,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
         if (code) return code;
         i += took && !eq;
     }
-    if (c->n_more && !c->v[O_train] && strcmp(c->cmd->name, "bench") &&
-        strcmp(c->cmd->name, "raters"))
+    if (c->n_more && !c->v[O_train] && !base_is_choice("bench|raters|report", c->cmd->name))
         return cli_fail(c, "%s: unexpected argument \"%s\"", c->cmd->name, argv[0]), 2;
     return cli_take_file(c);
 }
@@ -17369,7 +19753,210 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 37 STAGE (cli_)
+ * MARK: - 40 TALK (talk_)
+ * A conversation in the terminal. A line of standard input is a turn of the user; the answer is
+ * shown as its tokens come. Between turns only texts are kept: each answer starts from the whole
+ * conversation anew, as `rlhf generate` would from a record of it.
+ *
+ * Entry: talk_open, talk_run.
+ * Tests: test/test_cli.c
+ * ============================================================================================ */
+
+/* A conversation, and the answer at hand. */
+typedef struct talk {
+    cli *c;
+    rlhf_model *m;
+    rlhf_tokenizer *tok;
+    const chat_template *chat;
+    int32_t end;           /* the template's end of turn, -1: not a token */
+    const char *stop;      /* then the text that ends an answer, or null */
+    chat_message *message; /* with their contents from malloc */
+    int n;
+    int64_t answers, tokens;
+    gen_item item;
+    size_t shown; /* bytes of the answer that are on the screen */
+} talk;
+
+/* Appends a copy of a message; 0: out of memory. */
+static int talk_add(talk *t, const char *role, const char *content) {
+    chat_message *grown = realloc(t->message, (size_t)(t->n + 1) * sizeof *grown);
+    if (grown) t->message = grown;
+    char *copy = grown ? strdup(content) : NULL;
+    if (copy) t->message[t->n++] = (chat_message){role, copy};
+    return copy != NULL;
+}
+
+/* Forgets all but the first n messages. */
+static void talk_forget(talk *t, int n) {
+    while (t->n > n) free((char *)(uintptr_t)t->message[--t->n].content);
+}
+
+/* The bytes of an answer's text that stay as they are whatever follows: not U+FFFD at its end,
+ * which stands for a character that is not yet whole, and not what may begin the text that ends the
+ * answer. *ended: that text is there. */
+static size_t talk_settled(const talk *t, const char *text, int more, int *ended) {
+    size_t n = strlen(text), k = t->stop ? strlen(t->stop) : 0;
+    const char *end = t->stop ? strstr(text, t->stop) : NULL;
+    *ended = end != NULL;
+    if (end) return (size_t)(end - text);
+    while (more && n >= 3 && !memcmp(text + n - 3, "\xEF\xBF\xBD", 3)) n -= 3;
+    for (; more && k; k--)
+        if (k <= n && !memcmp(text + n - k, t->stop, k)) return n - k;
+    return n;
+}
+
+/* Shows what is new of the answer. Returns its text so far, a block. */
+static char *talk_show(talk *t, int more, int *ended) {
+    const gen_item *it = &t->item;
+    const char *lead = t->chat->lead;
+    char *text = gen_text(t->tok, it->out, it->n - it->finished);
+    size_t skip = lead && !strncmp(text, lead, strlen(lead)) ? strlen(lead) : 0;
+    memmove(text, text + skip, strlen(text + skip) + 1);
+    size_t n = talk_settled(t, text, more, ended);
+    text[n] = 0;
+    /* Where bytes that are no UTF-8 changed a text in hindsight, whole characters go on. */
+    while (t->shown < n && ((unsigned char)text[t->shown] & 0xc0) == 0x80) t->shown++;
+    if (t->shown < n) {
+        cli_show_text(text + t->shown, n - t->shown);
+        fflush(stdout);
+        t->shown = n;
+    }
+    return text;
+}
+
+/* The progress hook: called after each token. */
+static int talk_token(void *user, const rlhf_progress *p) {
+    const cli *c = user;
+    int ended;
+    (void)p;
+    mem_free(talk_show(c->talk, 1, &ended));
+    return ended || cli_interrupted;
+}
+
+/* Finds out how this model is talked to, and begins with --system. */
+static rlhf_status talk_open(talk *t) {
+    const cli *c = t->c;
+    API_ENTER(c->ctx);
+    model_need_lm(t->m);
+    t->chat = chat_choose(t->tok, c->v[O_chat_template] ? c->v[O_chat_template] : "auto");
+    t->end = chat_end(t->tok, t->chat);
+    const char *close = t->chat->close[CHAT_ASSISTANT];
+    if (t->end < 0) t->stop = close ? close : t->chat->head[CHAT_USER];
+    const chat_message first[] = {{"system", c->v[O_system]}, {"user", ""}};
+    const char *bad = c->v[O_system] ? chat_check(t->chat, first, 2) : NULL;
+    if (bad) err_throw(api_ctx, RLHF_ERR_ARG, "--system: %s: %s", t->chat->name, bad);
+    if (c->v[O_system] && !talk_add(t, "system", c->v[O_system]))
+        err_throw(api_ctx, RLHF_ERR_MEMORY, "out of memory");
+    API_LEAVE();
+}
+
+/* Answers the conversation so far, on the screen and as a block. */
+static rlhf_status talk_answer(talk *t, char **answer) {
+    const rlhf_generate_config *c = &t->c->config.gen;
+    API_ENTER(t->c->ctx);
+    int room = base_min((int)c->max_new_tokens, t->m->c.positions), ended;
+    tok_ids ids = {0};
+    char *text = chat_render(t->tok, t->chat->name, t->message, t->n, 1, NULL, NULL);
+    tok_encode(t->tok, text, strlen(text), !t->chat->close[CHAT_ASSISTANT], &ids);
+    arena_reset(&t->m->ws);
+    t->shown = 0;
+    t->item = (gen_item){.prompt = ids.ids,
+                         .n_prompt = ids.n,
+                         .key = (uint64_t)t->answers,
+                         .turn_end = t->end < 0 ? NULL : &t->end,
+                         .out = arena_alloc(&t->m->ws, (size_t)room * sizeof(int32_t))};
+    gen_config g = {.max_new = room,
+                    .top_k = (int)c->top_k,
+                    .batch = 1,
+                    .temperature = (float)c->temperature,
+                    .top_p = c->top_p,
+                    .seed = (uint64_t)c->seed,
+                    .stop = -1};
+    gen_run(t->m, &t->m->ws, &g, &t->item, 1, "chat");
+    /* What is left over where an answer was cut, half a character say, is none of it. */
+    *answer = talk_show(t, !t->item.finished, &ended);
+    t->item.finished |= ended;
+    mem_free(ids.ids);
+    mem_free(text);
+    API_LEAVE();
+}
+
+/* One turn of the user and the answer to it. Returns an exit code, 0 to go on. */
+static int talk_turn(talk *t, const char *line) {
+    cli *c = t->c;
+    int before = t->n;
+    char *answer;
+    if (!talk_add(t, "user", line)) return cli_fail(c, "out of memory");
+    rlhf_status status = talk_answer(t, &answer);
+    if (status) {
+        cli_error(c, status);
+        if (status != RLHF_ERR_CONTEXT || !isatty(0)) return 1;
+        cli_fail(c, "the conversation is too long for the model: /reset begins a new one");
+        talk_forget(t, before);
+        return 0;
+    }
+    printf("\n");
+    int added = talk_add(t, "assistant", answer);
+    rlhf_free(c->ctx, answer);
+    t->answers++;
+    t->tokens += t->item.n;
+    if (fflush(stdout)) return cli_fail(c, "standard output: %s", strerror(errno));
+    if (!added) return cli_fail(c, "out of memory");
+    if (cli_interrupted == SIGTERM) return 130;
+    const char *why = cli_interrupted                                ? "stopped"
+                      : t->item.finished                             ? NULL
+                      : t->item.n == (int)c->config.gen.max_new_tokens ? "cut at --max_new_tokens"
+                                                                     : "the model's positions end";
+    if (why && !c->v[O_quiet]) fprintf(stderr, "rlhf: (%s)\n", why);
+    return 0;
+}
+
+/* A signal while there is no answer to stop: nothing is left to save. */
+static void talk_leave(int signal_number) {
+    (void)signal_number;
+    _exit(130);
+}
+
+/* Reads and answers until the input ends, /quit, or so many answers as `most` says, unless it is
+ * negative. Returns an exit code. */
+static int talk_run(talk *t, long long most) {
+    cli *c = t->c;
+    int code = 0, asks = isatty(0), begin = t->n;
+    char *line = NULL;
+    size_t cap = 0;
+    c->talk = t;
+    c->ctx->hooks.progress = talk_token;
+    if (asks && !c->v[O_quiet])
+        fprintf(stderr,
+                "rlhf: chat template %s; /reset begins anew, /quit ends, Ctrl-C stops an answer\n",
+                t->chat->name);
+    while (!code && (most < 0 || t->answers < most)) {
+        if (asks) printf("> ");
+        fflush(stdout);
+        cli_catch_signals(talk_leave);
+        ssize_t n = getline(&line, &cap, stdin);
+        if (n < 0) {
+            if (asks) printf("\n");
+            break;
+        }
+        cli_catch_signals(cli_on_signal);
+        while (n && strchr("\r\n", line[n - 1])) line[--n] = 0;
+        if (!strcmp(line, "/quit")) break;
+        if (!strcmp(line, "/reset")) talk_forget(t, begin);
+        else if (n) code = talk_turn(t, line);
+    }
+    free(line);
+    talk_forget(t, 0);
+    free(t->message);
+    return code;
+}
+
+#endif
+
+#ifdef RLHF_MAIN
+
+/* ============================================================================================
+ * MARK: - 41 STAGE (cli_)
  * What commands share, and those that train: each opens what its options name, calls the public
  * functions of rlhf.h and prints what they found.
  * ============================================================================================ */
@@ -17410,6 +19997,18 @@ static rlhf_data_config cli_data_config(cli *c, rlhf_data_kind kind, int64_t max
     rlhf_data_config d = rlhf_data_config_default(kind);
     if (c->v[O_chat_template]) d.chat_template = c->v[O_chat_template];
     d.max_length = max_length > INT_MAX ? INT_MAX : (int)max_length;
+    switch (c->cmd->config) {
+    case RLHF_CONFIG_SFT: d.use_unqualified = c->config.sft.use_unqualified; break;
+    case RLHF_CONFIG_RM:
+        d.use_unqualified = c->config.rm.use_unqualified;
+        d.aspect = c->config.rm.aspect;
+        break;
+    case RLHF_CONFIG_EVAL:
+        d.use_unqualified = c->config.eval.use_unqualified;
+        d.aspect = c->config.eval.aspect;
+        break;
+    default: break;
+    }
     return d;
 }
 
@@ -17441,6 +20040,28 @@ static rlhf_status cli_write_in(cli *c, const char *dir, const char *name, const
 
 /* ---- training commands ---- */
 
+/* What a run will take, as a table and (out not null) as an object of bytes. */
+static void cli_show_memory(cli *c, const rlhf_trainer *t, json_t *out) {
+    rlhf_memory m = rlhf_trainer_memory(t);
+    const struct {
+        const char *name;
+        int64_t bytes;
+    } row[] = {{"weights", m.weights},
+               {"adapters", m.adapters},
+               {"optimizer", m.optimizer},
+               {"activations", m.activations},
+               {"cache", m.cache},
+               {"scratch", m.scratch},
+               {"other", m.other},
+               {"total", m.total}};
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        if (!out && !c->v[O_quiet])
+            fprintf(stderr, "rlhf: memory  %-12s %9.1f MB\n", row[i].name,
+                    (double)row[i].bytes / 1e6);
+        if (out) json_object_set_new(out, row[i].name, json_integer((json_int_t)row[i].bytes));
+    }
+}
+
 /* Runs a trainer; *out becomes its last metrics. The run directory is told what the command was
  * given, in the options' names, so that `--config run.json` does the same again. */
 static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset *d, json_t **out) {
@@ -17453,6 +20074,7 @@ static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset 
     if (!c->v[O_quiet])
         fprintf(stderr, "rlhf: %d records, %lld tokens, %lld steps\n", rlhf_dataset_count(d),
                 (long long)rlhf_dataset_tokens(d), (long long)rlhf_trainer_steps_total(t));
+    cli_show_memory(c, t, NULL);
     rlhf_status status = rlhf_trainer_run(t);
     if (status == RLHF_STOPPED) {
         cli_fail(c, "interrupted at step %lld; the same command with --resume goes on from there",
@@ -17468,6 +20090,11 @@ static int cli_run_trainer(cli *c, rlhf_trainer *t, rlhf_model *m, rlhf_dataset 
     json_object_set_new(j, "records", json_integer(rlhf_dataset_count(d)));
     json_object_set_new(j, "dropped", json_integer(rlhf_dataset_dropped(d)));
     cli_set_hash(j, m);
+    if (c->v[O_json]) {
+        json_t *memory = json_object();
+        cli_show_memory(c, t, memory);
+        json_object_set_new(j, "memory", memory);
+    }
     *out = j;
     return 0;
 }
@@ -17537,15 +20164,6 @@ static rlhf_status cli_positions(cli *c, int64_t *positions) {
     API_LEAVE();
 }
 
-/* Prints a part of a text; what would steer the terminal is shown as \xNN. */
-static void cli_show_text(const char *s, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        unsigned char b = (unsigned char)s[i];
-        if ((b < 0x20 && b != '\n' && b != '\t') || b == 0x7f) printf("\\x%02x", b);
-        else putchar(b);
-    }
-}
-
 /* Prints a sequence as text, what bears loss in colour on a terminal and in [[ ]] elsewhere. A
  * token's text may depend on what precedes it, hence the texts of whole beginnings. */
 static rlhf_status cli_show_seq(cli *c, rlhf_tokenizer *tok, const data_seq *s) {
@@ -17599,7 +20217,8 @@ static rlhf_status cli_show_examples(cli *c, rlhf_tokenizer *tok, const rlhf_dat
 /* What is known of a dataset, its names with the prefix. */
 static void cli_describe(json_t *j, const char *prefix, const rlhf_dataset *d) {
     static const char *const whys[DATA_WHYS] = {"dropped_too_long", "dropped_labelled_false",
-                                                "dropped_tied", "dropped_single"};
+                                                "dropped_tied", "dropped_single",
+                                                "dropped_unqualified", "dropped_other_aspect"};
     int64_t loss = 0, sequences = 0;
     int longest = 0;
     for (int i = 0; i < d->n; i++) {
@@ -17712,8 +20331,16 @@ static int cli_rm(cli *c) {
     int code = cli_run_trainer(c, t, m, train, &j);
     if (code) return code;
     char *text;
+    if (cfg->annotator_temperatures) {
+        CLI_TRY(rlhf_rm_temperatures(t, &text));
+        json_object_set_new(j, "annotator_temperatures", json_loads(text, 0, NULL));
+        rlhf_free(c->ctx, text);
+    }
     if (eval) {
-        rlhf_eval_config by = {.slice = cfg->slice, .per_turn = cfg->per_turn};
+        rlhf_eval_config by = {.slice = cfg->slice,
+                               .per_turn = cfg->per_turn,
+                               .aspect = cfg->aspect,
+                               .use_unqualified = cfg->use_unqualified};
         CLI_TRY(rlhf_eval_pairs(m, eval, &by, &text));
         json_t *e = json_loads(text, 0, NULL), *v;
         CLI_TRY(cli_write_in(c, c->v[O_out], "eval.json", text));
@@ -17769,7 +20396,7 @@ static int cli_ppo(cli *c) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 38 COMMAND (cli_ main)
+ * MARK: - 42 COMMAND (cli_ main)
  * The other commands. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
 
@@ -17875,6 +20502,23 @@ static int cli_generate(cli *c) {
     return cli_results(c, j);
 }
 
+static int cli_chat(cli *c) {
+    talk t = {.c = c};
+    long long most = -1;
+    CLI_NEED(model);
+    int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
+    if (code) return code;
+    if (c->config.gen.num_return_sequences > 1)
+        return cli_fail(c, "--num_return_sequences: a conversation goes on from one answer"), 2;
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &t.m));
+    CLI_TRY(cli_open_tokenizer(c, &t.tok));
+    CLI_TRY(talk_open(&t));
+    code = talk_run(&t, most);
+    if (code) return code;
+    return cli_results(c, json_pack("{s:I,s:I}", "turns", (json_int_t)t.answers, "tokens",
+                                    (json_int_t)t.tokens));
+}
+
 static int cli_score(cli *c) {
     rlhf_model *m;
     rlhf_tokenizer *tok;
@@ -17957,8 +20601,9 @@ static void cli_print_raters(cli *c, json_t *j) {
             json_object_foreach(json_object_get(j, groups[i]), value, row)
                 json_object_del(row, name);
     }
-    const char *const counts[] = {"annotators", "ties", "skipped", "replaced", "rounds"};
-    for (i = 0; i < 5; i++) {
+    const char *const counts[] = {"annotators",  "ties",         "skipped", "replaced",
+                                  "unqualified", "other_aspect", "rounds"};
+    for (i = 0; i < sizeof counts / sizeof *counts; i++) {
         json_object_set(shown, counts[i], json_object_get(j, counts[i]));
         json_object_del(all, counts[i]);
     }
@@ -18010,6 +20655,210 @@ static int cli_raters(cli *c) {
     json_t *j = json_loads(report, 0, NULL);
     rlhf_free(c->ctx, report);
     if (!c->v[O_json]) cli_print_raters(c, j);
+    return cli_results(c, j);
+}
+
+static rlhf_status cli_write_report(cli *c, int *warnings) {
+    API_ENTER(c->ctx);
+    report_write(c->ctx, (const char *const *)c->more, c->n_more, c->v[O_raters], c->v[O_out],
+                 warnings);
+    API_LEAVE();
+}
+
+static int cli_report(cli *c) {
+    int warnings;
+    if (!c->n_more)
+        return cli_fail(c, "report: no run: give one or more directories that rlhf sft, rm or ppo "
+                           "wrote"),
+               2;
+    CLI_NEED(out);
+    CLI_TRY(cli_write_report(c, &warnings));
+    json_t *j = json_pack("{s:s,s:i,s:i}", "out", c->v[O_out], "runs", c->n_more, "warnings",
+                          warnings);
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+static int cli_tokenize(cli *c) {
+    rlhf_tokenizer *tok;
+    int n, count, cap = 0;
+    long long most = -1, total = 0;
+    int32_t *ids = NULL;
+    if (!c->v[O_tokenizer]) CLI_NEED(model);
+    int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
+    if (code) return code;
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    char **lines = cli_read_lines(&n, most);
+    if (cli_interrupted) return 130;
+    for (int i = 0; i < n; i++) {
+        CLI_TRY(rlhf_encode(tok, lines[i], strlen(lines[i]), 1, ids, cap, &count));
+        if (count > cap) {
+            free(ids);
+            cap = 2 * count;
+            ids = malloc((size_t)cap * sizeof *ids);
+            if (!ids) return cli_fail(c, "out of memory");
+            CLI_TRY(rlhf_encode(tok, lines[i], strlen(lines[i]), 1, ids, cap, &count));
+        }
+        for (int k = 0; k < count; k++) printf("%s%d", k ? " " : "", (int)ids[k]);
+        printf("\n");
+        total += count;
+    }
+    return cli_results(c, json_pack("{s:i,s:I}", "lines", n, "tokens", (json_int_t)total));
+}
+
+/* Reads a file as it is, or unpacks it. */
+static rlhf_status cli_read_file(cli *c, const char *path, char **text, size_t *len) {
+    API_ENTER(c->ctx);
+    *text = io_read(c->ctx, path, IO_LIMIT, len);
+    API_LEAVE();
+}
+
+static int cli_tokenizer(cli *c) {
+    rlhf_tokenizer *tok;
+    long long size = 512;
+    CLI_NEED(train);
+    CLI_NEED(out);
+    int code = cli_number(c, O_vocab_size, 257, 1 << 24, &size), n = c->n_more + 1;
+    if (code) return code;
+    char **text = calloc((size_t)n, sizeof *text);
+    size_t *len = calloc((size_t)n, sizeof *len), total = 0;
+    if (!text || !len) return cli_fail(c, "out of memory");
+    for (int i = 0; i < n; i++) {
+        CLI_TRY(cli_read_file(c, i ? c->more[i - 1] : c->v[O_train], text + i, len + i));
+        total += len[i];
+    }
+    CLI_TRY(rlhf_tokenizer_train(c->ctx, (const char *const *)text, len, n, (int)size, &tok));
+    CLI_TRY(rlhf_tokenizer_save(tok, c->v[O_out]));
+    int vocab = rlhf_tokenizer_vocab_size(tok);
+    if (!c->v[O_json])
+        printf("%d entries learnt from %zu bytes, in %s\n", vocab, total, c->v[O_out]);
+    free(text);
+    free(len);
+    return cli_results(c, json_pack("{s:i,s:I,s:s}", "vocab_size", vocab, "bytes",
+                                    (json_int_t)total, "out", c->v[O_out]));
+}
+
+/* Writes an adapter and its base as one model directory. */
+static rlhf_status cli_merge(cli *c, rlhf_model *m, rlhf_tokenizer *tok) {
+    const char *dtype = c->v[O_save_dtype], *out = c->v[O_out];
+    API_ENTER(c->ctx);
+    if (!m->c.lora.r)
+        err_throw(api_ctx, RLHF_ERR_ARG,
+                  "%s: there is no adapter to merge (no adapter_config.json)", c->v[O_model]);
+    char *taken = io_join(api_ctx, out, "adapter_config.json");
+    if (io_exists(taken))
+        err_throw(api_ctx, RLHF_ERR_ARG, "--out %s: holds an adapter; name another directory", out);
+    mem_free(taken);
+    model_thaw(m);
+    ckpt_save(m, out, dtype && *dtype == 'b' ? 'b' : '4');
+    tok_save(tok, out);
+    API_LEAVE();
+}
+
+static int cli_export(cli *c) {
+    rlhf_model *m;
+    rlhf_tokenizer *tok;
+    CLI_NEED(model);
+    if (!c->v[O_gguf] && !c->v[O_merge])
+        return cli_fail(c, "export: --gguf TYPE or --merge is missing"), 2;
+    if (c->v[O_gguf] && c->v[O_merge])
+        return cli_fail(c, "export: --gguf or --merge, not both (--gguf merges adapters, too)"), 2;
+    CLI_NEED(out);
+    if (c->v[O_gguf] && !base_is_choice(GGUF_KINDS, c->v[O_gguf]))
+        return cli_fail(c, "--gguf: \"%s\", expected one of " GGUF_KINDS, c->v[O_gguf]), 2;
+    if (c->v[O_gguf] && c->v[O_save_dtype])
+        return cli_fail(c, "--save_dtype goes with --merge; --gguf itself names the type"), 2;
+    if (c->v[O_save_dtype] && !base_is_choice("f32|bf16", c->v[O_save_dtype]))
+        return cli_fail(c, "--save_dtype: \"%s\", expected f32 or bf16", c->v[O_save_dtype]), 2;
+    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
+    CLI_TRY(cli_open_tokenizer(c, &tok));
+    if (c->v[O_merge]) CLI_TRY(cli_merge(c, m, tok));
+    else CLI_TRY(rlhf_model_save_gguf(m, tok, c->v[O_out], c->v[O_gguf]));
+    struct stat st = {0};
+    json_t *j = json_pack("{s:s,s:I}", "out", c->v[O_out], "parameters",
+                          (json_int_t)rlhf_model_get_shape(m).n_params);
+    if (c->v[O_merge]) cli_set_hash(j, m);
+    else if (!stat(c->v[O_out], &st))
+        json_object_set_new(j, "bytes", json_integer((json_int_t)st.st_size));
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+static int cli_info(cli *c) {
+    char *text;
+    CLI_TRY(rlhf_info(c->ctx, &text));
+    json_t *j = json_loads(text, 0, NULL);
+    rlhf_free(c->ctx, text);
+    if (c->v[O_model]) {
+        rlhf_model *m;
+        CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
+        rlhf_model_shape s = rlhf_model_get_shape(m);
+        const struct {
+            const char *name;
+            json_int_t value;
+        } rows[] = {{"vocab_size", s.vocab_size},
+                    {"hidden_size", s.hidden_size},
+                    {"num_hidden_layers", s.num_layers},
+                    {"num_attention_heads", s.num_heads},
+                    {"num_key_value_heads", s.num_kv_heads},
+                    {"head_dim", s.head_dim},
+                    {"intermediate_size", s.intermediate_size},
+                    {"max_position_embeddings", s.max_positions},
+                    {"parameters", s.n_params},
+                    {"bytes", s.n_params * 4}};
+        json_object_set_new(j, "model", json_string(c->v[O_model]));
+        json_object_set_new(j, "model_type", json_string(s.model_type));
+        json_object_set_new(j, "head", json_string(s.head == RLHF_HEAD_SCORE ? "score" : "lm"));
+        json_object_set_new(j, "tied", json_boolean(s.tied));
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+            json_object_set_new(j, rows[i].name, json_integer(rows[i].value));
+        cli_set_hash(j, m);
+    }
+    cli_print_object(c, j);
+    return cli_results(c, j);
+}
+
+/* The library's errors land here while the bench runs. */
+static rlhf_status cli_bench_frame(cli *c, bench *b, const char *what) {
+    API_ENTER(c->ctx);
+    bench_run(b, what, c->v[O_model]);
+    API_LEAVE();
+}
+
+static int cli_bench(cli *c) {
+    static const char choices[] = "all|gemm|train|generate|ppo";
+    const char *what = c->n_more ? c->more[0] : "all";
+    if (!base_is_choice(choices, what))
+        return cli_fail(c, "bench: \"%s\", expected one of %s", what, choices), 2;
+    bench *b = calloc(1, sizeof *b);
+    if (!b) return cli_fail(c, "out of memory");
+    char *text;
+    CLI_TRY(rlhf_info(c->ctx, &text));
+    json_t *machine = json_loads(text, 0, NULL);
+    rlhf_free(c->ctx, text);
+    b->ctx = c->ctx;
+    b->quick = c->v[O_quick] != NULL;
+    b->json = c->v[O_json] != NULL;
+    if (!b->json)
+        printf("%s, %s, %d threads, rlhf " RLHF_VERSION " (" RLHF_COMMIT "), compiler %s\n\n",
+               json_string_value(json_object_get(machine, "cpu")), c->ctx->k->name, c->ctx->threads,
+               __VERSION__);
+    CLI_TRY(cli_bench_frame(c, b, what));
+    json_t *list = json_array();
+    for (int i = 0; i < b->n; i++)
+        json_array_append_new(list,
+                              json_pack("{s:s,s:f,s:s,s:f,s:f}", "name", b->list[i].name, "value",
+                                        b->list[i].value, "unit", b->list[i].unit, "share",
+                                        b->list[i].share, "peak_rss_mb", b->list[i].rss));
+    char hash[17];
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)b->hash);
+    if (!b->json) printf("\nweights hash %s: equal hashes mean the same work\n", hash);
+    json_object_set_new(machine, "compiler", json_string(__VERSION__));
+    json_object_set_new(machine, "commit", json_string(RLHF_COMMIT));
+    json_t *j = json_pack("{s:o,s:{s:f,s:f,s:f},s:o,s:s}", "machine", machine, "limits",
+                          "fma_gflops", b->fma, "bf16_gflops", b->bf16, "dram_gbps", b->dram,
+                          "results", list, "weights_hash", hash);
+    free(b);
     return cli_results(c, j);
 }
 
@@ -18159,163 +21008,6 @@ static int cli_label(cli *c) {
     return code;
 }
 
-static int cli_tokenize(cli *c) {
-    rlhf_tokenizer *tok;
-    int n, count, cap = 0;
-    long long most = -1, total = 0;
-    int32_t *ids = NULL;
-    if (!c->v[O_tokenizer]) CLI_NEED(model);
-    int code = cli_number(c, O_max_steps, 0, INT_MAX, &most);
-    if (code) return code;
-    CLI_TRY(cli_open_tokenizer(c, &tok));
-    char **lines = cli_read_lines(&n, most);
-    if (cli_interrupted) return 130;
-    for (int i = 0; i < n; i++) {
-        CLI_TRY(rlhf_encode(tok, lines[i], strlen(lines[i]), 1, ids, cap, &count));
-        if (count > cap) {
-            free(ids);
-            cap = 2 * count;
-            ids = malloc((size_t)cap * sizeof *ids);
-            if (!ids) return cli_fail(c, "out of memory");
-            CLI_TRY(rlhf_encode(tok, lines[i], strlen(lines[i]), 1, ids, cap, &count));
-        }
-        for (int k = 0; k < count; k++) printf("%s%d", k ? " " : "", (int)ids[k]);
-        printf("\n");
-        total += count;
-    }
-    return cli_results(c, json_pack("{s:i,s:I}", "lines", n, "tokens", (json_int_t)total));
-}
-
-/* Reads a file as it is, or unpacks it. */
-static rlhf_status cli_read_file(cli *c, const char *path, char **text, size_t *len) {
-    API_ENTER(c->ctx);
-    *text = io_read(c->ctx, path, IO_LIMIT, len);
-    API_LEAVE();
-}
-
-static int cli_tokenizer(cli *c) {
-    rlhf_tokenizer *tok;
-    long long size = 512;
-    CLI_NEED(train);
-    CLI_NEED(out);
-    int code = cli_number(c, O_vocab_size, 257, 1 << 24, &size), n = c->n_more + 1;
-    if (code) return code;
-    char **text = calloc((size_t)n, sizeof *text);
-    size_t *len = calloc((size_t)n, sizeof *len), total = 0;
-    if (!text || !len) return cli_fail(c, "out of memory");
-    for (int i = 0; i < n; i++) {
-        CLI_TRY(cli_read_file(c, i ? c->more[i - 1] : c->v[O_train], text + i, len + i));
-        total += len[i];
-    }
-    CLI_TRY(rlhf_tokenizer_train(c->ctx, (const char *const *)text, len, n, (int)size, &tok));
-    CLI_TRY(rlhf_tokenizer_save(tok, c->v[O_out]));
-    int vocab = rlhf_tokenizer_vocab_size(tok);
-    if (!c->v[O_json])
-        printf("%d entries learnt from %zu bytes, in %s\n", vocab, total, c->v[O_out]);
-    free(text);
-    free(len);
-    return cli_results(c, json_pack("{s:i,s:I,s:s}", "vocab_size", vocab, "bytes",
-                                    (json_int_t)total, "out", c->v[O_out]));
-}
-
-static int cli_export(cli *c) {
-    rlhf_model *m;
-    rlhf_tokenizer *tok;
-    CLI_NEED(model);
-    CLI_NEED(gguf);
-    CLI_NEED(out);
-    if (!base_is_choice(GGUF_KINDS, c->v[O_gguf]))
-        return cli_fail(c, "--gguf: \"%s\", expected one of " GGUF_KINDS, c->v[O_gguf]), 2;
-    CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
-    CLI_TRY(cli_open_tokenizer(c, &tok));
-    CLI_TRY(rlhf_model_save_gguf(m, tok, c->v[O_out], c->v[O_gguf]));
-    struct stat st = {0};
-    stat(c->v[O_out], &st);
-    json_t *j =
-        json_pack("{s:s,s:I,s:I}", "out", c->v[O_out], "parameters",
-                  (json_int_t)rlhf_model_get_shape(m).n_params, "bytes", (json_int_t)st.st_size);
-    cli_print_object(c, j);
-    return cli_results(c, j);
-}
-
-static int cli_info(cli *c) {
-    char *text;
-    CLI_TRY(rlhf_info(c->ctx, &text));
-    json_t *j = json_loads(text, 0, NULL);
-    rlhf_free(c->ctx, text);
-    if (c->v[O_model]) {
-        rlhf_model *m;
-        CLI_TRY(rlhf_model_open(c->ctx, c->v[O_model], &m));
-        rlhf_model_shape s = rlhf_model_get_shape(m);
-        const struct {
-            const char *name;
-            json_int_t value;
-        } rows[] = {{"vocab_size", s.vocab_size},
-                    {"hidden_size", s.hidden_size},
-                    {"num_hidden_layers", s.num_layers},
-                    {"num_attention_heads", s.num_heads},
-                    {"num_key_value_heads", s.num_kv_heads},
-                    {"head_dim", s.head_dim},
-                    {"intermediate_size", s.intermediate_size},
-                    {"max_position_embeddings", s.max_positions},
-                    {"parameters", s.n_params},
-                    {"bytes", s.n_params * 4}};
-        json_object_set_new(j, "model", json_string(c->v[O_model]));
-        json_object_set_new(j, "model_type", json_string(s.model_type));
-        json_object_set_new(j, "head", json_string(s.head == RLHF_HEAD_SCORE ? "score" : "lm"));
-        json_object_set_new(j, "tied", json_boolean(s.tied));
-        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-            json_object_set_new(j, rows[i].name, json_integer(rows[i].value));
-        cli_set_hash(j, m);
-    }
-    cli_print_object(c, j);
-    return cli_results(c, j);
-}
-
-/* The library's errors land here while the bench runs. */
-static rlhf_status cli_bench_frame(cli *c, bench *b, const char *what) {
-    API_ENTER(c->ctx);
-    bench_run(b, what, c->v[O_model]);
-    API_LEAVE();
-}
-
-static int cli_bench(cli *c) {
-    static const char choices[] = "all|gemm|train|generate|ppo";
-    const char *what = c->n_more ? c->more[0] : "all";
-    if (!base_is_choice(choices, what))
-        return cli_fail(c, "bench: \"%s\", expected one of %s", what, choices), 2;
-    bench *b = calloc(1, sizeof *b);
-    if (!b) return cli_fail(c, "out of memory");
-    char *text;
-    CLI_TRY(rlhf_info(c->ctx, &text));
-    json_t *machine = json_loads(text, 0, NULL);
-    rlhf_free(c->ctx, text);
-    b->ctx = c->ctx;
-    b->quick = c->v[O_quick] != NULL;
-    b->json = c->v[O_json] != NULL;
-    if (!b->json)
-        printf("%s, %s, %d threads, rlhf " RLHF_VERSION " (" RLHF_COMMIT "), compiler %s\n\n",
-               json_string_value(json_object_get(machine, "cpu")), c->ctx->k->name, c->ctx->threads,
-               __VERSION__);
-    CLI_TRY(cli_bench_frame(c, b, what));
-    json_t *list = json_array();
-    for (int i = 0; i < b->n; i++)
-        json_array_append_new(list,
-                              json_pack("{s:s,s:f,s:s,s:f,s:f}", "name", b->list[i].name, "value",
-                                        b->list[i].value, "unit", b->list[i].unit, "share",
-                                        b->list[i].share, "peak_rss_mb", b->list[i].rss));
-    char hash[17];
-    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)b->hash);
-    if (!b->json) printf("\nweights hash %s: equal hashes mean the same work\n", hash);
-    json_object_set_new(machine, "compiler", json_string(__VERSION__));
-    json_object_set_new(machine, "commit", json_string(RLHF_COMMIT));
-    json_t *j = json_pack("{s:o,s:{s:f,s:f,s:f},s:o,s:s}", "machine", machine, "limits",
-                          "fma_gflops", b->fma, "bf16_gflops", b->bf16, "dram_gbps", b->dram,
-                          "results", list, "weights_hash", hash);
-    free(b);
-    return cli_results(c, j);
-}
-
 /* ---- main ---- */
 
 static const cli_command cli_commands[] = {
@@ -18337,6 +21029,10 @@ static const cli_command cli_commands[] = {
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(prompt) | CLI_BIT(data) |
          CLI_BIT(out) | CLI_BIT(chat_template),
      RLHF_CONFIG_GENERATE, cli_generate},
+    {"chat", "a conversation: a line of standard input is a turn; /reset, /quit",
+     "--model DIR [--system TEXT] [--max_new_tokens N]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(system) | CLI_BIT(chat_template),
+     RLHF_CONFIG_GENERATE, cli_chat},
     {"score", "the reward of each record",
      "--model RM_DIR --data answers.jsonl [--out scored.jsonl]",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(data) | CLI_BIT(out) |
@@ -18356,10 +21052,14 @@ static const cli_command cli_commands[] = {
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(reward) | CLI_BIT(out) |
          CLI_BIT(chat_template) | CLI_BIT(continue),
      CLI_LABEL, cli_label},
-    {"export", "the model and its tokenizer as a file for llama.cpp",
-     "--model DIR --gguf TYPE --out FILE.gguf",
-     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(out), -1,
-     cli_export},
+    {"report", "runs as one page for a browser: curves, slices, answers, warnings",
+     "RUN... --out report.html [--raters FILE]",
+     CLI_COMMON | CLI_BIT(raters) | CLI_BIT(out), -1, cli_report},
+    {"export", "a file for llama.cpp, or an adapter merged into its base",
+     "--model DIR [--gguf TYPE --out FILE.gguf | --merge --out DIR]",
+     CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer) | CLI_BIT(gguf) | CLI_BIT(merge) |
+         CLI_BIT(save_dtype) | CLI_BIT(out),
+     -1, cli_export},
     {"tokenize", "lines of standard input to token ids", "--tokenizer DIR < text",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(tokenizer), -1, cli_tokenize},
     {"tokenizer", "learn a byte-level BPE vocabulary from text",
@@ -18428,9 +21128,7 @@ int main(int argc, char **argv) {
     c.tty = isatty(2);
     if (!code) code = cli_open(&c);
     if (code) return code;
-    struct sigaction on_signal = {.sa_handler = cli_on_signal, .sa_flags = (int)SA_RESETHAND};
-    sigaction(SIGINT, &on_signal, NULL); /* a second one ends the program at once */
-    sigaction(SIGTERM, &on_signal, NULL);
+    cli_catch_signals(cli_on_signal);
     code = c.cmd->run(&c);
     rlhf_close(c.ctx);
     json_decref(c.file);

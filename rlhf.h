@@ -201,9 +201,13 @@ typedef struct rlhf_data_config {
     int add_eos; /* 1: an end-of-text token follows every text or answer that lacks one */
     const char *chat_template; /* "auto" (from the tokenizer), or one of rlhf_chat_templates() */
     int turns; /* 1: keep where each turn of the assistant ends, for per_turn evaluation */
+    const char *aspect; /* PREFERENCE: the choice that counts is the one on this of a record's
+                           "aspects", records without it are dropped; "" or null: the overall one */
+    int use_unqualified; /* PREFERENCE, SFT: 0 drops what is marked "qualified": false */
 } rlhf_data_config;
 
-/* max_length 1024, all records, completion_only_loss 1, add_eos 1, chat_template "auto". */
+/* max_length 1024, all records, completion_only_loss 1, add_eos 1, chat_template "auto", no aspect,
+ * use_unqualified 0. */
 rlhf_data_config rlhf_data_config_default(rlhf_data_kind kind);
 
 /* The names of the chat templates, separated by '|'; static. */
@@ -247,7 +251,11 @@ typedef struct rlhf_model_shape {
 } rlhf_model_shape;
 
 /* Opens a Hugging Face directory: config.json, model.safetensors or the files of its index (f32,
- * f16, bf16; computed in f32), generation_config.json if present. RLHF_ERR_IO for a file that is
+ * f16, bf16; computed in f32), generation_config.json if present; or an adapter in PEFT's layout
+ * (adapter_config.json, adapter_model.safetensors) and the directory of its base. Matrices stay in
+ * the files, mapped, and are shared by all models that are opened from the same ones, until a
+ * trainer makes them floats of its model's own; the files must not be written to meanwhile (to be
+ * replaced by others is fine). RLHF_ERR_IO for a file that is
  * missing, RLHF_ERR_FORMAT for tensors that do not fit config.json, RLHF_ERR_UNSUPPORTED for a
  * model_type or option not computed here; *model is then null. */
 rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model);
@@ -258,8 +266,9 @@ rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model);
 rlhf_status rlhf_model_init(rlhf_ctx *ctx, const char *config_json, int vocab_size, int bos,
                             int eos, uint64_t seed, rlhf_model **model);
 
-/* A copy that shares nothing. head RLHF_HEAD_SCORE turns a language model into a scorer whose head
- * is not yet trained (or keeps a scorer's head); scoring with an untrained head is refused. */
+/* A copy: training one changes nothing of the other, weights that nobody trains are shared. head
+ * RLHF_HEAD_SCORE turns a language model into a scorer whose head is not yet trained (or keeps a
+ * scorer's head); scoring with an untrained head is refused. */
 rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **copy);
 
 /* Writes DIR/config.json, model.safetensors, generation_config.json and, if tokenizer is not null,
@@ -267,6 +276,11 @@ rlhf_status rlhf_model_clone(rlhf_model *model, rlhf_head head, rlhf_model **cop
  * ones are the same bytes again, else as f32. Each file is written beside its place and renamed, so
  * that a reader never sees half of one. */
 rlhf_status rlhf_model_save(rlhf_model *model, rlhf_tokenizer *tokenizer, const char *dir);
+
+/* Makes adapters part of the weights, which all become the model's own floats, so that it is saved
+ * as a whole model. Nothing changes in a model that has its own weights already. After the trainers
+ * that use it. On failure the model is as it was. */
+rlhf_status rlhf_model_merge(rlhf_model *model);
 
 /* Writes a language model and its tokenizer as one GGUF file, which llama.cpp loads; beside its
  * place and renamed, too. type, how matrices are stored: "f32", "f16", "bf16" or "q8_0". tokenizer
@@ -322,6 +336,18 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(I, gradient_accumulation_steps, 1, 1, 1e6, "batches added up into one optimizer step")       \
     F(I, max_length, 1024, 1, 1e7,                                                                 \
       "longest record in tokens; longer ones are dropped and counted")                             \
+    F(B, use_peft, 0, 0, 1, "train an adapter (LoRA), not the weights")                            \
+    F(I, lora_r, 16, 1, 65536, "rank of the adapter")                                              \
+    F(R, lora_alpha, 32, 0, 1e9, "the adapter counts lora_alpha / lora_r")                         \
+    F(R, lora_dropout, 0.05, 0, 0.99,                                                              \
+      "share of its input that an adapter does not see in training; none in ppo")                  \
+    F(S, lora_target_modules, "auto", 0, 0,                                                        \
+      "matrices with an adapter: names, separated by commas; all-linear; auto = as PEFT chooses")  \
+    F(B, use_rslora, 0, 0, 1, "the adapter counts lora_alpha / sqrt(lora_r)")                      \
+    F(B, gradient_checkpointing, 0, 0, 1,                                                          \
+      "keep less in training and compute it again: less memory, a third more time")                \
+    F(R, memory_limit, 0, 0, 1e9,                                                                  \
+      "GB that the run may take; chooses micro-batches and recomputation to fit; 0 = any")         \
     F(B, shuffle_dataset, 1, 0, 1, "a new order each epoch, drawn from the seed")                  \
     F(I, seed, 42, 0, 9e15, "seed of every random choice")                                         \
     F(I, logging_steps, LOGGING, 1, 1e9, "steps between lines of metrics")                         \
@@ -334,14 +360,23 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(B, resume, 0, 0, 1,                                                                          \
       "go on from the state in output_dir; the end is the same bits as without the stop")
 
-#define RLHF_SFT_FIELDS(F)                                                                         \
-    RLHF_TRAIN_FIELDS(F, 2e-5, 3, 8, 10)                                                           \
-    RLHF_SAMPLE_FIELDS(F)
+/* Which judgements count. The data_config of a dataset says the same. */
+#define RLHF_QUALIFIED_FIELDS(F)                                                                   \
+    F(B, use_unqualified, 0, 0, 1, "also use what is marked \"qualified\": false")
+#define RLHF_JUDGED_FIELDS(F)                                                                      \
+    F(S, aspect, "", 0, 0, "the one of the records' \"aspects\" whose choice counts; "             \
+      "empty = the overall choice")                                                                \
+    RLHF_QUALIFIED_FIELDS(F)
 
 /* What samples.jsonl of a run directory holds. */
 #define RLHF_SAMPLE_FIELDS(F)                                                                      \
     F(I, sample_prompts, 16, 0, 1e4,                                                               \
       "prompts whose most likely answers, before and after, go to samples.jsonl; 0 = none")
+
+#define RLHF_SFT_FIELDS(F)                                                                         \
+    RLHF_TRAIN_FIELDS(F, 2e-5, 3, 8, 10)                                                           \
+    RLHF_QUALIFIED_FIELDS(F)                                                                       \
+    RLHF_SAMPLE_FIELDS(F)
 
 #define RLHF_RM_FIELDS(F)                                                                          \
     RLHF_TRAIN_FIELDS(F, 1e-4, 1, 8, 10)                                                           \
@@ -353,18 +388,23 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(R, temperature, 1.0, 1e-3, 1e3, "temperature of such answers")                               \
     F(S, annotator_weights, "none", 0, 0,                                                          \
       "whose judgement counts: none, majority, em, or a file that `rlhf raters --out` wrote")      \
+    F(B, annotator_temperatures, 0, 0, 1,                                                          \
+      "learn with the model how noisy each annotator's choices are")                               \
+    F(R, annotator_learning_rate, 0.05, 0, 1e3, "learning rate of these log temperatures")         \
     RLHF_EVAL_FIELDS(F)
 
 /* How preferences are evaluated. */
 #define RLHF_EVAL_FIELDS(F)                                                                        \
     F(S, slice, "", 0, 0, "further fields to report by, separated by commas")                      \
-    F(B, per_turn, 0, 0, 1, "also compare conversations at the end of each turn")
+    F(B, per_turn, 0, 0, 1, "also compare conversations at the end of each turn")                  \
+    RLHF_JUDGED_FIELDS(F)
 
 #define RLHF_RATERS_FIELDS(F)                                                                      \
     F(I, bootstrap, 1000, 0, 1e6, "bootstrap replicates for the intervals; 0 = no such intervals") \
     F(I, disputed, 10, 0, 1e6, "items with the most disagreement to list")                         \
     F(B, leave_out, 0, 0, 1,                                                                       \
       "predict each annotator from the others, by reliability and by majority")                    \
+    RLHF_JUDGED_FIELDS(F)                                                                          \
     F(I, seed, 42, 0, 9e15, "seed of the bootstrap")
 
 #define RLHF_PPO_FIELDS(F)                                                                         \
@@ -376,7 +416,7 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(I, response_length, 53, 1, 1e6, "longest answer in tokens")                                  \
     F(R, temperature, 0.7, 1e-3, 1e3, "temperature of sampling and of every log-probability")      \
     F(I, stop_token_id, -1, -1, 1e9,                                                               \
-      "the token that ends an answer; -1 = the model's end-of-text tokens")                        \
+      "the token that ends an answer; -1 = the model's end of text, in a chat also of turn")       \
     F(R, missing_eos_penalty, 0, 0, 1e6, "subtracted from the score of an answer without an end")  \
     F(R, kl_coef, 0.05, 0, 1e6, "weight of the KL penalty in the reward of each token")            \
     F(S, kl_estimator, "k1", "k1|k3", 0, "how KL is estimated from log-probabilities")             \
@@ -396,7 +436,7 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
     F(B, shuffle_minibatches, 1, 0, 1, "a new order of episodes for each pass")                    \
     RLHF_SAMPLE_FIELDS(F)                                                                          \
     F(I, best_of_n, 16, 0, 1e4,                                                                    \
-      "answers to each of these prompts from the first policy, for best_of_n.json; 0 = none")
+      "answers of the first policy to each of batch_size prompts, for best_of_n.json; 0 = none")
 
 #define RLHF_GENERATE_FIELDS(F)                                                                    \
     F(I, max_new_tokens, 64, 1, 1e6, "longest continuation in tokens")                             \
@@ -489,7 +529,8 @@ rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
                           const rlhf_generate_config *config, const char *const *prompts, int n,
                           rlhf_sample **samples, int *count);
 
-/* The same for the prompts of a dataset of kind RLHF_DATA_PROMPT; samples carry their records. */
+/* The same for the prompts of a dataset of kind RLHF_DATA_PROMPT; samples carry their records.
+ * Answers in a conversation also end with its chat template's end of turn, if that is a token. */
 rlhf_status rlhf_generate_dataset(rlhf_model *model, rlhf_tokenizer *tokenizer,
                                   const rlhf_generate_config *config, rlhf_dataset *prompts,
                                   rlhf_sample **samples, int *count);
@@ -528,7 +569,8 @@ rlhf_status rlhf_eval_pairs(rlhf_model *reward, rlhf_dataset *dataset,
  * "annotator": "chosen" and "rejected", or two "answers" and "choice" (0 or "A", 1 or "B", "tie",
  * "both_bad", "skip"); optional: prompt, annotator_type (or kind), domain, item, order (the
  * answers' indices as shown, chosen being 0 and rejected 1), seconds, gold (the right answer as
- * choice names it, or true or false: this judgement is right). Judgements of the same texts and
+ * choice names it, or true or false: this judgement is right), aspects (further choices by name),
+ * qualified (false: the judgement does not count). Judgements of the same texts and
  * item are of one item; of two by one annotator the later counts; "both_bad" counts as a tie.
  *
  * *report: one JSON object. Overall and by domain, annotator_type and annotator: judgements,
@@ -570,10 +612,17 @@ rlhf_status rlhf_sft_open(rlhf_model *model, rlhf_tokenizer *tokenizer, rlhf_dat
  * language model that samples the answers by which scores are normalised, may be null (then the
  * training answers are used). annotator_weights other than "none" gives train's records the labels
  * and weights of rlhf_raters: "em" and "majority" from these records themselves, else from a file.
- */
+ * annotator_temperatures takes each record's own choice instead, and scales its margin by how noisy
+ * its annotator is found to be (rlhf_rm_temperatures). */
 rlhf_status rlhf_rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenizer *tokenizer,
                          rlhf_dataset *train, rlhf_dataset *eval, const rlhf_rm_config *config,
                          rlhf_trainer **trainer);
+
+/* The temperatures that an rm trainer with annotator_temperatures has learned, as one JSON object,
+ * released with rlhf_free: {annotator: {"judgements", "temperature"}}, in the order of their first
+ * records. 1 is as noisy as the mean of all judgements; above it an annotator's choices tell less.
+ * An empty object where none are learned. */
+rlhf_status rlhf_rm_temperatures(rlhf_trainer *trainer, char **json);
 
 /* Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019). Rewards come from a
  * reward model, from a function, or from both (added). The reference is a copy of the policy as it
@@ -602,6 +651,21 @@ int64_t rlhf_trainer_steps_total(const rlhf_trainer *trainer);
 /* The newest value of a metric by its name ("loss", "objective/kl", "eval_accuracy"), NaN if there
  * is none. */
 double rlhf_trainer_metric(const rlhf_trainer *trainer, const char *name);
+
+/* Bytes that a run takes at its highest, known when its trainer is opened. */
+typedef struct rlhf_memory {
+    int64_t weights;     /* of all roles; what several share counts once */
+    int64_t adapters;    /* of all roles, with their score heads */
+    int64_t optimizer;   /* gradients and both moments */
+    int64_t activations; /* of one micro-batch, and what a rollout keeps */
+    int64_t cache;       /* keys and values of sampling */
+    int64_t scratch;     /* logits, packed weights, blocks of products */
+    int64_t other;       /* data, tokenizer, program */
+    int64_t total;
+} rlhf_memory;
+
+/* All zero for null. */
+rlhf_memory rlhf_trainer_memory(const rlhf_trainer *trainer);
 
 /* All newest metrics as one JSON object, released with rlhf_free. */
 rlhf_status rlhf_trainer_metrics(rlhf_trainer *trainer, char **json);

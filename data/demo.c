@@ -2,10 +2,10 @@
  * demo.c: the material and the examiner of `make demo`
  *
  * The demo asks one question: whose judgement should a model be trained on? It trains the same
- * small model twice by PPO, once on comparisons made by people who know the field and once on
- * comparisons made by people who do not, and compares what comes out with the model both started
- * from. This program writes everything the engine reads and marks everything the engine answers;
- * the engine itself knows nothing about the subject.
+ * small model by PPO on comparisons made by people who know the field, by people who do not, and by
+ * a crowd of both and of careless ones, of whom nobody says which is which; and compares what comes
+ * out with the model all started from. This program writes everything the engine reads and marks
+ * everything the engine answers; the engine itself knows nothing about the subject.
  *
  *     demo-tool generate DIR     write the data sets (the same bytes on every machine)
  *     demo-tool judge ...        read answers and scores, print the table, write summary.json
@@ -16,7 +16,7 @@
  *   01 BASE       strings, files, random numbers
  *   02 DOMAINS    four fields: how questions are worded, what is right, what goes wrong
  *   03 ANSWERS    how an answer is worded; reading an answer back
- *   04 RATERS     simulated annotators, experts and lay people
+ *   04 RATERS     simulated annotators: experts, lay people, a crowd
  *   05 GENERATE   the data sets
  *   06 JUDGE      the table, the samples, summary.json
  *   07 SHOW       summary.json as a picture and as a table
@@ -262,14 +262,19 @@ static void answer_text(int field, answer ans, char *text, size_t size)
 
 /* ============================================================================================
  * MARK: - 04 RATERS
- * Each comparison is judged by one person. An expert knows the right value, best of all in the
- * own field; where values do not decide, a sure tone is liked in a right answer and disliked in a
- * wrong one. A lay rater has no idea of the value and goes by the tone.
+ * An expert knows the right value, best of all in the own field; where values do not decide, a sure
+ * tone is liked in a right answer and disliked in a wrong one. A lay rater has no idea of the value
+ * and goes by the tone. A careless one does not read: either answer is as good.
  * ============================================================================================ */
+
+typedef enum { EXPERT, LAYMAN, CARELESS, KINDS } rater_kind;
+
+static const char *const kind_name[KINDS] = { "expert", "lay", "careless" };
 
 typedef struct {
     const char *name;
-    int own;     /* expert: the own field; lay: -1 */
+    rater_kind kind;
+    int own;     /* expert: the own field */
     int inside;  /* percent of verdicts that follow the rule: expert, in the own field; lay */
     int outside; /* the same for an expert elsewhere; lay: percent that like the longer of a tie */
 } rater;
@@ -277,24 +282,44 @@ typedef struct {
 enum { EXPERTS = 4, LAY = 5 };
 
 static const rater experts[EXPERTS] = {
-    { "amara, pharmacist", 0, 96, 75 },
-    { "bruno, notary", 1, 95, 75 },
-    { "chiara, accountant", 2, 96, 80 },
-    { "dmitri, electrician", 3, 94, 75 }
+    { "amara, pharmacist", EXPERT, 0, 96, 75 },
+    { "bruno, notary", EXPERT, 1, 95, 75 },
+    { "chiara, accountant", EXPERT, 2, 96, 80 },
+    { "dmitri, electrician", EXPERT, 3, 94, 75 }
 };
 
 static const rater lay_people[LAY] = {
-    { "emil", -1, 95, 50 },
-    { "fatou", -1, 92, 60 },
-    { "greta", -1, 88, 50 },
-    { "hugo", -1, 94, 55 },
-    { "ines", -1, 90, 50 }
+    { "emil", LAYMAN, 0, 95, 50 },
+    { "fatou", LAYMAN, 0, 92, 60 },
+    { "greta", LAYMAN, 0, 88, 50 },
+    { "hugo", LAYMAN, 0, 94, 55 },
+    { "ines", LAYMAN, 0, 90, 50 }
+};
+
+/* A crowd as one may hire it: half of them know one of the fields, a third are lay people, the rest
+ * want to be done. Nothing in the data says who is what. */
+enum { CROWD = 24 };
+
+static const rater crowd[CROWD] = {
+    { "agnes", LAYMAN, 0, 92, 50 },   { "bela", EXPERT, 2, 95, 75 },
+    { "cosmo", EXPERT, 0, 94, 70 },   { "dunja", CARELESS, 0, 0, 0 },
+    { "edgar", EXPERT, 3, 96, 80 },   { "flora", LAYMAN, 0, 88, 55 },
+    { "gilda", EXPERT, 1, 93, 75 },   { "heiko", LAYMAN, 0, 95, 50 },
+    { "irina", EXPERT, 0, 96, 75 },   { "jonas", CARELESS, 0, 0, 0 },
+    { "karla", EXPERT, 2, 92, 70 },   { "leon", LAYMAN, 0, 90, 60 },
+    { "mira", EXPERT, 1, 95, 80 },    { "nils", LAYMAN, 0, 94, 50 },
+    { "olga", EXPERT, 3, 94, 70 },    { "pablo", LAYMAN, 0, 92, 55 },
+    { "quinn", CARELESS, 0, 0, 0 },   { "rosa", EXPERT, 1, 96, 75 },
+    { "sven", EXPERT, 3, 93, 75 },    { "tilda", LAYMAN, 0, 90, 50 },
+    { "umar", EXPERT, 2, 96, 75 },    { "vera", CARELESS, 0, 0, 0 },
+    { "wanda", EXPERT, 0, 92, 75 },   { "xaver", LAYMAN, 0, 88, 60 }
 };
 
 /* True if the rater likes x better than y. The texts break the ties of lay raters only. */
 static int prefers(const rater *who, int field, answer x, answer y, int x_is_longer, rng *r)
 {
-    int expert = who->own >= 0;
+    int expert = who->kind == EXPERT;
+    if (who->kind == CARELESS) return rng_percent(r, 50);
     if (expert && x.right != y.right)
         return x.right == rng_percent(r, who->own == field ? who->inside : who->outside);
     if (expert && x.confident != y.confident)
@@ -320,6 +345,8 @@ enum {
     EVAL_FORMS = 1, /* wordings of each fact for the evaluations during training */
     DEMONSTRATIONS = 12000,
     COMPARISONS = 8000,
+    CROWD_ITEMS = 2000, /* comparisons that the crowd makes */
+    CROWD_VOTES = 6,    /* people who judge each of them */
     ASKS = 2,        /* times the final test asks each question: less noise from sampling */
     EVAL_COPIES = 3, /* demonstrations and comparisons made from each evaluation cell */
     CONFIDENT_PERCENT = 50,
@@ -449,17 +476,21 @@ static void draw_pair(const cell *c, answer pair[2], rng *r)
              pair[0].value == pair[1].value);
 }
 
-static void put_verdict(FILE *file, const cell *c, const answer pair[2], const rater *who, rng *r)
+/* A judgement; item < 0: of an annotator whose kind is known, else of an item of the crowd's. */
+static void put_verdict(FILE *file, const cell *c, const answer pair[2], const rater *who, int item,
+                        rng *r)
 {
     char prompt[TEXT], text[2][TEXT];
     cell_prompt(c, prompt);
     for (int i = 0; i < 2; i++) cell_answer(c, pair[i], text[i]);
     int longer = strlen(text[0]) > strlen(text[1]);
     int best = prefers(who, c->field, pair[0], pair[1], longer, r) ? 0 : 1;
-    put_record(file, json_pack("{s:s, s:s, s:s, s:s, s:s, s:s}", "prompt", prompt,
+    json_t *record = json_pack("{s:s, s:s, s:s, s:s, s:s}", "prompt", prompt,
                                "chosen", text[best], "rejected", text[1 - best],
-                               "domain", fields[c->field].name, "annotator", who->name,
-                               "annotator_type", who->own >= 0 ? "expert" : "lay"));
+                               "domain", fields[c->field].name, "annotator", who->name);
+    if (item < 0) json_object_set_new(record, "annotator_type", json_string(kind_name[who->kind]));
+    else json_object_set_new(record, "item", json_integer(item));
+    put_record(file, record);
 }
 
 /* The same pairs go to both kinds of rater: only the judgement differs between the two files. */
@@ -471,11 +502,27 @@ static void write_comparisons(const char *dir, const char *expert_name, const ch
         const cell *c = &from->at[i % from->n];
         answer pair[2];
         draw_pair(c, pair, r);
-        put_verdict(expert, c, pair, choose_expert(c->field, r), r);
-        put_verdict(lay, c, pair, &lay_people[rng_below(r, LAY)], r);
+        put_verdict(expert, c, pair, choose_expert(c->field, r), -1, r);
+        put_verdict(lay, c, pair, &lay_people[rng_below(r, LAY)], -1, r);
     }
     close_written(expert, expert_name);
     close_written(lay, lay_name);
+}
+
+/* Each pair goes to a few of the crowd, whoever is there. */
+static void write_crowd(const char *dir, const char *name, const cell_list *from, int n, rng *r)
+{
+    FILE *file = open_in(dir, name);
+    for (int i = 0; i < n; i++) {
+        const cell *c = &from->at[i % from->n];
+        answer pair[2];
+        int who[CROWD];
+        draw_pair(c, pair, r);
+        for (int k = 0; k < CROWD; k++) who[k] = k;
+        shuffle(r, who, CROWD);
+        for (int k = 0; k < CROWD_VOTES; k++) put_verdict(file, c, pair, &crowd[who[k]], i, r);
+    }
+    close_written(file, name);
 }
 
 /* Questions alone; "answer" and the cell ride along for the judge, the engine ignores them. */
@@ -508,9 +555,10 @@ static void generate(const char *dir)
                       eval->n * EVAL_COPIES, &r);
     write_questions(dir, "ppo_prompts.jsonl", train, 1);
     write_questions(dir, "test.jsonl", test, ASKS);
-    printf("%s: %d demonstrations, %d comparisons for each kind of rater, %d questions for PPO, "
-           "%d held-out questions, asked %d times each\n", dir, DEMONSTRATIONS, COMPARISONS,
-           train->n, test->n, ASKS);
+    write_crowd(dir, "prefs_crowd.jsonl", train, CROWD_ITEMS, &r);
+    printf("%s: %d demonstrations, %d comparisons for each kind of rater, %d by the crowd, each by "
+           "%d people, %d questions for PPO, %d held-out questions, asked %d times each\n", dir,
+           DEMONSTRATIONS, COMPARISONS, CROWD_ITEMS, CROWD_VOTES, train->n, test->n, ASKS);
 }
 
 /* ============================================================================================
@@ -691,7 +739,7 @@ static void print_row(const char *name, const char *slice, const tally *t)
     char kl[16] = "-";
     double n = t->n ? t->n : 1;
     if (t->has_kl) snprintf(kl, sizeof kl, "%.2f", t->kl);
-    printf("%-11s %-9s %5d %7.1f %10.1f %10.1f %7.2f %6s %8.2f %6.2f\n", name, slice, t->n,
+    printf("%-12s %-9s %5d %7.1f %10.1f %10.1f %7.2f %6s %8.2f %6.2f\n", name, slice, t->n,
            100 * share(t->right, t->n), 100 * share(t->confident, t->n),
            100 * share(t->sure_wrong, t->n), t->length / n, kl, t->reward[0] / n,
            t->reward[1] / n);
@@ -700,8 +748,8 @@ static void print_row(const char *name, const char *slice, const tally *t)
 static void print_table(const candidate *models, int n)
 {
     printf("\nAnswers to held-out questions, sampled at temperature 1\n\n"
-           "                            right  confident  confident          KL to   reward by\n"
-           "model       field         n       %%          %%   + wrong %%  tokens    SFT   expert"
+           "                             right  confident  confident          KL to   reward by\n"
+           "model        field         n       %%          %%   + wrong %%  tokens    SFT   expert"
            "    lay\n");
     for (int i = 0; i < n; i++) print_row(models[i].name, "all", &models[i].all);
     for (int d = 0; d < DOMAINS; d++) {
@@ -736,7 +784,7 @@ static void print_samples(const candidate *models, int n)
             if (!record) continue;
             const char *text = get_text(record, "completion", models[i].gens);
             const char *mark = is_right(text, right) ? "right" : "WRONG";
-            printf("    %-11s %-6s %s\n", models[i].name, mark, text + (*text == ' '));
+            printf("    %-12s %-6s %s\n", models[i].name, mark, text + (*text == ' '));
         }
     }
 }
@@ -755,7 +803,70 @@ static json_t *tally_json(const tally *t)
     return out;
 }
 
-static void write_summary(const char *path, const candidate *models, int n)
+/* What `rlhf raters` has found of the crowd, by what its members are. It reads the crowd's file,
+ * which does not say who is what. */
+enum { OWN_FIELD, OTHER_FIELD, LAY_HERE, CARELESS_HERE, GROUPS };
+
+static const char *const group_name[GROUPS] = {
+    "expert, own field", "expert, other fields", "lay", "careless"
+};
+
+typedef struct { int n; double sum, low, high; } found;
+
+static int crowd_group(const char *name, int field, const char *path)
+{
+    for (int k = 0; k < CROWD; k++) {
+        if (strcmp(crowd[k].name, name)) continue;
+        if (crowd[k].kind == EXPERT) return crowd[k].own == field ? OWN_FIELD : OTHER_FIELD;
+        return crowd[k].kind == LAYMAN ? LAY_HERE : CARELESS_HERE;
+    }
+    die("%s: unknown annotator \"%s\"", path, name);
+    return -1;
+}
+
+/* {group: {annotators, reliability, lowest, highest}} over annotators and fields. */
+static json_t *crowd_json(const char *path)
+{
+    found group[GROUPS] = { { 0 } };
+    json_t *reports = read_records(path), *out = json_object(), *fields_of, *value;
+    const json_t *last = json_array_get(reports, json_array_size(reports) - 1);
+    const json_t *cells = json_object_get(last, "reliabilities");
+    const char *name, *field;
+    if (json_object_size(cells) != CROWD) die("%s: not about %d annotators", path, CROWD);
+    json_object_foreach((json_t *)(uintptr_t)cells, name, fields_of)
+        json_object_foreach(fields_of, field, value) {
+            found *g = &group[crowd_group(name, field_index(field, path), path)];
+            double x = get_number(value, "reliability", path);
+            if (!g->n++) g->low = g->high = x;
+            g->sum += x;
+            g->low = x < g->low ? x : g->low;
+            g->high = x > g->high ? x : g->high;
+        }
+    for (int i = 0; i < GROUPS; i++) {
+        const found *g = &group[i];
+        int people = i < LAY_HERE ? g->n / (i == OWN_FIELD ? 1 : DOMAINS - 1) : g->n / DOMAINS;
+        json_object_set_new(out, group_name[i],
+                            json_pack("{s:i, s:f, s:f, s:f}", "annotators", people, "reliability",
+                                      g->n ? g->sum / g->n : 0, "lowest", g->low,
+                                      "highest", g->high));
+    }
+    json_decref(reports);
+    return out;
+}
+
+/* Both tables about the crowd; the texts are a format for the head and one for a row. */
+static void print_crowd(json_t *groups, const char *head, const char *row)
+{
+    const char *name;
+    json_t *group;
+    fputs(head, stdout);
+    json_object_foreach(groups, name, group)
+        printf(row, name, (int)get_number(group, "annotators", "crowd"),
+               get_number(group, "reliability", "crowd"), get_number(group, "lowest", "crowd"),
+               get_number(group, "highest", "crowd"));
+}
+
+static void write_summary(const char *path, const candidate *models, int n, json_t *groups)
 {
     json_t *list = json_array();
     for (int i = 0; i < n; i++) {
@@ -768,7 +879,7 @@ static void write_summary(const char *path, const candidate *models, int n)
         json_object_set_new(item, "domains", domains);
         json_array_append_new(list, item);
     }
-    json_t *summary = json_pack("{s:o}", "models", list);
+    json_t *summary = json_pack("{s:o, s:o}", "models", list, "crowd", groups);
     if (!summary || json_dump_file(summary, path, JSON_INDENT(2) | JSON_REAL_PRECISION(6)))
         die("%s: %s", path, strerror(errno));
     json_decref(summary);
@@ -787,14 +898,17 @@ static void print_verdict(const candidate *models, int n)
     }
 }
 
-/* Reads "--model NAME --gens F --expert F --lay F --eval F --dir D" for each model. */
-static int read_models(int argc, char **argv, candidate *models, const char **out)
+/* Reads "--out F --crowd F", and for each model
+ * "--model NAME --gens F --expert F --lay F --eval F --dir D". */
+static int read_models(int argc, char **argv, candidate *models, const char **out,
+                       const char **raters)
 {
     int n = 0;
     for (int i = 0; i + 1 < argc; i += 2) {
         const char *key = argv[i], *value = argv[i + 1];
         candidate *e = n ? &models[n - 1] : NULL;
         if (!strcmp(key, "--out")) *out = value;
+        else if (!strcmp(key, "--crowd")) *raters = value;
         else if (!strcmp(key, "--model") && n < MODELS) models[n++].name = value;
         else if (e && !strcmp(key, "--gens")) e->gens = value;
         else if (e && !strcmp(key, "--expert")) e->scores[0] = value;
@@ -804,7 +918,8 @@ static int read_models(int argc, char **argv, candidate *models, const char **ou
         else die("judge: unexpected \"%s\"", key);
     }
     if (argc % 2) die("judge: \"%s\" lacks its value", argv[argc - 1]);
-    if (!n || !*out) die("judge: needs --out FILE and at least one --model");
+    if (!n || !*out || !*raters)
+        die("judge: needs --out FILE, --crowd FILE and at least one --model");
     for (int i = 0; i < n; i++) {
         const candidate *e = &models[i];
         if (!e->gens || !e->eval || !e->dir || !e->scores[0] || !e->scores[1])
@@ -816,18 +931,23 @@ static int read_models(int argc, char **argv, candidate *models, const char **ou
 static void judge(int argc, char **argv)
 {
     static candidate models[MODELS];
-    const char *out = NULL;
-    int n = read_models(argc, argv, models, &out);
+    const char *out = NULL, *raters = NULL;
+    int n = read_models(argc, argv, models, &out, &raters);
+    json_t *groups = crowd_json(raters);
     for (int i = 0; i < n; i++) read_entry(&models[i]);
     print_table(models, n);
     print_samples(models, n);
     print_verdict(models, n);
-    write_summary(out, models, n);
+    print_crowd(groups,
+                "\nReliability in the crowd, as found without being told who is what\n\n"
+                "                      annotators   mean  lowest  highest\n",
+                "%-21s %11d %6.2f %7.2f %8.2f\n");
+    write_summary(out, models, n, groups);
     putchar('\n');
     for (int i = 0; i < n; i++)
-        printf("%-11s checkpoint %s, metrics %s/metrics.jsonl\n", models[i].name, models[i].dir,
+        printf("%-12s checkpoint %s, metrics %s/metrics.jsonl\n", models[i].name, models[i].dir,
                models[i].dir);
-    printf("%-11s %s\n", "summary", out);
+    printf("%-12s %s\n", "summary", out);
     for (int i = 0; i < n; i++) json_decref(models[i].answers);
 }
 
@@ -839,14 +959,13 @@ static void judge(int argc, char **argv)
  * ============================================================================================ */
 
 enum {
-    CHART_W = 720,
     CHART_H = 370,
     BASE_Y = 318,  /* of the axis */
     FULL = 220,    /* height of 100 % */
     GROUP_X = 96,  /* left edge of the first group */
-    GROUP_W = 206, /* from group to group */
-    BAR_W = 76,
-    GAP = 8
+    GROUP_W = 156, /* from group to group */
+    BAR_W = 58,
+    GAP = 6
 };
 
 static const char *const chart_color[] = { "#3b82c4", "#e3a33b", "#c8553d" };
@@ -911,7 +1030,7 @@ static void chart(const char *from, const char *to)
     json_t *summary = read_summary(from);
     const json_t *models = json_object_get(summary, "models");
     int n = (int)json_array_size(models);
-    int width = n > 3 ? CHART_W + (n - 3) * GROUP_W : CHART_W;
+    int width = GROUP_X + (n > 3 ? n : 3) * GROUP_W;
     FILE *svg = fopen(to, "wb");
     if (!svg) die("%s: %s", to, strerror(errno));
     fprintf(svg,
@@ -946,6 +1065,10 @@ static void table(const char *from)
                100 * get_number(model, "confident_wrong", from),
                get_number(model, "mean_length", from), get_number(model, "kl", from),
                get_number(model, reward_key[0], from), get_number(model, reward_key[1], from));
+    print_crowd(json_object_get(summary, "crowd"),
+                "\n| in the crowd | annotators | reliability found, mean | lowest | highest |\n"
+                "|---|--:|--:|--:|--:|\n",
+                "| %s | %d | %.2f | %.2f | %.2f |\n");
     json_decref(summary);
 }
 

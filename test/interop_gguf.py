@@ -1,16 +1,16 @@
 """GGUF files against the gguf package and llama.cpp, event files against TensorBoard.
 
-    python test/interop_gguf.py [--program ./rlhf] [--assets ../shared/assets]
-
 For every family that `rlhf export --gguf` writes: names, shapes, types and values as the gguf
 package reads them; and, where llama-cpp-python is installed, the same tokens for strings of all
 kinds and the same greedy continuation as `rlhf generate`. Small models are trained on the spot, so
 that the best token is clear. Ends with "N passed, N failed"; the exit status is 1 if any failed.
 """
-import argparse, glob, json, os, random, shutil, subprocess, sys, tempfile, unicodedata
+import glob, json, os, random, shutil, subprocess, unicodedata
 
 import gguf
 import numpy as np
+
+from interop import ASSETS, QUICK, check, finish, report, rlhf, workdir
 
 STRINGS = ["Hello world", " two  spaces   three", "don't WE'LL 12345 3.14", "", "line\nbreak\n\n\t x",
            "naïve café — 你好，世界 🙂👩‍👩‍👧", "    indented = [1, 22, 333]\n", "a" * 40, "ſ K ﬁ"]
@@ -34,21 +34,11 @@ VARIANTS = {"smollm": ("gpt2", "smollm", {"pre_tokenizer": {"type": "Sequence", 
                 {"type": "Digits", "individual_digits": True}, BYTES]}}),
             "smaug": ("llama-3.2", "smaug-bpe", {"ignore_merges": False}),
             "tekken": ("gpt2", "tekken", {"pre_tokenizer": split(TEKKEN), "ignore_merges": True})}
-passed = failed = 0
-
-
-def check(name, ok, why=""):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print(f"  FAILED {name} {why}")
-
-
-def rlhf(*args, stdin=None):
-    r = subprocess.run([ARGS.program, *args, "--threads", "1"], input=stdin, capture_output=True, text=True)
-    if r.returncode:
-        raise RuntimeError(f"rlhf {' '.join(args)}: {r.stderr}")
-    return r.stdout
+try:
+    import llama_cpp
+except ImportError:
+    llama_cpp = None
+    print("llama-cpp-python is not installed: its tokens are not compared")
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -162,9 +152,8 @@ def check_file(name, directory, path, kind):
 # ---- llama.cpp ----------------------------------------------------------------------------------
 
 def open_llama(path):
-    from llama_cpp import Llama
     # Keys and values as they are computed: the default, half precision, flips close decisions.
-    return Llama(path, n_ctx=256, n_threads=1, verbose=False, type_k=0, type_v=0, flash_attn=False)
+    return llama_cpp.Llama(path, n_ctx=256, n_threads=1, verbose=False, type_k=0, type_v=0, flash_attn=False)
 
 
 def check_llama(name, directory, path, prompt, steps=64):
@@ -195,7 +184,7 @@ def comparable(name, s):
 def check_tokenizer(work, name, base, pre, changes):
     """A model of few numbers, so that the file is mostly its tokenizer."""
     directory = f"{work}/tok-{name}"
-    shutil.copytree(f"{ARGS.assets}/tokenizers/{base}", directory)
+    shutil.copytree(f"{ASSETS}/tokenizers/{base}", directory)
     subprocess.run(["chmod", "-R", "u+w", directory])
     t = json.load(open(f"{directory}/tokenizer.json"))
     for key, value in changes.items():
@@ -227,10 +216,10 @@ def check_tokenizer(work, name, base, pre, changes):
                                for a in t["added_tokens"]))
     merges = [m if isinstance(m, str) else " ".join(m) for m in t["model"]["merges"]]
     check(f"{name} merges", pre == "default" or key("tokenizer.ggml.merges") == merges)
-    if not LLAMA:
+    if not llama_cpp:
         return
     llm = open_llama(f"{directory}/m.gguf")
-    lines = STRINGS + json.load(open(f"{ARGS.assets}/tokenizers/golden_vectors.json"))["strings"]
+    lines = STRINGS + json.load(open(f"{ASSETS}/tokenizers/golden_vectors.json"))["strings"]
     rng = random.Random(3)
     ranges = [(32, 127)] * 6 + [(160, 0x250), (0x400, 0x460), (0x4e00, 0x4f00), (0x1f600, 0x1f640)]
     for _ in range(300):
@@ -267,45 +256,27 @@ def check_events(work, directory):
         check(tag, [(e.step, e.value) for e in reader.Scalars(tag)] == rows, reader.Scalars(tag))
 
 
-def main():
-    work = tempfile.mkdtemp(prefix="rlhf-gguf-")
-    for name in CASES:
-        directory = make(work, name)
-        for kind in ("f32", "f16", "bf16", "q8_0"):
-            path = f"{work}/{name}-{kind}.gguf"
+work = workdir()
+for name in ["gpt2", "llama3-rope", "qwen2"] if QUICK else CASES:
+    directory = make(work, name)
+    for kind in ("f32", "f16", "bf16", "q8_0"):
+        path = f"{work}/{name}-{kind}.gguf"
+        rlhf("export", "--model", directory, "--gguf", kind, "--out", path, "--quiet")
+        check_file(name, directory, path, kind)
+        if llama_cpp and kind in ("f32", "q8_0"):
+            check_llama(f"{name} {kind}", directory, path, "stone river cloud")
+    report(name)
+for model in ("babyllama361", "stories260K"):
+    directory = f"{ASSETS}/models/{model}"
+    if os.path.exists(directory) and llama_cpp:
+        for kind in ("f32", "q8_0"):
+            path = f"{work}/{model}-{kind}.gguf"
             rlhf("export", "--model", directory, "--gguf", kind, "--out", path, "--quiet")
-            check_file(name, directory, path, kind)
-            if LLAMA and kind in ("f32", "q8_0"):
-                check_llama(f"{name} {kind}", directory, path, "stone river cloud")
-        print(f"{name}: {passed} passed, {failed} failed")
-    for model in ("babyllama361", "stories260K"):
-        directory = f"{ARGS.assets}/models/{model}"
-        if os.path.exists(directory) and LLAMA:
-            for kind in ("f32", "q8_0"):
-                path = f"{work}/{model}-{kind}.gguf"
-                rlhf("export", "--model", directory, "--gguf", kind, "--out", path, "--quiet")
-                check_llama(f"{model} {kind}", directory, path, "Once upon a time, there was a little girl")
-    cases = {k: (k, pre, {}) for k, pre in TOKENIZERS.items()} | VARIANTS
-    for name, (base, pre, changes) in cases.items():
-        if os.path.exists(f"{ARGS.assets}/tokenizers/{base}"):
-            check_tokenizer(work, name, base, pre, changes)
-            print(f"{name}: {passed} passed, {failed} failed")
-    check_events(work, f"{work}/llama")
-    if not failed:
-        shutil.rmtree(work)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--program", default="./rlhf")
-    parser.add_argument("--assets", default="../shared/assets")
-    ARGS = parser.parse_args()
-    try:
-        import llama_cpp  # noqa: F401
-        LLAMA = True
-    except ImportError:
-        LLAMA = False
-        print("llama-cpp-python is not installed: its tokens are not compared")
-    sys.exit(main())
+            check_llama(f"{model} {kind}", directory, path, "Once upon a time, there was a little girl")
+cases = {k: (k, pre, {}) for k, pre in TOKENIZERS.items()} | VARIANTS
+for name, (base, pre, changes) in cases.items():
+    if os.path.exists(f"{ASSETS}/tokenizers/{base}"):
+        check_tokenizer(work, name, base, pre, changes)
+        report(name)
+check_events(work, f"{work}/qwen2")
+finish()

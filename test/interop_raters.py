@@ -1,23 +1,17 @@
 """`rlhf raters` against the krippendorff and scikit-learn packages.
 
-    python test/interop_raters.py [--program ./rlhf]
-
-Random judgements of several shapes: alpha overall and by domain against krippendorff.alpha, kappa
-against the weighted mean of sklearn's cohen_kappa_score over pairs of annotators.
+Random judgements of several shapes: alpha overall, by domain and on an aspect against
+krippendorff.alpha, kappa against the weighted mean of sklearn's cohen_kappa_score over pairs of
+annotators.
 """
-import argparse
-import json
-import random
-import subprocess
-import tempfile
+import json, random, tempfile
 
 import krippendorff
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--program", default="./rlhf")
-program = parser.parse_args().program
+from interop import check, finish, rlhf
+
 CHOICES = ["A", "B", "tie"]
 
 
@@ -41,30 +35,43 @@ def expected(votes, annotators):
     return alpha, total / weight
 
 
-checks = 0
+def compare(name, found, votes, annotators):
+    alpha, kappa = expected(votes, annotators)
+    check(f"{name} alpha", abs(found["alpha"] - alpha) < 1e-9, (found["alpha"], alpha))
+    check(f"{name} kappa", abs(found["kappa"] - kappa) < 1e-9, (found["kappa"], kappa))
+
+
+def report(lines, *options):
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as f:
+        f.write("\n".join(lines))
+        f.flush()
+        out = rlhf("raters", "--data", f.name, "--bootstrap", "0", "--json", *options)
+    return json.loads(out.splitlines()[-1])
+
+
 for seed in range(12):
     rng = random.Random(seed)
     annotators, n = rng.randint(2, 7), rng.randint(80, 200)
-    votes, lines = {}, []
+    votes, nuance, lines = {}, {}, []
     for i in range(n):
         truth = rng.choices([0, 1, 2], [5, 3, 2])[0]
         for w in range(annotators):
             if rng.random() < 0.8:
                 c = truth if rng.random() < 0.7 else rng.randrange(3)
                 votes[i, w] = c
-                lines.append(json.dumps({"prompt": str(i), "answers": ["x", "y"], "annotator": str(w),
-                                         "choice": CHOICES[c], "domain": "d%d" % (i % 2)}))
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as f:
-        f.write("\n".join(lines))
-        f.flush()
-        out = subprocess.run([program, "raters", "--data", f.name, "--bootstrap", "0", "--json"],
-                             check=True, capture_output=True, text=True).stdout
-    report = json.loads(out.splitlines()[-1])
-    groups = [(report, votes)] + [(report["domain"]["d%d" % d],
-                                   {k: v for k, v in votes.items() if k[0] % 2 == d}) for d in (0, 1)]
-    for found, part in groups:
-        alpha, kappa = expected(part, annotators)
-        assert abs(found["alpha"] - alpha) < 1e-9, (seed, found["alpha"], alpha)
-        assert abs(found["kappa"] - kappa) < 1e-9, (seed, found["kappa"], kappa)
-        checks += 2
-print(checks, "numbers agree")
+                record = {"prompt": str(i), "answers": ["x", "y"], "annotator": str(w),
+                          "choice": CHOICES[c], "domain": "d%d" % (i % 2), "aspects": {}}
+                if rng.random() < 0.7:
+                    nuance[i, w] = truth if rng.random() < 0.5 else rng.randrange(3)
+                    record["aspects"]["nuance"] = CHOICES[nuance[i, w]]
+                lines.append(json.dumps(record))
+                # What somebody not qualified says counts for nothing.
+                if rng.random() < 0.1:
+                    lines.append(json.dumps({**record, "annotator": "new", "qualified": False}))
+    whole = report(lines)
+    compare(f"seed {seed}", whole, votes, annotators)
+    for d in (0, 1):
+        part = {k: v for k, v in votes.items() if k[0] % 2 == d}
+        compare(f"seed {seed} domain {d}", whole["domain"]["d%d" % d], part, annotators)
+    compare(f"seed {seed} aspect", report(lines, "--aspect", "nuance"), nuance, annotators)
+finish()

@@ -1,24 +1,21 @@
 """Ids of this library against those of Hugging Face's tokenizers, for strings of all kinds.
 
-    python test/interop_tokenizers.py --library build/interop/librlhf.so [--assets ../shared/assets]
-                                      [--strings 100000] [--megabytes 10]
-
-Strings are drawn from a fixed seed: random Unicode of many scripts, code, white space, digits,
-special tokens inside text. Each is encoded by both, alone. Then the time of both for a long text,
-on one thread. Ends with "N passed, N failed"; the exit status is 1 if any failed.
+The tokenizers in ../shared/assets, and two made here in the style of Pythia's (byte-level BPE, NFC,
+added runs of spaces) and of Gemma's (visible spaces, bytes as a fallback). Strings are drawn from a
+fixed seed: random Unicode of many scripts, code, white space, digits, special tokens inside text,
+bytes that are not UTF-8. Each is encoded and decoded by both, alone; so are random ids. Then the time
+of both for a long text, on one thread. Ends with "N passed, N failed".
 """
-import argparse
-import ctypes
-import glob
-import gzip
-import os
-import random
-import sys
-import time
+import ctypes, glob, gzip, json, os, random, time
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from interop import ASSETS, BUILD, QUICK, check, finish, workdir
+
+STRINGS = 3000 if QUICK else 100000
+MEGABYTES = 1 if QUICK else 10
 WORDS = ("the of and a to in is you that it he was for on are as with his they I at be this have "
          "don't WE'LL they're I'd it's O'Brien naïve café Straße İstanbul ǅ ſ K ﬁ e\u0301 "
          "def return self.x += 1; // #include <stdio.h> \"quoted\" `code` {'a': [1, 2.5e-3]} "
@@ -68,67 +65,117 @@ class Library:
         self.call("rlhf_tokenizer_open", self.ctx, directory.encode(), ctypes.byref(tok))
         return tok
 
-    def encode(self, tok, text):
-        data, count = text.encode(), ctypes.c_int()
-        room = len(data) * 2 + 16
+    def encode(self, tok, data):
+        count = ctypes.c_int()
+        room = len(data) * 3 + 16  # a space may become three bytes
         ids = (ctypes.c_int32 * room)()
         self.call("rlhf_encode", tok, data, ctypes.c_size_t(len(data)), 1, ids, room,
                   ctypes.byref(count))
         return ids[:count.value]
 
+    def decode(self, tok, ids):
+        out, n = ctypes.c_void_p(), ctypes.c_size_t()
+        self.call("rlhf_decode", tok, (ctypes.c_int32 * len(ids))(*ids), len(ids), 0, ctypes.byref(out), ctypes.byref(n))
+        text = ctypes.string_at(out, n.value)
+        self.lib.rlhf_free(self.ctx, out)
+        return text.decode()
 
-def long_text(assets, size):
+
+def long_text(size):
     text = ""
-    for path in glob.glob(os.path.join(assets, "datasets", "*.txt.gz")):
-        with gzip.open(path, "rt", encoding="utf-8") as f:
+    for path in glob.glob(f"{ASSETS}/datasets/*.txt.gz") or ["README.md", "rlhf.c"]:
+        with (gzip.open if path.endswith("gz") else open)(path, "rt", encoding="utf-8") as f:
             text += f.read()
-    while text and len(text) < size:
+    while len(text) < size:
         text += text
     return text[:size]
 
 
-def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("--library", default="build/interop/librlhf.so")
-    p.add_argument("--assets", default="../shared/assets")
-    p.add_argument("--strings", type=int, default=100000)
-    p.add_argument("--megabytes", type=int, default=10)
-    p.add_argument("--seed", type=int, default=1)
-    args = p.parse_args()
-    passed = failed = 0
-    files = sorted(glob.glob(os.path.join(args.assets, "tokenizers", "*", "tokenizer.json")) +
-                   glob.glob(os.path.join(args.assets, "models", "*", "tokenizer.json")))
-    if not files:
-        print(f"no tokenizers under {args.assets}: skipped")
-    lib, text = Library(args.library), long_text(args.assets, args.megabytes * 1000000)
-    for path in files:
-        theirs = tokenizers.Tokenizer.from_file(path)
-        ours = lib.open(os.path.dirname(path))
-        special = [t.content for t in theirs.get_added_tokens_decoder().values()]
-        rng, different = random.Random(args.seed), 0
-        for _ in range(args.strings):
-            s = draw(rng, special)
-            want, got = theirs.encode(s).ids, lib.encode(ours, s)
-            if want != got:
-                different += 1
-                if different <= 3:
-                    print(f"  {path}: {s!r}\n    {want}\n    {got}")
-        name = os.path.basename(os.path.dirname(path))
-        line = f"{name}: {args.strings} strings, {different} different"
-        if text:
-            begun = time.perf_counter()
-            want = theirs.encode(text).ids
-            middle = time.perf_counter()
-            got = lib.encode(ours, text)
-            ratio = (middle - begun) / (time.perf_counter() - middle)
-            different += want != got
-            line += f"; {len(text) / 1e6:.0f} MB at {ratio:.2f} times the speed" + \
-                    ("" if want == got else ", DIFFERENT ids")
-        print(line, flush=True)
-        passed, failed = passed + (not different), failed + bool(different)
-    print(f"{passed} passed, {failed} failed")
-    return failed > 0
+def make_pythia(text, out):
+    t = Tokenizer(models.BPE())
+    t.normalizer = normalizers.NFC()
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    t.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    t.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    t.train_from_iterator(text, trainers.BpeTrainer(vocab_size=3000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                                    special_tokens=["<|endoftext|>", "<|padding|>"], show_progress=False))
+    t.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
+    save(t, out)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def make_gemma(text, out):
+    t = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    t.normalizer = normalizers.Replace(" ", "\u2581")
+    t.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    t.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    byte = [f"<0x{b:02X}>" for b in range(256)]
+    # Trained on words, as spaces that merge across them would make one word of a line.
+    spaces = [" " * n for n in range(2, 20)] * 50
+    t.train_from_iterator([" " + w for s in text for w in s.split(" ")] + spaces, trainers.BpeTrainer(
+        vocab_size=3000, special_tokens=special + byte, show_progress=False))
+    t.add_tokens([AddedToken("\n" * n, normalized=False) for n in range(2, 12)])
+    t.post_processor = processors.TemplateProcessing("<bos>:0 $A:0", "<bos>:0 $A:0 <bos>:1 $B:1",
+                                                     special_tokens=[("<bos>", t.token_to_id("<bos>"))])
+    j = json.loads(t.to_str())
+    j["added_tokens"] = [a for a in j["added_tokens"] if a["content"] not in byte]
+    save(Tokenizer.from_str(json.dumps(j)), out)
+
+
+def save(t, out):
+    os.makedirs(out)
+    t.save(f"{out}/tokenizer.json")
+
+
+def spoil(rng, text):
+    """Bytes that are no UTF-8 any more, mostly."""
+    data = bytearray(text.encode())
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(len(data))
+        data[at:at + rng.randrange(2)] = bytes([rng.choice([0x80, 0xbf, 0xc0, 0xe2, 0xed, 0xf0, 0xf5, 0xff])])
+    return bytes(data)
+
+
+def different(name, what, s, want, got, seen):
+    if want == got:
+        return 0
+    if seen < 3:
+        print(f"  {name} {what}: {s!r}\n    {want!r}\n    {got!r}")
+    return 1
+
+
+def compare(path, lib, text):
+    name, theirs, ours = os.path.basename(os.path.dirname(path)), Tokenizer.from_file(path), lib.open(os.path.dirname(path))
+    special = [t.content for t in theirs.get_added_tokens_decoder().values()]
+    rng, bad, size = random.Random(1), 0, theirs.get_vocab_size()
+    for i in range(STRINGS):
+        s = draw(rng, special)
+        data = spoil(rng, s) if i % 20 == 0 else s.encode()
+        ids = theirs.encode(data.decode("utf-8", "replace")).ids
+        bad += different(name, "ids", data, ids, lib.encode(ours, data), bad)
+        bad += different(name, "text", ids, theirs.decode(ids, skip_special_tokens=False), lib.decode(ours, ids), bad)
+        if i % 10 == 0:
+            ids = [rng.randrange(size) for _ in range(rng.randrange(1, 12))]
+            bad += different(name, "text", ids, theirs.decode(ids, skip_special_tokens=False), lib.decode(ours, ids), bad)
+    check(f"{name} strings", bad == 0, f"{bad} differ")
+    begun = time.perf_counter()
+    want = theirs.encode(text).ids
+    middle = time.perf_counter()
+    got = lib.encode(ours, text.encode())
+    end = time.perf_counter()
+    check(f"{name} long text", want == got)
+    print(f"{name}: {STRINGS} strings, {bad} different; {len(text) / 1e6:.0f} MB at {(middle - begun) / (end - middle):.2f} "
+          f"times the speed, {len(text) / 1e6 / (end - middle):.1f} MB/s", flush=True)
+
+
+work, text = workdir(), long_text(MEGABYTES * 1000000)
+sample = [text[i:i + 500] for i in range(0, 300000, 500)] + open("README.md").read().split("\n") + WORDS
+make_pythia(sample, f"{work}/pythia-style")
+make_gemma(sample, f"{work}/gemma-style")
+library = Library(f"{BUILD}/librlhf.so")
+files = sorted(glob.glob(f"{ASSETS}/tokenizers/*/tokenizer.json") + glob.glob(f"{ASSETS}/models/*/tokenizer.json"))
+if not files:
+    print(f"no tokenizers under {ASSETS}: skipped")
+for file in files + [f"{work}/pythia-style/tokenizer.json", f"{work}/gemma-style/tokenizer.json"]:
+    compare(file, library, text)
+finish()

@@ -1,13 +1,14 @@
 /* What test/interop_families.py compares with transformers: logits, log-probabilities, a greedy
  * continuation, gradients and scores of a model directory, as tensors of one safetensors file.
  *
- *     interop_tool DIR TASK.json OUT [bf16]
+ *     interop_tool DIR TASK.json OUT [forward]
  *
  * TASK.json: {"ids": [[...], ...], "prompt": n, "greedy": n, "weights": [...]}. Writes
  *     OUT/values.safetensors   logits.I, logprobs.I, greedy, scores, sft.NAME, score.NAME
  *     OUT/saved, OUT/scorer    the model as it is saved, and with a random head as a scorer
  * The losses are the mean cross-entropy over all sequences' labels, and sum weights[i] score[i].
- * With bf16, saved has what is not as in DIR as bfloat16. */
+ * With "forward", DIR may be an adapter, and there are logits, log-probabilities and the greedy
+ * continuation only. */
 
 #define RLHF_MAIN
 #define main rlhf_main
@@ -18,8 +19,7 @@ enum { TOOL_SEQS = 8, TOOL_TENSORS = 1024 };
 
 typedef struct tool {
     const char *dir, *task, *out;
-    char kind;
-    int n, len[TOOL_SEQS], total;
+    int forward, n, len[TOOL_SEQS], total;
     const int32_t *ids[TOOL_SEQS];
     float weight[TOOL_SEQS];
     ckpt_tensor list[TOOL_TENSORS];
@@ -140,13 +140,18 @@ static rlhf_status tool_run(rlhf_ctx *context, tool *t) {
     tool_read(api_ctx, t);
     io_mkdirs(api_ctx, t->out);
     tool_forward(api_ctx, t, m);
+    if (t->forward) {
+        ckpt_write(api_ctx, ckpt_path(api_ctx, t->out, "values.safetensors"), t->list, t->count);
+        API_LEAVE();
+    }
+    model_thaw(m);
     tool_backward(api_ctx, t, m);
-    ckpt_save(m, ckpt_path(api_ctx, t->out, "saved"), t->kind);
+    ckpt_save(m, ckpt_path(api_ctx, t->out, "saved"), '4');
     rlhf_model *s = ckpt_clone(m, RLHF_HEAD_SCORE);
     model_init_score(s, 3);
     s->score_trained = 1;
     tool_backward(api_ctx, t, s);
-    ckpt_save(s, ckpt_path(api_ctx, t->out, "scorer"), t->kind);
+    ckpt_save(s, ckpt_path(api_ctx, t->out, "scorer"), '4');
     ckpt_write(api_ctx, ckpt_path(api_ctx, t->out, "values.safetensors"), t->list, t->count);
     API_LEAVE();
 }
@@ -157,7 +162,7 @@ int main(int argc, char **argv) {
     rlhf_options options = rlhf_options_default();
     options.threads = 1;
     if (argc < 4 || rlhf_open(&ctx, &options) != RLHF_OK) return 2;
-    t.dir = argv[1], t.task = argv[2], t.out = argv[3], t.kind = argc > 4 ? 'b' : '4';
+    t.dir = argv[1], t.task = argv[2], t.out = argv[3], t.forward = argc > 4;
     rlhf_status status = tool_run(ctx, &t);
     if (status != RLHF_OK) fprintf(stderr, "%s\n", rlhf_error(ctx));
     return status != RLHF_OK;

@@ -101,7 +101,7 @@ check_targets() {
 }
 
 check_options() {
-    for command in sft rm ppo generate score eval raters label tokenize tokenizer bench info; do
+    for command in sft rm ppo generate chat score eval raters label report export tokenize tokenizer bench info; do
         "$prog" "$command" --help
     done | grep -o -e '--[a-z][a-z_0-9]*' | sort -u >"$tmp/known"
     grep -o -e '`--[a-z][a-z_-]*' README.md | tr -d '`' | tr - _ | sed 's/^__/--/' | sort -u |

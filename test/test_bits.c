@@ -32,6 +32,7 @@ static rlhf_model *model_open(rlhf_ctx *ctx, const char *text) {
     json_src src = json_source(ctx, "config.json");
     json_t *config = json_parse(&src, text, strlen(text));
     rlhf_model *m = model_new(ctx, &src, config);
+    model_place(m, NULL);
     m->config = config;
     err_keep(ctx);
     model_randomize(m, 11);

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <jansson.h>
 #include <signal.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <zlib.h>
 
@@ -197,6 +198,23 @@ static bool setup_rm(void) {
 
 /* ---- what works ------------------------------------------------------------------------------ */
 
+/* Lines of answers before the first step, then as many after the last one, to the same prompts. */
+static void check_samples(const char *name, int last, int prompts) {
+    char *text = slurp(test_path(name), NULL), first[16][64] = {{0}};
+    int n = 0;
+    for (char *line = text ? strtok(text, "\n") : NULL; line; line = strtok(NULL, "\n"), n++) {
+        json_t *j = json_loads(line, 0, NULL);
+        const char *prompt = json_string_value(json_object_get(j, "prompt"));
+        CHECK_EQ_I(json_integer_value(json_object_get(j, "step")), n < prompts ? 0 : last);
+        CHECK(json_is_string(json_object_get(j, "completion")));
+        if (prompt && n < prompts) snprintf(first[n], sizeof first[n], "%s", prompt);
+        else if (prompt && n < 2 * prompts) CHECK(!strncmp(first[n - prompts], prompt, 63));
+        json_decref(j);
+    }
+    CHECK_EQ_I(n, 2 * prompts);
+    free(text);
+}
+
 TEST(training_commands) {
     NEED_PROGRAM();
     test_write("corpus.txt", corpus);
@@ -246,6 +264,24 @@ TEST(training_commands) {
                          "val/ratio val/num_eos_tokens lr episode weights_hash out");
     CHECK_NEAR(number("episode"), 8, 0);
     CHECK(exists("ppo/model.safetensors"));
+    /* Answers before and after to the same prompts; what the reward model finds on held-out pairs;
+     * the command itself, to be run again. */
+    check_samples("ppo/samples.jsonl", 2, 3);
+    check_samples("sft/samples.jsonl", 3, 5);
+    CHECK(exists("rm/eval.json") && exists("ppo/best_of_n.json") && !exists("rm/samples.jsonl"));
+    RUN("$R ppo --config $D/ppo/run.json --out $D/again --quiet", 0);
+    CHECK(same_files("ppo/model.safetensors", "again/model.safetensors"));
+    CHECK(same_files("ppo/samples.jsonl", "again/samples.jsonl"));
+    CHECK(same_files("ppo/best_of_n.json", "again/best_of_n.json"));
+    RUN("$R report $D/sft $D/rm $D/ppo --out $D/report.html --json", 0);
+    CHECK_NEAR(number("runs"), 3, 0);
+    CHECK(exists("report.html"));
+    RUN("$R report $D/sft $D/tok --out $D/report.html", 1);
+    CHECK(strstr(err, "tok: not a run directory") != NULL);
+    RUN("$R report $D/sft", 2);
+    CHECK(strstr(err, "--out PATH is missing") != NULL);
+    RUN("$R report --out $D/report.html", 2);
+    CHECK(strstr(err, "report: no run") != NULL);
     /* Without --json the results are lines. */
     RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/x --max_steps 1 --quiet", 0);
     CHECK(strstr(out, "loss") && !strchr(out, '{'));
@@ -340,7 +376,7 @@ TEST(help_lists_every_option) {
     RUN("$R --help", 0);
     static const char *const commands[] = {"sft",      "rm",        "ppo",  "generate", "score",
                                            "tokenize", "tokenizer", "eval", "raters",   "export",
-                                           "info"};
+                                           "chat",     "info"};
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         if (!strstr(out, commands[i])) test_fail(__FILE__, __LINE__, "no %s", commands[i]);
 #define ROW(kind, name, def, lo, hi, help) ROW_##kind(name, def, help)
@@ -408,7 +444,12 @@ TEST(usage_errors) {
     REFUSE("$R sft --init x --data y --out $D/out", 2, "--tokenizer", NULL, NULL);
     REFUSE("$R ppo --model x --data y --out $D/out", 2, "--reward", NULL, NULL);
     REFUSE("$R tokenizer --out $D/out", 2, "--train", NULL, NULL);
-    REFUSE("$R export --model x --out y", 2, "--gguf", "missing", NULL);
+    REFUSE("$R export --model x --out y", 2, "--gguf", "--merge", "missing");
+    REFUSE("$R export --model x --out y --gguf f32 --merge", 2, "not both", NULL, NULL);
+    REFUSE("$R export --model x --out y --gguf f32 --save_dtype f32", 2, "--merge", NULL, NULL);
+    REFUSE("$R export --model x --out y --merge --save_dtype f16", 2, "f16", "bf16", NULL);
+    REFUSE("$R chat --model x --num_return_sequences 2", 2, "one answer", NULL, NULL);
+    REFUSE("$R chat", 2, "--model", "missing", NULL);
     REFUSE("$R export --model x --out y --gguf q4", 2, "q4", "f32|f16|bf16|q8_0", NULL);
     REFUSE("$R sft --model", 2, "--model needs a value", NULL, NULL);
     REFUSE("$R sft --learning_rate", 2, "--learning_rate needs a value", NULL, NULL);
@@ -487,6 +528,17 @@ TEST(config_file) {
     REFUSE(BASE "--out $D/out --config $D/d.json", 2, "learning_rate", "high", NULL);
     test_write("d.json", "{\"learning_rate\": [1]}");
     REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json", "learning_rate", NULL);
+    test_write("d.json", "{\"optim_args\": {\"a\": 1}}");
+    REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json", "optim_args", NULL);
+    /* As TRL says it: other names, null for what is not set, lists, what happens anyway. */
+    test_write("d.json", "{\"dataset_name\": \"none\", \"packing\": false, \"eval_strategy\": null,"
+                         "\"report_to\": [\"tensorboard\"], \"max_steps\": 1}");
+    RUN(BASE "--out $D/b --config $D/d.json", 0);
+    test_write("d.json", "{\"packing\": true}");
+    REFUSE(BASE "--out $D/out --config $D/d.json", 2, "--packing", "without padding", NULL);
+    REFUSE(BASE "--out $D/out --optim lion", 2, "--optim", "AdamW", NULL);
+    REFUSE(BASE "--out $D/out --load-in-4bit --quiet", 2, "--load-in-4bit", "quantised", NULL);
+    REFUSE(BASE "--out $D/out --report_to wandb", 2, "--report_to", "TensorBoard", NULL);
     test_write("d.json", "{\n\"learning_rate\": 1,\n}");
     REFUSE(BASE "--out $D/out --config $D/d.json", 1, "d.json:3", NULL, NULL);
     test_write("d.json", "{\"json\": false, \"quiet\": true, \"max_steps\": 0}");
@@ -560,6 +612,54 @@ TEST(dry_runs) {
     REFUSE("$R ppo --model $D/lm --data $D/prompts.jsonl --response_length 48 --dry_run", 1,
            "no room", NULL, NULL);
     REFUSE("$R sft --model $D/lm --data $D/none.jsonl --dry_run", 1, "none.jsonl", NULL, NULL);
+}
+
+/* Which judgements count, for all commands that read them. */
+TEST(aspects_and_qualification) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    static const char text[] =
+        "{\"prompt\":\"one\",\"answers\":[\" two\",\" nine\"],\"choice\":\"A\","
+        "\"annotator\":\"a\",\"aspects\":{\"tone\":\"B\"}}\n"
+        "{\"prompt\":\"two\",\"answers\":[\" two\",\" nine\"],\"choice\":\"B\","
+        "\"annotator\":\"b\"}\n"
+        "{\"prompt\":\"two\",\"answers\":[\" two\",\" nine\"],\"choice\":\"B\","
+        "\"annotator\":\"c\",\"aspects\":{\"tone\":\"A\"},\"qualified\":false}\n";
+    test_write("judged.jsonl", text);
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --dry_run --json", 0);
+    CHECK_NEAR(number("records"), 2, 0);
+    CHECK_NEAR(number("dropped_unqualified"), 1, 0);
+    CHECK(strstr(err, "judged.jsonl:3: dropped: by somebody not qualified") != NULL);
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --dry_run --json --use_unqualified", 0);
+    CHECK_NEAR(number("records"), 3, 0);
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --dry_run --json --aspect tone", 0);
+    CHECK_NEAR(number("records"), 1, 0);
+    CHECK_NEAR(number("dropped_other_aspect"), 1, 0);
+    CHECK(strstr(out, "one[[ nine") && strstr(err, "judged.jsonl:2: dropped: without the aspect"));
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --out $D/tone --max_steps 1 --aspect tone "
+        "--eval_data $D/judged.jsonl --normalize_samples 0 --json",
+        0);
+    CHECK_NEAR(number("records"), 1, 0);
+    CHECK_NEAR(number("eval_pairs"), 1, 0);
+    RUN("$R eval --model $D/tone --data $D/judged.jsonl --json --aspect tone --use_unqualified", 0);
+    CHECK_NEAR(number("pairs"), 2, 0);
+    RUN("$R raters --data $D/judged.jsonl --json --aspect tone", 0);
+    CHECK_NEAR(number("judgements"), 1, 0);
+    CHECK_NEAR(number("unqualified"), 1, 0);
+    static const char *const commands[] = {"rm --model $D/lm --out $D/x", "eval --model $D/tone",
+                                           "raters"};
+    for (int i = 0; i < 3; i++) {
+        char command[256];
+        snprintf(command, sizeof command, "$R %s --data $D/judged.jsonl --aspect depth",
+                 commands[i]);
+        REFUSE(command, 1, "no record has the aspect \"depth\"; there are: tone", NULL, NULL);
+    }
+    /* Temperatures at the end, by annotator. */
+    RUN("$R rm --model $D/lm --data $D/judged.jsonl --out $D/warm --max_steps 2 "
+        "--annotator_temperatures --normalize_samples 0",
+        0);
+    CHECK(strstr(out, "\nannotator_temperatures ") && strstr(out, "\nb ") && !strstr(out, "\nc "));
+    CHECK(exists("warm/annotators.json"));
 }
 
 TEST(long_records_are_counted) {
@@ -854,8 +954,9 @@ static int count_lines(const char *name) {
     return n;
 }
 
-/* Starts the program; its output goes to $D/stdout and $D/stderr. */
-static pid_t start(char *const argv[], int in) {
+/* Starts the program; its output goes to `to`, or if that is negative to $D/stdout, and to
+ * $D/stderr. */
+static pid_t start(char *const argv[], int in, int to) {
     char paths[2][1024];
     snprintf(paths[0], sizeof paths[0], "%s/stdout", test_dir());
     snprintf(paths[1], sizeof paths[1], "%s/stderr", test_dir());
@@ -863,7 +964,7 @@ static pid_t start(char *const argv[], int in) {
     if (pid) return pid;
     for (int i = 0; i < 2; i++) {
         int fd = open(paths[i], O_WRONLY | O_CREAT | O_TRUNC, 0666);
-        if (fd < 0 || dup2(fd, i + 1) < 0) _exit(99);
+        if (fd < 0 || dup2(i == 0 && to >= 0 ? to : fd, i + 1) < 0) _exit(99);
     }
     if (dup2(in, 0) < 0) _exit(99);
     execv(program(), argv);
@@ -906,7 +1007,7 @@ static void interrupt(const char *command, const char *extra) {
             argc++;
         }
         argv[argc] = NULL;
-        pid_t pid = start(argv, null);
+        pid_t pid = start(argv, null, -1);
         for (int i = 0; i < 3000 && lines < 5 + 10 * round; i++) {
             usleep(1000);
             lines = count_lines("cut/metrics.jsonl");
@@ -923,12 +1024,16 @@ static void interrupt(const char *command, const char *extra) {
     snprintf(line, sizeof line, "$R %s %s --out $D/cut --resume", command, extra);
     RUN(line, 0);
     CHECK(strstr(err, "going on from step") != NULL);
-    static const char *const files[] = {"model.safetensors", "metrics.jsonl", "config.json"};
-    for (int i = 0; i < 3; i++) {
+    static const char *const files[] = {"model.safetensors", "metrics.jsonl", "config.json",
+                                        "samples.jsonl", "best_of_n.json"};
+    for (int i = 0; i < 5; i++) {
         char a[64], b[64];
         snprintf(a, sizeof a, "whole/%s", files[i]);
         snprintf(b, sizeof b, "cut/%s", files[i]);
-        if (!same_files(a, b)) test_fail(__FILE__, __LINE__, "%s and %s differ", a, b);
+        /* A reward model answers nothing, and only PPO measures the best of n. */
+        int there = i < 3 || !strncmp(command, "ppo", 3) || (i == 3 && !strncmp(command, "sft", 3));
+        CHECK_EQ_I(exists(a), there);
+        if (there && !same_files(a, b)) test_fail(__FILE__, __LINE__, "%s and %s differ", a, b);
     }
     CHECK(count_lines("cut/metrics.jsonl") > 20);
 }
@@ -973,7 +1078,7 @@ TEST(interrupted_while_it_reads) {
     char *argv[] = {"rlhf", "tokenize", "--tokenizer", tok, NULL};
     int ends[2];
     REQUIRE(pipe(ends) == 0);
-    pid_t pid = start(argv, ends[0]);
+    pid_t pid = start(argv, ends[0], -1);
     usleep(500000);
     kill(pid, SIGINT);
     int code = wait_for(pid);
@@ -983,11 +1088,210 @@ TEST(interrupted_while_it_reads) {
     close(ends[1]);
 }
 
+/* ---- adapters and conversations -------------------------------------------------------------- */
+
+/* A merged adapter is a model that stands alone and computes the same. */
+TEST(adapters_are_merged) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/ad --use_peft --max_steps 9 "
+        "--learning_rate 3e-2 --json", 0);
+    REFUSE("$R export --model $D/lm --merge --out $D/out", 1, "lm", "no adapter", NULL);
+    REFUSE("$R export --model $D/ad --merge --out $D/ad", 1, "ad", "holds an adapter", NULL);
+    RUN("$R eval --model $D/lm --data $D/text.jsonl --json", 0);
+    double base = number("nll");
+    RUN("$R eval --model $D/ad --data $D/text.jsonl --json", 0);
+    double nll = number("nll");
+    RUN("$R export --model $D/ad --merge --out $D/merged --json", 0);
+    char hash[64];
+    snprintf(hash, sizeof hash, "%s", text_of("weights_hash"));
+    CHECK(!exists("merged/adapter_config.json") && exists("merged/tokenizer.json"));
+    RUN("$R export --model $D/ad --merge --out $D/half --save_dtype bf16", 0);
+    RUN("grep -q bfloat16 $D/half/config.json", 0);
+    RUN("mv $D/lm $D/gone", 0);
+    RUN("$R info --model $D/merged --json", 0);
+    CHECK_EQ_S(text_of("weights_hash"), hash);
+    RUN("$R eval --model $D/merged --data $D/text.jsonl --json", 0);
+    CHECK_NEAR(number("nll"), nll, 1e-5);
+    CHECK(fabs(base - nll) > 1e-2);
+    RUN("$R eval --model $D/half --data $D/text.jsonl --json", 0);
+    CHECK_NEAR(number("nll"), nll, 5e-2);
+}
+
+/* A model that knows two answers by heart. Its chat template ends a turn with a token that is not
+ * the model's end of text, and nothing is learnt of what may follow that. */
+static bool setup_chat(void) {
+    if (!setup()) return false;
+    json_t *root = json_load_file(test_path("tok/tokenizer.json"), 0, NULL);
+    static const char *const marks[] = {"<|im_start|>", "<|im_end|>"};
+    for (int i = 0; i < 2; i++)
+        json_array_append_new(json_object_get(root, "added_tokens"),
+                              json_pack("{s:i,s:s,s:b}", "id", 300 + i, "content", marks[i],
+                                        "special", 1));
+    CHECK(json_dump_file(root, test_path("tok/tokenizer.json"), 0) == 0);
+    json_decref(root);
+    test_write("tok/chat_template.jinja", "<|im_start|> <|im_end|>");
+    test_write("talks.jsonl",
+               "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\","
+               "\"content\":\"d\u00e9j\u00e0 \u20ac \U0001f600.\"},{\"role\":\"user\",\"content\":"
+               "\"a\"},{\"role\":\"assistant\",\"content\":\"one\"}]}\n");
+    test_write("asked.jsonl", "{\"prompt\":[{\"role\":\"user\",\"content\":\"a\"}]}\n");
+    if (run("sed 's/:48,\"tie/:128,\"tie/' $D/config.json >$D/long.json && "
+            "$R sft --init $D/long.json --tokenizer $D/tok --data $D/talks.jsonl --out $D/talker "
+            "--max_steps 150 --learning_rate 1e-2 --json") != 0) {
+        test_fail(__FILE__, __LINE__, "setup: %s", err);
+        return false;
+    }
+    return true;
+}
+
+#define LEARNT "d\u00e9j\u00e0 \u20ac \U0001f600."
+
+TEST(conversations) {
+    NEED_PROGRAM();
+    REQUIRE(setup_chat());
+    /* The second turn knows of the first one; what /reset forgets is as if it had not been. */
+    RUN("printf 'a\\na\\n\\n/reset\\na\\n' | $R chat --model $D/talker --temperature 0", 0);
+    CHECK_EQ_S(out, LEARNT "\none\n" LEARNT "\n");
+    CHECK_EQ_S(err, "");
+    RUN("printf 'a\\r\\n/quit\\na\\n' | $R chat --model $D/talker --temperature 0 --json", 0);
+    CHECK_NEAR(number("turns"), 1, 0);
+    double tokens = number("tokens");
+    RUN("printf 'a\\na\\n' | $R chat --model $D/talker --temperature 0 --max_steps 1", 0);
+    CHECK_EQ_S(out, LEARNT "\n");
+    /* An answer that is cut in the middle of a character ends before it. */
+    RUN("printf a | $R chat --model $D/talker --temperature 0 --max_new_tokens 2", 0);
+    CHECK_EQ_S(out, "d\n");
+    CHECK(strstr(err, "cut at --max_new_tokens") != NULL);
+    /* The end of a turn ends answers to conversations in files, too, and those of PPO. */
+    RUN("$R generate --model $D/talker --data $D/asked.jsonl --temperature 0 --json", 0);
+    CHECK(strstr(out, "\"finished\":true") && strstr(out, "\"completion\":\"" LEARNT "\""));
+    CHECK_NEAR(number("mean_length"), tokens, 0);
+    RUN("$R rm --model $D/talker --data $D/pairs.jsonl --out $D/rm --max_steps 1 --json "
+        "--normalize_samples 4 --response_length 6", 0);
+    RUN("$R ppo --model $D/talker --reward $D/rm --data $D/asked.jsonl --out $D/ppo --max_steps 1 "
+        "--batch_size 2 --response_length 48 --temperature 0.1 --json", 0);
+    CHECK_NEAR(number("val/num_eos_tokens"), 2, 0);
+    CHECK_NEAR(number("val/ratio_first"), 1, 0);
+    /* A system text, and what cannot be: found before anything is read. */
+    RUN("printf 'a\\n' | $R chat --model $D/talker --system x --max_new_tokens 1", 0);
+    REFUSE("$R chat --model $D/talker --chat_template gemma --system x", 1, "--system", "gemma",
+           "system turn");
+    REFUSE("$R chat --model $D/talker --chat_template klingon", 1, "klingon", "chatml", NULL);
+    REFUSE("$R chat --model $D/rm", 1, "reward model", NULL, NULL);
+    RUN("{ printf 'a\\n'; yes one | head -200 | tr '\\n' ' '; } | $R chat --model $D/talker", 1);
+    CHECK(strstr(err, "positions") != NULL);
+}
+
+/* A transcript has no token that ends a turn: the user's next turn ends an answer, and is not
+ * shown. */
+TEST(conversations_as_transcripts) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    test_write("text.jsonl", "{\"text\":\"\\n\\nHuman: a\\n\\nAssistant: two\\n\\nHuman: a\\n\\n"
+                             "Assistant: two\\n\\nHuman: a\\n\\nAssistant: two\"}\n");
+    RUN("sed 's/:48,\"tie/:128,\"tie/' $D/config.json >$D/long.json", 0);
+    RUN("$R sft --init $D/long.json --tokenizer $D/tok --data $D/text.jsonl --out $D/hh "
+        "--max_steps 150 --learning_rate 1e-2", 0);
+    RUN("printf 'a\\na\\n' | $R chat --model $D/hh --temperature 0", 0);
+    CHECK_EQ_S(out, "two\ntwo\n");
+    CHECK_EQ_S(err, "");
+}
+
+/* Each message of a packet socket is one write of the program: an answer comes before the input
+ * ends, in parts, each of whole characters. */
+TEST(answers_come_as_they_are_made) {
+    NEED_PROGRAM();
+    REQUIRE(setup_chat());
+    char model[600], part[256], whole[1024] = "";
+    snprintf(model, sizeof model, "%s/talker", test_dir());
+    char *argv[] = {"rlhf", "chat", "--model", model, "--temperature", "0", NULL};
+    int in[2], to[2], parts = 0;
+    REQUIRE(pipe(in) == 0 && socketpair(AF_UNIX, SOCK_SEQPACKET, 0, to) == 0);
+    struct timeval patience = {.tv_sec = 60};
+    fcntl(in[1], F_SETFD, FD_CLOEXEC);
+    setsockopt(to[0], SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    pid_t pid = start(argv, in[0], to[1]);
+    CHECK(write(in[1], "a\n", 2) == 2);
+    while (!strchr(whole, '\n')) {
+        ssize_t n = recv(to[0], part, sizeof part - 1, 0);
+        if (n <= 0) break;
+        part[n] = 0;
+        json_t *text = json_string(part); /* null if it is not UTF-8 */
+        if (!text) test_fail(__FILE__, __LINE__, "half a character: %s", part);
+        json_decref(text);
+        strncat(whole, part, sizeof whole - strlen(whole) - 1);
+        parts++;
+    }
+    CHECK_EQ_S(whole, LEARNT "\n");
+    CHECK(parts > 4);
+    close(in[1]);
+    CHECK_EQ_I(wait_for(pid), 0);
+    close(in[0]), close(to[0]), close(to[1]);
+}
+
+/* Waits up to a minute for a text in $D/NAME. */
+static bool wait_text(const char *name, const char *text) {
+    for (int i = 0; i < 60000; i++) {
+        char *s = slurp(test_path(name), NULL);
+        bool there = s && strstr(s, text);
+        free(s);
+        if (there) return true;
+        usleep(1000);
+    }
+    return false;
+}
+
+/* Ctrl-C stops an answer, which would take minutes, and then ends the program. */
+TEST(interrupted_answers) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    RUN("sed 's/:48,\"tie/:1000000,\"tie/' $D/config.json >$D/long.json", 0);
+    RUN("$R sft --init $D/long.json --tokenizer $D/tok --data $D/text.jsonl --out $D/endless "
+        "--max_steps 1", 0);
+    static const char *const files[] = {"endless/config.json", "endless/generation_config.json"};
+    for (int i = 0; i < 2; i++) {
+        json_t *j = json_load_file(test_path(files[i]), 0, NULL);
+        json_object_del(j, "eos_token_id");
+        CHECK(json_dump_file(j, test_path(files[i]), 0) == 0);
+        json_decref(j);
+    }
+    char model[600];
+    snprintf(model, sizeof model, "%s/endless", test_dir());
+    char *argv[] = {"rlhf",          "chat", "--model",          model,    "--temperature", "0",
+                    "--threads", "1",    "--max_new_tokens", "100000", NULL};
+    for (int quit = 0; quit < 2; quit++) {
+        int in[2];
+        REQUIRE(pipe(in) == 0);
+        pid_t pid = start(argv, in[0], -1);
+        CHECK(write(in[1], "one\n", 4) == 4);
+        bool begun = false;
+        for (int i = 0; i < 60000 && !begun; i++) {
+            usleep(1000);
+            size_t n;
+            free(slurp(test_path("stdout"), &n));
+            begun = n > 0;
+        }
+        CHECK(begun);
+        kill(pid, SIGINT);
+        CHECK(wait_text("stderr", "(stopped)"));
+        if (quit) CHECK(write(in[1], "/quit\n", 6) == 6);
+        else kill(pid, SIGINT);
+        int code = wait_for(pid);
+        if (quit ? code != 0 : code != 130 && code != 1000 + SIGINT)
+            test_fail(__FILE__, __LINE__, "quit %d: exit code %d", quit, code);
+        close(in[0]), close(in[1]);
+    }
+}
+
 TEST_MAIN(CASE(training_commands), CASE(other_commands), CASE(help_lists_every_option),
           CASE(usage_errors), CASE(options_in_every_form), CASE(config_file),
-          CASE(containers_of_records), CASE(dry_runs), CASE(long_records_are_counted),
+          CASE(containers_of_records), CASE(dry_runs), CASE(aspects_and_qualification),
+          CASE(long_records_are_counted),
           CASE(bad_records),
           CASE(bad_weights), CASE(bad_model_directories), CASE(bad_tokenizers),
           CASE(wrong_kinds_of_models), CASE(context_overflow), CASE(unwritable_places),
           CASE(interrupted_sft), CASE(interrupted_rm), CASE(interrupted_ppo),
-          CASE(resume_of_another_run), CASE(interrupted_while_it_reads))
+          CASE(resume_of_another_run), CASE(interrupted_while_it_reads),
+          CASE(adapters_are_merged), CASE(conversations), CASE(conversations_as_transcripts),
+          CASE(answers_come_as_they_are_made), CASE(interrupted_answers))

@@ -62,9 +62,9 @@ typedef enum tensor_rule { GRADIENT, UPDATE } tensor_rule;
 /* One tensor in the file's order, taken from x, an array laid out as the model's weights. */
 static void check_tensor(const rlhf_model *m, const model_tensor *t, int layer, const char *name,
                          const float *x, const json_t *want, tensor_rule rule) {
-    ckpt_slice s = ckpt_slice_of(m, t, layer);
-    const float *at = x + (s.w - m->w);
-    size_t n = s.rows * s.cols;
+    ckpt_tensor s = ckpt_tensor_of(m, t, layer, 1);
+    const float *at = x + (s.data - m->w);
+    size_t cols = s.cols ? s.cols : 1, n = s.rows * cols;
     double norm = number(want, "norm"), sum = 0;
     double tol = rule == UPDATE ? number(want, "tol") : 2e-5 * norm + 1e-7;
     double norm_off = rule == UPDATE ? number(want, "ntol") : norm_tol * norm + 1e-7;
@@ -77,9 +77,9 @@ static void check_tensor(const rlhf_model *m, const model_tensor *t, int layer, 
             const json_t *v = json_array_get(member(want, list ? "spread" : "first"), i);
             size_t flat = list ? i * (n - 1) / 7 : i;
             /* A transposed tensor lies in the file as [cols][rows]. */
-            size_t row = ckpt_row(s.rows, s.hd, flat / s.cols);
-            size_t here = s.transposed ? flat % s.rows * s.cols + flat / s.rows
-                                       : row * s.cols + flat % s.cols;
+            size_t row = ckpt_row(s.rows, s.hd, flat / cols);
+            size_t here = s.transposed ? flat % s.rows * cols + flat / s.rows
+                                       : row * cols + flat % cols;
             if (json_is_null(v) || fabs((double)at[here] - json_number_value(v)) <= tol) continue;
             test_fail(__FILE__, __LINE__, "%s at %zu: %.9g, expected %.9g (allowed %.2g)", name,
                       flat, (double)at[here], json_number_value(v), tol);
@@ -271,6 +271,7 @@ static void further_run(rlhf_ctx *ctx, void *arg) {
     CHECK_EQ_I(item.n, c.max_new);
     for (int i = 0; i < item.n; i++) CHECK_EQ_I(more[i], element(member(g->j, "greedy"), i));
     /* The gradient of the mean cross-entropy. */
+    model_thaw(m);
     m->g = mem_zalloc(ctx, m->n, sizeof *m->g);
     arena_reset(&m->ws);
     op_env e = {ctx, &m->ws};
@@ -316,8 +317,10 @@ static void sft_gradients(const golden *g, rlhf_trainer *t) {
     sft_sums sums = {0};
     opt_attach(t->opt);
     opt_zero(t->opt);
-    for (int i = 0; i < n; i += g->batch)
-        sft_pass(g->m, &t->ws, seq + i, base_min(g->batch, n - i), 1, 1.0 / labels, &sums);
+    for (int i = 0; i < n; i += g->batch) {
+        sft_part part = {1.0 / labels, 0, i};
+        sft_pass(g->m, &t->ws, seq + i, base_min(g->batch, n - i), &part, &sums);
+    }
     CHECK_EQ_I(sums.tokens, labels);
     CHECK_EQ_I(sums.hits, number(g->j, "hits"));
     CHECK_NEAR(sums.nll / labels, number(g->j, "loss"), value_tol);
@@ -357,7 +360,7 @@ static void sft_run(rlhf_ctx *ctx, void *arg) {
     const data_seq *seq[] = {&d->record[0].a, &d->record[1].a, &d->record[2].a};
     sft_sums sums = {0};
     arena_reset(&t->ws);
-    sft_pass(g->m, &t->ws, seq, n, 0, 0, &sums);
+    sft_pass(g->m, &t->ws, seq, n, NULL, &sums);
     CHECK_NEAR(sums.nll / (double)sums.tokens, number(g->j, "loss_after"), after);
     free(before);
     train_free(t);
@@ -406,7 +409,7 @@ static void rm_gradients(const golden *g, rlhf_trainer *t) {
     opt_attach(t->opt);
     opt_zero(t->opt);
     for (int i = 0; i < n; i += g->batch)
-        rm_pass(t, rec + i, base_min(g->batch, n - i), n, &sums);
+        rm_pass(t, rec + i, i, base_min(g->batch, n - i), n, &sums);
     CHECK_NEAR(sums.loss / n, number(g->j, "loss"), value_tol);
     CHECK_NEAR(sums.correct / n, number(g->j, "accuracy"), 1e-8);
     CHECK_NEAR(sums.margin / n, number(g->j, "margin_mean"), value_tol);
@@ -635,6 +638,7 @@ static rlhf_trainer *ppo_trainer(const golden *g, rlhf_dataset *d) {
     rlhf_trainer *t =
         ppo_open(g->m, NULL, d, NULL, ppo_given_score, (void *)(uintptr_t)g, &c);
     double scale = number(g->j, "ref_scale");
+    model_thaw(t->start);
     for (size_t i = 0; i < t->start->n; i++)
         t->start->w[i] = (float)(scale * (double)t->start->w[i]);
     t->start->version++;

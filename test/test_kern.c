@@ -304,6 +304,17 @@ static void c_half(const k_table *k, call *c) {
     }
     for (int i = 32; i + 16 <= whole; i += 32) CHECK_EQ_I(y[i / 32 * 48 - 1], 0xeeee);
 }
+/* Any sixteen bits become the upper half of a float's, those of NaN too. */
+static void c_wide(const k_table *k, call *c) {
+    uint16_t h[2000];
+    float y[2001] = {0};
+    int n = c->n < 2000 ? c->n : 2000;
+    memcpy(h, c->in[0], (size_t)n * sizeof *h);
+    y[n] = 7;
+    k->wide(n, h, y);
+    for (int i = 0; i < n; i++) CHECK((uint32_t)v_int1(y[i]) == (uint32_t)h[i] << 16);
+    CHECK(y[n] == 7);
+}
 static void c_pairs(const k_table *k, call *c) {
     static const int widths[] = {RLHF_LANES, 8, 5};
     int w = widths[c->n % 3], strips = 1 + c->n % 2, rows = c->n / (w * strips);
@@ -330,7 +341,8 @@ static const struct { const char *name; call_fn *run; } calls[] = {
     {"erf", c_erf},         {"gelu_erf", c_gelu_erf}, {"gelu_erf_bwd", c_gelu_erf_bwd},
     {"geglu", c_geglu},     {"geglu_bwd", c_geglu_bwd}, {"cap", c_cap},     {"cap_bwd", c_cap_bwd},
     {"adam", c_adam},       {"panel", c_panel},   {"strips", c_strips},
-    {"half", c_half},       {"pairs", c_pairs},   {"sumsq", c_sumsq}};
+    {"half", c_half},       {"pairs", c_pairs},   {"sumsq", c_sumsq},
+    {"wide", c_wide}};
 
 /* Every kernel has a line above: the table's functions (gelu twice), and what packs bfloat16. Tiles
  * are test_gemm.c's. */

@@ -108,6 +108,7 @@ static void build_run(rlhf_ctx *ctx, void *arg) {
     json_src src = json_source(ctx, "config.json");
     json_t *config = json_hold(ctx, parse(b->config));
     b->m = model_new(ctx, &src, config);
+    model_place(b->m, NULL);
     b->m->config = config;
     err_keep(ctx);
     model_randomize(b->m, 7);
@@ -935,8 +936,53 @@ TEST(out_of_memory) {
     }
 }
 
+/* ---- adapters -------------------------------------------------------------------------------- */
+
+typedef struct naming {
+    const rlhf_model *m;
+    const char *name;
+    model_lora lora;
+} naming;
+
+static void naming_run(rlhf_ctx *ctx, void *arg) {
+    naming *n = arg;
+    (void)ctx;
+    n->lora.on = 0;
+    ckpt_targets(n->m, "target_modules", n->name, &n->lora);
+}
+
+/* What PEFT may call a matrix: its name, the end of its path, its path in one layer. */
+static void case_names_of_matrices(void) {
+    static const struct {
+        const char *config, *name;
+        unsigned on; /* 0: an error */
+    } cases[] = {{gpt2_tied, "c_attn", 1u << LORA_QKV},
+                 {gpt2_tied, "auto", 1u << LORA_QKV},
+                 {gpt2_tied, "attn.c_proj", 1u << LORA_O},
+                 {gpt2_tied, "c_proj", 1u << LORA_O | 1u << LORA_DOWN},
+                 {gpt2_tied, "transformer.h.1.mlp.c_proj", 1u << LORA_DOWN},
+                 {gpt2_tied, "0.attn.c_attn,h.1.attn.c_attn", 1u << LORA_QKV},
+                 {gpt2_tied, "transformer.g.1.mlp.c_proj", 0},
+                 {gpt2_tied, "_attn", 0},
+                 {llama_grouped, "auto", 1u << LORA_Q | 1u << LORA_V},
+                 {llama_grouped, "model.layers.10.mlp.up_proj", 1u << LORA_UP},
+                 {llama_grouped, "layers.x.mlp.up_proj", 0},
+                 {llama_grouped, "c_attn", 0}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        rlhf_ctx *ctx = test_context("ref", 1);
+        rlhf_model *m = model_make(ctx, cases[i].config);
+        naming n = {m, cases[i].name, {0}};
+        CHECK_EQ_I(test_call(ctx, naming_run, &n), cases[i].on ? RLHF_OK : RLHF_ERR_ARG);
+        if (cases[i].on) CHECK_EQ_I(n.lora.on, cases[i].on);
+        else CHECK(strstr(rlhf_error(ctx), "all-linear"));
+        model_drop(m);
+        rlhf_close(ctx);
+    }
+}
+
 TEST_MAIN(CASE(gradients_gpt2), CASE(gradients_llama), CASE(gradients_families),
           CASE(gradients_scorers), CASE(kernels_and_threads), CASE(the_same_on_every_machine),
           CASE(alone_and_in_a_batch), CASE(micro_batches), CASE(token_by_token),
           CASE(hash_of_weights), CASE(weights_that_change),
-          CASE(initial_weights), CASE(bad_batches), CASE(bad_configs), CASE(out_of_memory))
+          CASE(initial_weights), CASE(bad_batches), CASE(bad_configs), CASE(names_of_matrices),
+          CASE(out_of_memory))

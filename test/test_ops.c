@@ -255,11 +255,13 @@ static void embed_run(rlhf_ctx *ctx, const void *data, float *out) {
     size_t d = (size_t)c->d, all = (size_t)c->rows * d;
     arena ws = {.ctx = ctx};
     op_env e = {ctx, &ws};
+    op_weight wte = {.n = c->vocab, .k = c->d, .w = c->wte};
     op_embed o = {.k = ctx->k, .rows = c->rows, .d = c->d, .ids = c->ids, .pos = c->pos,
-                  .wte = c->wte, .wpe = c->positions ? c->wpe : NULL, .x = out};
+                  .wte = &wte, .wpe = c->positions ? c->wpe : NULL, .x = out};
     op_embed_fwd(&e, &o);
     o.gwte = fill(out + all, (size_t)c->vocab * d, BASE);
-    o.gwpe = fill(o.gwte + (size_t)c->vocab * d, (size_t)c->positions * d, BASE);
+    float *gwpe = fill(o.gwte + (size_t)c->vocab * d, (size_t)c->positions * d, BASE);
+    o.gwpe = c->positions ? gwpe : NULL;
     o.x = c->dx;
     op_embed_bwd(&e, &o);
     arena_free(&ws);

@@ -48,6 +48,7 @@ static void game_open(rlhf_ctx *ctx, void *arg) {
     json_src src = json_source(ctx, "config.json");
     json_t *config = json_parse(&src, text, strlen(text));
     g->m = model_new(ctx, &src, config);
+    model_place(g->m, NULL);
     g->m->config = config;
     err_keep(ctx);
     model_randomize(g->m, 5);

@@ -274,6 +274,7 @@ static void stepper_open(rlhf_ctx *ctx, void *arg) {
     json_src src = json_source(ctx, "config.json");
     json_t *config = json_parse(&src, one_config, strlen(one_config));
     s->m = model_new(ctx, &src, config);
+    model_place(s->m, NULL);
     s->m->config = config;
     err_keep(ctx);
     s->o = opt_new(ctx, &s->m, 1);
@@ -440,6 +441,7 @@ static void value_open(rlhf_ctx *ctx, void *arg) {
     json_object_set_new(config, "hidden_size", json_integer(8));
     json_object_set_new(config, "max_position_embeddings", json_integer(16));
     v->m = model_new(ctx, &src, config);
+    model_place(v->m, NULL);
     v->m->config = config;
     err_keep(ctx);
     model_randomize(v->m, 3);

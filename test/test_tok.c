@@ -631,13 +631,46 @@ TEST(json_errors_name_file_line_and_key) {
     rlhf_close(ctx);
 }
 
+typedef struct form {
+    const char *text;
+    char got[64];
+} form;
+
+static void form_run(rlhf_ctx *ctx, void *arg) {
+    form *f = arg;
+    tok_buf b = {ctx, NULL, 0, 0};
+    tok_normal_form(&b, UTF8PROC_STABLE | UTF8PROC_COMPOSE, f->text, strlen(f->text));
+    snprintf(f->got, sizeof f->got, "%.*s", (int)b.n, b.p);
+    mem_free(b.p);
+}
+
+/* Composition loses nothing: U+11A7 stands just before the final consonants of Hangul. */
+static void case_composition_of_hangul(void) {
+    static const char *const cases[][2] = {
+        {"\u1100\u1161", "\uac00"},
+        {"\u1100\u1161\u11a8", "\uac01"},
+        {"\uac00\u11a8", "\uac01"},
+        {"\uac00\u11a7", "\uac00\u11a7"},
+        {"\u1100\u1161\u11a7x", "\uac00\u11a7x"},
+        {"e\u0301\uac00\u11a7\u0301\u0316", "\u00e9\uac00\u11a7\u0316\u0301"},
+        {"\uac00\u11a7\u11a8", "\uac00\u11a7\u11a8"}};
+    rlhf_ctx *ctx = test_context("auto", 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        form f = {cases[i][0], ""};
+        CHECK_EQ_I(test_call(ctx, form_run, &f), RLHF_OK);
+        CHECK_EQ_S(f.got, cases[i][1]);
+    }
+    rlhf_close(ctx);
+}
+
 TEST_MAIN(CASE(golden_gpt2), CASE(golden_qwen), CASE(golden_llama3), CASE(golden_llama2),
           CASE(golden_mistral), CASE(chat_qwen), CASE(chat_llama3),
           CASE(chat_spans_cover_answers_and_ends), CASE(chat_unknown_template_names_the_choices),
           CASE(training_matches_the_reference), CASE(training_is_deterministic_and_saved_whole),
           CASE(training_stops_when_nothing_repeats), CASE(any_text_comes_back),
           CASE(bad_utf8_becomes_replacement_characters), CASE(encode_with_no_room_measures),
-          CASE(sentencepiece_style), CASE(long_words), CASE(bad_files),
+          CASE(sentencepiece_style), CASE(composition_of_hangul),
+          CASE(long_words), CASE(bad_files),
           CASE(missing_files_and_bad_ids), CASE(out_of_memory),
           CASE(files_appear_whole_or_not_at_all), CASE(gzip_is_read_like_plain_text),
           CASE(json_errors_name_file_line_and_key))

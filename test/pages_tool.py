@@ -29,7 +29,7 @@ DESKTOP = (1280, 900)
 PHONE = (360, 740)
 
 browsers = []
-endings = []  # called after each test: what it started ends with it
+endings = []  # what ends what was started: by a test, after it; before the tests, after all
 
 
 def until(ask, what, seconds=PATIENCE):
@@ -51,7 +51,7 @@ def until(ask, what, seconds=PATIENCE):
 # ---- Browser -------------------------------------------------------------------------------------
 
 def browser(size=DESKTOP, dark=False):
-    """A fresh headless Chromium that knows nothing of others; it ends with the test."""
+    """A fresh headless Chromium that knows nothing of others; it ends with the test, or the script."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
@@ -224,7 +224,7 @@ def accessible(driver):
 def main(names):
     """Runs the functions test_* of a script in their order, prints the result, ends the script."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    passed = failed = 0
+    passed, failed, lasting = 0, 0, (len(endings), len(browsers))
     for name, test in names.items():
         if not name.startswith("test_") or word not in name:
             continue
@@ -240,15 +240,15 @@ def main(names):
                 with contextlib.suppress(Exception):
                     screenshot(driver, f"failed-{name[5:]}-{i}")
         finally:
-            finish()
+            finish(*lasting)
+    finish()
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed != 0 or passed == 0)
 
 
-def finish():
-    """Ends what browser() and others have started."""
-    for end in reversed(endings):
+def finish(endings_kept=0, browsers_kept=0):
+    """Ends what browser() and others have started, but for the first of them."""
+    while len(endings) > endings_kept:
         with contextlib.suppress(Exception):
-            end()
-    endings.clear()
-    browsers.clear()
+            endings.pop()()
+    del browsers[browsers_kept:]

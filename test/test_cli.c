@@ -34,7 +34,8 @@ static char *slurp(const char *path, size_t *len) {
     char *p = NULL;
     size_t cap = 0, got;
     do {
-        p = realloc(p, (cap = 2 * cap + 65536) + 1);
+        /* A file that grows meanwhile is read in small pieces: only a full buffer grows. */
+        if (*len == cap) p = realloc(p, (cap = 2 * cap + 65536) + 1);
         got = fread(p + *len, 1, cap - *len, f);
         *len += got;
     } while (got);

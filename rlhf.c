@@ -23,33 +23,34 @@
  *   13 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
  *   14 VOCAB (tok_)            tokenizer.json in and out, training a vocabulary
  *   15 CHAT (chat_)            conversations as text: templates as data, spans that bear loss
- *   16 MODEL (model_)          families, parameter table, layout, initial weights
- *   17 PASS (model_)           forward, backward, heads, batches
- *   18 CKPT (ckpt_)            safetensors and Hugging Face directories
- *   19 ADAPT (ckpt_)          adapters in the layout of PEFT; opening and writing directories
- *   20 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
- *   21 OPT (opt_)              AdamW, clipping, schedules
- *   22 DATA (data_)            records, loss spans, orders
- *   23 GEN (gen_)              sampling and batched generation
- *   24 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
- *   25 TRAIN (train_)          the loop every trainer runs in: metrics, run directory, resume
- *   26 RUN (train_)           the run directory, TensorBoard, resume, the loop
- *   27 SFT (sft_)              supervised fine-tuning
- *   28 RM (rm_)                the reward model
- *   29 PPO (ppo_)              proximal policy optimisation
- *   30 EVAL (eval_)            perplexity, KL, preference accuracy by slice
- *   31 RATER (rater_)          annotators: agreement, reliability, labels from many hands
- *   32 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
- *   33 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   34 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
- *   35 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
- *   36 LABEL (label_)          judgements of people: who is asked what, the file that keeps them
- *   37 POOL (label_)           what there is to judge, and who judges; only under RLHF_MAIN, as 36
- *   38 SERVE (serve_)          the page for browsers, the terminal; only under RLHF_MAIN
- *   39 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   40 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
- *   41 STAGE (cli_)            the commands that train; only under RLHF_MAIN
- *   42 COMMAND (cli_ main)     the program's other commands, main; only under RLHF_MAIN
+ *   16 FAMILY (model_)         architectures as data: config.json, names of tensors, parameters
+ *   17 MODEL (model_)          weights: their own or a base's, adapters, layout, initial values
+ *   18 PASS (model_)           forward, backward, heads, batches
+ *   19 CKPT (ckpt_)            safetensors and Hugging Face directories
+ *   20 ADAPT (ckpt_)           adapters in the layout of PEFT; opening and writing directories
+ *   21 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
+ *   22 OPT (opt_)              AdamW, clipping, schedules
+ *   23 DATA (data_)            records, loss spans, orders
+ *   24 GEN (gen_)              sampling and batched generation
+ *   25 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
+ *   26 TRAIN (train_)          what trainers share: configurations, metrics, memory
+ *   27 RUN (train_)            the run directory, TensorBoard, resume, the loop
+ *   28 SFT (sft_)              supervised fine-tuning
+ *   29 RM (rm_)                the reward model
+ *   30 PPO (ppo_)              proximal policy optimisation
+ *   31 EVAL (eval_)            perplexity, KL, preference accuracy by slice
+ *   32 RATER (rater_)          annotators: agreement, reliability, labels from many hands
+ *   33 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
+ *   34 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
+ *   35 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
+ *   36 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
+ *   37 LABEL (label_)          judgements of people: who is asked what, the file that keeps them
+ *   38 POOL (label_)           what there is to judge, and who judges; only under RLHF_MAIN, as 37
+ *   39 SERVE (serve_)          the page for browsers, the terminal; only under RLHF_MAIN
+ *   40 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   41 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
+ *   42 STAGE (cli_)            the commands that train; only under RLHF_MAIN
+ *   43 COMMAND (cli_ main)     the program's other commands, main; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -79,6 +80,7 @@
 
 #include "rlhf.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -197,7 +199,7 @@ typedef struct err_deferred {
     void *ptr;
 } err_deferred;
 
-/* Kernels of one instruction set (07), weights that models share (16). */
+/* Kernels of one instruction set (07), weights that models share (17). */
 struct k_table;
 struct model_base;
 
@@ -210,7 +212,7 @@ struct rlhf_ctx {
     struct par_team *team;   /* its threads */
     int half;                /* products of models are of bfloat16 */
     size_t cache;            /* bytes of a core's second-level cache: steers time only */
-    struct model_base *bases; /* weights that open models share (16) */
+    struct model_base *bases; /* weights that open models share (17) */
     err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
     int n_defer;                 /* entries of defer in use */
@@ -540,12 +542,12 @@ static char *arena_base(arena_block *b) {
 }
 
 /* size bytes aligned to a cache line; contents undefined. Throws when there are none. Memory stays
- * where it is until it is restored: a full block gets a successor, it is never moved. */
-static void *arena_alloc(arena *a, size_t size) {
+ * where it is until it is restored: a full block gets a successor of at least `least` bytes, it is
+ * never moved. */
+static void *arena_take(arena *a, size_t size, size_t least) {
     size = base_round_up(size ? size : 1, RLHF_ALIGN);
     if (!a->top || a->top->used + size > a->top->size) {
-        size_t want = size > (size_t)1 << 20 ? size : (size_t)1 << 20;
-        arena_block *b = arena_block_new(a, want);
+        arena_block *b = arena_block_new(a, size > least ? size : least);
         b->next = a->top;
         a->top = b;
     }
@@ -555,6 +557,9 @@ static void *arena_alloc(arena *a, size_t size) {
     if (a->total > a->peak) a->peak = a->total;
     return p;
 }
+
+/* The same, where what follows will be small and many. */
+static void *arena_alloc(arena *a, size_t size) { return arena_take(a, size, (size_t)1 << 20); }
 
 /* An uninitialised matrix [rows][cols]; 0 x 0 is a valid pointer. */
 static float *arena_floats(arena *a, size_t rows, size_t cols) {
@@ -6996,19 +7001,12 @@ static char *chat_render(rlhf_tokenizer *t, const char *template, const chat_mes
 }
 
 /* ============================================================================================
- * MARK: - 16 MODEL (model_)
- * A decoder. A family is data: a reader for its config.json and a list that maps its tensors onto
- * one table of parameters; forward, backward and decoding are written once for all. Sampling with a
- * cache of keys and values and training run through model_forward alike.
+ * MARK: - 16 FAMILY (model_)
+ * A decoder's architecture as data: a family is a reader for its config.json and a list that maps
+ * its tensors onto one table of parameters. Forward, backward and decoding (18) are written once
+ * for all of them; what they do not compute is refused here.
  *
- * What is trained lies in one array, gradients and moments in arrays of the same layout. A model
- * that was opened trains nothing yet: its weights are a base that stays in the files, as they are
- * stored there, and that all models of the same files share. It becomes its own array of floats
- * (model_thaw), or gets adapters, which are then the array (model_adapt). So policy, reference,
- * value and reward model are one base with an adapter and a head each.
- *
- * Entry: model_new, model_free, model_thaw, model_adapt; model_w, model_at, model_own_layers.
- * Invariant: version changes whenever weights do; packed matrices of another version are stale.
+ * Entry: model_find_family, model_is; MODEL_PARAMS.
  * Tests: test/test_model.c, test/test_golden.c
  * ============================================================================================ */
 
@@ -7071,14 +7069,16 @@ typedef struct model_cfg {
     rlhf_head head; /* by "architectures": a ...ForSequenceClassification is a scorer */
 } model_cfg;
 
+/* Both matrices of an adapter, as rows of the list below. */
+#define MODEL_LORA(X, name, rows, cols)                                                            \
+    X(name##_LA, 1, c->lora.r, cols, c->lora.on >> LORA_##name & 1, 'a')                           \
+    X(name##_LB, 1, rows, c->lora.r, c->lora.on >> LORA_##name & 1, 'b')
+
 /* Every parameter: name, in every layer, rows, columns, exists, initial value ('n' normal, 'r'
  * normal of a residual projection, '1' what makes a norm's factor 1, '0', 'a' and 'b' of adapters).
  * The list makes the enum, the layout, initialisation, weight decay (to those with more than one
  * column and to the score head) and the order of model_hash. A matrix is [rows][cols] with y = x
  * W^T; QKV holds queries, keys and values below each other, UP gate and up. */
-#define MODEL_LORA(X, name, rows, cols)                                                            \
-    X(name##_LA, 1, c->lora.r, cols, c->lora.on >> LORA_##name & 1, 'a')                           \
-    X(name##_LB, 1, rows, c->lora.r, c->lora.on >> LORA_##name & 1, 'b')
 #define MODEL_PARAMS(X)                                                                            \
     X(WTE, 0, c->vocab, c->d, 1, 'n')                                                              \
     X(WPE, 0, c->positions, c->d, c->learned_pos, 'n')                                             \
@@ -7147,71 +7147,6 @@ typedef struct model_family {
     const model_tensor *tensors;
     void (*read)(const json_src *src, const json_t *config, model_cfg *c);
 } model_family;
-
-/* Where a parameter is: in the model's own array, in its base as floats, in the base's files. */
-typedef enum model_where { MODEL_OWN, MODEL_FLOATS, MODEL_FILE } model_where;
-
-/* Place of one parameter: n numbers, of an own one from at on in the flat array, in the first layer
- * that has it. n 0: this model has none. */
-typedef struct model_slot {
-    size_t at, n;
-    int rows, cols;
-    model_where where;
-} model_slot;
-
-/* Weights that nobody trains, shared by the models of one directory. Matrices are read where the
- * files are mapped; vectors and the table of positions are copied as floats. Arrays [layers *
- * P_COUNT] by layer and parameter. */
-typedef struct model_base {
-    rlhf_ctx *ctx;
-    struct model_base *next; /* of the context's */
-    int refs;
-    char *dir;                     /* as it was opened */
-    uint64_t device, inode, stamp; /* of the file of weights, or of their index */
-    op_piece (*piece)[OP_PIECES];  /* in the order of model_part */
-    uint8_t *pieces;
-    float **floats; /* null: none */
-    void **blocks;  /* what floats and pieces that could not be mapped point to: [n_blocks] */
-    model_slot slot[P_COUNT]; /* the shape of the model that it was opened for */
-    const model_tensor *tensors;
-    int layers, hd, other_score; /* other_score: it left a score head in the files */
-    io_view **maps; /* [n_maps] */
-    int n_blocks, n_maps;
-    char *stored;   /* as rlhf_model.stored */
-    float **packed; /* panels of matrices in files, made when first used */
-    arena keep;     /* they lie here */
-    int keep_packed;
-} model_base;
-
-/* A model: configuration, weights, and what is derived from them. */
-struct rlhf_model {
-    rlhf_ctx *ctx;
-    const model_family *family;
-    model_cfg c;    /* fixed once the model is made */
-    json_t *config; /* as read; written back with what this library adds */
-    size_t n;       /* floats in w: what can be trained */
-    float *w;       /* [n], laid out by slot */
-    model_base *base; /* null: all weights are in w */
-    const op_drop *drop; /* of the training pass that runs; null: adapters see everything */
-    float *g;       /* gradients, lent by the trainer that is open; null otherwise */
-    float *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
-    model_slot slot[P_COUNT];
-    size_t layer_size; /* floats from one layer to the next */
-    int half;          /* products are of bfloat16 */
-    int recompute;     /* training passes keep less and compute layers again, set by trainers */
-    uint64_t version;  /* changes with the weights */
-    float **packed; /* [layers * P_COUNT]: forward panels of the matrices, made when first used */
-    uint64_t *packed_version;
-    float *cosine[2], *sine[2]; /* [rope_len][rot/2]: by theta, by local_theta */
-    int rope_len;
-    arena ws;     /* of one call */
-    arena keep;   /* packed weights and tables: as long as the model */
-    char *stored; /* [tensors of the family][layers]: dtypes in the file, as ckpt_value; 0: none */
-    int32_t eos[16];
-    int n_eos, bos;
-    int score_trained; /* 0: the head holds what a clone starts with; scoring is refused */
-    float score_mean, score_std; /* reward = (score - mean) / std */
-};
 
 /* ---- families ---- */
 
@@ -7602,6 +7537,84 @@ static const model_family *model_find_family(const json_src *src, const json_t *
 static int model_is(const model_cfg *c, int layer, int kind) {
     return c->kinds && (c->kinds[layer] & kind) != 0;
 }
+
+/* ============================================================================================
+ * MARK: - 17 MODEL (model_)
+ * A model's weights. What is trained lies in one array, gradients and moments in arrays of the same
+ * layout. A model that was opened trains nothing yet: its weights are a base that stays in the
+ * files, as they are stored there, and that all models of the same files share. It becomes its own
+ * array of floats (model_thaw), or gets adapters, which are then the array (model_adapt). So
+ * policy, reference, value and reward model are one base with an adapter and a head each.
+ *
+ * Entry: model_new, model_free, model_thaw, model_adapt; model_w, model_at, model_own_layers.
+ * Invariant: version changes whenever weights do; packed matrices of another version are stale.
+ * Tests: test/test_model.c, test/test_golden.c
+ * ============================================================================================ */
+
+/* Where a parameter is: in the model's own array, in its base as floats, in the base's files. */
+typedef enum model_where { MODEL_OWN, MODEL_FLOATS, MODEL_FILE } model_where;
+
+/* Place of one parameter: n numbers, of an own one from at on in the flat array, in the first layer
+ * that has it. n 0: this model has none. */
+typedef struct model_slot {
+    size_t at, n;
+    int rows, cols;
+    model_where where;
+} model_slot;
+
+/* Weights that nobody trains, shared by the models of one directory. Matrices are read where the
+ * files are mapped; vectors and the table of positions are copied as floats. Arrays [layers *
+ * P_COUNT] by layer and parameter. */
+typedef struct model_base {
+    rlhf_ctx *ctx;
+    struct model_base *next; /* of the context's */
+    int refs;
+    char *dir;                     /* as it was opened */
+    uint64_t files;                /* which they are (19) */
+    op_piece (*piece)[OP_PIECES];  /* in the order of model_part */
+    uint8_t *pieces;
+    float **floats; /* null: none */
+    void **blocks;  /* what floats and pieces that could not be mapped point to: [n_blocks] */
+    model_slot slot[P_COUNT]; /* the shape of the model that it was opened for */
+    const model_tensor *tensors;
+    int layers, hd, other_score; /* other_score: it left a score head in the files */
+    io_view **maps; /* [n_maps] */
+    int n_blocks, n_maps;
+    char *stored;   /* as rlhf_model.stored */
+    float **packed; /* panels of matrices in files, made when first used */
+    arena keep;     /* they lie here */
+    int keep_packed;
+} model_base;
+
+/* A model: configuration, weights, and what is derived from them. */
+struct rlhf_model {
+    rlhf_ctx *ctx;
+    const model_family *family;
+    model_cfg c;    /* fixed once the model is made */
+    json_t *config; /* as read; written back with what this library adds */
+    size_t n;       /* floats in w: what can be trained */
+    float *w;       /* [n], laid out by slot */
+    model_base *base; /* null: all weights are in w */
+    const op_drop *drop; /* of the training pass that runs; null: adapters see everything */
+    float *g;       /* gradients, lent by the trainer that is open; null otherwise */
+    float *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
+    model_slot slot[P_COUNT];
+    size_t layer_size; /* floats from one layer to the next */
+    int half;          /* products are of bfloat16 */
+    int recompute;     /* training passes keep less and compute layers again, set by trainers */
+    uint64_t version;  /* changes with the weights */
+    float **packed; /* [layers * P_COUNT]: forward panels of the matrices, made when first used */
+    uint64_t *packed_version;
+    float *cosine[2], *sine[2]; /* [rope_len][rot/2]: by theta, by local_theta */
+    int rope_len;
+    arena ws;     /* of one call */
+    arena keep;   /* packed weights and tables: as long as the model */
+    char *stored; /* [tensors of the family][layers]: dtypes in the file, as ckpt_value; 0: none */
+    int32_t eos[16];
+    int n_eos, bos;
+    int score_trained; /* 0: the head holds what a clone starts with; scoring is refused */
+    float score_mean, score_std; /* reward = (score - mean) / std */
+};
 
 /* Adds an end-of-text id unless it is there; more than the array holds are left out. */
 static void model_add_eos(rlhf_model *m, int64_t id) {
@@ -7996,7 +8009,7 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
 }
 
 /* ============================================================================================
- * MARK: - 17 PASS (model_)
+ * MARK: - 18 PASS (model_)
  * What a model computes, for all families in one way: layers (x is the residual stream [rows][d])
  * and a head:
  *     x += attention(norm(x))        x += mlp(norm(x))        logits or score = norm(x) W^T
@@ -8023,8 +8036,8 @@ static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int l
     if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
     float **packed = own ? m->packed + i : m->base->packed + i, *to = *packed;
     if (!to)
-        to = arena_floats(own ? &m->keep : &m->base->keep,
-                          gemm_packed_size(m->ctx->k, m->half, w->k, w->n), 1);
+        to = arena_take(own ? &m->keep : &m->base->keep,
+                        gemm_packed_size(m->ctx->k, m->half, w->k, w->n) * sizeof *to, 0);
     /* Noted only when they are whole: packing may fail. */
     if (own ? m->packed_version[i] != m->version : !*packed) {
         op_env e = {m->ctx, &m->ws};
@@ -8695,11 +8708,19 @@ static model_need model_need_scoring(const rlhf_model *m, int rows, int compare)
     return o;
 }
 
+/* Tokens of a batch from which nothing is trained: its buffers take 64 MiB at most, since more rows
+ * at once make no product faster. */
+static int model_batch_tokens(const rlhf_model *m) {
+    size_t most = ((size_t)64 << 20) / (4 * (model_row_floats(m, 0) + 3 * (size_t)m->c.d));
+    return most < 4096 ? base_max((int)most, 64) : 4096;
+}
+
 /* Sampling in `slots` rows of up to `len` tokens, from prompts of up to `prompt`. */
 static model_need model_need_sampling(const rlhf_model *m, int slots, int prompt, int len) {
     size_t cap = base_round_up((size_t)len, RLHF_LANES), n = (size_t)slots;
     size_t kv = 2 * (size_t)m->c.layers * (size_t)(m->c.kv_heads * m->c.hd) * cap;
-    model_need o = model_need_scoring(m, slots * prompt, 0);
+    int fresh = base_max(base_min(slots * prompt, model_batch_tokens(m)), prompt);
+    model_need o = model_need_scoring(m, fresh + slots, 0);
     o.cache = 4 * n * kv;
     o.scratch += 4 * n * (size_t)m->c.vocab;
     return o;
@@ -8721,13 +8742,6 @@ static size_t model_panel_bytes(const rlhf_model *m, int base) {
              gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows) * sizeof(float);
     }
     return n;
-}
-
-/* Tokens of a batch from which nothing is trained: its buffers take 64 MiB at most, since more rows
- * at once make no product faster. */
-static int model_batch_tokens(const rlhf_model *m) {
-    size_t most = ((size_t)64 << 20) / (4 * (model_row_floats(m, 0) + 3 * (size_t)m->c.d));
-    return most < 4096 ? base_max((int)most, 64) : 4096;
 }
 
 /* How many of the sequences from `from` on fit into one such batch, at least one. The cut changes
@@ -8803,7 +8817,7 @@ static uint64_t model_hash(const rlhf_model *m) {
 }
 
 /* ============================================================================================
- * MARK: - 18 CKPT (ckpt_)
+ * MARK: - 19 CKPT (ckpt_)
  * safetensors files and Hugging Face model directories, in and out. Every offset and shape of a
  * file is checked before a byte is used; a tensor that is missing, unexpected or of another shape
  * is an error that names it.
@@ -9006,20 +9020,25 @@ static size_t ckpt_row(size_t rows, size_t hd, size_t r) {
     return r / hd % 3 * (rows / 3) + r / (3 * hd) * hd + r % hd;
 }
 
-/* Copies a tensor to data as floats. Files align nothing, hence rows by way of an aligned copy. */
+/* Bytes of one number. */
+static size_t ckpt_kind_size(char kind) { return kind == '4' ? 4 : 2; }
+
+/* Whether a tensor can be read where it lies: files align nothing. */
+static int ckpt_aligned(const op_piece *p) {
+    return (uintptr_t)p->data % ckpt_kind_size(p->kind) == 0;
+}
+
+/* Copies a tensor to data as floats, rows in the model's order. */
 static void ckpt_copy(rlhf_ctx *ctx, const op_piece *p, float *data) {
-    size_t a = (size_t)(p->transposed ? p->cols : p->rows);
-    size_t b = (size_t)(p->transposed ? p->rows : p->cols), size = p->kind == '4' ? 4 : 2;
-    unsigned char *bytes = mem_alloc(ctx, b * size + b * sizeof(float));
-    float *row = (float *)(void *)bytes;
-    for (size_t r = 0; r < a; r++) {
-        op_piece line = {.data = memcpy(bytes + b * sizeof *row, p->data + r * b * size, b * size),
-                         .rows = 1, .cols = (int)b, .kind = p->kind};
-        op_piece_read(ctx->k, &line, 0, 0, (int)b, row);
-        for (size_t i = 0; p->transposed && i < b; i++) data[i * a + r] = row[i];
-        if (!p->transposed)
-            memcpy(data + ckpt_row(a, (size_t)p->hd, r) * b, row, b * sizeof *row);
+    size_t rows = (size_t)p->rows, cols = (size_t)p->cols;
+    op_piece from = *p;
+    unsigned char *bytes = NULL;
+    if (!ckpt_aligned(p)) {
+        bytes = mem_alloc(ctx, rows * cols * ckpt_kind_size(p->kind));
+        from.data = memcpy(bytes, p->data, rows * cols * ckpt_kind_size(p->kind));
     }
+    for (size_t r = 0; r < rows; r++)
+        op_piece_read(ctx->k, &from, r, 0, p->cols, data + r * cols);
     mem_free(bytes);
 }
 
@@ -9057,7 +9076,7 @@ static void ckpt_put(io_file *f, rlhf_ctx *ctx, const ckpt_tensor *t) {
     int as_is = t->data ? t->kind == '4' && !t->transposed && !t->hd : t->kind == t->raw.kind;
     if (as_is) {
         io_write(f, t->data ? (const void *)t->data : t->raw.data,
-                 a * n * (t->kind == '4' ? sizeof(float) : 2));
+                 a * n * ckpt_kind_size(t->kind));
         return;
     }
     float *row = mem_alloc(ctx, n * sizeof *row);
@@ -9189,7 +9208,7 @@ static void ckpt_take(rlhf_model *m, const model_tensor *t, int layer, op_piece 
     size_t i = model_index(t->param, layer), cols = (size_t)s->cols;
     int from, rows = model_part_rows(&m->c, t->part, s->rows, &from);
     if (s->where == MODEL_FILE) {
-        if ((uintptr_t)piece->data % (piece->kind == '4' ? 4 : 2)) {
+        if (!ckpt_aligned(piece)) {
             float *w = ckpt_block(m, (size_t)rows * cols);
             ckpt_copy(m->ctx, piece, w);
             *piece = (op_piece){.data = (unsigned char *)w, .rows = rows, .cols = s->cols,
@@ -9384,16 +9403,22 @@ static rlhf_model *ckpt_adopt(rlhf_ctx *ctx, const json_src *src, json_t *config
     return m;
 }
 
-/* What makes two openings the same files: the file of weights, or their index, by device, number
- * and time of its last change. */
-static model_base ckpt_identity(rlhf_ctx *ctx, const char *dir) {
-    const char *file = ckpt_weights_file(ctx, dir);
-    struct stat st;
-    if (!file) ckpt_no_weights(ctx, dir);
-    if (stat(ckpt_path(ctx, dir, file), &st) != 0) io_fail(ctx, "read", dir, errno);
-    return (model_base){.device = (uint64_t)st.st_dev,
-                        .inode = (uint64_t)st.st_ino,
-                        .stamp = (uint64_t)st.st_mtime * 1000003u ^ (uint64_t)st.st_size};
+/* What makes two openings the same files: device, number, size and time of every file of weights
+ * in the directory, whatever their order. */
+static uint64_t ckpt_identity(rlhf_ctx *ctx, const char *dir) {
+    if (!ckpt_weights_file(ctx, dir)) ckpt_no_weights(ctx, dir);
+    uint64_t all = 0;
+    DIR *list = opendir(dir);
+    if (!list) io_fail(ctx, "read", dir, errno);
+    for (const struct dirent *e; (e = readdir(list));) {
+        struct stat st;
+        if (!strstr(e->d_name, ".safetensors") || fstatat(dirfd(list), e->d_name, &st, 0)) continue;
+        uint64_t h = rng_mix((uint64_t)st.st_dev) + (uint64_t)st.st_ino;
+        h = rng_mix(rng_mix(h) + (uint64_t)st.st_size) + (uint64_t)st.st_mtime;
+        all += rng_mix(h);
+    }
+    closedir(list);
+    return all;
 }
 
 /* Panels of a base are kept where they take no more than this: a second copy of what the files
@@ -9419,16 +9444,15 @@ static int ckpt_base_fits(rlhf_model *m, const model_base *b) {
  * model that was opened from the same files, or on a new one. */
 static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src *src,
                                   json_t *config) {
-    model_base id = ckpt_identity(ctx, dir);
+    uint64_t files = ckpt_identity(ctx, dir);
     rlhf_model *m = ckpt_describe(ctx, src, config);
     for (model_base *b = ctx->bases; b; b = b->next)
-        if (b->device == id.device && b->inode == id.inode && b->stamp == id.stamp &&
-            ckpt_base_fits(m, b)) {
+        if (b->files == files && ckpt_base_fits(m, b)) {
             ckpt_share(m, b);
             return m;
         }
     model_base *b = model_base_new(ctx, dir, m->c.layers, model_tensors(m));
-    b->device = id.device, b->inode = id.inode, b->stamp = id.stamp;
+    b->files = files;
     b->refs = 1;
     model_place(m, b);
     ckpt_load_model(m, dir);
@@ -9579,15 +9603,15 @@ static rlhf_model *ckpt_copy_model(rlhf_model *m, rlhf_head head) {
 /* The same, as the caller's. */
 static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     rlhf_model *o = ckpt_copy_model(m, head);
-    err_keep(m->ctx);  /* the copy */
+    err_keep(m->ctx);    /* the copy */
     err_release(m->ctx); /* its config */
     return o;
 }
 
 /* ============================================================================================
- * MARK: - 19 ADAPT (ckpt_)
+ * MARK: - 20 ADAPT (ckpt_)
  * Adapters in the layout of PEFT: adapter_config.json, which names the matrices and the directory
- * of the base, and adapter_model.safetensors. With them, what a directory is: a model of 18, or an
+ * of the base, and adapter_model.safetensors. With them, what a directory is: a model of 19, or an
  * adapter on one.
  *
  * Entry: ckpt_open, ckpt_restore, ckpt_save; ckpt_targets.   Tests: test/test_lora.c
@@ -9631,8 +9655,7 @@ static void ckpt_target(const rlhf_model *m, const char *where, const char *name
     if (!found)
         err_throw(m->ctx, RLHF_ERR_ARG,
                   "%s: \"%s\" is no matrix of model_type %s that can have an adapter; there are "
-                  "%s, "
-                  "or all-linear",
+                  "%s, or all-linear",
                   where, name, m->family->type, known);
 }
 
@@ -9640,10 +9663,9 @@ static void ckpt_target(const rlhf_model *m, const char *where, const char *name
  * of attention's input where these are one matrix. */
 static void ckpt_targets(const rlhf_model *m, const char *where, const char *list, model_lora *l) {
     if (!strcmp(list, "auto")) {
-        int i = model_module_of(m->family->tensors + 4);
         l->on = 1u << LORA_Q | 1u << LORA_V;
         for (const model_tensor *t = m->family->tensors; t->name; t++)
-            if ((i = model_module_of(t)) == LORA_QKV) l->on = 1u << i;
+            if (model_module_of(t) == LORA_QKV) l->on = 1u << LORA_QKV;
         return;
     }
     char name[64];
@@ -9909,11 +9931,11 @@ static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
 }
 
 /* ============================================================================================
- * MARK: - 20 GGUF (gguf_)
+ * MARK: - 21 GGUF (gguf_)
  * A language model and its tokenizer as one file that llama.cpp loads. A family is a row of
  * gguf_archs, a tensor's name a row of gguf_names. What llama.cpp would compute or cut in another
  * way is refused, or named in the log where it concerns few texts: an f32 file gives the greedy
- * tokens that section 23 gives.
+ * tokens that section 24 gives.
  *
  * A GGUF file, version 3, is little-endian as the processors of 01: "GGUF", the version, how many
  * tensors and keys; the keys with typed values; each tensor's name, sizes (that of a row first),
@@ -10446,7 +10468,7 @@ static void gguf_save(rlhf_model *m, rlhf_tokenizer *t, const char *path, const 
 }
 
 /* ============================================================================================
- * MARK: - 21 OPT (opt_)
+ * MARK: - 22 OPT (opt_)
  * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm is
  * summed in double over chunks that the problem fixes, in order.
  *
@@ -10677,7 +10699,7 @@ static double opt_step(opt *o, const double *lr) {
 }
 
 /* ============================================================================================
- * MARK: - 22 DATA (data_)
+ * MARK: - 23 DATA (data_)
  * Records of every kind, read by one loader for every stage. A record becomes token sequences whose
  * tokens are marked where they bear loss: assistant turns with their end, completions, or all of a
  * plain text. Text is tokenised whole; where a part begins is found as the longest common prefix
@@ -11601,7 +11623,7 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
 }
 
 /* ============================================================================================
- * MARK: - 23 GEN (gen_)
+ * MARK: - 24 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
  * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
@@ -11806,14 +11828,17 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
     double begun = base_now();
     int64_t tokens = 0;
     while (done < n && go_on) {
-        /* Free slots take waiting items. */
-        for (int s = 0; s < slots && next < n; s++)
-            if (!busy[s]) {
-                busy[s] = 1;
-                items[next].n = items[next].finished = 0;
-                live.slot[live.n] = s;
-                live.item[live.n++] = items + next++;
-            }
+        /* Free slots take waiting items, as many prompts at once as a batch may have tokens. */
+        int fresh = 0, most = model_batch_tokens(m);
+        for (int s = 0; s < slots && next < n; s++) {
+            if (busy[s]) continue;
+            if (fresh && fresh + items[next].n_prompt > most) break;
+            fresh += items[next].n_prompt;
+            busy[s] = 1;
+            items[next].n = items[next].finished = 0;
+            live.slot[live.n] = s;
+            live.item[live.n++] = items + next++;
+        }
         gen_step(m, ws, c, &live);
         tokens += live.n;
         /* Finished rows leave; the others close up, each with its slot. */
@@ -11851,7 +11876,7 @@ static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
 }
 
 /* ============================================================================================
- * MARK: - 24 ROLL (roll_)
+ * MARK: - 25 ROLL (roll_)
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
  * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
  * ragged; a mean over tokens is a sum over all of them by their number.
@@ -11947,9 +11972,9 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 }
 
 /* ============================================================================================
- * MARK: - 25 TRAIN (train_)
+ * MARK: - 26 TRAIN (train_)
  * What every trainer has: configuration tables, schedule, metrics, what is trained of a model, and
- * how much memory the run takes. A trainer supplies what a step is (27, 28, 29).
+ * how much memory the run takes. A trainer supplies what a step is (28, 29, 30).
  *
  * Entry: train_new, train_optimizer, train_plan, train_put.
  * Tests: test/test_train.c
@@ -12091,16 +12116,23 @@ typedef struct train_metric {
     int fresh; /* put since the last line of metrics */
 } train_metric;
 
+/* A model that samples answers: so many at once, their longest prompt, their length with it. */
+typedef struct train_sampler {
+    const rlhf_model *m;
+    int slots, prompt, len;
+} train_sampler;
+
 /* What of a run decides how much memory it takes; tokens, at most. */
 typedef struct train_size {
-    int rows;               /* of a micro-batch */
-    const rlhf_model *from; /* samples answers, null: none does */
-    int slots, prompt, len; /* so many at once, their longest prompt, their length with it */
-    int scored;             /* tokens of all sequences that are scored or compared */
-    size_t rollout;         /* bytes that stay in the arena for a whole step */
+    int rows;                /* of a micro-batch */
+    train_sampler sampler[2];
+    int samplers;
+    int compared;            /* tokens of the sequences whose logits are compared with another's */
+    int64_t scored;          /* tokens of all that is scored in one go */
+    size_t rollout;          /* bytes that stay in the arena for a whole step */
 } train_size;
 
-/* What is learned of annotators beside the model (28): a number for each, with its gradient and
+/* What is learned of annotators beside the model (29): a number for each, with its gradient and
  * both moments. n 0: nothing. */
 typedef struct train_annotators {
     int n;
@@ -12316,8 +12348,9 @@ static void train_set_length(rlhf_trainer *t, int64_t window) {
 /* ---- memory ---- */
 
 enum {
-    TRAIN_AT_ONCE = 512,        /* tokens: products of more rows are hardly faster */
-    TRAIN_PROGRAM = 5 << 20     /* bytes of program and libraries, about */
+    TRAIN_AT_ONCE = 512,     /* tokens: products of more rows are hardly faster */
+    TRAIN_SLOTS = 64,        /* answers sampled at once */
+    TRAIN_PROGRAM = 5 << 20  /* bytes of program and libraries, about */
 };
 
 /* Bytes mapped of a role's base, unless a role before it has the same. */
@@ -12328,6 +12361,32 @@ static int64_t train_mapped(rlhf_model *const *role, int i) {
         if (role[k] && role[k]->base == b) return 0;
     for (int k = 0; b && k < b->n_maps; k++) bytes += (int64_t)b->maps[k]->size;
     return bytes;
+}
+
+/* Tokens of a sequence before its first one that bears loss: the prompt. */
+static int train_prompt(const data_seq *s) {
+    int n = 0;
+    while (n < s->n && !s->loss[n]) n++;
+    return n;
+}
+
+/* The longest prompt of the training data. */
+static int train_longest_prompt(const rlhf_trainer *t) {
+    const rlhf_dataset *d = t->train;
+    int longest = 0;
+    for (int i = 0; i < d->n; i++) {
+        const data_seq *s = &d->record[i].a;
+        int n = d->config.kind == RLHF_DATA_PROMPT ? s->n : train_prompt(s);
+        longest = base_max(longest, n);
+    }
+    return longest;
+}
+
+/* Adds a sampler of answers to the training data's prompts. */
+static void train_add_sampler(const rlhf_trainer *t, train_size *z, const rlhf_model *m, int slots,
+                              int room) {
+    int prompt = base_max(train_longest_prompt(t), 1);
+    z->sampler[z->samplers++] = (train_sampler){m, slots, prompt, prompt + room};
 }
 
 /* Tokens of the largest micro-batch of the run's first epochs, from the records in their orders. */
@@ -12352,21 +12411,43 @@ static void train_record_size(const rlhf_trainer *t, train_size *z) {
     mem_free(order);
 }
 
+/* The larger of two stages. */
+static model_need train_larger(model_need a, model_need b) {
+    return b.acts + b.cache + b.scratch > a.acts + a.cache + a.scratch ? b : a;
+}
+
 /* The stage of a step that takes the most: sampling, scoring, or training. */
 static model_need train_stage(const rlhf_trainer *t, const train_size *z) {
-    model_need stage[2 + OPT_MODELS] = {{0, 0, 0}}, most = {0, 0, 0};
+    model_need most = {0, 0, 0};
     for (int i = 0; i < t->opt->models; i++)
-        stage[i] = model_need_training(t->opt->model[i], z->rows);
-    if (z->from) {
-        int batch = base_min(z->scored, base_max(model_batch_tokens(z->from), z->len));
-        stage[OPT_MODELS] = model_need_sampling(z->from, z->slots, z->prompt, z->len);
-        stage[OPT_MODELS + 1] = model_need_scoring(z->from, batch, z->rollout != 0);
+        most = train_larger(most, model_need_training(t->opt->model[i], z->rows));
+    for (const train_sampler *s = z->sampler; s < z->sampler + z->samplers; s++)
+        most = train_larger(most, model_need_sampling(s->m, s->slots, s->prompt, s->len));
+    int batch = model_batch_tokens(t->model);
+    if (z->compared)
+        most = train_larger(most, model_need_scoring(t->model, base_min(z->compared, batch), 1));
+    if (z->scored < batch) batch = (int)z->scored;
+    return train_larger(most, model_need_scoring(t->model, batch, 0));
+}
+
+/* Bytes of panels of what samples, and of what is trained on few rows at once. */
+static int64_t train_panels(const rlhf_trainer *t, const train_size *z) {
+    const rlhf_model *few[3 + OPT_MODELS] = {0};
+    int n = 0;
+    size_t bytes = 0;
+    for (int i = 0; i < z->samplers; i++) few[n++] = z->sampler[i].m;
+    for (int i = 0; i < t->opt->models && z->rows < MODEL_MANY_ROWS; i++)
+        few[n++] = t->opt->model[i];
+    for (int i = 0; i < n; i++) {
+        int own = 1, base = 1;
+        for (int k = 0; k < i; k++) {
+            own &= few[k] != few[i];
+            base &= few[k]->base != few[i]->base;
+        }
+        if (own) bytes += model_panel_bytes(few[i], 0);
+        if (base) bytes += model_panel_bytes(few[i], 1);
     }
-    for (int i = 0; i < 2 + OPT_MODELS; i++)
-        if (stage[i].acts + stage[i].cache + stage[i].scratch >
-            most.acts + most.cache + most.scratch)
-            most = stage[i];
-    return most;
+    return (int64_t)bytes;
 }
 
 /* What the run takes with the present at_once and recompute. */
@@ -12375,6 +12456,11 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
     rlhf_memory o = {0};
     train_size z = {0};
     t->ops->size(t, &z);
+    if (t->samples && t->tok && t->u.c.output_dir[0])
+        train_add_sampler(t, &z, t->model,
+                          base_min(base_min(t->samples, TRAIN_SLOTS),
+                                   t->eval ? t->eval->n : t->train->n),
+                          t->sample_room);
     for (int i = 0; i < 4; i++) {
         if (!role[i]) continue;
         *(role[i]->c.lora.r ? &o.adapters : &o.weights) += 4 * (int64_t)role[i]->n;
@@ -12390,9 +12476,7 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
     o.activations = (int64_t)(most.acts + z.rollout);
     o.cache = (int64_t)most.cache;
     o.scratch = (int64_t)most.scratch;
-    /* Panels of what samples, or of what is trained on few rows at once. */
-    const rlhf_model *few = z.from ? z.from : z.rows < MODEL_MANY_ROWS ? t->model : NULL;
-    if (few) o.scratch += (int64_t)(model_panel_bytes(few, 0) + model_panel_bytes(few, 1));
+    o.scratch += train_panels(t, &z);
     o.total = o.weights + o.adapters + o.optimizer + o.activations + o.cache + o.scratch + o.other;
     return o;
 }
@@ -12441,7 +12525,7 @@ static void train_free(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 26 RUN (train_)
+ * MARK: - 27 RUN (train_)
  * The loop that every trainer runs in: metrics, evaluation, checkpoints, resume. metrics.jsonl
  * holds no times, so that two equal runs write equal files.
  *
@@ -12747,13 +12831,6 @@ static void train_log_events(rlhf_trainer *t) {
 
 /* ---- samples ---- */
 
-/* Tokens of a sequence before its first one that bears loss: the prompt. */
-static int train_prompt(const data_seq *s) {
-    int n = 0;
-    while (n < s->n && !s->loss[n]) n++;
-    return n;
-}
-
 /* Up to `most` prompts that differ, in ws, as items without key and with room for their answers.
  * They are spread evenly over the evaluation set, else over the training set, whatever the seed, so
  * that runs on the same file show the same prompts. A text without a prompt gives its beginning. */
@@ -12804,7 +12881,10 @@ static void train_sample(rlhf_trainer *t) {
     arena_reset(&t->ws);
     int n;
     gen_item *item = train_sample_prompts(t, t->samples, t->sample_room, &n);
-    gen_config g = {.max_new = t->sample_room, .batch = 64, .top_p = 1, .stop = t->sample_stop};
+    gen_config g = {.max_new = t->sample_room,
+                    .batch = TRAIN_SLOTS,
+                    .top_p = 1,
+                    .stop = t->sample_stop};
     gen_run(t->model, &t->ws, &g, item, n, NULL);
     float *score = t->reward ? train_score_items(t, item, n) : NULL;
     char *path = ckpt_path(ctx, train_dir(t), "samples.jsonl");
@@ -12978,7 +13058,7 @@ static int train_run(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 27 SFT (sft_)
+ * MARK: - 28 SFT (sft_)
  * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
  * micro-batches of an optimizer step:
  *     L = -1/N sum over marked t of log p(x_t | x_<t),    N the marked tokens of the whole step
@@ -13132,7 +13212,7 @@ static void sft_eval(rlhf_trainer *t) {
     train_put(t, "eval_num_tokens", (double)s.tokens);
 }
 
-/* What 25 needs to know of this trainer. */
+/* What 26 needs to know of this trainer. */
 static const train_ops sft_ops = {"sft",    RLHF_CONFIG_SFT, sft_step,         NULL,
                                   sft_eval, NULL,            train_record_size};
 
@@ -13154,7 +13234,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
 }
 
 /* ============================================================================================
- * MARK: - 28 RM (rm_)
+ * MARK: - 29 RM (rm_)
  * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood
  * (Bradley and Terry 1952; Stiennon et al. 2020): P(chosen beats rejected) = sigmoid(r_c - r_r).
  * Over the pairs of an optimizer step, w the weight and m the margin of a pair, y the probability
@@ -13338,8 +13418,6 @@ static void rm_eval(rlhf_trainer *t) {
     rm_put(t, "eval_", &sums);
 }
 
-enum { RM_SLOTS = 64 }; /* answers sampled at once */
-
 /* n answers that the starting model gives to prompts of the training data: whole sequences ids[i]
  * of len[i] tokens, in ws. Prompts are drawn without repetition as long as there are enough. */
 static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
@@ -13364,7 +13442,7 @@ static void rm_sample(rlhf_trainer *t, int n, const int32_t **ids, int *len) {
     }
     /* From the whole distribution, as PPO samples. */
     gen_config g = {.max_new = room,
-                    .batch = RM_SLOTS,
+                    .batch = TRAIN_SLOTS,
                     .temperature = (float)c->temperature,
                     .top_p = 1,
                     .seed = (uint64_t)c->seed,
@@ -13412,16 +13490,9 @@ static void rm_size(const rlhf_trainer *t, train_size *z) {
     const rlhf_rm_config *c = &t->u.rm;
     train_record_size(t, z);
     if (!t->start || c->normalize_samples < 2) return;
-    z->from = t->start;
-    z->slots = base_min(RM_SLOTS, (int)c->normalize_samples);
-    for (int i = 0; i < t->train->n; i++) {
-        const data_seq *s = &t->train->record[i].a;
-        int prompt = 0;
-        while (prompt < s->n && !s->loss[prompt]) prompt++;
-        z->prompt = base_max(z->prompt, prompt);
-    }
-    z->len = z->prompt + (int)c->response_length;
-    z->scored = (int)c->normalize_samples * z->len;
+    train_add_sampler(t, z, t->start, base_min(TRAIN_SLOTS, (int)c->normalize_samples),
+                      (int)c->response_length);
+    z->scored = c->normalize_samples * z->sampler->len;
 }
 
 /* Annotators with their temperatures, held. */
@@ -13442,7 +13513,7 @@ static void rm_finish(rlhf_trainer *t) {
     err_release(t->ctx);
 }
 
-/* What 25 needs to know of this trainer. */
+/* What 26 needs to know of this trainer. */
 static const train_ops rm_ops = {"rm",    RLHF_CONFIG_RM, rm_step, NULL,
                                  rm_eval, rm_finish,      rm_size};
 
@@ -13507,7 +13578,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
 }
 
 /* ============================================================================================
- * MARK: - 29 PPO (ppo_)
+ * MARK: - 30 PPO (ppo_)
  * Proximal policy optimisation with a per-token KL penalty (Schulman et al. 2017; Ziegler et al.
  * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
@@ -13519,7 +13590,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
  *     reference        ppo_reference        log p_ref,t, KL, entropy
  *     values           ppo_values           V_t
  *     scores           ppo_score            one number for the answer
- *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (24)
+ *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (25)
  *     optimisation     ppo_minibatch        loss = policy(A_t, log p_t) + vf_coef value(R_t, V_t)
  *
  * The reference is the policy as it was when the trainer was opened. Log-probabilities are those of
@@ -14027,13 +14098,12 @@ static void ppo_step(rlhf_trainer *t) {
 static void ppo_size(const rlhf_trainer *t, train_size *z) {
     const rlhf_ppo_config *c = &t->u.ppo;
     size_t room = (size_t)c->response_length;
-    for (int i = 0; i < t->train->n; i++) z->prompt = base_max(z->prompt, t->train->record[i].a.n);
-    z->len = z->prompt + (int)room;
-    int fit = base_max(1, t->at_once / z->len), most = (int)(c->batch_size / c->num_mini_batches);
-    z->rows = z->len * base_min(base_min(fit, most), (int)c->per_device_train_batch_size);
-    z->from = t->model;
-    z->slots = (int)c->batch_size;
-    z->scored = (int)c->batch_size * z->len;
+    train_add_sampler(t, z, t->model, (int)c->batch_size, (int)room);
+    int len = z->sampler->len, most = (int)(c->batch_size / c->num_mini_batches);
+    int fit = base_min(base_max(1, t->at_once / len), (int)c->per_device_train_batch_size);
+    z->rows = len * base_min(fit, most);
+    z->compared = (int)c->batch_size * len;
+    z->scored = c->batch_size * base_max((int)c->best_of_n, 1) * len;
     z->rollout = (size_t)c->batch_size * (4 * room * (size_t)t->model->c.d + 32 * (room + 1));
 }
 
@@ -14110,7 +14180,7 @@ static void ppo_best_of_n(rlhf_trainer *t) {
     err_release(ctx);
 }
 
-/* What 25 needs to know of this trainer; there is no evaluation set. */
+/* What 26 needs to know of this trainer; there is no evaluation set. */
 static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, ppo_best_of_n,
                                   NULL,  NULL,            ppo_size};
 
@@ -14169,7 +14239,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
 }
 
 /* ============================================================================================
- * MARK: - 30 EVAL (eval_)
+ * MARK: - 31 EVAL (eval_)
  * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy and
  * calibration overall, by any field of the records and turn by turn. Results are JSON objects.
  *
@@ -14629,7 +14699,7 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
 }
 
 /* ============================================================================================
- * MARK: - 31 RATER (rater_)
+ * MARK: - 32 RATER (rater_)
  * Annotators: who judged what, how far they agree, and whom to trust. Judgements are gathered from
  * files by what they are about: an item is a prompt with two answers. Agreement is
  * Krippendorff's alpha (nominal) and Cohen's kappa; intervals are Wilson's for shares and
@@ -15628,7 +15698,7 @@ static void rater_weigh(rlhf_dataset *d, const char *how) {
 }
 
 /* ============================================================================================
- * MARK: - 32 API (rlhf_ api_)
+ * MARK: - 33 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
  *
@@ -15978,7 +16048,9 @@ rlhf_model_shape rlhf_model_get_shape(const rlhf_model *m) {
                               .intermediate_size = m->c.ff,
                               .max_positions = m->c.positions,
                               .tied = m->c.tied,
-                              .n_params = model_count(m, 0)};
+                              .n_params = model_count(m, 0),
+                              .lora_r = m->c.lora.r,
+                              .n_adapter = m->c.lora.r ? model_count(m, 1) : 0};
 }
 
 rlhf_status rlhf_model_hash(rlhf_model *model, char hash[17]) {
@@ -16360,7 +16432,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 33 BENCH (bench_)
+ * MARK: - 34 BENCH (bench_)
  * How fast this machine does the work of RLHF, against its own limits: multiply-adds in registers
  * and the memory's bandwidth, measured first. Random weights of named shapes, nothing is
  * downloaded. Equal weight hashes at the end mean that two machines did the same work.
@@ -16848,7 +16920,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 34 PAGE (page_)
+ * MARK: - 35 PAGE (page_)
  * The pages that the program shows in a browser. Their HTML, CSS and JavaScript are the readable
  * files of data/page/; the build turns them into page.h, a table of names and bytes.
  * ============================================================================================ */
@@ -16868,8 +16940,8 @@ static const char *page_text(const char *name, size_t *size) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 35 REPORT (report_)
- * Runs as one page: what their directories hold (26) becomes one JSON object, which the template
+ * MARK: - 36 REPORT (report_)
+ * Runs as one page: what their directories hold (27) becomes one JSON object, which the template
  * data/page/report.html takes in beside its style and script. The page needs no other file and no
  * network. What is drawn is decided there; what is a warning is decided here.
  *
@@ -17306,9 +17378,9 @@ static void report_write(rlhf_ctx *ctx, const char *const *dirs, int n, const ch
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 36 LABEL (label_)
+ * MARK: - 37 LABEL (label_)
  * Judgements of people: what there is to judge, who judges it, what comes next for whom, and the
- * file that keeps what they said. How they are asked, by browser or terminal, is 38's.
+ * file that keeps what they said. How they are asked, by browser or terminal, is 39's.
  *
  * The file is the state. Each judgement is one line, on the disk before anybody is told so; what is
  * done, whom to ask what, and who is qualified are found again from the file, so that a program
@@ -17416,7 +17488,7 @@ typedef struct label_who {
     int n_votes, cap_votes;
     label_vet *vet;
     int n_vets, cap_vets;
-    double allowance, counted_at; /* of requests (38) */
+    double allowance, counted_at; /* of requests (39) */
 } label_who;
 
 typedef struct label {
@@ -17998,7 +18070,7 @@ static int label_write(label *l, int w, const json_t *said) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 37 POOL (label_)
+ * MARK: - 38 POOL (label_)
  * Where items and annotators come from: files of records, people.json, what models sample, and what
  * the file of judgements says of earlier runs. Sampling goes in windows of a few prompts, whose
  * items are kept in OUT.items before anybody sees them: a restart samples nothing twice.
@@ -18105,7 +18177,7 @@ static void label_read_item(rater_set *set, const json_src *src, json_t *record)
             json_t *one = label_read_answer(&r, &f, a, c.n);
             json_t *two = label_read_answer(&r, &f, b, c.n);
             if (json_equal(one, two)) {
-                log_at(l->ctx, RLHF_LOG_DEBUG, "%s:%lld: equal answers are not compared", src->file,
+                log_at(l->ctx, RLHF_LOG_INFO, "%s:%lld: equal answers are not compared", src->file,
                        (long long)src->line);
                 json_decref(one), json_decref(two);
                 continue;
@@ -18247,6 +18319,9 @@ static void label_read_people(label *l, const char *path) {
         who->domains = json_incref(json_opt_array(&src, j, "domains"));
         json_array_foreach(who->domains, k, v) if (!json_is_string(v))
             json_bad(&src, "domains", v, "texts");
+        if (who->domains && !json_array_size(who->domains))
+            json_bad(&src, "domains", who->domains,
+                     "at least one; without this key all domains are the annotator's");
         size_t n = strlen(token), plain = strspn(token, "abcdefghijklmnopqrstuvwxyz"
                                                         "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_");
         if (n && (n < LABEL_SHORTEST || n > LABEL_LONGEST || plain != n))
@@ -18601,7 +18676,7 @@ static void label_free(label *l) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 38 SERVE (serve_)
+ * MARK: - 39 SERVE (serve_)
  * How people are asked: a page in their browser, served by libmicrohttpd to whoever has a link, or
  * this terminal. One thread does everything, so there are no locks; judgements that arrive together
  * share one fsync, and each is answered after it.
@@ -19169,7 +19244,7 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 39 CLI (cli_)
+ * MARK: - 40 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -19243,7 +19318,7 @@ typedef union cli_config {
     label_config label;
 } cli_config;
 
-enum { CLI_LABEL = 100 }; /* as a kind of configuration: that of 36, which the library has not */
+enum { CLI_LABEL = 100 }; /* as a kind of configuration: that of 37, which the library has not */
 
 struct cli;
 
@@ -19753,7 +19828,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 40 TALK (talk_)
+ * MARK: - 41 TALK (talk_)
  * A conversation in the terminal. A line of standard input is a turn of the user; the answer is
  * shown as its tokens come. Between turns only texts are kept: each answer starts from the whole
  * conversation anew, as `rlhf generate` would from a record of it.
@@ -19956,7 +20031,7 @@ static int talk_run(talk *t, long long most) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 41 STAGE (cli_)
+ * MARK: - 42 STAGE (cli_)
  * What commands share, and those that train: each opens what its options name, calls the public
  * functions of rlhf.h and prints what they found.
  * ============================================================================================ */
@@ -20126,7 +20201,8 @@ static void cli_print_object(cli *c, const json_t *j) {
     cli_clear(c);
     if (c->v[O_json]) return;
     json_object_foreach((json_t *)(uintptr_t)j, key, v) {
-        if (json_is_number(v)) printf("%-32s %.6g\n", key, json_number_value(v));
+        if (json_is_integer(v)) printf("%-32s %lld\n", key, (long long)json_integer_value(v));
+        else if (json_is_real(v)) printf("%-32s %.6g\n", key, json_real_value(v));
         else if (json_is_string(v)) printf("%-32s %s\n", key, json_string_value(v));
     }
     json_object_foreach((json_t *)(uintptr_t)j, key, v) {
@@ -20396,7 +20472,7 @@ static int cli_ppo(cli *c) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 42 COMMAND (cli_ main)
+ * MARK: - 43 COMMAND (cli_ main)
  * The other commands. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
 
@@ -20805,12 +20881,15 @@ static int cli_info(cli *c) {
                     {"intermediate_size", s.intermediate_size},
                     {"max_position_embeddings", s.max_positions},
                     {"parameters", s.n_params},
-                    {"bytes", s.n_params * 4}};
+                    {"bytes", s.n_params * 4},
+                    {"lora_r", s.lora_r},
+                    {"adapter_parameters", s.n_adapter}};
+        size_t n = sizeof rows / sizeof *rows - (s.lora_r ? 0 : 2);
         json_object_set_new(j, "model", json_string(c->v[O_model]));
         json_object_set_new(j, "model_type", json_string(s.model_type));
         json_object_set_new(j, "head", json_string(s.head == RLHF_HEAD_SCORE ? "score" : "lm"));
         json_object_set_new(j, "tied", json_boolean(s.tied));
-        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        for (size_t i = 0; i < n; i++)
             json_object_set_new(j, rows[i].name, json_integer(rows[i].value));
         cli_set_hash(j, m);
     }

@@ -247,7 +247,9 @@ typedef struct rlhf_model_shape {
     int vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size,
         max_positions;
     int tied;         /* the output matrix is the embedding */
-    int64_t n_params; /* numbers that are trained */
+    int64_t n_params; /* weights, those of its adapter included */
+    int lora_r;       /* rank of its adapter; 0: none */
+    int64_t n_adapter; /* weights of the adapter and, with one, of the score head */
 } rlhf_model_shape;
 
 /* Opens a Hugging Face directory: config.json, model.safetensors or the files of its index (f32,
@@ -435,8 +437,9 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
       "token that bears the score: the last one, or the one after it")                             \
     F(B, shuffle_minibatches, 1, 0, 1, "a new order of episodes for each pass")                    \
     RLHF_SAMPLE_FIELDS(F)                                                                          \
-    F(I, best_of_n, 16, 0, 1e4,                                                                    \
-      "answers of the first policy to each of batch_size prompts, for best_of_n.json; 0 = none")
+    F(I, best_of_n, 0, 0, 1e4,                                                                     \
+      "answers of the first policy to each of batch_size prompts, for best_of_n.json, which "      \
+      "cost as much as so many rollouts; 0 = none")
 
 #define RLHF_GENERATE_FIELDS(F)                                                                    \
     F(I, max_new_tokens, 64, 1, 1e6, "longest continuation in tokens")                             \

@@ -87,7 +87,7 @@ for who in $feedback; do
         --out "$out/ppo-$who" --learning_rate 4e-4 --kl_coef 0.2 --max_steps 30 \
         --batch_size 128 --num_ppo_epochs 2 --num_mini_batches 2 --response_length 12 \
         --temperature 1.0 --missing_eos_penalty 1.0 --gamma 1.0 --lam 0.95 \
-        --cliprange 0.2 --cliprange_value 0.2 --vf_coef 0.1 $common
+        --cliprange 0.2 --cliprange_value 0.2 --vf_coef 0.1 --best_of_n 16 $common
 done
 
 say "5. The examination: each model answers the held-out questions; the reward models of experts" \

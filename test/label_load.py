@@ -1,7 +1,8 @@
-"""`rlhf label` under load, and killed: many annotators at once, each judging what they are given.
+"""`rlhf label` under load, killed, and asked for what it must not give.
 
     python3 test/label_load.py              200 annotators, one judgement a second each, for a minute
-    python3 test/label_load.py --short      20 annotators as fast as they are allowed; killed half-way
+    python3 test/label_load.py --short      20 annotators as fast as they are allowed; killed half-way;
+                                            requests that are refused
 
 Prints how long an answer takes (99th percentile). Whether every acknowledged judgement is in the file,
 once and whole, is asserted and does not depend on time. Only the long form asserts the 50 ms, and only
@@ -143,6 +144,82 @@ def short(folder):
     print(f"killed after {kept} judgements, none lost; {n} in the end")
 
 
+def refused(folder):
+    """Requests that must not be answered, header by header; nothing of them is in the file."""
+    label = Label(folder, 2, 4)
+    links = label.start()
+    port, token = links["a0"]
+    other = links["a1"][1]
+    operator = re.search(r"^operator +http://127.0.0.1:\d+/#(\S+)$", label.log.read_text(), re.M)[1]
+
+    def ask(method, path, body=None, bearer=token, headers=None, length=None):
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+        connection.putrequest(method, path, skip_host="Host" in (headers or {}))
+        if bearer is not None:
+            connection.putheader("Authorization", "Bearer " + bearer)
+        for name, value in (headers or {}).items():
+            connection.putheader(name, value)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
+        if data or length:
+            connection.putheader("Content-Length", str(length or len(data)))
+        connection.endheaders(data)
+        response = connection.getresponse()
+        text = response.read()
+        connection.close()
+        return response.status, text, response
+
+    def expect(status, *call, **more):
+        got, text, _ = ask(*call, **more)
+        assert got == status, (status, got, call, more, text)
+        if status >= 400:
+            assert json.loads(text)["error"], text
+
+    expect(401, "GET", "/api/next", bearer=None)
+    expect(401, "GET", "/api/next", bearer=token[:-1] + "!")
+    expect(401, "GET", "/api/next", bearer=token + "0")
+    expect(404, "GET", "/etc/passwd")
+    expect(404, "GET", "/../rlhf.c")
+    expect(405, "POST", "/api/next", {})
+    expect(405, "PUT", "/api/judge", {})
+    expect(403, "GET", "/api/operator")
+    expect(403, "GET", "/api/next", bearer=operator)
+    expect(200, "GET", "/api/operator", bearer=operator)
+    expect(403, "GET", "/", bearer=None, headers={"Host": "evil.example"})
+    expect(403, "GET", "/api/next", headers={"Host": "evil.example:" + port})
+    expect(413, "POST", "/api/judge", b" " * (1 << 20) + b"{}")
+    expect(413, "POST", "/api/judge", length=1 << 40)
+    for body in (b"", b"{", b"[1]", b'{"id": 1}', b'{"id": "x", "id": "y"}', b"\xff\xfe"):
+        expect(400, "POST", "/api/judge", body)
+    item = json.loads(ask("GET", "/api/next")[1])["item"]
+    good = {"id": item["id"], "token": item["token"], "choice": "A"}
+    for key, value in (("choice", "C"), ("choice", None), ("strength", 4), ("strength", "much"),
+                       ("aspects", {"accuracy": "B"}), ("seconds", "long"), ("unsafe", [True]),
+                       ("reason", "x" * 20000)):
+        expect(400, "POST", "/api/judge", {**good, key: value})
+    for key, value in (("id", "ffffffffffffffff"), ("token", "0" * 16)):
+        expect(409, "POST", "/api/judge", {**good, key: value})
+    expect(409, "POST", "/api/judge", good, bearer=other)  # handed out to somebody else
+    expect(409, "POST", "/api/undo", {})
+    assert label.records()[1] == [], "something that was refused is in the file"
+    page = ask("GET", "/", bearer=None)[2]
+    policy = page.getheader("Content-Security-Policy")
+    assert "default-src 'none'" in policy and "unsafe" not in policy, policy
+    assert page.getheader("X-Content-Type-Options") == "nosniff"
+    assert page.getheader("Referrer-Policy") == "no-referrer"
+    expect(200, "POST", "/api/judge", good)
+    expect(409, "POST", "/api/judge", good)
+    assert len(label.records()[1]) == 1
+    for _ in range(10000):
+        status, _, response = ask("GET", "/api/session")
+        if status == 429:
+            break
+    assert status == 429 and response.getheader("Retry-After"), status
+    expect(200, "GET", "/api/session", bearer=other)  # the rate is each annotator's own
+    label.end(signal.SIGINT)
+    assert os.stat(str(label.out) + ".tokens").st_mode & 0o77 == 0, "others can read the links"
+    print("what must be refused is refused")
+
+
 def long(folder, annotators, seconds, limit):
     label = Label(folder, annotators, annotators * (seconds + 5))
     done, times = crowd(label.start(), 1, seconds)
@@ -164,6 +241,8 @@ if __name__ == "__main__":
     options = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="rlhf-load-") as path:
         if options.short:
-            short(Path(path))
+            for name, part in (("short", short), ("refused", refused)):
+                (Path(path) / name).mkdir()
+                part(Path(path) / name)
         else:
             long(Path(path), options.annotators, options.seconds, options.limit)

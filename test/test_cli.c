@@ -257,7 +257,7 @@ TEST(training_commands) {
     check_keys(__LINE__, "step loss accuracy margin eval_accuracy score_mean score_std domain "
                          "annotator_type out records dropped weights_hash");
     RUN("$R ppo --model $D/sft --reward $D/rm --data $D/prompts.jsonl --out $D/ppo --max_steps 2 "
-        "--batch_size 4 --response_length 8 --json",
+        "--batch_size 4 --response_length 8 --best_of_n 8 --json",
         0);
     check_keys(__LINE__, "step objective/kl objective/kl_exact objective/scores "
                          "objective/rlhf_reward objective/entropy objective/non_score_reward "
@@ -1053,7 +1053,8 @@ TEST(interrupted_rm) {
 
 TEST(interrupted_ppo) {
     NEED_PROGRAM();
-    interrupt("ppo --model $D/lm --reward $D/rm --data $D/prompts.jsonl --response_length 8",
+    interrupt("ppo --model $D/lm --reward $D/rm --data $D/prompts.jsonl --response_length 8 "
+              "--best_of_n 4",
               "--max_steps 100 --batch_size 4 --kl_target 1 --kl_horizon 50 --learning_rate 1e-3 "
               "--threads 1");
 }

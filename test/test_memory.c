@@ -1,0 +1,176 @@
+/* The table of memory before a run against what the run then takes, by the allocation hook and the
+ * files that are mapped: within ten percent, for each stage, with weights that are trained and with
+ * adapters, and with layers that are computed again. */
+
+#include "../rlhf.c"
+#include "test.h"
+
+/* Large enough that what is counted outweighs what is not. */
+static const char shape[] =
+    "{\"model_type\": \"llama\", \"vocab_size\": 2048, \"hidden_size\": 256,"
+    " \"num_hidden_layers\": 4,"
+    " \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"intermediate_size\": 768,"
+    " \"max_position_embeddings\": 512, \"tie_word_embeddings\": true, \"eos_token_id\": 2}";
+
+typedef enum stage { SFT, RM, PPO } stage;
+
+/* A run: its stage, the length of its records, and the options that matter here. */
+typedef struct run {
+    stage stage;
+    int words, peft, recompute, batch, samples;
+    double limit;
+} run;
+
+static void save_run(rlhf_ctx *ctx, void *arg) {
+    (void)ctx;
+    ckpt_save(arg, test_path("base"), 'b');
+}
+
+/* The checkpoint, in bfloat16, and a reward model of it. */
+static void bases_make(rlhf_tokenizer **tok, rlhf_ctx *ctx) {
+    const char *text = "the old house by the river";
+    size_t len = strlen(text);
+    rlhf_model *m;
+    OK(ctx, rlhf_tokenizer_train(ctx, &text, &len, 1, 257, tok));
+    OK(ctx, rlhf_model_init(ctx, test_write("shape.json", shape), 0, -1, -1, 3, &m));
+    OK(ctx, test_call(ctx, save_run, m));
+    rlhf_model_close(m);
+}
+
+/* Records of about so many tokens each, one a byte. */
+static rlhf_dataset *records(rlhf_ctx *ctx, rlhf_tokenizer *tok, const run *r) {
+    static const rlhf_data_kind kinds[] = {RLHF_DATA_SFT, RLHF_DATA_PREFERENCE, RLHF_DATA_PROMPT};
+    char text[40000], *at = text;
+    for (int i = 0; i < 8; i++) {
+        at += sprintf(at, "{\"prompt\": \"%0*d\"", r->words, i);
+        if (r->stage == SFT) at += sprintf(at, ", \"completion\": \"%0*d\"", r->words, i);
+        if (r->stage == RM)
+            at += sprintf(at, ", \"chosen\": \"%0*d\", \"rejected\": \"x%d\"", r->words, i, i);
+        at += sprintf(at, "}\n");
+    }
+    rlhf_data_config c = rlhf_data_config_default(kinds[r->stage]);
+    rlhf_dataset *d;
+    OK(ctx, rlhf_dataset_parse(ctx, text, strlen(text), "records", tok, &c, &d));
+    return d;
+}
+
+static void common(const run *r, train_config *c) {
+    c->output_dir = test_path("run");
+    c->use_peft = r->peft;
+    c->lora_target_modules = "all-linear";
+    c->gradient_checkpointing = r->recompute;
+    c->per_device_train_batch_size = r->batch;
+    c->memory_limit = r->limit;
+    c->max_steps = 1;
+}
+
+static rlhf_status run_open(rlhf_ctx *ctx, const run *r, rlhf_tokenizer *tok, rlhf_dataset *d,
+                            rlhf_model *m[3], rlhf_trainer **t) {
+    union {
+        train_config c;
+        rlhf_sft_config sft;
+        rlhf_rm_config rm;
+        rlhf_ppo_config ppo;
+    } u;
+    (void)ctx;
+    if (r->stage == SFT) u.sft = rlhf_sft_config_default();
+    if (r->stage == RM) u.rm = rlhf_rm_config_default();
+    if (r->stage == PPO) u.ppo = rlhf_ppo_config_default();
+    common(r, &u.c);
+    if (r->stage == SFT) u.sft.sample_prompts = r->samples;
+    if (r->stage == SFT) return rlhf_sft_open(m[0], tok, d, NULL, &u.sft, t);
+    if (r->stage == RM) u.rm.normalize_samples = 16;
+    if (r->stage == RM) return rlhf_rm_open(m[1], m[0], tok, d, NULL, &u.rm, t);
+    u.ppo.batch_size = 8;
+    u.ppo.best_of_n = 0;
+    u.ppo.num_ppo_epochs = 1;
+    u.ppo.response_length = 16;
+    return rlhf_ppo_open(m[0], tok, d, m[1], NULL, NULL, &u.ppo, t);
+}
+
+/* Bytes that the files of open bases take. */
+static int64_t mapped(const rlhf_ctx *ctx) {
+    int64_t bytes = 0;
+    for (const model_base *b = ctx->bases; b; b = b->next)
+        for (int i = 0; i < b->n_maps; i++) bytes += (int64_t)b->maps[i]->size;
+    return bytes;
+}
+
+static void reward_ready(rlhf_ctx *ctx, void *arg) {
+    rlhf_model *m = arg;
+    (void)ctx;
+    model_init_score(m, 1);
+    m->score_trained = 1;
+}
+
+/* Returns a hash of the weights; *total becomes the table's total, in bytes. */
+static uint64_t check_run(const run *r, double *total) {
+    rlhf_ctx *ctx = test_context("auto", 2);
+    rlhf_tokenizer *tok;
+    rlhf_model *m[3] = {NULL, NULL, NULL};
+    rlhf_trainer *t = NULL;
+    bases_make(&tok, ctx);
+    OK(ctx, rlhf_model_open(ctx, test_path("base"), &m[0]));
+    if (r->stage != SFT) OK(ctx, rlhf_model_clone(m[0], RLHF_HEAD_SCORE, &m[1]));
+    if (r->stage != SFT) OK(ctx, test_call(ctx, reward_ready, m[1]));
+    rlhf_dataset *d = records(ctx, tok, r);
+    ctx->mem_peak = ctx->mem_now;
+    OK(ctx, run_open(ctx, r, tok, d, m, &t));
+    if (!t) return 0;
+    rlhf_memory need = rlhf_trainer_memory(t);
+    OK(ctx, rlhf_trainer_run(t));
+    double took = (double)(ctx->mem_peak + mapped(ctx));
+    double said = (double)(need.total - TRAIN_PROGRAM);
+    CHECK(need.weights >= 0 && need.other >= 0);
+    if (!(took <= 1.1 * said && took >= 0.9 * said))
+        test_fail(__FILE__, __LINE__,
+                  "stage %d, %d words, peft %d, recompute %d, batch %d: took %.2f MB, said %.2f: "
+                  "weights %.2f adapters %.2f optimizer %.2f activations %.2f cache %.2f scratch "
+                  "%.2f other %.2f; arena %.2f",
+                  (int)r->stage, r->words, r->peft, r->recompute, r->batch, took / 1e6, said / 1e6,
+                  (double)need.weights / 1e6, (double)need.adapters / 1e6,
+                  (double)need.optimizer / 1e6, (double)need.activations / 1e6,
+                  (double)need.cache / 1e6, (double)need.scratch / 1e6, (double)need.other / 1e6,
+                  (double)t->ws.peak / 1e6);
+    if (r->limit > 0) CHECK((double)need.total <= r->limit * 1e9);
+    *total = (double)need.total;
+    uint64_t hash = model_hash(m[r->stage == RM]);
+    rlhf_trainer_close(t);
+    rlhf_dataset_close(d);
+    rlhf_model_close(m[1]);
+    rlhf_model_close(m[0]);
+    rlhf_tokenizer_close(tok);
+    rlhf_close(ctx);
+    test_remove(test_path("run"));
+    test_remove(test_path("base"));
+    return hash;
+}
+
+TEST(table_and_run) {
+    double total;
+    for (int s = SFT; s <= PPO; s++)
+        for (int k = 0; k < 8; k++) {
+            /* Every value of each with either of the others. */
+            if (k != 0 && k != 6 && (test_quick() || (k != 3 && k != 5))) continue;
+            int words = k >> 2 & 1 ? 150 : 20;
+            check_run(&(run){(stage)s, words, k & 1, k >> 1 & 1, 8, 8, 0}, &total);
+        }
+}
+
+/* A limit cuts micro-batches, then has layers computed again: less memory, the same weights. */
+TEST(a_limit_changes_no_bit) {
+    for (int peft = 0; peft < 2; peft++) {
+        run r = {SFT, 150, peft, 0, 8, 0, 0};
+        double free_total, total, least = 0;
+        uint64_t hash = check_run(&r, &free_total);
+        for (int percent = 97; percent >= 91; percent -= 6) {
+            r.limit = free_total * percent / 100 / 1e9;
+            CHECK(check_run(&r, &total) == hash);
+            CHECK(total < free_total);
+            least = total;
+        }
+        CHECK(least > 0);
+    }
+}
+
+TEST_MAIN(CASE(table_and_run), CASE(a_limit_changes_no_bit))

@@ -7660,14 +7660,18 @@ static model_where model_where_of(int p, int cols) {
 }
 
 /* Fills slot, layer_size and n: first what exists once, then the layers one after the other. Every
- * own parameter begins at a multiple of RLHF_LANES floats; the gaps are zeros and stay so. */
+ * own parameter begins at a multiple of RLHF_LANES floats; the gaps are zeros and stay so. A model
+ * without layers is a score head alone (ckpt_head_for). */
 static void model_layout(rlhf_model *m) {
     const model_cfg *c = &m->c;
+#define MODEL_HAS(name, exists) ((exists) && (c->layers || P_##name == P_SCORE))
 #define MODEL_SIZE(name, per_layer, r, k, exists, init)                                            \
     m->slot[P_##name] = (model_slot){                                                              \
-        0, (exists) ? base_mul(m->ctx, (size_t)(r), (size_t)(k)) : 0, (r), (k), MODEL_OWN};
+        0, MODEL_HAS(name, exists) ? base_mul(m->ctx, (size_t)(r), (size_t)(k)) : 0, (r), (k),     \
+        MODEL_OWN};
     MODEL_PARAMS(MODEL_SIZE)
 #undef MODEL_SIZE
+#undef MODEL_HAS
     size_t at = 0, once = 0;
     /* Pass 0 places what is there once, pass 1 the first layer; the others repeat it. */
     for (int pass = 0; pass < 2; pass++) {
@@ -8603,16 +8607,14 @@ static void model_scores(rlhf_model *m, arena *ws, const model_top *t, float *sc
     op_linear(&e, &w, t->n, t->h, score, NULL, NULL, NULL);
 }
 
-/* Backward of model_scores and everything below it, given dscore = d loss / d score [n]. */
-static void model_scores_bwd(rlhf_model *m, arena *ws, const model_run *run, const model_top *t,
-                             const float *dscore) {
+/* Backward of model_scores: adds to the head's gradient, given dscore = d loss / d score [n], and
+ * sets dh [n][d], that of the chosen rows' norm. */
+static void model_scores_bwd(rlhf_model *m, arena *ws, const model_top *t, const float *dscore,
+                             float *dh) {
     op_env e = {m->ctx, ws};
     op_weight w = model_head_weight(m, t->n);
-    /* dh is the head's input gradient; from there as for a language model. */
-    float *dh = arena_floats(ws, (size_t)t->n, (size_t)m->c.d);
     op_linear_bwd_w(&e, &w, t->n, t->h, dscore);
     op_linear_bwd_x(&e, &w, t->n, dscore, dh);
-    model_backward(m, ws, run, model_top_bwd(m, ws, t, dh, run->rows));
 }
 
 /* ---- batches ---- */
@@ -9600,7 +9602,21 @@ static rlhf_model *ckpt_copy_model(rlhf_model *m, rlhf_head head) {
     return o;
 }
 
-/* The same, as the caller's. */
+/* A score head of zeros without a trunk of its own, for the states of m; deferred as a copy is. */
+static rlhf_model *ckpt_head_for(rlhf_model *m) {
+    json_t *config = ckpt_config(m);
+    json_object_set_new(config, "architectures", json_pack("[s]", m->family->score_class));
+    json_src src = json_source(m->ctx, "config.json");
+    rlhf_model *o = ckpt_describe(m->ctx, &src, config);
+    o->c.layers = 0;
+    o->score_mean = 0;
+    o->score_std = 1;
+    o->score_trained = 1;
+    model_place(o, NULL);
+    return o;
+}
+
+/* A copy as the caller's. */
 static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
     rlhf_model *o = ckpt_copy_model(m, head);
     err_keep(m->ctx);    /* the copy */
@@ -12251,6 +12267,7 @@ static int train_window(rlhf_trainer *t, int *from) {
 /* Settles what of a model is trained: the adapters it has, new ones if they are asked for, else all
  * of it. */
 static void train_prepare(rlhf_model *m, const train_config *c, uint64_t seed) {
+    if (!m->c.layers) return; /* a head alone */
     m->recompute = c->gradient_checkpointing;
     if (m->c.lora.r) {
         if (c->use_peft) m->c.lora.dropout = (float)c->lora_dropout;
@@ -13345,7 +13362,9 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int first, i
         rm_add(sums, rec[i], (double)a, (double)b, (double)sharp);
         sums->loss += center * (double)(a + b) * (double)(a + b);
     }
-    model_scores_bwd(t->model, ws, &run, &top, d);
+    float *dh = arena_floats(ws, (size_t)top.n, (size_t)t->model->c.d);
+    model_scores_bwd(t->model, ws, &top, d, dh);
+    model_backward(t->model, ws, &run, model_top_bwd(t->model, ws, &top, dh, run.rows));
     arena_restore(ws, mark);
 }
 
@@ -13583,7 +13602,9 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
  * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
  * together. Before the first of them every probability ratio is exactly 1, since sampling and
- * training compute the same bits. Policy, reference, reward and value model are separate models.
+ * training compute the same bits. Policy, reference, reward and value model are separate models;
+ * with shared_trunk the value model is a second head on the policy's states, and both losses go
+ * through one backward pass.
  *
  *     stage            function             gives for token or state t
  *     sampling         ppo_generate         log p_t, the state h_t
@@ -13698,21 +13719,27 @@ static int32_t *ppo_targets(arena *ws, roll_row *const *row, int n, int total) {
     return out;
 }
 
+/* The policy's states of sampling, in the order of ppo_states without values. */
+static float *ppo_hidden(arena *ws, roll_row *const *row, int n, int total, size_t d) {
+    float *h = arena_floats(ws, (size_t)total, d);
+    for (int i = 0, at = 0; i < n; at += row[i++]->n)
+        memcpy(h + (size_t)at * d, row[i]->hidden, (size_t)row[i]->n * d * sizeof *h);
+    return h;
+}
+
 /* Reference log-probabilities, the exact KL and the entropy of the policy, from its saved states:
  * only the reference runs, the policy's states of sampling are its states. */
 static void ppo_reference(rlhf_trainer *t, roll_row *const *row, int n) {
     arena *ws = &t->ws;
     rlhf_model *p = t->model, *ref = t->start;
-    size_t d = (size_t)p->c.d;
     model_run run = ppo_batch(ws, row, n);
     int total, *state = ppo_states(ws, &run, row, n, 0, &total);
     int32_t *target = ppo_targets(ws, row, n, total);
     model_forward(ref, ws, &run);
     model_top top = model_top_fwd(ref, ws, run.x, state, total);
-    float *hidden = arena_floats(ws, (size_t)total, d), *f = arena_floats(ws, (size_t)total, 4);
-    for (int i = 0, at = 0; i < n; at += row[i++]->n)
-        memcpy(hidden + (size_t)at * d, row[i]->hidden, (size_t)row[i]->n * d * sizeof(float));
+    float *hidden = ppo_hidden(ws, row, n, total, (size_t)p->c.d);
     /* f: logp, entropy, kl, ref_logp, [total] each. */
+    float *f = arena_floats(ws, (size_t)total, 4);
     op_rows out = {.logp = f, .entropy = f + total};
     op_weight w = model_head_weight(p, total), w2 = model_head_weight(ref, total);
     op_env e = {t->ctx, ws};
@@ -13726,13 +13753,23 @@ static void ppo_reference(rlhf_trainer *t, roll_row *const *row, int n) {
     }
 }
 
-/* Values of all states, in units of the reward, before any step of the update. */
+/* Values of all states, in units of the reward, before any step of the update. A head on the
+ * policy's trunk reads the states of sampling; only one behind an answer's end has to be computed.
+ */
 static void ppo_values(rlhf_trainer *t, roll_row *const *row, int n) {
     arena *ws = &t->ws;
+    int shared = t->u.ppo.shared_trunk, tokens = 0, total;
+    rlhf_model *trunk = shared ? t->model : t->value;
     model_run run = ppo_batch(ws, row, n);
-    int total, *state = ppo_states(ws, &run, row, n, 1, &total);
-    model_forward(t->value, ws, &run);
-    model_top top = model_top_fwd(t->value, ws, run.x, state, total);
+    int *state = ppo_states(ws, &run, row, n, 1, &total);
+    for (int i = 0; i < n; i++) tokens += row[i]->n;
+    model_top top = {.n = total};
+    if (shared && total == tokens) {
+        top.h = ppo_hidden(ws, row, n, total, (size_t)trunk->c.d);
+    } else {
+        model_forward(trunk, ws, &run);
+        top = model_top_fwd(trunk, ws, run.x, state, total);
+    }
     float *v = arena_floats(ws, (size_t)total, 1);
     model_scores(t->value, ws, &top, v);
     for (int i = 0, at = 0; i < n; at += row[i++]->n_value)
@@ -13928,68 +13965,86 @@ static void ppo_policy_coef(void *user, int row, int n, const op_rows *found, fl
     }
 }
 
-/* One micro-batch of the policy loss: forward, log-probabilities of the answers' tokens, backward.
- * Adds to p's sums and to the policy's gradients. */
-static void ppo_policy_pass(rlhf_trainer *t, roll_row *const *row, int n, ppo_policy *p) {
+/* The policy loss of one micro-batch: adds to p's sums and to the output matrix's gradient, and
+ * sets dh, the gradient of the states of ppo_states without values; with `add` top and dh are those
+ * with values, and it is added to what dh holds. */
+static void ppo_policy_loss(rlhf_trainer *t, roll_row *const *row, int n, const model_top *top,
+                            ppo_policy *p, float *dh, int add) {
     arena *ws = &t->ws;
-    arena_mark mark = arena_save(ws);
     rlhf_model *m = t->model;
-    model_run run = ppo_batch(ws, row, n);
-    model_for_training(m, ws, &run, 0, -1);
-    int total, *state = ppo_states(ws, &run, row, n, 0, &total);
+    size_t d = (size_t)m->c.d;
+    int total = 0;
+    for (int i = 0; i < n; i++) total += row[i]->n;
+    int skip = top->n > total; /* states behind ends lie between */
     int32_t *target = ppo_targets(ws, row, n, total);
     float *f = arena_floats(ws, (size_t)total, 4), *old = f, *adv = f + total;
+    float *h = skip ? arena_floats(ws, (size_t)total, d) : top->h;
+    float *part = add ? arena_floats(ws, (size_t)total, d) : dh;
     /* What was recorded, in the order of the batch's rows. */
-    for (int i = 0, at = 0; i < n; at += row[i++]->n) {
+    for (int i = 0, at = 0, from = 0; i < n; at += row[i]->n, from += row[i++]->n_value) {
         memcpy(old + at, row[i]->logp, (size_t)row[i]->n * sizeof *old);
         memcpy(adv + at, row[i]->adv, (size_t)row[i]->n * sizeof *adv);
+        if (skip)
+            memcpy(h + (size_t)at * d, top->h + (size_t)from * d,
+                   (size_t)row[i]->n * d * sizeof *h);
     }
     p->old = old;
     p->adv = adv;
-    model_forward(m, ws, &run);
-    model_top top = model_top_fwd(m, ws, run.x, state, total);
     /* The loss enters as d loss / d logp, chunk by chunk, once the log-probabilities are known. */
     op_rows out = {.logp = f + 2 * total, .entropy = f + 3 * total};
     op_weight w = model_head_weight(m, total);
     op_env e = {t->ctx, ws};
-    float *dh = arena_floats(ws, (size_t)total, (size_t)m->c.d);
-    op_vocab_run(&e, &w, total, top.h, target, 1.0f / (float)t->u.ppo.temperature, &out,
-                 ppo_policy_coef, p, dh);
-    model_backward(m, ws, &run, model_top_bwd(m, ws, &top, dh, run.rows));
-    arena_restore(ws, mark);
+    op_vocab_run(&e, &w, total, h, target, 1.0f / (float)t->u.ppo.temperature, &out,
+                 ppo_policy_coef, p, part);
+    for (int i = 0, at = 0, to = 0; add && i < n; at += row[i]->n, to += row[i++]->n_value)
+        t->ctx->k->add(row[i]->n * (int)d, part + (size_t)at * d, dh + (size_t)to * d);
 }
 
-/* One micro-batch of the value loss, clipped to the old values (TRL; Schulman's baselines); adds to
- * *loss, *clipped and to the value model's gradients.
- *     L = 1/2 max((v - R)^2, (clip(v, v_old - range, v_old + range) - R)^2)
- * v is the normalised output (s - mean) / std of score s, hence 1 / std in the slope. scale:
- * vf_coef / states of the minibatch. */
-static void ppo_value_pass(rlhf_trainer *t, roll_row *const *row, int n, double scale, double *loss,
-                           double *clipped) {
-    arena *ws = &t->ws;
-    arena_mark mark = arena_save(ws);
+/* One micro-batch's value loss, for sums over states. */
+typedef struct ppo_value {
+    double range, scale; /* scale: vf_coef / states of the minibatch */
+    double loss, clipped;
+} ppo_value;
+
+/* The value loss of one micro-batch, clipped to the old values (TRL; Schulman's baselines); adds to
+ * v's sums and the head's gradient, and sets dh, the gradient of the states.
+ *     L = 1/2 max((x - R)^2, (clip(x, x_old - range, x_old + range) - R)^2)
+ * x is the normalised output (s - mean) / std of score s, hence 1 / std in the slope. */
+static void ppo_value_loss(rlhf_trainer *t, roll_row *const *row, int n, const model_top *top,
+                           ppo_value *v, float *dh) {
     rlhf_model *m = t->value;
-    float range = (float)t->u.ppo.cliprange_value,
-          std = m->score_std > 1e-8f ? m->score_std : 1e-8f;
-    model_run run = ppo_batch(ws, row, n);
-    model_for_training(m, ws, &run, 0, -1);
-    int total, *state = ppo_states(ws, &run, row, n, 1, &total);
-    model_forward(m, ws, &run);
-    model_top top = model_top_fwd(m, ws, run.x, state, total);
-    float *v = arena_floats(ws, (size_t)total, 2), *dv = v + total;
-    model_scores(m, ws, &top, v);
+    float range = (float)v->range, std = m->score_std > 1e-8f ? m->score_std : 1e-8f;
+    float *score = arena_floats(&t->ws, (size_t)top->n, 2), *ds = score + top->n;
+    model_scores(m, &t->ws, top, score);
     for (int i = 0, at = 0; i < n; i++)
         for (int s = 0; s < row[i]->n_value; s++, at++) {
             /* The larger of both losses counts, so clipping never makes an update more
              * attractive. */
-            float x = model_reward(m, v[at]), old = row[i]->value[s], ret = row[i]->ret[s];
+            float x = model_reward(m, score[at]), old = row[i]->value[s], ret = row[i]->ret[s];
             float bound = x < old - range ? old - range : x > old + range ? old + range : x;
             float a = (x - ret) * (x - ret), b = (bound - ret) * (bound - ret);
-            *loss += 0.5 * (double)(a >= b ? a : b);
-            *clipped += b > a;
-            dv[at] = a >= b ? (float)((double)(x - ret) * scale) / std : 0.0f;
+            v->loss += 0.5 * (double)(a >= b ? a : b);
+            v->clipped += b > a;
+            ds[at] = a >= b ? (float)((double)(x - ret) * v->scale) / std : 0.0f;
         }
-    model_scores_bwd(m, ws, &run, &top, dv);
+    model_scores_bwd(m, &t->ws, top, ds, dh);
+}
+
+/* One micro-batch through a trunk: forward, the losses that it is trained by (null: not by that
+ * one), one backward pass for them. */
+static void ppo_pass(rlhf_trainer *t, rlhf_model *m, roll_row *const *row, int n, ppo_policy *p,
+                     ppo_value *v) {
+    arena *ws = &t->ws;
+    arena_mark mark = arena_save(ws);
+    model_run run = ppo_batch(ws, row, n);
+    model_for_training(m, ws, &run, 0, -1);
+    int total, *state = ppo_states(ws, &run, row, n, v != NULL, &total);
+    model_forward(m, ws, &run);
+    model_top top = model_top_fwd(m, ws, run.x, state, total);
+    float *dh = arena_floats(ws, (size_t)total, (size_t)m->c.d);
+    if (v) ppo_value_loss(t, row, n, &top, v, dh);
+    if (p) ppo_policy_loss(t, row, n, &top, p, dh, v != NULL);
+    model_backward(m, ws, &run, model_top_bwd(m, ws, &top, dh, run.rows));
     arena_restore(ws, mark);
 }
 
@@ -14007,24 +14062,24 @@ static void ppo_minibatch(rlhf_trainer *t, roll_row *const *row, int n, const do
         states += row[i]->n_value;
     }
     ppo_policy p = {.clip = c->cliprange, .scale = 1.0 / (double)tokens};
-    double loss = 0, clipped = 0;
+    ppo_value v = {.range = c->cliprange_value, .scale = c->vf_coef / (double)states};
     opt_zero(t->opt);
-    /* Two models, two gradients, one optimizer step. */
+    /* Two models, two gradients, one optimizer step; or two heads on one trunk. */
     for (int i = 0, k; i < n; i += k) {
         k = train_cut(t, len, i, n);
-        ppo_policy_pass(t, row + i, k, &p);
-        ppo_value_pass(t, row + i, k, c->vf_coef / (double)states, &loss, &clipped);
+        ppo_pass(t, t->model, row + i, k, &p, c->shared_trunk ? &v : NULL);
+        if (!c->shared_trunk) ppo_pass(t, t->value, row + i, k, NULL, &v);
     }
-    train_check_loss(t, p.loss + loss);
+    train_check_loss(t, p.loss + v.loss);
     s->norm += opt_step(t->opt, lr);
     /* The first minibatch's ratio is 1 to the bit; anything else would be a defect. */
     double ratio = p.ratio / (double)tokens;
     if (!s->minibatches) s->first_ratio = ratio;
     s->policy += p.loss / (double)tokens;
-    s->value += loss / (double)states;
+    s->value += v.loss / (double)states;
     s->kl += p.kl / (double)tokens;
     s->clipped += p.clipped / (double)tokens;
-    s->value_clipped += clipped / (double)states;
+    s->value_clipped += v.clipped / (double)states;
     s->entropy += p.entropy / (double)tokens;
     s->ratio += ratio;
     s->ratio_sq += ratio * ratio;
@@ -14185,8 +14240,9 @@ static const train_ops ppo_ops = {"ppo", RLHF_CONFIG_PPO, ppo_step, ppo_best_of_
                                   NULL,  NULL,            ppo_size};
 
 /* The value model: a copy of the reward model, normalisation included (Stiennon et al. 2020), or
- * the policy's trunk with a head of zeros. */
-static rlhf_model *ppo_value_model(rlhf_model *policy, rlhf_model *reward) {
+ * the policy's trunk with a head of zeros: a copy of it, or (shared) the trunk itself. */
+static rlhf_model *ppo_value_model(rlhf_model *policy, rlhf_model *reward, int shared) {
+    if (shared) return ckpt_head_for(policy);
     rlhf_model *v = ckpt_copy_model(reward ? reward : policy, RLHF_HEAD_SCORE);
     v->score_trained = 1;
     return v;
@@ -14226,7 +14282,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
     train_set_length(t, config->batch_size);
     /* Copies before the policy changes: they share its base. */
     t->start = ckpt_copy_model(policy, RLHF_HEAD_LM);
-    t->value = ppo_value_model(policy, reward);
+    t->value = ppo_value_model(policy, reward, config->shared_trunk);
     t->owns_start = t->owns_value = 1;
     rlhf_model *models[2] = {policy, t->value};
     train_optimizer(t, models, 2);
@@ -16827,16 +16883,17 @@ static rlhf_status bench_no_reward(void *user, const rlhf_sample *samples, int n
 
 /* Operations that an update of PPO cannot do without: sampling 48 tokens behind 32, the reference,
  * value and reward model once over the whole, policy and value model trained four times; only
- * states of the answer meet the vocabulary. */
-static double bench_ppo_flops(const rlhf_model *m) {
+ * states of the answer meet the vocabulary. A shared trunk saves a model's scores and training. */
+static double bench_ppo_flops(const rlhf_model *m, int shared) {
     double body = bench_macs(m, 40, 0), head = (double)m->c.vocab * m->c.d;
-    double tokens = 16 * 80, answer = 16 * 48;
-    double sample = tokens * body + answer * head, score = 3 * tokens * body + answer * head;
-    return 2 * (sample + score + 4 * 3 * (2 * tokens * body + answer * head));
+    double tokens = 16 * 80, answer = 16 * 48, trunks = shared ? 1 : 2;
+    double sample = tokens * body + answer * head;
+    double score = (1 + trunks) * tokens * body + answer * head;
+    return 2 * (sample + score + 4 * 3 * (trunks * tokens * body + answer * head));
 }
 
 /* Milliseconds of a whole update: rollout, scores, and the optimizer's steps. */
-static void bench_ppo(bench *b, const char *name) {
+static void bench_ppo(bench *b, const char *name, int shared) {
     bench_forget();
     rlhf_model *m = bench_model(b, name, 0), *r = bench_model(b, name, 1);
     m->n_eos = 0;
@@ -16846,11 +16903,13 @@ static void bench_ppo(bench *b, const char *name) {
     c.batch_size = 16;
     c.response_length = 48;
     c.num_mini_batches = 4;
+    c.shared_trunk = shared;
     rlhf_trainer *t = ppo_open(m, NULL, d, r, bench_no_reward, NULL, &c);
     double s = bench_time(b, bench_step_run, t);
     char full[64];
-    snprintf(full, sizeof full, "ppo/%.20s/16x(32+48)/%s", name, b->dtype);
-    bench_add(b, full, 1e3 * s, "ms", bench_ppo_flops(m) / b->peak / 1e9 / s);
+    snprintf(full, sizeof full, "ppo%s/%.20s/16x(32+48)/%s", shared ? "-shared" : "", name,
+             b->dtype);
+    bench_add(b, full, 1e3 * s, "ms", bench_ppo_flops(m, shared) / b->peak / 1e9 / s);
     b->hash = model_hash(m);
     train_free(t);
     data_free(d);
@@ -16909,7 +16968,8 @@ static void bench_run(bench *b, const char *what, const char *model) {
         if (all || !strcmp(what, "generate"))
             for (int batch = 1; batch <= 32; batch *= batch == 1 ? 8 : 4)
                 bench_generate(b, name, batch);
-        if (all || !strcmp(what, "ppo")) bench_ppo(b, name);
+        for (int shared = 0; shared < 2 && (all || !strcmp(what, "ppo")); shared++)
+            bench_ppo(b, name, shared);
     }
     bench_scores(b);
     bench_hash(b);

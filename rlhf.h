@@ -412,6 +412,8 @@ rlhf_status rlhf_model_score(rlhf_model *model, const int32_t *ids, int n, float
 #define RLHF_PPO_FIELDS(F)                                                                         \
     RLHF_TRAIN_FIELDS(F, 3e-6, 1, 16, 1)                                                           \
     F(R, value_learning_rate, -1, -1, 1e3, "learning rate of the value model; -1 = learning_rate") \
+    F(B, shared_trunk, 0, 0, 1,                                                                    \
+      "values are a second head on the policy's states, from zeros: half the work of training")    \
     F(I, batch_size, 64, 1, 1e6, "episodes per update")                                            \
     F(I, num_ppo_epochs, 4, 1, 1e4, "passes over each batch of episodes")                          \
     F(I, num_mini_batches, 1, 1, 1e6, "optimizer steps per pass")                                  \
@@ -630,8 +632,9 @@ rlhf_status rlhf_rm_temperatures(rlhf_trainer *trainer, char **json);
 /* Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019). Rewards come from a
  * reward model, from a function, or from both (added). The reference is a copy of the policy as it
  * is now. The value model starts as a copy of the reward model, or of the policy's trunk with a
- * zero head. prompts: kind RLHF_DATA_PROMPT; each leaves room for response_length tokens, else
- * RLHF_ERR_CONTEXT. Without a tokenizer the function's samples have empty completion texts. */
+ * zero head; with shared_trunk it is such a head on the policy itself. prompts: kind
+ * RLHF_DATA_PROMPT; each leaves room for response_length tokens, else RLHF_ERR_CONTEXT. Without a
+ * tokenizer the function's samples have empty completion texts. */
 rlhf_status rlhf_ppo_open(rlhf_model *policy, rlhf_tokenizer *tokenizer, rlhf_dataset *prompts,
                           rlhf_model *reward, rlhf_reward_fn function, void *user,
                           const rlhf_ppo_config *config, rlhf_trainer **trainer);

@@ -123,7 +123,9 @@ static void tool_backward(rlhf_ctx *ctx, tool *t, rlhf_model *m) {
         float *out = mem_alloc(ctx, (size_t)n * sizeof *out);
         model_scores(m, ws, &top, out);
         tool_add(t, "scores", (size_t)n, 0, out);
-        model_scores_bwd(m, ws, &run, &top, t->weight);
+        float *dh = arena_floats(ws, (size_t)n, (size_t)m->c.d);
+        model_scores_bwd(m, ws, &top, t->weight, dh);
+        model_backward(m, ws, &run, model_top_bwd(m, ws, &top, dh, run.rows));
     } else {
         op_rows found = {.logp = arena_floats(ws, (size_t)n, 1)};
         float *dh = arena_floats(ws, (size_t)n, (size_t)m->c.d);

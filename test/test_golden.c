@@ -554,22 +554,98 @@ static void ppo_check_objective(const golden *g, rlhf_trainer *t, roll_row *cons
     CHECK_NEAR(rlhf_trainer_metric(t, "completions/mean_length"), tokens / n, 0);
 }
 
+static rlhf_ppo_config ppo_config(const golden *g) {
+    rlhf_ppo_config c = rlhf_ppo_config_default();
+    train_config common;
+    memcpy(&common, &c, sizeof common);
+    common_config(g->j, g->batch, &common);
+    memcpy(&c, &common, sizeof common);
+    c.batch_size = count(g->j, "rows");
+    c.num_ppo_epochs = (int64_t)number(g->j, "epochs");
+    c.num_mini_batches = count(g->j, "minibatches");
+    c.response_length = 6;
+    c.temperature = number(g->j, "temperature");
+    c.missing_eos_penalty = number(g->j, "missing_eos_penalty");
+    c.kl_coef = number(g->j, "kl_coef");
+    c.gamma = number(g->j, "gamma");
+    c.lam = number(g->j, "lam");
+    c.cliprange = number(g->j, "cliprange");
+    c.cliprange_value = number(g->j, "cliprange_value");
+    c.vf_coef = number(g->j, "vf_coef");
+    c.shuffle_minibatches = 0;
+    return c;
+}
+
+/* A trainer whose reference and value model are those of the golden file. */
+static rlhf_trainer *ppo_trainer(const golden *g, rlhf_dataset *d, const rlhf_ppo_config *c) {
+    rlhf_trainer *t = ppo_open(g->m, NULL, d, NULL, ppo_given_score, (void *)(uintptr_t)g, c);
+    double scale = number(g->j, "ref_scale");
+    model_thaw(t->start);
+    for (size_t i = 0; i < t->start->n; i++)
+        t->start->w[i] = (float)(scale * (double)t->start->w[i]);
+    t->start->version++;
+    for (int i = 0; i < t->value->c.d; i++)
+        model_w(t->value, P_SCORE, 0)[i] = (float)element(member(g->j, "value_head"), i);
+    t->value->version++;
+    return t;
+}
+
+/* Both losses' gradients of n rows with so many tokens, as many rows at once as the case says. */
+static void ppo_add_gradients(const golden *g, rlhf_trainer *t, roll_row *const *row, int n,
+                              int tokens) {
+    ppo_policy p = {.clip = t->u.ppo.cliprange, .scale = 1.0 / tokens};
+    ppo_value v = {.range = t->u.ppo.cliprange_value, .scale = t->u.ppo.vf_coef / tokens};
+    opt_attach(t->opt);
+    opt_zero(t->opt);
+    for (int i = 0; i < n; i += g->batch) {
+        int k = base_min(g->batch, n - i), shared = t->u.ppo.shared_trunk;
+        ppo_pass(t, t->model, row + i, k, &p, shared ? &v : NULL);
+        if (!shared) ppo_pass(t, t->value, row + i, k, NULL, &v);
+    }
+    opt_join(t->opt);
+}
+
+/* A trunk that both models share has the sum of their gradients, which the file has apart, since
+ * the value model began as a copy of the policy; the head has its own. */
+static void ppo_shared_gradients(const golden *g, rlhf_trainer *apart, rlhf_dataset *d,
+                                 roll_row *const *row) {
+    int n = count(json_array_get(member(g->j, "minibatch"), 0), "rows"), tokens = 0;
+    rlhf_ppo_config c = ppo_config(g);
+    c.shared_trunk = 1;
+    for (int i = 0; i < n; i++) tokens += row[i]->n;
+    /* Another policy, since a model lends its gradients to one trainer. */
+    golden other = *g;
+    other.m = ckpt_clone(g->m, RLHF_HEAD_LM);
+    rlhf_trainer *t = ppo_trainer(&other, d, &c);
+    CHECK_EQ_I(t->value->n, base_round_up((size_t)t->value->c.d, RLHF_LANES));
+    ppo_values(t, row, n); /* from the states of sampling */
+    for (int i = 0; i < n; i++)
+        check_list(ppo_golden_row(g, i), "values", row[i]->value, row[i]->n, value_tol);
+    ppo_add_gradients(g, t, row, n, tokens);
+    double off = 0, size = 0;
+    for (int p = 0; p < P_COUNT; p++)
+        for (int l = 0; l < model_own_layers(t->model, p); l++)
+            for (size_t i = 0; i < t->model->slot[p].n; i++) {
+                double want = (double)model_g(apart->model, p, l)[i];
+                if (model_g(apart->value, p, l)) want += (double)model_g(apart->value, p, l)[i];
+                double x = (double)model_g(t->model, p, l)[i] - want;
+                off += x * x;
+                size += want * want;
+            }
+    CHECK(size > 0 && sqrt(off / size) < 1e-6);
+    for (int i = 0; i < t->value->c.d; i++)
+        CHECK_NEAR(model_g(t->value, P_SCORE, 0)[i], model_g(apart->value, P_SCORE, 0)[i], 1e-6);
+    train_free(t);
+    model_free(other.m);
+}
+
 /* The gradients of the first minibatch. */
 static void ppo_gradients(const golden *g, rlhf_trainer *t, roll_row *const *row) {
     const json_t *want = json_array_get(member(g->j, "minibatch"), 0);
     int n = count(want, "rows"), tokens = 0;
-    double loss = 0, clipped = 0;
     for (int i = 0; i < n; i++) tokens += row[i]->n;
     CHECK_EQ_I(tokens, number(want, "tokens"));
-    ppo_policy p = {.clip = t->u.ppo.cliprange, .scale = 1.0 / tokens};
-    opt_attach(t->opt);
-    opt_zero(t->opt);
-    for (int i = 0; i < n; i += g->batch) {
-        int k = base_min(g->batch, n - i);
-        ppo_policy_pass(t, row + i, k, &p);
-        ppo_value_pass(t, row + i, k, t->u.ppo.vf_coef / tokens, &loss, &clipped);
-    }
-    opt_join(t->opt);
+    ppo_add_gradients(g, t, row, n, tokens);
     check_relative("policy's gradient norm", sqrt(gradient_square(t->model)),
                    number(want, "grad_norm_policy"), norm_tol);
     check_relative("value's gradient norm", sqrt(gradient_square(t->value)),
@@ -610,51 +686,14 @@ static void ppo_check_after(const golden *g, rlhf_trainer *t, roll_row *const *r
     }
 }
 
-static rlhf_ppo_config ppo_config(const golden *g) {
-    rlhf_ppo_config c = rlhf_ppo_config_default();
-    train_config common;
-    memcpy(&common, &c, sizeof common);
-    common_config(g->j, g->batch, &common);
-    memcpy(&c, &common, sizeof common);
-    c.batch_size = count(g->j, "rows");
-    c.num_ppo_epochs = (int64_t)number(g->j, "epochs");
-    c.num_mini_batches = count(g->j, "minibatches");
-    c.response_length = 6;
-    c.temperature = number(g->j, "temperature");
-    c.missing_eos_penalty = number(g->j, "missing_eos_penalty");
-    c.kl_coef = number(g->j, "kl_coef");
-    c.gamma = number(g->j, "gamma");
-    c.lam = number(g->j, "lam");
-    c.cliprange = number(g->j, "cliprange");
-    c.cliprange_value = number(g->j, "cliprange_value");
-    c.vf_coef = number(g->j, "vf_coef");
-    c.shuffle_minibatches = 0;
-    return c;
-}
-
-/* A trainer whose reference and value model are those of the golden file. */
-static rlhf_trainer *ppo_trainer(const golden *g, rlhf_dataset *d) {
-    rlhf_ppo_config c = ppo_config(g);
-    rlhf_trainer *t =
-        ppo_open(g->m, NULL, d, NULL, ppo_given_score, (void *)(uintptr_t)g, &c);
-    double scale = number(g->j, "ref_scale");
-    model_thaw(t->start);
-    for (size_t i = 0; i < t->start->n; i++)
-        t->start->w[i] = (float)(scale * (double)t->start->w[i]);
-    t->start->version++;
-    for (int i = 0; i < t->value->c.d; i++)
-        model_w(t->value, P_SCORE, 0)[i] = (float)element(member(g->j, "value_head"), i);
-    t->value->version++;
-    return t;
-}
-
 static void ppo_run(rlhf_ctx *ctx, void *arg) {
     const golden *g = arg;
     int n = count(g->j, "rows");
     rlhf_dataset *d = dataset_new(ctx, RLHF_DATA_PROMPT, n);
     for (int i = 0; i < n; i++)
         d->record[i].a = seq_new(d, member(ppo_golden_row(g, i), "prompt"), 0);
-    rlhf_trainer *t = ppo_trainer(g, d);
+    rlhf_ppo_config c = ppo_config(g);
+    rlhf_trainer *t = ppo_trainer(g, d, &c);
     float *policy = weights_copy(t->model), *value = weights_copy(t->value);
     roll_row *rows = ppo_rows_new(t), *row[4];
     ppo_given_rows(g, t, rows, row);
@@ -665,6 +704,7 @@ static void ppo_run(rlhf_ctx *ctx, void *arg) {
     ppo_check_rollout(g, t, row, n);
     ppo_check_objective(g, t, row, n);
     ppo_gradients(g, t, row);
+    ppo_shared_gradients(g, t, d, row);
 
     ppo_minibatches(g, t, row);
     check_update(t->model, policy, member(g->j, "policy_update"));

@@ -213,17 +213,17 @@ static void pass_run(rlhf_ctx *ctx, void *arg) {
     model_top top = model_top_fwd(m, ws, run.x, row, n);
     p->n = n;
     p->loss = 0;
+    float *dh = arena_floats(ws, (size_t)n, (size_t)m->c.d);
     if (score) {
         model_scores(m, ws, &top, p->out);
-        model_scores_bwd(m, ws, &run, &top, slope);
+        model_scores_bwd(m, ws, &top, slope, dh);
     } else {
         op_env e = {ctx, ws};
         op_weight w = model_head_weight(m, n);
         op_rows found = {.logp = p->out};
-        float *dh = arena_floats(ws, (size_t)n, (size_t)m->c.d);
         op_vocab_run(&e, &w, n, top.h, target, 1, &found, coef_of, p, dh);
-        model_backward(m, ws, &run, model_top_bwd(m, ws, &top, dh, run.rows));
     }
+    model_backward(m, ws, &run, model_top_bwd(m, ws, &top, dh, run.rows));
     for (int i = 0; i < n; i++) p->loss += (double)p->out[i] * (double)(score ? slope[i] : 1);
 }
 
@@ -1369,6 +1369,31 @@ TEST(ppo_on_one_base) {
     }
 }
 
+/* A value head on the policy's trunk: three models on the base, and adapters that both losses
+ * train. */
+TEST(ppo_on_one_trunk) {
+    base_for_labs(configs[1]);
+    uint64_t policy[2];
+    for (int trained = 0; trained < 2; trained++) {
+        lab l = lab_new(PPO, "base", 1);
+        l.config.ppo.shared_trunk = 1;
+        l.config.ppo.vf_coef = trained;
+        lab_models(&l);
+        OK(l.ctx, lab_open(&l));
+        rlhf_trainer *t = l.t;
+        REQUIRE(t);
+        CHECK(l.m->base && t->start->base == l.m->base && !t->value->base);
+        CHECK_EQ_I(l.m->base->refs, 2);
+        CHECK_EQ_I(model_count(t->value, 0), t->value->c.d);
+        lab_step(&l, 2);
+        CHECK(only_adapters(l.m));
+        policy[trained] = model_hash(l.m);
+        lab_close(&l);
+    }
+    CHECK(policy[0] != policy[1]);
+    test_remove(test_path("base"));
+}
+
 /* A model that was opened trains as one that never was in a file. */
 TEST(trains_as_its_own) {
     for (int c = 0; c < CONFIGS; c++) {
@@ -1612,6 +1637,6 @@ TEST_MAIN(CASE(adapter_and_merged), CASE(names_of_targets), CASE(mapped_as_thawe
           CASE(gradients_under_dropout), CASE(dropout_and_batches),
           CASE(dropout_differs_between_steps), CASE(ppo_drops_nothing),
           CASE(gradient_checkpointing), CASE(stop_and_resume), CASE(ppo_on_one_base),
-          CASE(trains_as_its_own), CASE(adapters_begin_without_effect),
+          CASE(ppo_on_one_trunk), CASE(trains_as_its_own), CASE(adapters_begin_without_effect),
           CASE(use_peft_needs_a_base),
           CASE(an_adapter_goes_on), CASE(oom_adapter_open), CASE(oom_logits), CASE(oom_trainers))

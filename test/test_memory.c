@@ -19,6 +19,7 @@ typedef struct run {
     stage stage;
     int words, peft, recompute, batch, samples;
     double limit;
+    int shared; /* ppo: one trunk */
 } run;
 
 static void save_run(rlhf_ctx *ctx, void *arg) {
@@ -85,6 +86,7 @@ static rlhf_status run_open(rlhf_ctx *ctx, const run *r, rlhf_tokenizer *tok, rl
     u.ppo.best_of_n = 0;
     u.ppo.num_ppo_epochs = 1;
     u.ppo.response_length = 16;
+    u.ppo.shared_trunk = r->shared;
     return rlhf_ppo_open(m[0], tok, d, m[1], NULL, NULL, &u.ppo, t);
 }
 
@@ -153,14 +155,26 @@ TEST(table_and_run) {
             /* Every value of each with either of the others. */
             if (k != 0 && k != 6 && (test_quick() || (k != 3 && k != 5))) continue;
             int words = k >> 2 & 1 ? 150 : 20;
-            check_run(&(run){(stage)s, words, k & 1, k >> 1 & 1, 8, 8, 0}, &total);
+            check_run(&(run){(stage)s, words, k & 1, k >> 1 & 1, 8, 8, 0, 0}, &total);
         }
+}
+
+/* A value head on the policy's trunk takes neither weights nor an optimizer's state. */
+TEST(one_trunk) {
+    for (int peft = 0; peft < 2; peft++) {
+        double apart, total;
+        run r = {PPO, 20, peft, 0, 8, 8, 0, 0};
+        check_run(&r, &apart);
+        r.shared = 1;
+        check_run(&r, &total);
+        CHECK(total < apart);
+    }
 }
 
 /* A limit cuts micro-batches, then has layers computed again: less memory, the same weights. */
 TEST(a_limit_changes_no_bit) {
     for (int peft = 0; peft < 2; peft++) {
-        run r = {SFT, 150, peft, 0, 8, 0, 0};
+        run r = {SFT, 150, peft, 0, 8, 0, 0, 0};
         double free_total, total, least = 0;
         uint64_t hash = check_run(&r, &free_total);
         for (int percent = 97; percent >= 91; percent -= 6) {
@@ -173,4 +187,4 @@ TEST(a_limit_changes_no_bit) {
     }
 }
 
-TEST_MAIN(CASE(table_and_run), CASE(a_limit_changes_no_bit))
+TEST_MAIN(CASE(table_and_run), CASE(one_trunk), CASE(a_limit_changes_no_bit))

@@ -217,7 +217,10 @@ static void pass_score(pass *p, arena *ws, model_run *run) {
     }
     model_top top = model_top_fwd(p->m, ws, run->x, row, p->b->seqs);
     model_scores(p->m, ws, &top, p->out);
-    if (p->back) model_scores_bwd(p->m, ws, run, &top, d);
+    if (!p->back) return;
+    float *dh = arena_floats(ws, (size_t)top.n, (size_t)p->m->c.d);
+    model_scores_bwd(p->m, ws, &top, d, dh);
+    model_backward(p->m, ws, run, model_top_bwd(p->m, ws, &top, dh, run->rows));
 }
 
 static void pass_run(rlhf_ctx *ctx, void *arg) {

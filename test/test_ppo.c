@@ -17,7 +17,7 @@ typedef struct game {
     int vocab, length, eos; /* eos -1: every answer has the whole length */
     double temperature, beta, lr;
     const char *reward_at;
-    int updates, batch, whiten, epochs;
+    int updates, batch, whiten, epochs, shared;
     double allowed; /* total variation */
     rlhf_ctx *ctx;
     rlhf_model *m;
@@ -133,6 +133,7 @@ static rlhf_ppo_config game_config(const game *g) {
     c.cliprange_value = 10;
     c.whiten_advantages = g->whiten;
     c.reward_at = g->reward_at;
+    c.shared_trunk = g->shared;
     return c;
 }
 
@@ -197,5 +198,63 @@ TEST(answers_rewarded_behind_the_end) {
                       .allowed = 0.01});
 }
 
+/* Policy and values from one trunk, whose two losses pull at the same weights. */
+TEST(answers_of_two_tokens_with_one_trunk) {
+    game_play(&(game){.vocab = 4, .length = 2, .eos = 3, .temperature = 1, .beta = 0.7,
+                      .lr = 1e-2, .reward_at = "eos", .updates = 200, .batch = 384, .epochs = 2,
+                      .shared = 1, .allowed = 0.01});
+}
+
+/* Hashes of policy and value model after a few updates, where batches are cut so and so. */
+static void few_updates(const char *reward_at, int shared, double vf_coef, int batch, int threads,
+                        uint64_t *hash) {
+    game g = {.vocab = 4, .length = 3, .eos = 3, .temperature = 0.9, .beta = 0.3, .lr = 1e-2,
+              .reward_at = reward_at, .updates = 4, .batch = 48, .whiten = 1, .epochs = 2,
+              .shared = shared};
+    rlhf_trainer *t = NULL;
+    g.ctx = test_context("auto", threads);
+    REQUIRE(g.ctx);
+    CHECK_EQ_I(test_call(g.ctx, game_open, &g), RLHF_OK);
+    rlhf_ppo_config c = game_config(&g);
+    c.per_device_train_batch_size = batch;
+    c.vf_coef = vf_coef;
+    CHECK_EQ_I(rlhf_ppo_open(g.m, NULL, g.d, NULL, reward_fn, &g, &c, &t), RLHF_OK);
+    CHECK_EQ_I(rlhf_trainer_run(t), RLHF_OK);
+    CHECK_EQ_S(rlhf_error(g.ctx), "");
+    hash[0] = model_hash(g.m);
+    hash[1] = model_hash(t->value);
+    rlhf_trainer_close(t);
+    rlhf_dataset_close(g.d);
+    rlhf_model_close(g.m);
+    rlhf_close(g.ctx);
+}
+
+/* Where values are not trained it is the same to the bit which trunk they would be read from, also
+ * where states behind an answer's end have one. */
+TEST(one_trunk_is_the_policy) {
+    static const char *const at[] = {"eos", "p1"};
+    uint64_t apart[2], one[2], trained[2];
+    for (int i = 0; i < 2; i++) {
+        few_updates(at[i], 0, 0, 24, 1, apart);
+        few_updates(at[i], 1, 0, 24, 1, one);
+        few_updates(at[i], 1, 1, 24, 1, trained);
+        CHECK(one[0] == apart[0]);
+        CHECK(trained[0] != apart[0]); /* the value loss reaches the trunk */
+    }
+}
+
+/* A trunk that both losses train has the same bits however a minibatch is cut. */
+TEST(one_trunk_in_any_batch) {
+    static const char *const at[] = {"eos", "p1"};
+    uint64_t one[2][2], other[2];
+    for (int i = 0; i < 2; i++) {
+        few_updates(at[i], 1, 1, 24, 1, one[i]);
+        few_updates(at[i], 1, 1, 5, 3, other);
+        CHECK(one[i][0] == other[0] && one[i][1] == other[1]);
+    }
+    CHECK(one[0][1] != one[1][1]);
+}
+
 TEST_MAIN(CASE(bandit), CASE(bandit_at_temperature), CASE(answers_of_two_tokens),
-          CASE(answers_rewarded_behind_the_end))
+          CASE(answers_rewarded_behind_the_end), CASE(answers_of_two_tokens_with_one_trunk),
+          CASE(one_trunk_is_the_policy), CASE(one_trunk_in_any_batch))

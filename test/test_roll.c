@@ -460,17 +460,16 @@ static void value_run(rlhf_ctx *ctx, void *arg) {
     roll_row row = {.ids = ids, .n_prompt = 1, .n = n, .n_value = n, .value = old, .ret = ret};
     roll_row *rows = &row;
     rlhf_trainer t = {.ctx = ctx, .value = v->m, .ws = {.ctx = ctx}};
-    t.u.ppo.cliprange_value = number(j, "cliprange_value");
     ppo_values(&t, &rows, 1);
     memcpy(x, old, sizeof x);
     for (int i = 0; i < n; i++) {
         old[i] = x[i] - (float)(given[i] - (float)element(member(j, "old_values"), i));
         ret[i] = x[i] - (float)(given[i] - (float)element(member(j, "returns"), i));
     }
-    double loss = 0, clipped = 0;
-    ppo_value_pass(&t, &rows, 1, number(j, "vf_coef") / n, &loss, &clipped);
-    CHECK_NEAR(loss, sum_of(j, "vf"), 2e-5);
-    CHECK_NEAR(clipped, sum_of(j, "vf_clipfrac"), 0);
+    ppo_value loss = {.range = number(j, "cliprange_value"), .scale = number(j, "vf_coef") / n};
+    ppo_pass(&t, v->m, &rows, 1, NULL, &loss);
+    CHECK_NEAR(loss.loss, sum_of(j, "vf"), 2e-5);
+    CHECK_NEAR(loss.clipped, sum_of(j, "vf_clipfrac"), 0);
     /* The gradient of the head is the sum of d loss / d value times the state. */
     floats(j, "grad_values", grad);
     int total, *state;

@@ -373,6 +373,7 @@ typedef struct trip {
     const char *dir;
     int stop, save, resume, fail_after, logging;
     int64_t fail_alloc; /* this allocation of the run fails, unless 0 */
+    int shared;         /* ppo: one trunk */
 } trip;
 
 static rlhf_status travel(stage s, const char *model, const trip *way) {
@@ -391,6 +392,7 @@ static rlhf_status travel(stage s, const char *model, const trip *way) {
     l.config.c.resume = way->resume;
     l.config.c.warmup_steps = 2;
     if (s == PPO) l.config.ppo.kl_target = 0.5, l.config.ppo.kl_horizon = 50;
+    if (s == PPO) l.config.ppo.shared_trunk = way->shared;
     lab_prepare(&l, &hooks);
     l.judge.fail_after = way->fail_after;
     l.judge.status = RLHF_ERR_IO;
@@ -442,12 +444,16 @@ static void check_same_runs(const char *a, const char *b) {
 }
 
 /* Stops between two evaluations, and right after one. */
-static void stop_and_go(stage s, const char *model, int logging) {
-    trip whole = {"a", .fail_after = -1, .logging = logging};
-    trip rest = {"b", .resume = 1, .fail_after = -1, .logging = logging};
+static void stop_and_go(stage s, const char *model, int logging, int shared) {
+    trip whole = {"a", .fail_after = -1, .logging = logging, .shared = shared};
+    trip rest = whole;
+    rest.dir = "b";
+    rest.resume = 1;
     CHECK_EQ_I(travel(s, model, &whole), RLHF_OK);
     for (int stop = 2; stop <= 3; stop++) {
-        trip first = {"b", .stop = stop, .fail_after = -1, .logging = logging};
+        trip first = whole;
+        first.dir = "b";
+        first.stop = stop;
         CHECK_EQ_I(travel(s, model, &first), RLHF_STOPPED);
         CHECK_EQ_I(travel(s, model, &rest), RLHF_OK);
         check_same_runs("a", "b");
@@ -457,18 +463,19 @@ static void stop_and_go(stage s, const char *model, int logging) {
 }
 
 TEST(sft_stop_and_resume) {
-    stop_and_go(SFT, gpt2_tied, 1);
-    stop_and_go(SFT, llama_untied, 2);
+    stop_and_go(SFT, gpt2_tied, 1, 0);
+    stop_and_go(SFT, llama_untied, 2, 0);
 }
 
 TEST(rm_stop_and_resume) {
-    stop_and_go(RM, gpt2_tied, 2);
-    stop_and_go(RM, llama_untied, 1);
+    stop_and_go(RM, gpt2_tied, 2, 0);
+    stop_and_go(RM, llama_untied, 1, 0);
 }
 
 TEST(ppo_stop_and_resume) {
-    stop_and_go(PPO, gpt2_tied, 1);
-    stop_and_go(PPO, llama_untied, 2);
+    stop_and_go(PPO, gpt2_tied, 1, 0);
+    stop_and_go(PPO, llama_untied, 2, 0);
+    stop_and_go(PPO, gpt2_tied, 1, 1);
 }
 
 /* A run that ends amid things: the newest checkpoint counts, later lines of metrics are dropped. */

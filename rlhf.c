@@ -8829,7 +8829,7 @@ static uint64_t model_hash(const rlhf_model *m) {
  * processors of 01.
  *
  * Entry: ckpt_open_base, ckpt_save_model, ckpt_clone; ckpt_map, ckpt_write for any tensors.
- * Tests: test/test_ckpt.c
+ * Tests: test/test_model.c
  * ============================================================================================ */
 
 /* dir/name, for the length of the public call. */
@@ -11642,8 +11642,10 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
  * MARK: - 24 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
- * once and a waiting prompt takes its slot. A sample depends on the weights, its prompt, the seed
- * and its key alone, and its log-probabilities are those that training computes, bit for bit.
+ * once and a waiting prompt takes its slot. A prompt that a live row has too is not computed again:
+ * its row copies what the other's cache holds and feeds the last token. A sample depends on the
+ * weights, its prompt, the seed and its key alone, and its log-probabilities are those that
+ * training computes, bit for bit.
  *
  * A slot is the cache of one row: keys and values of every layer, with room for the longest item.
  * Its next owner starts at position 0 and overwrites what is there before a result depends on it.
@@ -11756,13 +11758,66 @@ static int gen_longest(const rlhf_model *m, const gen_item *items, int n, int ma
     return base_min(longest, m->c.positions);
 }
 
-/* The live rows. Slot s of the cache belongs to live row slot[i] = s. */
+/* A row of the batch; its cache is slot `slot`. past: tokens of the prompt that are in the cache
+ * before the row's first step. lead, of a held row: the slot where its prompt will be. */
+typedef struct gen_row {
+    gen_item *item;
+    int slot, past, lead;
+} gen_row;
+
+/* The rows that have a slot: live ones, and held ones, whose prompt goes through the model in the
+ * coming step as that of a live row. */
 typedef struct gen_live {
-    int n, *slot;
-    gen_item **item;
+    int n, held, slots;
+    gen_row *row, *hold;
     op_kv *kv; /* [layers][slots] */
-    int slots;
+    uint8_t *busy;
 } gen_live;
+
+/* A live row with the same prompt, or null. */
+static const gen_row *gen_same_prompt(const gen_live *live, const gen_item *it) {
+    for (const gen_row *r = live->row; r < live->row + live->n; r++)
+        if (r->item->n_prompt == it->n_prompt &&
+            !memcmp(r->item->prompt, it->prompt, (size_t)it->n_prompt * sizeof *it->prompt))
+            return r;
+    return NULL;
+}
+
+/* Makes a row live whose prompt is in another slot: all but the last token need not be computed. */
+static void gen_join(const rlhf_model *m, gen_live *live, gen_row row, int from) {
+    for (int l = 0; l < m->c.layers; l++) {
+        const op_kv *kv = live->kv + l * live->slots, *a = kv + from, *b = kv + row.slot;
+        memcpy(b->k, a->k, op_kv_k_size(m->c.kv_heads, m->c.hd, a->cap) * sizeof *a->k);
+        memcpy(b->v, a->v, op_kv_v_size(m->c.kv_heads, m->c.hd, a->cap) * sizeof *a->v);
+    }
+    row.past = row.item->n_prompt - 1;
+    live->row[live->n++] = row;
+}
+
+/* Gives free slots to the items from `next` on, as long as the prompts to be computed have no more
+ * tokens than a batch may; returns the first item without a slot. */
+static int gen_admit(const rlhf_model *m, gen_live *live, gen_item *items, int next, int n) {
+    int fresh = 0, most = model_batch_tokens(m);
+    for (int s = 0; s < live->slots && next < n; s++) {
+        if (live->busy[s]) continue;
+        gen_row row = {.item = items + next, .slot = s};
+        const gen_row *same = gen_same_prompt(live, row.item);
+        if (!same && fresh && fresh + row.item->n_prompt > most) break;
+        row.item->n = row.item->finished = 0;
+        live->busy[s] = 1;
+        next++;
+        if (!same) {
+            fresh += row.item->n_prompt;
+            live->row[live->n++] = row;
+        } else if (same->item->n) {
+            gen_join(m, live, row, same->slot);
+        } else {
+            row.lead = same->slot;
+            live->hold[live->held++] = row;
+        }
+    }
+    return next;
+}
 
 /* Feeds every live row's new tokens and draws the next token of each. Everything but the caches and
  * the items goes back with the mark. */
@@ -11772,35 +11827,36 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
     model_run run = {.seqs = n};
     op_seq *seq = arena_alloc(ws, (size_t)n * sizeof *seq);
     int *last = arena_alloc(ws, (size_t)n * sizeof *last);
-    /* A row without tokens of its own is new: its prompt. Others: the token drawn last. */
+    gen_item **item = arena_alloc(ws, (size_t)n * sizeof *item);
+    /* A row without tokens of its own is new: what is not cached of its prompt. Others: the token
+     * drawn last. */
     for (int i = 0; i < n; i++) {
-        const gen_item *it = live->item[i];
-        seq[i] = (op_seq){.row = rows,
-                          .n = it->n ? 1 : it->n_prompt,
-                          .past = it->n ? it->n_prompt + it->n - 1 : 0};
+        const gen_item *it = item[i] = live->row[i].item;
+        int past = it->n ? it->n_prompt + it->n - 1 : live->row[i].past;
+        seq[i] = (op_seq){.row = rows, .n = it->n ? 1 : it->n_prompt - past, .past = past};
         rows += seq[i].n;
         last[i] = rows - 1;
     }
     int32_t *ids = arena_alloc(ws, (size_t)rows * sizeof *ids);
     int32_t *pos = arena_alloc(ws, (size_t)rows * sizeof *pos);
-    for (int i = 0; i < n; i++) {
-        const gen_item *it = live->item[i];
+    for (int i = 0; i < n; i++)
         for (int t = 0; t < seq[i].n; t++) {
-            ids[seq[i].row + t] = it->n ? it->out[it->n - 1] : it->prompt[t];
-            pos[seq[i].row + t] = seq[i].past + t;
+            int at = seq[i].past + t;
+            ids[seq[i].row + t] = item[i]->n ? item[i]->out[item[i]->n - 1] : item[i]->prompt[at];
+            pos[seq[i].row + t] = at;
         }
-    }
     /* The caches of the live rows, in the order of the batch. */
     run.rows = rows, run.ids = ids, run.pos = pos, run.seq = seq;
     run.kv = arena_alloc(ws, (size_t)(m->c.layers * n) * sizeof *run.kv);
     for (int l = 0; l < m->c.layers; l++)
-        for (int i = 0; i < n; i++) run.kv[l * n + i] = live->kv[l * live->slots + live->slot[i]];
+        for (int i = 0; i < n; i++)
+            run.kv[l * n + i] = live->kv[l * live->slots + live->row[i].slot];
     /* Only the last row of each sequence meets the vocabulary. */
     model_forward(m, ws, &run);
     model_top top = model_top_fwd(m, ws, run.x, last, n);
     op_weight w = model_head_weight(m, n);
     op_env e = {m->ctx, ws};
-    gen_rows g = {.k = m->ctx->k, .c = c, .item = live->item, .vocab = m->c.vocab};
+    gen_rows g = {.k = m->ctx->k, .c = c, .item = item, .vocab = m->c.vocab};
     g.logits = arena_floats(ws, (size_t)n, (size_t)m->c.vocab);
     g.token = arena_alloc(ws, (size_t)n * sizeof *g.token);
     g.logp = arena_floats(ws, (size_t)n, 1);
@@ -11812,7 +11868,7 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
     }
     par_for(m->ctx, n, par_grain(4 * g.vocab), gen_pick_rows, &g);
     for (int i = 0; i < n; i++) {
-        gen_item *it = live->item[i];
+        gen_item *it = item[i];
         size_t d = (size_t)m->c.d;
         if (it->hidden)
             memcpy(it->hidden + (size_t)it->n * d, top.h + (size_t)i * d, d * sizeof(float));
@@ -11834,40 +11890,32 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
     arena_mark mark = arena_save(ws);
     int slots = base_min(c->batch, n), longest = gen_longest(m, items, n, c->max_new);
     gen_live live = {.slots = slots};
-    live.slot = arena_alloc(ws, (size_t)slots * sizeof *live.slot);
-    live.item = arena_alloc(ws, (size_t)slots * sizeof *live.item);
+    live.row = arena_alloc(ws, (size_t)slots * sizeof *live.row);
+    live.hold = arena_alloc(ws, (size_t)slots * sizeof *live.hold);
     live.kv = arena_alloc(ws, (size_t)(m->c.layers * slots) * sizeof *live.kv);
     for (int i = 0; i < m->c.layers * slots; i++) live.kv[i] = model_kv_new(m, ws, longest);
-    uint8_t *busy = arena_alloc(ws, (size_t)slots);
-    memset(busy, 0, (size_t)slots);
+    live.busy = arena_alloc(ws, (size_t)slots);
+    memset(live.busy, 0, (size_t)slots);
     int next = 0, done = 0, go_on = 1;
     double begun = base_now();
     int64_t tokens = 0;
     while (done < n && go_on) {
-        /* Free slots take waiting items, as many prompts at once as a batch may have tokens. */
-        int fresh = 0, most = model_batch_tokens(m);
-        for (int s = 0; s < slots && next < n; s++) {
-            if (busy[s]) continue;
-            if (fresh && fresh + items[next].n_prompt > most) break;
-            fresh += items[next].n_prompt;
-            busy[s] = 1;
-            items[next].n = items[next].finished = 0;
-            live.slot[live.n] = s;
-            live.item[live.n++] = items + next++;
-        }
+        next = gen_admit(m, &live, items, next, n);
         gen_step(m, ws, c, &live);
         tokens += live.n;
+        int stepped = live.n, kept = 0;
+        for (int i = 0; i < live.held; i++) gen_join(m, &live, live.hold[i], live.hold[i].lead);
+        live.held = 0;
         /* Finished rows leave; the others close up, each with its slot. */
-        int kept = 0;
         for (int i = 0; i < live.n; i++) {
-            const gen_item *it = live.item[i];
-            if (it->finished || it->n == c->max_new || it->n_prompt + it->n == m->c.positions) {
-                busy[live.slot[i]] = 0;
+            const gen_item *it = live.row[i].item;
+            int full = it->n == c->max_new || it->n_prompt + it->n == m->c.positions;
+            if (i < stepped && (it->finished || full)) {
+                live.busy[live.row[i].slot] = 0;
                 done++;
                 continue;
             }
-            live.slot[kept] = live.slot[i];
-            live.item[kept++] = live.item[i];
+            live.row[kept++] = live.row[i];
         }
         live.n = kept;
         if (what && m->ctx->hooks.progress) {
@@ -14301,7 +14349,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
  *
  * Slices show what a mean hides: a reward model that is right on one kind of question, or agrees
  * with one annotator, only. Nothing here changes a model.
- * Tests: test/test_eval.c
+ * Tests: test/test_api.c, test/test_rater.c
  * ============================================================================================ */
 
 /* The exact KL(model || reference), in nats, summed over the rows of n sequences that bear loss.

@@ -49,6 +49,16 @@ function complain(line, text) {
     errors++
 }
 
+# The files of tests that a banner names are there.
+function named(text,    path, line) {
+    while (match(text, /test\/[a-z_]+[.][a-z]+/)) {
+        path = substr(text, RSTART, RLENGTH)
+        text = substr(text, RSTART + RLENGTH)
+        if ((getline line < path) < 0) complain(FNR, path " is not there")
+        close(path)
+    }
+}
+
 # ---- Symbols -------------------------------------------------------------------------------------
 
 # nm prints "address kind name" for what is defined and "U name" for what is not; macOS puts an
@@ -78,6 +88,7 @@ FNR == 1 { engine = (FILENAME ~ /(^|\/)rlhf[.]c$/) }
     if (length(width) > MAX_LINE)
         complain(FNR, "line of " length(width) " columns (limit " MAX_LINE ")")
     if ($0 ~ /[ \t]$/) complain(FNR, "trailing white space")
+    if (engine && /Tests: test\//) named($0)
     if (index($0, "\t")) complain(FNR, "tab (indent with 4 spaces)")
 }
 

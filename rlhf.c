@@ -17471,6 +17471,7 @@ typedef struct label_vote {
 /* How an annotator did on gold items of a domain. */
 typedef struct label_vet {
     const char *domain; /* an item's or a static text */
+    int ahead; /* items of the domain are left: of label_progress alone */
     int n, right, passed;
 } label_vet;
 
@@ -17731,13 +17732,13 @@ static int label_pick_gold(const label *l, const label_who *who, const char *dom
     return best;
 }
 
-/* Whether the annotator's next item is a gold one: one in each run of gold_every, at a place that
- * is drawn. */
-static int label_gold_due(const label *l, const label_who *who) {
+/* Whether the annotator's item after n others is a gold one: one in each run of gold_every, at a
+ * place that is drawn. */
+static int label_gold_due(const label *l, const label_who *who, int n) {
     if (!l->n_gold) return 0;
-    uint64_t run = (uint64_t)(who->n_votes / l->gold_every);
+    uint64_t run = (uint64_t)(n / l->gold_every);
     uint64_t drawn = rng_u64((uint64_t)l->c->seed ^ label_hash_text(6, who->name), RNG_LABEL, run);
-    return who->n_votes % l->gold_every == (int)(drawn % (uint64_t)l->gold_every);
+    return n % l->gold_every == (int)(drawn % (uint64_t)l->gold_every);
 }
 
 /* The item to show to annotator w, the same one until it is judged; -1: there is none now. */
@@ -17750,7 +17751,7 @@ static int label_next(label *l, int w) {
     if (item < 0) return -1;
     if (l->qualify && label_vet_of(who, label_domain(l->item + item))->n < l->qualify)
         gold = label_pick_gold(l, who, label_domain(l->item + item));
-    else if (label_gold_due(l, who)) gold = label_pick_gold(l, who, NULL);
+    else if (label_gold_due(l, who, who->n_votes)) gold = label_pick_gold(l, who, NULL);
     return label_show_next(l, who, gold >= 0 ? gold : item, now);
 }
 
@@ -17763,20 +17764,39 @@ static int label_done(const label *l) {
     return 1;
 }
 
-/* Done, and what can be expected: an equal share of what is left. */
+/* How many gold items come to an annotator among so many others, the first of them to qualify. */
+static int label_gold_ahead(const label *l, const label_who *who, int others, int first) {
+    int unseen = 0, gold = 0;
+    for (int i = 0; i < l->n_items && l->n_gold; i++)
+        unseen += l->item[i].gold >= 0 && !label_seen(who, i) && label_may(who, l->item + i);
+    for (int n = who->n_votes; others > 0 && gold < unseen; n++)
+        if (gold < first || label_gold_due(l, who, n)) gold++;
+        else others--;
+    return gold;
+}
+
+/* Done, and what can be expected: an equal share of what is left, with the gold items on the way.
+ * Without these the total would grow whenever one is judged, and tell which they were. */
 static json_t *label_progress(label *l, int w) {
     label_who *who = l->who + w;
     double left = 0;
     for (int i = 0; i < l->n_items; i++) {
         const label_item *item = l->item + i;
+    int first = 0;
+    for (int i = 0; i < who->n_vets; i++) who->vet[i].ahead = 0;
         int open = (int)l->c->per_item - item->counted;
-        if (item->gold < 0 && open > 0 && !label_seen(who, i) && label_may(who, item))
-            left += fmin(1, (double)open / base_max(item->crowd, 1));
+        if (item->gold >= 0 || open <= 0 || label_seen(who, i) || !label_may(who, item)) continue;
+        left += fmin(1, (double)open / base_max(item->crowd, 1));
+        label_vet *vet = l->qualify ? label_vet_of(who, label_domain(item)) : NULL;
+        if (!vet || vet->ahead) continue;
+        vet->ahead = 1;
+        first += base_max(l->qualify - vet->n, 0);
     }
     int more = (int)ceil(left - 1e-9);
     if (who->current >= 0 && !more) more = 1;
     json_t *j = json_pack("{s:i,s:i}", "done", who->n_votes, "total", who->n_votes + more);
     if (l->qualify) {
+    more += label_gold_ahead(l, who, more, first);
         json_t *q = json_object();
         for (int i = 0; i < who->n_vets; i++)
             json_object_set_new(q, who->vet[i].domain, json_boolean(who->vet[i].passed));

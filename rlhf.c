@@ -18517,7 +18517,8 @@ static int label_is_sampled(label *l, const char *line) {
 
 /* Keeps the samples of a window of prompts in OUT.items and makes items of them. */
 static rlhf_status label_keep_samples(label *l, int from, int n, int each[2],
-                                      rlhf_sample *const sample[2], const rlhf_generate_config *g) {
+                                      rlhf_sample *const sample[2],
+                                      const rlhf_generate_config g[2]) {
     label_sampler *m = l->sampler;
     API_ENTER(l->ctx);
     tok_buf b = {.ctx = l->ctx};
@@ -18531,7 +18532,7 @@ static rlhf_status label_keep_samples(label *l, int from, int n, int each[2],
             for (int k = 0; k < each[which]; k++) {
                 const rlhf_sample *s = sample[which] + i * each[which] + k;
                 json_array_append_new(answers, json_string(s->completion));
-                json_array_append_new(sources, label_source_of(m, which, g, s));
+                json_array_append_new(sources, label_source_of(m, which, g + which, s));
             }
         json_t *prompt = label_prompt_of(l, line);
         json_t *record = json_hold(l->ctx, json_loads(line, JSON_ALLOW_NUL, NULL));
@@ -18559,29 +18560,23 @@ static rlhf_status label_sample(label *l) {
     int each[2] = {m->model[1] ? total - total / 2 : total, m->model[1] ? total / 2 : 0};
     int most = base_max(1, (int)l->c->batch_size / total), items = l->n_items;
     rlhf_sample *sample[2] = {NULL, NULL};
-    rlhf_generate_config g = rlhf_generate_config_default();
+    rlhf_generate_config g[2];
     while (n < most && from + n < m->prompts->n) n++;
     rlhf_dataset view = *m->prompts;
     view.record += from;
     view.n = n;
-    g.max_new_tokens = l->c->max_new_tokens;
-    g.temperature = l->c->temperature;
-    g.top_k = l->c->top_k;
-    g.top_p = l->c->top_p;
-    g.batch_size = l->c->batch_size;
     rlhf_status status = RLHF_OK;
     int counts[2] = {0, 0};
     for (int which = 0; which < 2 && !status; which++) {
         if (!each[which]) continue;
         /* Below 2^53: the seed is written as a number of JSON. */
-        g.seed = (int64_t)(rng_u64((uint64_t)l->c->seed, RNG_LABEL,
-                                   (uint64_t)m->round << 32 | (uint64_t)from) >> 12);
-        g.seed += which;
-        g.num_return_sequences = each[which];
-        status = rlhf_generate_dataset(m->model[which], m->tok, &g, &view, sample + which,
+        g[which].seed = (int64_t)(rng_u64((uint64_t)l->c->seed, RNG_LABEL,
+                                          (uint64_t)m->round << 32 | (uint64_t)from) >> 12);
+        g[which].seed += which;
+        status = rlhf_generate_dataset(m->model[which], m->tok, g + which, &view, sample + which,
                                        counts + which);
     }
-    if (!status) status = label_keep_samples(l, from, n, each, sample, &g);
+    if (!status) status = label_keep_samples(l, from, n, each, sample, g);
     for (int which = 0; which < 2; which++) rlhf_samples_free(l->ctx, sample[which], counts[which]);
     if (!status) m->next += n;
     if (!status) status = label_rank_items(l, items, m->reward, m->reward_tok, m->chat_template);
@@ -18640,6 +18635,13 @@ static void label_check_gold(label *l) {
         l->gold_every = base_min(l->gold_every, base_max(2, l->n_items / l->n_gold));
 }
 
+        g[which] = rlhf_generate_config_default();
+        g[which].max_new_tokens = l->c->max_new_tokens;
+        g[which].temperature = l->c->temperature;
+        g[which].top_k = l->c->top_k;
+        g[which].top_p = l->c->top_p;
+        g[which].batch_size = l->c->batch_size;
+        g[which].num_return_sequences = each[which];
 /* Reads everything that the options name, then the file. l->ctx, c and out are set, and sampler,
  * if a model answers. */
 static rlhf_status label_open(label *l) {

@@ -19177,7 +19177,8 @@ static void serve_print_item(const json_t *shown, const json_t *progress) {
     }
 }
 
-/* A line of standard input without its end; null at the end of input. */
+/* A line of standard input without its end; null at the end of input. What comes from no keyboard
+ * is not seen either: then the question's line is ended here. */
 static char *serve_line(char **line, size_t *cap) {
     fflush(stdout);
     ssize_t n = getline(line, cap, stdin);
@@ -19247,6 +19248,7 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
         what = serve_ask(l, said, &line, &cap);
         json_object_set_new(said, "seconds", json_real(round((base_now() - began) * 10) / 10));
         int status = 200;
+    if (n < 0 || !isatty(STDIN_FILENO)) putchar('\n');
         if (what == 'u' && (status = label_undo(l, w, &before)) == 200) json_decref(before);
         else if (what == 'j') status = l->write ? label_write(l, w, said) : label_judge(l, w, said);
         int error = label_sync(l);

@@ -898,6 +898,16 @@ TEST(label_goes_on) {
     RUN("echo a | " ON, 0);
     CHECK_NEAR(number("finished"), 3, 0);
 #undef ON
+    /* Killed while it kept what it had sampled: half a line of that is sampled again. */
+#define ON                                                                                         \
+    "$R label --model $D/lm --prompts $D/prompts.jsonl --out $D/s.jsonl --max_new_tokens 6 --tty"
+    RUN("printf 'a\\nb\\n' | " ON " && cp $D/s.jsonl.items $D/whole && truncate -s -30 "
+        "$D/s.jsonl.items && echo a | " ON " --json",
+        0);
+    CHECK_NEAR(number("items"), 3, 0);
+    CHECK_NEAR(number("finished"), 3, 0);
+    CHECK(same_files("s.jsonl.items", "whole"));
+#undef ON
 }
 
 TEST(long_records_are_counted) {

@@ -664,6 +664,57 @@ TEST(aspects_and_qualification) {
     CHECK(exists("warm/annotators.json"));
 }
 
+/* The same slices from `rlhf eval` and, in eval.json, from `rlhf rm`: refusal and harmlessness
+ * apart, conversations also turn by turn. */
+TEST(slices_of_rm_and_eval) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    test_write(
+        "cut.jsonl",
+        "{\"prompt\":\"one and one is\",\"chosen\":\" two\",\"rejected\":\" nine\",\"domain\":"
+        "\"sums\",\"annotator\":\"a\",\"annotator_type\":\"expert\",\"culture\":\"x\",\"safety\":"
+        "{\"refusal\":true,\"harmless\":true}}\n{\"prompt\":\"the cat\",\"chosen\":\" sat\","
+        "\"rejected\":\" on\",\"culture\":\"y\",\"annotator\":\"b\",\"safety\":{\"refusal\":false,"
+        "\"harmless\":true}}\n{\"chosen\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":"
+        "\"assistant\",\"content\":\"b\"},{\"role\":\"user\",\"content\":\"c\"},{\"role\":"
+        "\"assistant\",\"content\":\"d\"}],\"rejected\":[{\"role\":\"user\",\"content\":\"a\"},"
+        "{\"role\":\"assistant\",\"content\":\"e\"},{\"role\":\"user\",\"content\":\"c\"},"
+        "{\"role\":\"assistant\",\"content\":\"f\"}],\"safety\":\"other\",\"era\":7}\n");
+    RUN("$R rm --model $D/lm --data $D/cut.jsonl --eval_data $D/cut.jsonl --out $D/cut --max_steps "
+        "3 --learning_rate 1e-3 --normalize_samples 0 --chat_template plain",
+        0);
+    RUN("$R eval --model $D/cut --data $D/cut.jsonl --slice era --per_turn --chat_template plain "
+        "--json",
+        0);
+    static const struct {
+        const char *field, *value;
+        int pairs;
+    } cut[] = {{"domain", "sums", 1},     {"annotator_type", "expert", 1}, {"annotator", "a", 1},
+               {"annotator", "b", 1},     {"culture", "x", 1},             {"culture", "y", 1},
+               {"safety", "refusal", 1},  {"safety", "harmless", 2},       {"safety", "other", 1},
+               {"turns", "2", 1},         {"turns", "1", 2},               {"era", "7", 1},
+               {"per_turn", "1", 1},      {"per_turn", "2", 1}};
+    json_t *eval = last_json(), *rm = json_load_file(test_path("cut/eval.json"), 0, NULL);
+    for (size_t i = 0; i < sizeof cut / sizeof *cut; i++) {
+        const json_t *a = json_object_get(json_object_get(eval, cut[i].field), cut[i].value),
+                     *b = json_object_get(json_object_get(rm, cut[i].field), cut[i].value);
+        if (json_integer_value(json_object_get(a, "pairs")) != cut[i].pairs)
+            test_fail(__FILE__, __LINE__, "%s %s: %d pairs", cut[i].field, cut[i].value,
+                      (int)json_integer_value(json_object_get(a, "pairs")));
+        static const char *const keys[] = {"accuracy", "accuracy_low",    "accuracy_high", "margin",
+                                           "ece",      "length_accuracy", "pairs"};
+        for (size_t k = 0; k < sizeof keys / sizeof *keys; k++) {
+            CHECK(json_is_number(json_object_get(a, keys[k])));
+            if (i < 11)
+                CHECK_NEAR(json_number_value(json_object_get(b, keys[k])),
+                           json_number_value(json_object_get(a, keys[k])), 1e-6);
+        }
+    }
+    CHECK(json_object_get(eval, "ceiling") && json_object_get(json_object_get(eval, "length"),
+                                                              "short"));
+    json_decref(eval), json_decref(rm);
+}
+
 /* ---- rlhf label, in a terminal --------------------------------------------------------------- */
 
 /* The records of a file of JSON lines as a list. */
@@ -1536,6 +1587,7 @@ TEST(interrupted_answers) {
 TEST_MAIN(CASE(training_commands), CASE(other_commands), CASE(help_lists_every_option),
           CASE(usage_errors), CASE(options_in_every_form), CASE(config_file),
           CASE(containers_of_records), CASE(dry_runs), CASE(aspects_and_qualification),
+          CASE(slices_of_rm_and_eval),
           CASE(label_two_checkpoints), CASE(label_rounds), CASE(label_most_uncertain_first),
           CASE(label_demonstrations), CASE(label_vetting), CASE(label_goes_on),
           CASE(long_records_are_counted),

@@ -17573,13 +17573,13 @@ typedef struct label_vote {
     double seconds;
     off_t at; /* its line in the file */
     size_t size;
-    json_t *said; /* as it was sent, for undo; null: of an earlier run */
 } label_vote;
 
 /* How an annotator did on gold items of a domain. */
 typedef struct label_vet {
     const char *domain; /* an item's or a static text */
     int n, right, passed;
+    int ahead; /* items of the domain are left: of label_progress alone */
 } label_vet;
 
 typedef struct label_who {
@@ -17639,6 +17639,9 @@ typedef struct label_source {
     rater_set set;
     label *l;
     int gold, sampled;
+    const char *text; /* of the file of judgements: where the line of number `line` begins */
+    int64_t line;
+    off_t at;
 } label_source;
 
 /* ---- small things ---- */
@@ -17839,13 +17842,13 @@ static int label_pick_gold(const label *l, const label_who *who, const char *dom
     return best;
 }
 
-/* Whether the annotator's next item is a gold one: one in each run of gold_every, at a place that
- * is drawn. */
-static int label_gold_due(const label *l, const label_who *who) {
+/* Whether the annotator's item after n others is a gold one: one in each run of gold_every, at a
+ * place that is drawn. */
+static int label_gold_due(const label *l, const label_who *who, int n) {
     if (!l->n_gold) return 0;
-    uint64_t run = (uint64_t)(who->n_votes / l->gold_every);
+    uint64_t run = (uint64_t)(n / l->gold_every);
     uint64_t drawn = rng_u64((uint64_t)l->c->seed ^ label_hash_text(6, who->name), RNG_LABEL, run);
-    return who->n_votes % l->gold_every == (int)(drawn % (uint64_t)l->gold_every);
+    return n % l->gold_every == (int)(drawn % (uint64_t)l->gold_every);
 }
 
 /* The item to show to annotator w, the same one until it is judged; -1: there is none now. */
@@ -17858,7 +17861,7 @@ static int label_next(label *l, int w) {
     if (item < 0) return -1;
     if (l->qualify && label_vet_of(who, label_domain(l->item + item))->n < l->qualify)
         gold = label_pick_gold(l, who, label_domain(l->item + item));
-    else if (label_gold_due(l, who)) gold = label_pick_gold(l, who, NULL);
+    else if (label_gold_due(l, who, who->n_votes)) gold = label_pick_gold(l, who, NULL);
     return label_show_next(l, who, gold >= 0 ? gold : item, now);
 }
 
@@ -17871,18 +17874,37 @@ static int label_done(const label *l) {
     return 1;
 }
 
-/* Done, and what can be expected: an equal share of what is left. */
+/* How many gold items come to an annotator among so many others, the first of them to qualify. */
+static int label_gold_ahead(const label *l, const label_who *who, int others, int first) {
+    int unseen = 0, gold = 0;
+    for (int i = 0; i < l->n_items && l->n_gold; i++)
+        unseen += l->item[i].gold >= 0 && !label_seen(who, i) && label_may(who, l->item + i);
+    for (int n = who->n_votes; others > 0 && gold < unseen; n++)
+        if (gold < first || label_gold_due(l, who, n)) gold++;
+        else others--;
+    return gold;
+}
+
+/* Done, and what can be expected: an equal share of what is left, with the gold items on the way.
+ * Without these the total would grow whenever one is judged, and tell which they were. */
 static json_t *label_progress(label *l, int w) {
     label_who *who = l->who + w;
     double left = 0;
+    int first = 0;
+    for (int i = 0; i < who->n_vets; i++) who->vet[i].ahead = 0;
     for (int i = 0; i < l->n_items; i++) {
         const label_item *item = l->item + i;
         int open = (int)l->c->per_item - item->counted;
-        if (item->gold < 0 && open > 0 && !label_seen(who, i) && label_may(who, item))
-            left += fmin(1, (double)open / base_max(item->crowd, 1));
+        if (item->gold >= 0 || open <= 0 || label_seen(who, i) || !label_may(who, item)) continue;
+        left += fmin(1, (double)open / base_max(item->crowd, 1));
+        label_vet *vet = l->qualify ? label_vet_of(who, label_domain(item)) : NULL;
+        if (!vet || vet->ahead) continue;
+        vet->ahead = 1;
+        first += base_max(l->qualify - vet->n, 0);
     }
     int more = (int)ceil(left - 1e-9);
     if (who->current >= 0 && !more) more = 1;
+    more += label_gold_ahead(l, who, more, first);
     json_t *j = json_pack("{s:i,s:i}", "done", who->n_votes, "total", who->n_votes + more);
     if (l->qualify) {
         json_t *q = json_object();
@@ -17936,6 +17958,25 @@ static json_t *label_show(const label *l, int w, int i) {
 
 /* ---- the file ---- */
 
+/* The place of a text among the first n words of a choice; -1: none. */
+static const char *const label_words[] = {"A", "B", "tie", "both_bad", "skip"};
+enum { LABEL_TIE = 2, LABEL_SKIP = 4, LABEL_WORDS = 5 };
+static int label_word(const json_t *v, int n) {
+    const char *text = json_string_value(v);
+    for (int i = 0; text && i < n; i++)
+        if (!strcmp(text, label_words[i])) return i;
+    return -1;
+}
+
+/* A choice between what was shown as one between the item's answers, or the reverse. */
+static int label_turn(int word, int flip) { return word < LABEL_TIE ? word ^ flip : word; }
+
+/* Whether a record has an item's answers in the other order; the operator's files may change. */
+static int label_turned(const label_item *item, const json_t *record) {
+    return item->answers && !json_equal(json_array_get(json_object_get(record, "answers"), 0),
+                                        json_array_get(item->answers, 0));
+}
+
 /* Writes a whole line, or leaves the file as it was. Returns an errno. */
 static int label_append(label *l, const char *line, size_t n) {
     for (size_t done = 0; done < n;) {
@@ -17961,7 +18002,7 @@ static int label_sync(label *l) {
 }
 
 /* Writes a judgement and takes it into account. */
-static int label_commit(label *l, int w, int i, json_t *record, label_vote v, const json_t *said) {
+static int label_commit(label *l, int w, int i, json_t *record, label_vote v) {
     label_who *who = l->who + w;
     char *text = json_dumps(record, JSON_COMPACT | JSON_REAL_PRECISION(9));
     json_decref(record);
@@ -17974,7 +18015,6 @@ static int label_commit(label *l, int w, int i, json_t *record, label_vote v, co
     free(text);
     if (error) return label_refuse(l, 500, "%s: cannot write: %s", l->out, strerror(error));
     v.item = i;
-    v.said = json_deep_copy(said);
     if (who->current == i) label_release(l, who);
     label_add_vote(l, who, v);
     return 200;
@@ -17986,6 +18026,8 @@ static rlhf_status label_cut(label *l, off_t at, size_t n) {
     size_t len;
     char *text = io_read(l->ctx, l->out, IO_LIMIT, &len);
     io_file *f = io_create(l->ctx, l->out);
+    struct stat mode;
+    if (!fstat(l->fd, &mode)) (void)!fchmod(fileno(f->stream), mode.st_mode & 0777);
     io_write(f, text, (size_t)at);
     io_write(f, text + at + n, len - (size_t)at - n);
     io_commit(f);
@@ -18000,17 +18042,62 @@ static rlhf_status label_cut(label *l, off_t at, size_t n) {
     API_LEAVE();
 }
 
-/* Takes back annotator w's last judgement of this run: its line goes, its item is shown again.
- * *said becomes what was sent. */
+/* A judgement as the annotator sent it, from its line in the file; null and an error if the line is
+ * not there as it was. */
+static json_t *label_said(label *l, const label_who *who, const label_vote *v) {
+    const label_item *item = l->item + v->item;
+    char *line = malloc(v->size), token[17];
+    ssize_t got = line ? pread(l->fd, line, v->size, v->at) : -1;
+    int is_whole = got == (ssize_t)v->size;
+    json_t *record = is_whole ? json_loadb(line, v->size, JSON_ALLOW_NUL, NULL) : NULL;
+    free(line);
+    const char *by = json_string_value(json_object_get(record, "annotator")), *name;
+    if (!by || strcmp(by, who->name)) {
+        json_decref(record);
+        label_refuse(l, 500, "%s: somebody else has changed it", l->out);
+        return NULL;
+    }
+    int flip = label_flip(l, who, item) ^ label_turned(item, record);
+    label_item_token(who, item, token);
+    json_t *said = json_pack("{s:s,s:s}", "id", item->id, "token", token), *aspect;
+    const char *const same[] = {"strength", "reason", "seconds"};
+    for (size_t i = 0; i < sizeof same / sizeof *same; i++)
+        json_object_set(said, same[i], json_object_get(record, same[i]));
+    int word = label_word(json_object_get(record, "choice"), LABEL_WORDS);
+    if (word >= 0)
+        json_object_set_new(said, "choice", json_string(label_words[label_turn(word, flip)]));
+    if (json_object_get(record, "aspects")) json_object_set_new(said, "aspects", json_object());
+    json_object_foreach(json_object_get(record, "aspects"), name, aspect) {
+        word = label_word(aspect, LABEL_TIE + 1);
+        if (word >= 0)
+            json_object_set_new(json_object_get(said, "aspects"), name,
+                                json_string(label_words[label_turn(word, flip)]));
+    }
+    const json_t *unsafe = json_object_get(record, "unsafe");
+    if (json_array_size(unsafe) == 2)
+        json_object_set_new(said, "unsafe", json_pack("[O,O]", json_array_get(unsafe, (size_t)flip),
+                                                      json_array_get(unsafe, (size_t)!flip)));
+    if (json_is_false(json_object_get(record, "label")))
+        json_object_set_new(said, "skip", json_true());
+    else if (l->write) json_object_set(said, "text", json_object_get(record, "completion"));
+    json_decref(record);
+    return said;
+}
+
+/* Takes back annotator w's last judgement, of this run or an earlier one: its line goes, its item
+ * is shown again. *said becomes what was sent. */
 static int label_undo(label *l, int w, json_t **said) {
     label_who *who = l->who + w;
-    label_vote *last = who->n_votes ? who->vote + who->n_votes - 1 : NULL;
-    if (!last || !last->said) return label_refuse(l, 409, "there is nothing to take back");
+    const label_vote *last = who->n_votes ? who->vote + who->n_votes - 1 : NULL;
+    if (!last || last->item < 0) return label_refuse(l, 409, "there is nothing to take back");
     off_t at = last->at;
     size_t size = last->size;
     int item = last->item;
-    if (label_cut(l, at, size)) return label_refuse(l, 500, "%s", rlhf_error(l->ctx));
-    *said = last->said;
+    if (!(*said = label_said(l, who, last))) return 500;
+    if (label_cut(l, at, size)) {
+        json_decref(*said);
+        return label_refuse(l, 500, "%s", rlhf_error(l->ctx));
+    }
     label_drop_vote(l, who);
     for (int k = 0; k < l->n_whos; k++)
         for (int v = 0; v < l->who[k].n_votes; v++)
@@ -18041,19 +18128,6 @@ static int label_claim(label *l, int w, const json_t *said, int *status) {
     }
     return i;
 }
-
-/* The place of a text among the first n words of a choice; -1: none. */
-static const char *const label_words[] = {"A", "B", "tie", "both_bad", "skip"};
-enum { LABEL_TIE = 2, LABEL_SKIP = 4, LABEL_WORDS = 5 };
-static int label_word(const json_t *v, int n) {
-    const char *text = json_string_value(v);
-    for (int i = 0; text && i < n; i++)
-        if (!strcmp(text, label_words[i])) return i;
-    return -1;
-}
-
-/* A choice between what was shown as one between the item's answers. */
-static int label_turn(int word, int flip) { return word < LABEL_TIE ? word ^ flip : word; }
 
 /* The members that every record has. */
 static void label_sign(label *l, int w, int i, const json_t *said, json_t *record) {
@@ -18147,7 +18221,7 @@ static int label_judge(label *l, int w, const json_t *said) {
     label_vote v = {.right = item->gold >= 0 && word != LABEL_SKIP ? choice == item->gold : -1,
                     .seconds = json_number_value(json_object_get(said, "seconds"))};
     v.counts = word != LABEL_SKIP && item->gold < 0 && label_qualified(l, l->who + w, item);
-    return label_commit(l, w, i, record, v, said);
+    return label_commit(l, w, i, record, v);
 }
 
 /* The same for a text: {"id", "token", "text"} or with "skip" true. What is skipped is kept as a
@@ -18170,7 +18244,7 @@ static int label_write(label *l, int w, const json_t *said) {
     label_sign(l, w, i, said, record);
     label_vote v = {.right = -1, .counts = !skip,
                     .seconds = json_number_value(json_object_get(said, "seconds"))};
-    return label_commit(l, w, i, record, v, said);
+    return label_commit(l, w, i, record, v);
 }
 
 #endif
@@ -18321,7 +18395,12 @@ static void label_read_item(rater_set *set, const json_src *src, json_t *record)
 
 /* Reads a judgement of an earlier run. */
 static void label_read_vote(rater_set *set, const json_src *src, json_t *j) {
-    label *l = ((const label_source *)(void *)set)->l;
+    label_source *s = (label_source *)(void *)set;
+    label *l = s->l;
+    if (!src->line)
+        err_throw(l->ctx, RLHF_ERR_DATA, "%s: a JSON array; judgements are added to JSON lines",
+                  l->out);
+    for (; s->line < src->line; s->line++) s->at = strchr(s->text + s->at, '\n') - s->text + 1;
     if (!json_is_object(j)) json_bad(src, "record", j, "an object");
     /* Records of others may stand in the same file. */
     const char *name = json_opt_str(src, j, "annotator", NULL);
@@ -18332,12 +18411,14 @@ static void label_read_vote(rater_set *set, const json_src *src, json_t *j) {
     label_id(own, json_get(j, "prompt"), answers, id);
     const json_t *known = json_object_get(l->ids, id);
     if (!known && json_is_string(own)) known = json_object_get(l->ids, json_string_value(own));
-    label_vote v = {.item = known ? (int)json_integer_value(known) : -1, .right = -1, .at = -1};
+    label_vote v = {.item = known ? (int)json_integer_value(known) : -1, .right = -1, .at = s->at};
+    v.size = strcspn(s->text + s->at, "\n") + 1;
     v.seconds = json_opt_real(src, j, "seconds", 0);
     int skip = json_is_false(json_get(j, "label")), choice = DATA_TIE;
     if (!l->write && json_get(j, "choice")) choice = data_choice(src, j);
     skip |= choice == DATA_SKIP;
     int gold = known ? l->item[v.item].gold : -1;
+    if (known) choice = label_turn(choice, label_turned(l->item + v.item, j));
     if (gold >= 0 && !skip) v.right = choice == gold;
     v.counts = !skip && gold < 0 && !json_is_false(json_get(j, "qualified"));
     label_add_vote(l, who, v);
@@ -18355,6 +18436,10 @@ static int label_open_lines(label *l, const char *path, char **text, size_t *len
     }
     *text = mem_temp(io_read(ctx, path, IO_LIMIT, len));
     size_t whole = *len;
+    if (lseek(fd, 0, SEEK_END) != (off_t)whole) {
+        close(fd);
+        err_throw(ctx, RLHF_ERR_DATA, "%s: compressed; lines are added to plain text", path);
+    }
     while (whole && (*text)[whole - 1] != '\n') whole--;
     int bad = 0;
     if (whole < *len) {
@@ -18372,6 +18457,7 @@ static int label_open_lines(label *l, const char *path, char **text, size_t *len
         close(fd);
         io_fail(ctx, "write", path, errno);
     }
+    io_sync_parent(ctx, path);
     return fd;
 }
 
@@ -18382,6 +18468,7 @@ static void label_open_out(label *l) {
     size_t len;
     l->fd = label_open_lines(l, l->out, &text, &len);
     l->size = lseek(l->fd, 0, SEEK_END);
+    s.text = text, s.line = 1;
     rater_each(&s.set, l->out, text, len, label_read_vote);
 }
 
@@ -18605,7 +18692,8 @@ static int label_is_sampled(label *l, const char *line) {
 
 /* Keeps the samples of a window of prompts in OUT.items and makes items of them. */
 static rlhf_status label_keep_samples(label *l, int from, int n, int each[2],
-                                      rlhf_sample *const sample[2], const rlhf_generate_config *g) {
+                                      rlhf_sample *const sample[2],
+                                      const rlhf_generate_config g[2]) {
     label_sampler *m = l->sampler;
     API_ENTER(l->ctx);
     tok_buf b = {.ctx = l->ctx};
@@ -18619,7 +18707,7 @@ static rlhf_status label_keep_samples(label *l, int from, int n, int each[2],
             for (int k = 0; k < each[which]; k++) {
                 const rlhf_sample *s = sample[which] + i * each[which] + k;
                 json_array_append_new(answers, json_string(s->completion));
-                json_array_append_new(sources, label_source_of(m, which, g, s));
+                json_array_append_new(sources, label_source_of(m, which, g + which, s));
             }
         json_t *prompt = label_prompt_of(l, line);
         json_t *record = json_hold(l->ctx, json_loads(line, JSON_ALLOW_NUL, NULL));
@@ -18647,29 +18735,30 @@ static rlhf_status label_sample(label *l) {
     int each[2] = {m->model[1] ? total - total / 2 : total, m->model[1] ? total / 2 : 0};
     int most = base_max(1, (int)l->c->batch_size / total), items = l->n_items;
     rlhf_sample *sample[2] = {NULL, NULL};
-    rlhf_generate_config g = rlhf_generate_config_default();
+    rlhf_generate_config g[2];
     while (n < most && from + n < m->prompts->n) n++;
     rlhf_dataset view = *m->prompts;
     view.record += from;
     view.n = n;
-    g.max_new_tokens = l->c->max_new_tokens;
-    g.temperature = l->c->temperature;
-    g.top_k = l->c->top_k;
-    g.top_p = l->c->top_p;
-    g.batch_size = l->c->batch_size;
     rlhf_status status = RLHF_OK;
     int counts[2] = {0, 0};
     for (int which = 0; which < 2 && !status; which++) {
         if (!each[which]) continue;
+        g[which] = rlhf_generate_config_default();
+        g[which].max_new_tokens = l->c->max_new_tokens;
+        g[which].temperature = l->c->temperature;
+        g[which].top_k = l->c->top_k;
+        g[which].top_p = l->c->top_p;
+        g[which].batch_size = l->c->batch_size;
+        g[which].num_return_sequences = each[which];
         /* Below 2^53: the seed is written as a number of JSON. */
-        g.seed = (int64_t)(rng_u64((uint64_t)l->c->seed, RNG_LABEL,
-                                   (uint64_t)m->round << 32 | (uint64_t)from) >> 12);
-        g.seed += which;
-        g.num_return_sequences = each[which];
-        status = rlhf_generate_dataset(m->model[which], m->tok, &g, &view, sample + which,
+        g[which].seed = (int64_t)(rng_u64((uint64_t)l->c->seed, RNG_LABEL,
+                                          (uint64_t)m->round << 32 | (uint64_t)from) >> 12);
+        g[which].seed += which;
+        status = rlhf_generate_dataset(m->model[which], m->tok, g + which, &view, sample + which,
                                        counts + which);
     }
-    if (!status) status = label_keep_samples(l, from, n, each, sample, &g);
+    if (!status) status = label_keep_samples(l, from, n, each, sample, g);
     for (int which = 0; which < 2; which++) rlhf_samples_free(l->ctx, sample[which], counts[which]);
     if (!status) m->next += n;
     if (!status) status = label_rank_items(l, items, m->reward, m->reward_tok, m->chat_template);
@@ -18768,7 +18857,6 @@ static void label_free(label *l) {
     }
     for (int w = 0; w < l->n_whos; w++) {
         label_who *who = l->who + w;
-        for (int v = 0; v < who->n_votes; v++) json_decref(who->vote[v].said);
         free(who->name), free(who->kind), free(who->seen), free(who->vote), free(who->vet);
         json_decref(who->domains);
     }
@@ -19263,10 +19351,12 @@ static void serve_print_item(const json_t *shown, const json_t *progress) {
     }
 }
 
-/* A line of standard input without its end; null at the end of input. */
+/* A line of standard input without its end; null at the end of input. What comes from no keyboard
+ * is not seen either: then the question's line is ended here. */
 static char *serve_line(char **line, size_t *cap) {
     fflush(stdout);
     ssize_t n = getline(line, cap, stdin);
+    if (n < 0 || !isatty(STDIN_FILENO)) putchar('\n');
     if (n < 0) return NULL;
     while (n && strchr("\r\n", (*line)[n - 1])) (*line)[--n] = 0;
     return *line;

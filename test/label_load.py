@@ -2,7 +2,7 @@
 
     python3 test/label_load.py              200 annotators, one judgement a second each, for a minute
     python3 test/label_load.py --short      20 annotators as fast as they are allowed; killed half-way;
-                                            requests that are refused
+                                            ended by the last judgement; requests that are refused
 
 Prints how long an answer takes (99th percentile). Whether every acknowledged judgement is in the file,
 once and whole, is asserted and does not depend on time. Only the long form asserts the 50 ms, and only
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ PROGRAM = os.path.abspath(os.environ.get("RLHF", Path(__file__).resolve().parent
 class Label:
     """The program on a set of pairs, with so many annotators."""
 
-    def __init__(self, folder, annotators, items):
+    def __init__(self, folder, annotators, items, *options):
         self.out = folder / "out.jsonl"
         (folder / "pairs.jsonl").write_text("".join(
             json.dumps({"item": i, "prompt": f"Question {i}?" + " More of it." * 40,
@@ -36,7 +37,7 @@ class Label:
         (folder / "people.json").write_text(json.dumps([{"name": f"a{i}"} for i in range(annotators)]))
         self.log = folder / "log"
         self.command = [PROGRAM, "label", "--pairs", folder / "pairs.jsonl", "--out", self.out,
-                        "--annotators", folder / "people.json", "--port", "0"]
+                        "--annotators", folder / "people.json", "--port", "0", *options]
         self.process = None
 
     def start(self):
@@ -144,6 +145,24 @@ def short(folder):
     print(f"killed after {kept} judgements, none lost; {n} in the end")
 
 
+def ended(folder):
+    """--exit_when_done: not before the last judgement, and then with all of them."""
+    label = Label(folder, 3, 30, "--exit_when_done")
+    links = label.start()
+    done, _ = crowd({"a0": links["a0"], "a1": links["a1"]}, 0.01, 600)
+    # Two have judged all there is; the third finds nothing, and nobody is asked any more.
+    assert label.process.wait(timeout=60) == 0, label.log.read_text()
+    assert sum(map(len, done.values())) == 30, done
+    _, n = check(label, {name: len(d) for name, d in done.items()}, 0)
+    assert n == 30, n
+    label.command.remove("--exit_when_done")
+    label.start()
+    time.sleep(0.5)
+    assert label.process.poll() is None, "it ended without being asked to"
+    label.end(signal.SIGINT)
+    print("ended by the last judgement")
+
+
 def refused(folder):
     """Requests that must not be answered, header by header; nothing of them is in the file."""
     label = Label(folder, 2, 4)
@@ -201,6 +220,21 @@ def refused(folder):
     expect(409, "POST", "/api/judge", good, bearer=other)  # handed out to somebody else
     expect(409, "POST", "/api/undo", {})
     assert label.records()[1] == [], "something that was refused is in the file"
+    for raw in (b"\x16\x03\x01\x02\x00\x01\x00" + bytes(range(256)), b"GET\r\n\r\n",
+                b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * 100000 + b"\r\n\r\n",
+                b"POST /api/judge HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n{}",
+                b"POST /api/judge HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1, 2\r\n\r\n{}",
+                b"POST /api/judge HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz"):
+        with socket.create_connection(("127.0.0.1", int(port)), timeout=60) as s:
+            try:
+                s.sendall(raw)
+                s.shutdown(socket.SHUT_WR)
+                answer = s.recv(1 << 16)
+            except OSError:
+                answer = b""
+            # Refused as HTTP says it, or the connection is closed.
+            assert not answer or answer.split(b" ")[1][:1] == b"4", (raw[:60], answer[:200])
+        expect(200, "GET", "/api/session")
     page = ask("GET", "/", bearer=None)[2]
     policy = page.getheader("Content-Security-Policy")
     assert "default-src 'none'" in policy and "unsafe" not in policy, policy
@@ -241,7 +275,7 @@ if __name__ == "__main__":
     options = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="rlhf-load-") as path:
         if options.short:
-            for name, part in (("short", short), ("refused", refused)):
+            for name, part in (("short", short), ("ended", ended), ("refused", refused)):
                 (Path(path) / name).mkdir()
                 part(Path(path) / name)
         else:

@@ -311,7 +311,7 @@ BOB = {"annotator": "bob", "annotator_type": "lay"}
 # ---- Tests ---------------------------------------------------------------------------------------
 
 def test_twenty_pairs():
-    """Ten by mouse, a reload, five by keyboard, SIGKILL, five more: each once in the file, as meant."""
+    """Ten by mouse, a reload, five by keyboard, SIGKILL, undo, five more: each once, as meant."""
     pairs = make_pairs(21)
     program = Label(pairs=pairs, people=[dict(ANN, domains=["numbers"])])
     driver, wants = tool.browser(), {}
@@ -326,6 +326,12 @@ def test_twenty_pairs():
     program.kill()
     assert len(program.records()) == 15, "what the page called saved is not in the file"
     program.start()
+    press(driver, "u")  # what was said before the kill comes back as it was
+    saved(driver, 14)
+    on_item(driver)
+    assert len(program.records()) == 14
+    press(driver, Keys.ENTER)
+    saved(driver, 15)
     for _ in range(5):
         label(driver, wants, mouse=False)
     check_file(program, pairs, wants, ANN)
@@ -648,6 +654,7 @@ def test_write():
         find(driver, "#write")
         tool.accessible(driver)
         key = next(k for k in answers if k in asked())
+        assert driver.find_element(By.ID, "joint-hint").is_displayed() == (key != "Who are")
         if key == "deposit":
             assert driver.find_element(By.ID, "answer").get_property("value") == "Yes, he may."
             tool.screenshot(driver, "label-write", whole=True)

@@ -1,6 +1,7 @@
-/* The program (sections 29, 30), run as a user runs it: ./rlhf, or what RLHF_PROGRAM names. Every
- * command on small models, its JSON line, help, exit codes, what it says about bad input and that
- * nothing half-written is left behind, and a run that is interrupted and goes on. */
+/* The program (sections CLI, TALK, STAGE, COMMAND), run as a user runs it: ./rlhf, or what
+ * RLHF_PROGRAM names. Every command on small models, its JSON line, help, exit codes, what it says
+ * about bad input and that nothing half-written is left behind, and a run that is interrupted and
+ * goes on. */
 
 #define _GNU_SOURCE 1
 #include "../rlhf.h"
@@ -663,6 +664,303 @@ TEST(aspects_and_qualification) {
     CHECK(exists("warm/annotators.json"));
 }
 
+/* The same slices from `rlhf eval` and, in eval.json, from `rlhf rm`: refusal and harmlessness
+ * apart, conversations also turn by turn. */
+TEST(slices_of_rm_and_eval) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    test_write(
+        "cut.jsonl",
+        "{\"prompt\":\"one and one is\",\"chosen\":\" two\",\"rejected\":\" nine\",\"domain\":"
+        "\"sums\",\"annotator\":\"a\",\"annotator_type\":\"expert\",\"culture\":\"x\",\"safety\":"
+        "{\"refusal\":true,\"harmless\":true}}\n{\"prompt\":\"the cat\",\"chosen\":\" sat\","
+        "\"rejected\":\" on\",\"culture\":\"y\",\"annotator\":\"b\",\"safety\":{\"refusal\":false,"
+        "\"harmless\":true}}\n{\"chosen\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":"
+        "\"assistant\",\"content\":\"b\"},{\"role\":\"user\",\"content\":\"c\"},{\"role\":"
+        "\"assistant\",\"content\":\"d\"}],\"rejected\":[{\"role\":\"user\",\"content\":\"a\"},"
+        "{\"role\":\"assistant\",\"content\":\"e\"},{\"role\":\"user\",\"content\":\"c\"},"
+        "{\"role\":\"assistant\",\"content\":\"f\"}],\"safety\":\"other\",\"era\":7}\n");
+    RUN("$R rm --model $D/lm --data $D/cut.jsonl --eval_data $D/cut.jsonl --out $D/cut --max_steps "
+        "3 --learning_rate 1e-3 --normalize_samples 0 --chat_template plain",
+        0);
+    RUN("$R eval --model $D/cut --data $D/cut.jsonl --slice era --per_turn --chat_template plain "
+        "--json",
+        0);
+    static const struct {
+        const char *field, *value;
+        int pairs;
+    } cut[] = {{"domain", "sums", 1},     {"annotator_type", "expert", 1}, {"annotator", "a", 1},
+               {"annotator", "b", 1},     {"culture", "x", 1},             {"culture", "y", 1},
+               {"safety", "refusal", 1},  {"safety", "harmless", 2},       {"safety", "other", 1},
+               {"turns", "2", 1},         {"turns", "1", 2},               {"era", "7", 1},
+               {"per_turn", "1", 1},      {"per_turn", "2", 1}};
+    json_t *eval = last_json(), *rm = json_load_file(test_path("cut/eval.json"), 0, NULL);
+    for (size_t i = 0; i < sizeof cut / sizeof *cut; i++) {
+        const json_t *a = json_object_get(json_object_get(eval, cut[i].field), cut[i].value),
+                     *b = json_object_get(json_object_get(rm, cut[i].field), cut[i].value);
+        if (json_integer_value(json_object_get(a, "pairs")) != cut[i].pairs)
+            test_fail(__FILE__, __LINE__, "%s %s: %d pairs", cut[i].field, cut[i].value,
+                      (int)json_integer_value(json_object_get(a, "pairs")));
+        static const char *const keys[] = {"accuracy", "accuracy_low",    "accuracy_high", "margin",
+                                           "ece",      "length_accuracy", "pairs"};
+        for (size_t k = 0; k < sizeof keys / sizeof *keys; k++) {
+            CHECK(json_is_number(json_object_get(a, keys[k])));
+            if (i < 11)
+                CHECK_NEAR(json_number_value(json_object_get(b, keys[k])),
+                           json_number_value(json_object_get(a, keys[k])), 1e-6);
+        }
+    }
+    CHECK(json_object_get(eval, "ceiling") && json_object_get(json_object_get(eval, "length"),
+                                                              "short"));
+    json_decref(eval), json_decref(rm);
+}
+
+/* ---- rlhf label, in a terminal --------------------------------------------------------------- */
+
+/* The records of a file of JSON lines as a list. */
+static json_t *records(const char *name) {
+    FILE *f = fopen(test_path(name), "r");
+    json_t *list = json_array(), *j;
+    while (f && (j = json_loadf(f, JSON_DISABLE_EOF_CHECK, NULL))) json_array_append_new(list, j);
+    if (f) fclose(f);
+    return list;
+}
+
+static const char *member(const json_t *j, const char *key) {
+    const char *text = json_string_value(json_object_get(j, key));
+    return text ? text : "";
+}
+
+/* Answers of two checkpoints: each is stored with the model that gave it and how, from which it
+ * comes again; the terminal names neither model. */
+TEST(label_two_checkpoints) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/new --max_steps 4 --learning_rate 1e-2",
+        0);
+    RUN("yes a | head -n 18 | $R label --model $D/lm --model2 $D/new --prompts $D/prompts.jsonl "
+        "--out $D/p.jsonl --num_answers 4 --batch_size 4 --max_new_tokens 6 --temperature 0.9 "
+        "--top_k 50 --tty --json",
+        0);
+    CHECK_NEAR(number("judgements"), 18, 0);
+    CHECK(!strstr(out, "/lm") && !strstr(out, "/new"));
+    json_t *list = records("p.jsonl"), *j;
+    CHECK_EQ_I(json_array_size(list), 18);
+    size_t i;
+    int from[2] = {0}, mixed = 0, checked = 0;
+    json_array_foreach(list, i, j) {
+        const char *first = NULL;
+        for (size_t k = 0; k < 2; k++) {
+            const json_t *s = json_array_get(json_object_get(j, "sources"), k);
+            const char *model = member(s, "model"),
+                       *name = strrchr(model, '/') ? strrchr(model, '/') + 1 : "";
+            CHECK(!strcmp(name, "lm") || !strcmp(name, "new"));
+            from[!strcmp(name, "new")]++;
+            if (first) mixed += strcmp(first, name) != 0;
+            first = name;
+            CHECK_NEAR(json_number_value(json_object_get(s, "temperature")), 0.9, 1e-12);
+            CHECK_EQ_I(json_integer_value(json_object_get(s, "top_k")), 50);
+            if (i >= 6) continue;
+            /* The pairs of the first prompt: the same seed gives the same two answers. */
+            char command[1024];
+            CHECK_EQ_S(member(j, "prompt"), "one");
+            snprintf(command, sizeof command,
+                     "$R generate --model $D/%s --data $D/prompts.jsonl --max_new_tokens 6 "
+                     "--temperature 0.9 --top_k 50 --num_return_sequences 2 --seed %lld --out "
+                     "$D/again.jsonl; $R info --model $D/%s --json",
+                     name, (long long)json_integer_value(json_object_get(s, "seed")), name);
+            RUN(command, 0);
+            CHECK_EQ_S(text_of("weights_hash"), member(s, "weights_hash"));
+            json_t *again = records("again.jsonl");
+            const json_t *same =
+                json_array_get(again, (size_t)json_integer_value(json_object_get(s, "sample")));
+            CHECK_EQ_S(member(same, "completion"),
+                       json_string_value(json_array_get(json_object_get(j, "answers"), k)));
+            json_decref(again);
+            checked++;
+        }
+    }
+    /* Of four answers two are each model's: of the six pairs four are of both. */
+    CHECK(from[0] == 18 && from[1] == 18 && mixed == 12 && checked == 12);
+    json_decref(list);
+}
+
+/* A newer checkpoint adds a round to the same file: only when that is asked for, once for each
+ * checkpoint, also if it is asked for again, and the records say the round and the weights. */
+TEST(label_rounds) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    RUN("$R sft --model $D/lm --data $D/text.jsonl --out $D/new --max_steps 4 --learning_rate 1e-2",
+        0);
+#define ROUND                                                                                      \
+    "$R label --prompts $D/prompts.jsonl --out $D/p.jsonl --max_new_tokens 6 --tty --json "
+    RUN("yes a | head -n 2 | " ROUND "--model $D/lm", 0);
+    CHECK_NEAR(number("judgements"), 2, 0);
+    RUN(ROUND "--model $D/new", 1);
+    CHECK(strstr(err, "its answers are from other weights") && strstr(err, "--continue"));
+    RUN("yes b | head -n 9 | " ROUND "--model $D/new --continue", 0);
+    CHECK_NEAR(number("items"), 6, 0);
+    CHECK_NEAR(number("finished"), 6, 0);
+    char *before = slurp(test_path("p.jsonl"), NULL);
+    RUN("yes a | head -n 9 | " ROUND "--model $D/new --continue", 0);
+    CHECK_NEAR(number("judgements"), 6, 0);
+    char *after = slurp(test_path("p.jsonl"), NULL);
+    CHECK_EQ_S(after, before);
+    free(before), free(after);
+    json_t *list = records("p.jsonl"), *j;
+    size_t i;
+    int rounds[3] = {0};
+    json_array_foreach(list, i, j) {
+        int round = (int)json_integer_value(json_object_get(j, "round"));
+        const char *model = member(json_array_get(json_object_get(j, "sources"), 0), "model");
+        CHECK(round == 1 || round == 2);
+        rounds[round == 2]++;
+        CHECK(strstr(model, round == 1 ? "/lm" : "/new") != NULL);
+    }
+    CHECK(rounds[0] == 3 && rounds[1] == 3);
+    json_decref(list);
+    RUN("$R rm --model $D/lm --data $D/p.jsonl --dry_run --json", 0);
+    CHECK_NEAR(number("records"), 6, 0);
+#undef ROUND
+}
+
+/* With a reward model the pairs come by the difference of its scores, the smallest first. */
+TEST(label_most_uncertain_first) {
+    NEED_PROGRAM();
+    REQUIRE(setup_rm());
+    RUN("for i in one two three four five six seven eight; do for k in nine ten cat; do echo "
+        "'{\"prompt\":\"one and one is\",\"answers\":[\" '$i' '$k'\",\" '$k' '$i' '$i'\"]}'; "
+        "done; done >$D/given.jsonl",
+        0);
+    RUN("yes a | head -n 24 | $R label --pairs $D/given.jsonl --reward $D/rm --out $D/p.jsonl "
+        "--tty --json",
+        0);
+    CHECK_NEAR(number("judgements"), 24, 0);
+    json_t *list = records("p.jsonl"), *given = records("given.jsonl"), *j;
+    FILE *f = fopen(test_path("texts.jsonl"), "w");
+    size_t i;
+    int moved = 0;
+    json_array_foreach(list, i, j) {
+        json_t *answers = json_object_get(j, "answers");
+        moved += !json_equal(answers, json_object_get(json_array_get(given, i), "answers"));
+        for (size_t k = 0; k < 2; k++)
+            fprintf(f, "{\"prompt\":\"one and one is\",\"completion\":\"%s\"}\n",
+                    json_string_value(json_array_get(answers, k)));
+    }
+    fclose(f);
+    CHECK(moved > 0);
+    json_decref(list), json_decref(given);
+    RUN("$R score --model $D/rm --data $D/texts.jsonl --out $D/scores.jsonl", 0);
+    list = records("scores.jsonl");
+    CHECK_EQ_I(json_array_size(list), 48);
+    double last = 0;
+    for (i = 0; i < json_array_size(list); i += 2) {
+        double a = json_number_value(json_object_get(json_array_get(list, i), "score")),
+               b = json_number_value(json_object_get(json_array_get(list, i + 1), "score"));
+        CHECK(fabs(a - b) >= last - 1e-5);
+        last = fabs(a - b);
+    }
+    CHECK(last > 1e-4);
+    json_decref(list);
+}
+
+/* Texts that people write, over a model's draft: `rlhf sft` learns from the file as it is, and what
+ * was skipped is not learned. */
+TEST(label_demonstrations) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    test_write("asked.jsonl",
+               "{\"prompt\":\"one\",\"domain\":\"sums\"}\n{\"prompt\":[{\"role\":\"user\","
+               "\"content\":\"the cat\"},{\"role\":\"assistant\",\"content\":\"sat\"},{\"role\":"
+               "\"user\",\"content\":\"on\"}],\"domain\":\"cats\"}\n{\"prompt\":\"how much\"}\n");
+    test_write("people.json", "[{\"name\":\"ann\",\"kind\":\"expert\"}]");
+    RUN("printf ' two\\nthree\\n.\\nthe mat\\n.\\ns\\n' | $R label --task write --draft --model "
+        "$D/lm --prompts $D/asked.jsonl --out $D/w.jsonl --annotators $D/people.json --annotator "
+        "ann --max_new_tokens 6 --tty --json",
+        0);
+    CHECK_NEAR(number("judgements"), 3, 0);
+    json_t *list = records("w.jsonl"), *asked = records("asked.jsonl"), *j;
+    size_t i;
+    json_array_foreach(list, i, j) {
+        static const char *const texts[] = {" two\nthree", "the mat", ""};
+        CHECK_EQ_S(member(j, "completion"), texts[i]);
+        CHECK(json_equal(json_object_get(j, "prompt"),
+                         json_object_get(json_array_get(asked, i), "prompt")));
+        CHECK_EQ_S(member(j, "annotator"), "ann");
+        CHECK_EQ_S(member(j, "annotator_type"), "expert");
+        CHECK_EQ_S(member(j, "domain"), member(json_array_get(asked, i), "domain"));
+        CHECK(json_is_string(json_object_get(j, "draft")));
+        CHECK(strstr(member(json_array_get(json_object_get(j, "sources"), 0), "model"), "/lm"));
+    }
+    json_decref(list), json_decref(asked);
+    RUN("$R sft --model $D/lm --data $D/w.jsonl --dry_run --json", 0);
+    CHECK(strstr(out, "one[[ two\nthree<|endoftext|>]]") && strstr(out, "on\n"));
+    CHECK(strstr(out, "[[ the mat<|endoftext|>]]") != NULL);
+    CHECK_NEAR(number("dropped_labelled_false"), 1, 0);
+    RUN("$R sft --model $D/lm --data $D/w.jsonl --out $D/shown --max_steps 1 --json", 0);
+    CHECK_NEAR(number("records"), 2, 0);
+}
+
+/* Who had the gold item wrong (that neither answer is right is never the truth) is not learned
+ * from, by rm and by raters, unless that is asked for. */
+TEST(label_vetting) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+    test_write("gold.jsonl",
+               "{\"prompt\":\"two\",\"chosen\":\" three\",\"rejected\":\" one\",\"domain\":"
+               "\"sums\"}\n");
+    RUN("head -n 1 $D/pairs.jsonl >$D/one.jsonl; printf 'n\\na\\nb\\n' | $R label --pairs "
+        "$D/one.jsonl --gold $D/gold.jsonl --qualify 1:1 --out $D/p.jsonl --tty --json",
+        0);
+    CHECK_NEAR(number("judgements"), 2, 0);
+    CHECK_NEAR(number("finished"), 0, 0);
+    REFUSE("$R rm --model $D/lm --data $D/p.jsonl --out $D/out --json", 1,
+           "by somebody not qualified", NULL, NULL);
+    RUN("$R rm --model $D/lm --data $D/p.jsonl --dry_run --json --use_unqualified", 0);
+    CHECK_NEAR(number("records"), 1, 0);
+    RUN("$R label --pairs $D/one.jsonl --gold $D/gold.jsonl --qualify 1:1 --out $D/p.jsonl "
+        "--annotator bob --tty --json",
+        0);
+    CHECK(strstr(out, "==== 1 of 2") != NULL);
+    REFUSE("$R raters --data $D/p.jsonl", 1, "no judgements of somebody qualified", NULL, NULL);
+    RUN("$R raters --data $D/p.jsonl --use_unqualified --json", 0);
+    CHECK_NEAR(number("judgements"), 2, 0);
+}
+
+/* Stopped by the end of its input, it goes on with what is left; undo reaches behind the stop. */
+TEST(label_goes_on) {
+    NEED_PROGRAM();
+    REQUIRE(setup());
+#define ON "$R label --pairs $D/pairs.jsonl --out $D/p.jsonl --tty --json"
+    RUN("printf 'a2\\nb\\n' | " ON, 0);
+    CHECK_NEAR(number("judgements"), 2, 0);
+    json_t *before = records("p.jsonl");
+    RUN("printf 'u\\nt\\n' | " ON, 0);
+    CHECK(strstr(out, "==== 3 of 3") && strstr(out, "==== 2 of 3"));
+    CHECK_NEAR(number("judgements"), 2, 0);
+    json_t *after = records("p.jsonl");
+    CHECK(json_equal(json_array_get(before, 0), json_array_get(after, 0)));
+    CHECK_EQ_S(member(json_array_get(after, 1), "choice"), "tie");
+    CHECK_EQ_S(member(json_array_get(after, 1), "prompt"),
+               member(json_array_get(before, 1), "prompt"));
+    json_decref(before), json_decref(after);
+    RUN("yes wrong | head -n 3 | " ON, 0);
+    CHECK(strstr(out, "not understood") != NULL);
+    RUN("echo a | " ON, 0);
+    CHECK_NEAR(number("finished"), 3, 0);
+#undef ON
+    /* Killed while it kept what it had sampled: half a line of that is sampled again. */
+#define ON                                                                                         \
+    "$R label --model $D/lm --prompts $D/prompts.jsonl --out $D/s.jsonl --max_new_tokens 6 --tty"
+    RUN("printf 'a\\nb\\n' | " ON " && cp $D/s.jsonl.items $D/whole && truncate -s -30 "
+        "$D/s.jsonl.items && echo a | " ON " --json",
+        0);
+    CHECK_NEAR(number("items"), 3, 0);
+    CHECK_NEAR(number("finished"), 3, 0);
+    CHECK(same_files("s.jsonl.items", "whole"));
+#undef ON
+}
+
 TEST(long_records_are_counted) {
     NEED_PROGRAM();
     REQUIRE(setup());
@@ -1289,6 +1587,9 @@ TEST(interrupted_answers) {
 TEST_MAIN(CASE(training_commands), CASE(other_commands), CASE(help_lists_every_option),
           CASE(usage_errors), CASE(options_in_every_form), CASE(config_file),
           CASE(containers_of_records), CASE(dry_runs), CASE(aspects_and_qualification),
+          CASE(slices_of_rm_and_eval),
+          CASE(label_two_checkpoints), CASE(label_rounds), CASE(label_most_uncertain_first),
+          CASE(label_demonstrations), CASE(label_vetting), CASE(label_goes_on),
           CASE(long_records_are_counted),
           CASE(bad_records),
           CASE(bad_weights), CASE(bad_model_directories), CASE(bad_tokenizers),

@@ -186,10 +186,13 @@ const clock = {
 
 const ROLES = {user: "User", assistant: "Assistant", system: "System", tool: "Tool"};
 
+/* A text that the answer is joined to, without turns. */
+const isPlain = prompt => prompt.length === 1 && prompt[0].role === "text";
+
 function showPrompt(prompt) {
     const turns = $("turns");
     turns.replaceChildren();
-    const plain = prompt.length === 1 && prompt[0].role === "text";
+    const plain = isPlain(prompt);
     $("conversation-title").textContent =
         plain ? "Text to go on from" : prompt.length > 1 ? "Conversation" : "Question";
     for (const message of prompt) {
@@ -248,6 +251,7 @@ function fillWrite(before) {
     $("answer").value = before.text ?? item.draft ?? "";
     $("answer-label").textContent = drafted ? "Correct this answer" : "Your answer";
     $("draft-hint").hidden = $("restore").hidden = !drafted;
+    $("joint-hint").hidden = !isPlain(item.prompt);
 }
 
 /* What the form says now, in the words of POST api/judge or api/write. */
@@ -527,7 +531,7 @@ function showSession() {
     $("aspects").replaceChildren(...session.aspects.map(aspect => {
         const copy = $("aspect-template").content.cloneNode(true);
         const words = aspect.replaceAll("_", " ");
-        copy.querySelector("legend").textContent = sentence(words).slice(0, -1);
+        copy.querySelector("legend span").textContent = sentence(words).slice(0, -1);
         for (const radio of copy.querySelectorAll("input")) radio.name = "aspect " + aspect;
         return copy;
     }));

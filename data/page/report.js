@@ -425,19 +425,20 @@ function frontier() {
     xLabel: "KL to the reference, nats per answer", nearest: "point", height: 320,
     points: i => cache[i],
     extra: i => best(i).flatMap(p => [{ x: p.kl, y: p.score - 2 * p.error }, { x: p.kl, y: p.score + 2 * p.error }]),
-    /* The frontiers' points are at the same KL: of many, one is labelled. */
-    draw: f => shown().filter(i => cache[i].length).flatMap((i, place, list) => {
+    draw: f => shown().filter(i => cache[i].length).flatMap(i => {
       const b = best(i), c = cache[i], at = c.map(p => [f.x(p.x), f.y(p.y)]);
       const band = b.map(p => [f.x(p.kl), f.y(p.score + 2 * p.error)])
         .concat([...b].reverse().map(p => [f.x(p.kl), f.y(p.score - 2 * p.error)]));
       return [
         b.length ? el("path", { class: `band ${series(i)}`, d: path(band) + "Z" }) : null,
         b.length ? el("path", { class: `frontier ${series(i)}`, d: path(b.map(p => [f.x(p.kl), f.y(p.score)])) }) : null,
-        ...b.filter(() => place === 0 || list.length < 3).map(p => el("text", { class: `n ${series(i)}`, x: f.x(p.kl), y: f.y(p.score) + (place % 2 ? 16 : -8), "text-anchor": "middle" }, `n = ${p.n}`)),
         el("path", { class: `path ${series(i)}`, d: path(at) }),
         ...at.map(([x, y], k) => mark(looks[i], x, y, k ? "" : "open", k === at.length - 1 ? 1.25 : 0.65)),
       ].filter(Boolean);
-    }),
+    }).concat( /* over all curves; the frontiers' points are at the same KL: of many, one is labelled */
+      shown().filter(i => cache[i].length).flatMap((i, place, list) =>
+        place > 0 && list.length > 2 ? [] : best(i).map(p => el("text", { class: `n ${series(i)}`, x: f.x(p.kl),
+          y: f.y(p.score) + (place % 2 ? 16 : -8), "text-anchor": "middle" }, `n = ${p.n}`)))),
     describe: at => [el("span", { class: "at" }, `step ${number(at.point.step)}`), reading(at.run, at.point.y, true),
                      el("span", {}, `at KL ${number(at.point.x)}`)],
     table: () => {
@@ -460,7 +461,7 @@ const place = (value, low) => `${(100 * (value - low) / (1 - low)).toFixed(2)}%`
 function shareAxis(low) {
   const svg = el("svg", { height: "1.1rem", "aria-hidden": "true" });
   for (const v of [low, 0.5, 0.75, 1].filter((v, k, all) => k === 0 || v - all[0] > 0.15))
-    svg.append(el("text", { x: place(v, low), y: "12", "text-anchor": v === 1 ? "end" : v === low ? "start" : "middle" },
+    svg.append(el("text", { class: v === low || v === 1 ? null : "extra", x: place(v, low), y: "12", "text-anchor": v === 1 ? "end" : v === low ? "start" : "middle" },
                   `${Math.round(100 * v)} %`));
   return svg;
 }
@@ -548,7 +549,7 @@ function slices() {
   if (!runs.some((run, i) => has(i, "accuracy") || has(i, "nll"))) return;
   const part = section("slices", "Slices");
   if (runs.some((run, i) => has(i, "accuracy")))
-    part.append(el("p", { class: "note" }, "Accuracy on held-out pairs with its 95 % Wilson interval. The stroke is the accuracy of " +
+    part.append(el("p", { class: "note" }, "Accuracy on held-out pairs with its 95\u00a0% Wilson interval. The stroke is the accuracy of " +
       "always preferring the longer answer; the diamond the ceiling that the annotators’ own agreement sets, where it is known to 20 points. Margin in deviations of " +
       "the reward, ECE the expected calibration error."));
   part.append(live(el("div"), () => {
@@ -600,7 +601,7 @@ function annotators() {
   if (!r) return;
   const part = section("annotators", "Annotators",
     "Filled: how often each is right, estimated from all judgements together. Open: how often each agrees with others. " +
-    "Both with 95 % intervals.");
+    "Both with 95\u00a0% intervals.");
   const fact = (name, value, key) => el("div", {}, el("dt", {}, name), el("dd", {}, value,
     typeof r[`${key}_low`] === "number" ? el("small", {}, ` [${number(r[`${key}_low`], 2)}, ${number(r[`${key}_high`], 2)}]`) : null));
   part.append(el("dl", { class: "facts-list" }, fact("judgements", number(r.judgements)), fact("items", number(r.items)),
@@ -625,7 +626,7 @@ const ANSWERS_OPEN = 6; /* further prompts are behind a click */
 function answerCell(title, list) {
   const [run, s] = list[0], alone = list.length === 1;
   const scores = list.filter(([, t]) => typeof t.score === "number")
-    .map(([i, t], k) => [k ? " " : "score ", alone ? null : key(i), number(t.score, 3)]);
+    .map(([i, t], k) => [k ? " " : "score ", el("span", { class: "whole" }, alone ? null : key(i), number(t.score, 3))]);
   return el("div", { class: `cell ${alone ? series(run) : ""}` }, el("h5", {}, alone ? key(run) : null, title),
             el("div", { class: "text" }, s.completion.trim() || "(empty)"),
             el("div", { class: "facts" }, scores.flat(), scores.length ? " · " : null, `${s.n_tokens} tokens`,
@@ -690,10 +691,14 @@ function warnings() {
                  el("ul", { class: "rules" }, data.rules.map(rule => el("li", {}, rule)))));
 }
 
+/* A text that breaks at a separator rather than within what stands between two. */
+const words = (text, separator) => text.split(separator).flatMap((word, k) =>
+  [k ? separator : "", el("span", { class: "word" }, word)]);
+
 function commands() {
   const part = section("runs", "What was run");
   part.append(live(el("div"), () => shown().map(i => el("article", { class: `run ${series(i)}` },
-    el("h3", {}, runName(i)), el("pre", {}, runs[i].command),
+    el("h3", {}, runName(i)), el("pre", {}, words(runs[i].command, " ")),
     runs[i].options.length ? el("details", {}, el("summary", {}, "Options that differ from their defaults"),
       sideways(table("Options", ["option", "value", "default", "what"], runs[i].options.map(o =>
         [`--${o.name}`, el("span", {}, typeof o.value === "number" ? number(o.value) : String(o.value)),
@@ -720,7 +725,7 @@ function legend() {
 
 const title = runs.map(run => run.name).join(", ");
 document.title = `${title} – rlhf report`;
-document.getElementById("title").textContent = title;
+document.getElementById("title").replaceChildren(...words(title, ", "));
 document.getElementById("kicker").textContent = runs.length === 1 ? "rlhf report" : `rlhf report · ${runs.length} runs`;
 document.getElementById("footer").textContent = `Written by rlhf ${data.version}. This file needs no other one and no network.`;
 legend();

@@ -18777,6 +18777,11 @@ static void label_read_options(label *l) {
         if (!n || n > LABEL_NAMES)
             err_throw(ctx, RLHF_ERR_ARG, "--aspects: \"%s\", expected names separated by commas",
                       c->aspects);
+        const json_t *one;
+        size_t i;
+        json_array_foreach(l->aspects, i, one)
+            if (json_string_length(one) == n && !memcmp(json_string_value(one), p, n))
+                err_throw(ctx, RLHF_ERR_ARG, "--aspects: \"%.*s\" is there twice", (int)n, p);
         json_array_append_new(l->aspects, json_stringn(p, n));
         p += n + (p[n] == ',');
     }
@@ -19319,13 +19324,19 @@ static void serve_close(serve *s) {
 
 /* ---- terminal ---- */
 
-/* Prints a text; what would steer the terminal is shown as \xNN. */
-static void serve_print(const char *s) {
-    for (; *s; s++) {
-        unsigned char b = (unsigned char)*s;
+/* Prints n bytes of a text; what would steer the terminal is shown as \xNN: control characters in
+ * one byte, and those that UTF-8 writes in two, 0xC2 and one below 0xA0. */
+static void serve_show(const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        unsigned char b = (unsigned char)s[i], next = i + 1 < n ? (unsigned char)s[i + 1] : 0;
         if ((b < 0x20 && b != '\n' && b != '\t') || b == 0x7f) printf("\\x%02x", b);
+        else if (b == 0xC2 && next >= 0x80 && next < 0xA0) printf("\\xc2\\x%02x", next), i++;
         else putchar(b);
     }
+}
+
+static void serve_print(const char *s) {
+    serve_show(s, strlen(s));
     putchar('\n');
 }
 
@@ -19592,15 +19603,6 @@ static void cli_log(void *user, rlhf_level level, const char *text) {
     if (level == RLHF_LOG_DEBUG && c->drops++ == CLI_DROPS) text = "further ones are not listed";
     cli_clear(c);
     fprintf(stderr, "rlhf: %s%s\n", level == RLHF_LOG_WARNING ? "warning: " : "", text);
-}
-
-/* Prints a part of a text; what would steer the terminal is shown as \xNN. */
-static void cli_show_text(const char *s, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        unsigned char b = (unsigned char)s[i];
-        if ((b < 0x20 && b != '\n' && b != '\t') || b == 0x7f) printf("\\x%02x", b);
-        else putchar(b);
-    }
 }
 
 /* The metrics worth a line, in this order, where they exist. */
@@ -19932,7 +19934,7 @@ static int cli_take(cli *c, const char *name, const char *value, int bound, int 
             value = "true";
         }
         if (!value) return cli_fail(c, "--%s needs a value", f[i].name), 2;
-        if (c->set >> i & 1) return 0; /* --config comes last and does not override */
+        if (c->file && c->set >> i & 1) return 0; /* --config comes last and does not override */
         c->set |= (uint64_t)1 << i;
         return cli_set_field(c, f + i, value);
     }
@@ -19948,7 +19950,7 @@ static int cli_take(cli *c, const char *name, const char *value, int bound, int 
         if (!value)
             return cli_fail(c, "--%s needs a value (%s)", cli_options[i].name, cli_options[i].arg),
                    2;
-        if (!c->v[i]) c->v[i] = value;
+        if (!c->v[i] || !c->file) c->v[i] = value;
         return 0;
     }
     int code = cli_take_trl(c, name, value, took);
@@ -20090,7 +20092,7 @@ static char *talk_show(talk *t, int more, int *ended) {
     /* Where bytes that are no UTF-8 changed a text in hindsight, whole characters go on. */
     while (t->shown < n && ((unsigned char)text[t->shown] & 0xc0) == 0x80) t->shown++;
     if (t->shown < n) {
-        cli_show_text(text + t->shown, n - t->shown);
+        serve_show(text + t->shown, n - t->shown);
         fflush(stdout);
         t->shown = n;
     }
@@ -20456,7 +20458,7 @@ static rlhf_status cli_show_seq(cli *c, rlhf_tokenizer *tok, const data_seq *s) 
         while (same > at && same < len && ((unsigned char)text[same] & 0xc0) == 0x80) same--;
         rlhf_free(c->ctx, part);
         if (s->loss[t - 1]) printf("%s", on);
-        cli_show_text(text + at, same - at);
+        serve_show(text + at, same - at);
         if (s->loss[t - 1]) printf("%s", off);
         at = same;
     }

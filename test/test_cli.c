@@ -524,6 +524,10 @@ TEST(config_file) {
     CHECK_NEAR(number("step"), 1, 0);
     RUN(BASE "--max_steps 1 --config $D/c.json --out $D/b", 0);
     CHECK_NEAR(number("step"), 1, 0);
+    /* Of an option that is there twice the last one counts. */
+    RUN(BASE "--max_steps 2 --out $D/none --max-steps 1 --config $D/c.json --out $D/b", 0);
+    CHECK_NEAR(number("step"), 1, 0);
+    CHECK(!exists("none"));
     test_write("d.json", "{\"learning-rte\": 1}");
     REFUSE(BASE "--out $D/out --config $D/d.json", 2, "learning-rte", "learning_rate", NULL);
     test_write("d.json", "{\"learning_rate\": \"high\"}");
@@ -587,14 +591,14 @@ TEST(dry_runs) {
     REQUIRE(setup());
     test_write("mixed.jsonl",
                "{\"prompt\":\"one\",\"completion\":\" two\",\"label\":false}\n"
-               "{\"prompt\":\"one\",\"completion\":\" and\\u001b[2J\",\"label\":true}\n"
+               "{\"prompt\":\"one\",\"completion\":\" and\\u001b[2J\\u009b\",\"label\":true}\n"
                "{\"text\":\"xyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyzxyz\"}\n"
                "{\"conversations\":[{\"from\":\"human\",\"value\":\"one\"},{\"from\":\"gpt\","
                "\"value\":\"two\"}]}\n");
     RUN("rm $D/lm/model.safetensors; $R sft --model $D/lm --data $D/mixed.jsonl --dry_run --json "
         "--out $D/out --eval_data $D/text.jsonl",
         0);
-    CHECK(strstr(out, "one[[ and\\x1b[2J<|endoftext|>]]") != NULL);
+    CHECK(strstr(out, "one[[ and\\x1b[2J\\xc2\\x9b<|endoftext|>]]") != NULL);
     CHECK(strstr(out, "Human: one\n\nAssistant:[[ two<|endoftext|>]]") != NULL);
     CHECK(strstr(out, "example 1: ") != NULL);
     CHECK(strstr(err, "mixed.jsonl:1: dropped: labelled false") != NULL);
@@ -744,6 +748,9 @@ TEST(label_two_checkpoints) {
         0);
     CHECK_NEAR(number("judgements"), 18, 0);
     CHECK(!strstr(out, "/lm") && !strstr(out, "/new"));
+    REFUSE("$R label --model $D/lm --prompts $D/prompts.jsonl --out $D/q.jsonl --max_new_tokens 6 "
+           "--tty --aspects style,depth,style",
+           1, "--aspects", "\"style\" is there twice", NULL);
     json_t *list = records("p.jsonl"), *j;
     CHECK_EQ_I(json_array_size(list), 18);
     size_t i;

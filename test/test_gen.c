@@ -7,10 +7,11 @@
 static const char *const configs[] = {
     "{'model_type':'gpt2','vocab_size':37,'n_embd':24,'n_layer':2,'n_head':3,'n_positions':40,"
     "'eos_token_id':[2,8,31],'initializer_range':0.3}",
-    /* A window that is shorter than the prompts, keys of fewer heads. */
+    /* A window shorter than the prompts, keys of fewer heads. */
     "{'model_type':'mistral','vocab_size':37,'hidden_size':16,'num_hidden_layers':2,"
-    "'num_attention_heads':2,'num_key_value_heads':1,'intermediate_size':20,'eos_token_id':[2,8,31],"
-    "'max_position_embeddings':40,'sliding_window':5,'initializer_range':0.3}"};
+    "'num_attention_heads':2,'num_key_value_heads':1,'intermediate_size':20,"
+    "'eos_token_id':[2,8,31],'max_position_embeddings':40,'sliding_window':5,"
+    "'initializer_range':0.3}"};
 enum { CONFIGS = 2, ITEMS = 23, PROMPTS = 5, ROOM = 9, WIDTH = 24 };
 
 /* All that a run gives, by item. */

@@ -279,6 +279,8 @@ PEER_GEMMS = $(patsubst %,$(BUILD)/gemm-%,$(filter openblas blis onednn,$(PEERS)
 
 # A peer that cannot be had here is no reason to do without the others.
 deps-bench: deps          ## install what bench compares with (PEERS=NAMES)
+	@[ -z "$(filter torch trl,$(PEERS))" ] || ! command -v apt-get >/dev/null || \
+	    ls /usr/lib/*/libjemalloc.so.2 >/dev/null 2>&1 || $(call apt_install,libjemalloc2)
 	@$(MAKE) --no-print-directory -k $(PEER_VENVS) $(PEER_GEMMS) || \
 	    echo "not all peers could be installed; the bench goes on without them" >&2
 

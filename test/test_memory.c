@@ -161,7 +161,7 @@ TEST(table_and_run) {
 
 /* A value head on the policy's trunk takes neither weights nor an optimizer's state. */
 TEST(one_trunk) {
-    for (int peft = 0; peft < 2; peft++) {
+    for (int peft = 0; peft < (test_quick() ? 1 : 2); peft++) {
         double apart, total;
         run r = {PPO, 20, peft, 0, 8, 8, 0, 0};
         check_run(&r, &apart);

@@ -17865,6 +17865,7 @@ static int label_next(label *l, int w) {
     return label_show_next(l, who, gold >= 0 ? gold : item, now);
 }
 
+#ifndef RLHF_NO_HTTP
 /* Whether nobody has anything left to do. */
 static int label_done(const label *l) {
     if (l->sampler && l->sampler->next < l->sampler->prompts->n) return 0;
@@ -17873,6 +17874,7 @@ static int label_done(const label *l) {
             return 0;
     return 1;
 }
+#endif
 
 /* How many gold items come to an annotator among so many others, the first of them to qualify. */
 static int label_gold_ahead(const label *l, const label_who *who, int others, int first) {
@@ -19424,7 +19426,7 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
     char *line = NULL;
     size_t cap = 0;
     int code = 0, item, what = 0;
-    json_t *before;
+    json_t *before = NULL;
     while (what != 'q' && !(code = more(user)) && (item = label_next(l, w)) >= 0) {
         json_t *shown = label_show(l, w, item), *progress = label_progress(l, w);
         json_t *said = json_pack("{s:O,s:O}", "id", json_object_get(shown, "id"), "token",

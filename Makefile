@@ -132,23 +132,31 @@ endif
 
 # ---- Tests ---------------------------------------------------------------------------------------
 
-# A test includes rlhf.c, so it sees private functions and leaves most of them unused; told that this
-# is the whole program, gcc drops what the test does not reach before it optimises. An example is a
-# program of a library user: rlhf.h and librlhf.a are all it gets, exit status 0 is its passed test.
-TESTS     = $(patsubst test/%.c,$(BUILD)/%,$(wildcard test/test_*.c))
-EXAMPLES  = $(patsubst test/%.c,$(BUILD)/%,$(wildcard test/example*.c))
-TESTFLAGS = -Wno-unused-function $(WHOLE)
-WHOLE     = $(if $(findstring clang,$(shell $(CC) --version)),,-fwhole-program)
+# A test includes rlhf.c, so it sees private functions; how they are compiled once for all tests says
+# test/inside.awk. An example is a program of a library user: rlhf.h and librlhf.a are all it gets,
+# exit status 0 is its passed test.
+TESTS    = $(patsubst test/%.c,$(BUILD)/%,$(wildcard test/test_*.c))
+EXAMPLES = $(patsubst test/%.c,$(BUILD)/%,$(wildcard test/example*.c))
+INSIDE   = $(BUILD)/inside.h $(BUILD)/inside.o
 
-$(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.c rlhf.h | need $(BUILD)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -I$(BUILD) -o $@ $< $(LIBS)
+# $(call inside,FILE): compiles and links the program FILE, which includes rlhf.c.
+inside = { echo '\#line 1 "$1"'; sed 's|^\#include "[./]*rlhf[.]c"|\#include "inside.h"|' $1; } | \
+	     $(CC) $(FLAGS) $(PKG_CFLAGS) -Wno-unused-function -Wno-unused-const-variable -iquote test -I. -I$(BUILD) \
+	         -o $@ -x c - -x none $(BUILD)/inside.o $(LIBS) $(MAIN_LIBS)
+
+$(TESTS): $(BUILD)/%: test/%.c test/test.h rlhf.h $(INSIDE) | need
+	$(call inside,$<)
+
+$(BUILD)/inside.h: rlhf.c test/inside.awk | $(BUILD)
+	awk -v view=1 -f test/inside.awk rlhf.c >$@
+
+$(BUILD)/inside.c: rlhf.c test/inside.awk | $(BUILD)
+	awk -f test/inside.awk rlhf.c >$@
+
+$(BUILD)/inside.o: $(BUILD)/inside.c rlhf.h $(BUILD)/page.h | need
+	$(CC) $(FLAGS) $(PKG_CFLAGS) $(MAIN_CFLAGS) -Wno-unused-function -Dmain=rlhf_main -I. -c -o $@ $<
 
 $(BUILD)/test_demo: data/demo.c
-$(BUILD)/test_report: $(BUILD)/page.h
-
-# These test the program from inside.
-$(BUILD)/test_label: $(BUILD)/page.h
-$(BUILD)/test_label $(BUILD)/test_report: LIBS += $(MAIN_LIBS) -I$(BUILD)
 
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
@@ -164,7 +172,7 @@ test: deps                ## build and run the tests (T=NAME for some of them)
 # Leaks count as failures here; the quick subset, since instrumented code is several times slower.
 SAN = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 sanitize: deps            ## the same under AddressSanitizer and UBSan, quick subset
-	@$(MAKE) --no-print-directory -j$(JOBS) test-build BUILD=$(BUILD)/san CFLAGS="-O1 -g $(SAN)" WHOLE=
+	@$(MAKE) --no-print-directory -j$(JOBS) test-build BUILD=$(BUILD)/san CFLAGS="-O1 -g1 $(SAN)"
 	@RLHF_TEST_QUICK=1 UBSAN_OPTIONS=print_stacktrace=1 sh test/run.sh -t "$(T)" \
 	    $(patsubst $(BUILD)/%,$(BUILD)/san/%,$(TESTS) $(EXAMPLES))
 
@@ -184,7 +192,7 @@ $(BUILD)/demo-tool: data/demo.c | need $(BUILD)
 INTEROP = $(BUILD)/interop
 
 interop: deps             ## files, ids and numbers against transformers, PEFT, tokenizers, llama.cpp (T=NAME)
-	@$(MAKE) --no-print-directory all $(INTEROP)/librlhf.so $(INTEROP)/tool $(VENV)/.installed
+	@$(MAKE) --no-print-directory -j$(JOBS) all $(INTEROP)/librlhf.so $(INTEROP)/tool $(VENV)/.installed
 	@$(MAKE) --no-print-directory $(VENV)/.llama.cpp || \
 	    echo "llama-cpp-python could not be installed; the comparison goes on without it" >&2
 	@passed=0; failed=0; for s in $(sort $(wildcard test/interop_*$(T)*.py)); do \
@@ -201,9 +209,9 @@ $(INTEROP)/librlhf.so: rlhf.c rlhf.h | need
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(PKG_CFLAGS) -fPIC -shared -o $@ rlhf.c $(LIBS)
 
-$(INTEROP)/tool: test/interop_tool.c rlhf.c rlhf.h $(BUILD)/page.h | need
+$(INTEROP)/tool: test/interop_tool.c rlhf.h $(INSIDE) | need
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $(PKG_CFLAGS) $(TESTFLAGS) -I. -I$(BUILD) -o $@ $< $(LIBS) $(MAIN_LIBS)
+	$(call inside,$<)
 
 # The environment outlives the clone: installing it takes minutes. Its name tells what is in it, and
 # the processor, which llama.cpp is compiled for.

@@ -961,6 +961,7 @@ static pid_t start(char *const argv[], int in, int to) {
     char paths[2][1024];
     snprintf(paths[0], sizeof paths[0], "%s/stdout", test_dir());
     snprintf(paths[1], sizeof paths[1], "%s/stderr", test_dir());
+    for (int i = 0; i < 2; i++) unlink(paths[i]); /* what is found there later is this program's */
     pid_t pid = fork();
     if (pid) return pid;
     for (int i = 0; i < 2; i++) {
@@ -972,9 +973,9 @@ static pid_t start(char *const argv[], int in, int to) {
     _exit(99);
 }
 
-/* Waits up to ten seconds; the exit code, 1000 + the signal, or -1 after killing it. */
+/* Waits up to a minute; the exit code, 1000 + the signal, or -1 after killing it. */
 static int wait_for(pid_t pid) {
-    for (int i = 0; i < 1000; i++) {
+    for (int i = 0; i < 6000; i++) {
         int status;
         if (waitpid(pid, &status, WNOHANG) == pid)
             return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
@@ -1009,7 +1010,7 @@ static void interrupt(const char *command, const char *extra) {
         }
         argv[argc] = NULL;
         pid_t pid = start(argv, null, -1);
-        for (int i = 0; i < 3000 && lines < 5 + 10 * round; i++) {
+        for (int i = 0; i < 60000 && lines < 5 + 10 * round; i++) {
             usleep(1000);
             lines = count_lines("cut/metrics.jsonl");
         }

@@ -2,7 +2,7 @@
 #
 # Variables worth setting:  CC  CFLAGS (optimisation, -Werror)  CPPFLAGS  LDFLAGS, and
 #   T=NAME               runs the tests whose name contains NAME
-#   JOBS=N               compilers at a time
+#   JOBS=N               compilers, and test programs, at a time
 #   OPENMP=              builds without threads
 #   BUILD=DIR PROG=FILE  build elsewhere, to have several builds side by side
 
@@ -161,19 +161,22 @@ $(BUILD)/test_demo: data/demo.c
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
 
+# How tests run: first those that take longest.
+RUN = -j $(JOBS) -f "test_real test_memory example_ppo test_gemm test_lora test_cli" -t "$(T)"
+
 test-build: $(TESTS) $(EXAMPLES)
 	@:
 
 # test/readme.sh runs the commands of README.md with the program, and compares its table with the demo.
 test: deps                ## build and run the tests (T=NAME for some of them)
 	@$(MAKE) --no-print-directory -j$(JOBS) test-build all $(BUILD)/demo-tool
-	@sh test/run.sh -t "$(T)" $(TESTS) $(EXAMPLES) test/readme.sh
+	@sh test/run.sh $(RUN) $(TESTS) $(EXAMPLES) test/readme.sh
 
 # Leaks count as failures here; the quick subset, since instrumented code is several times slower.
 SAN = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 sanitize: deps            ## the same under AddressSanitizer and UBSan, quick subset
 	@$(MAKE) --no-print-directory -j$(JOBS) test-build BUILD=$(BUILD)/san CFLAGS="-O1 -g1 $(SAN)"
-	@RLHF_TEST_QUICK=1 UBSAN_OPTIONS=print_stacktrace=1 sh test/run.sh -t "$(T)" \
+	@RLHF_TEST_QUICK=1 UBSAN_OPTIONS=print_stacktrace=1 sh test/run.sh $(RUN) \
 	    $(patsubst $(BUILD)/%,$(BUILD)/san/%,$(TESTS) $(EXAMPLES))
 
 # ---- Demo ----------------------------------------------------------------------------------------
@@ -353,7 +356,7 @@ neon: deps-ci $(SYSROOT)/.unpacked  ## cross-build for aarch64, run the kernel t
 	    CC=$(CROSS)gcc OPENMP=-fopenmp PKG_CFLAGS="-isystem $(SYSROOT)/usr/include" \
 	    PKG_LIBS="-L$(SYSROOT)/usr/lib/aarch64-linux-gnu -ljansson -lpcre2-8 -lutf8proc -lz"
 	@$(QEMU) $(ARM)/rlhf info
-	@RLHF_TEST_QUICK=1 sh test/run.sh -w "$(QEMU)" -t "$(T)" $(NEON_RUN)
+	@RLHF_TEST_QUICK=1 sh test/run.sh $(RUN) -w "$(QEMU)" $(NEON_RUN)
 
 # Tools that only continuous integration needs: the second compiler, the cross compiler, the emulator.
 deps-ci: deps             ## install what .ci/run needs beyond deps

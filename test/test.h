@@ -367,6 +367,9 @@ static void test_floats_free(float *x) {
 
 /* ---- Runner ---------------------------------------------------------------------------------- */
 
+/* Seconds after which a test is taken to hang: its program dies, and what it printed says where. */
+enum { TEST_HANGS = 3600 };
+
 static double test_now(void) {
     struct timespec t;
     timespec_get(&t, TIME_UTC);
@@ -389,7 +392,9 @@ static void test_run(const test_case *test) {
     double began = test_now();
     printf("  %-40s", test->name);
     fflush(stdout);
+    alarm(TEST_HANGS);
     test->run();
+    alarm(0);
     test_failures += atomic_load(&test_bad_frees);
     if (!test_failures && test_live() != 0)
         test_fail(__FILE__, __LINE__, "%" PRId64 " blocks (%" PRId64 " bytes) were never freed",

@@ -2,7 +2,7 @@
 #
 # Variables worth setting:  CC  CFLAGS (optimisation, -Werror)  CPPFLAGS  LDFLAGS, and
 #   T=NAME               runs the tests whose name contains NAME
-#   JOBS=N               compilers at a time
+#   JOBS=N               compilers, and test programs, at a time
 #   OPENMP=              builds without threads
 #   BUILD=DIR PROG=FILE  build elsewhere, to have several builds side by side
 
@@ -161,8 +161,8 @@ $(BUILD)/test_demo: data/demo.c
 $(EXAMPLES): $(BUILD)/%: test/%.c rlhf.h $(BUILD)/librlhf.a
 	$(CC) $(FLAGS) -I. -o $@ $< $(BUILD)/librlhf.a $(LIBS)
 
-# How tests run; first those that take longest.
-RUN = -j $(JOBS) -f "test_real test_memory test_model test_lora test_cli" -t "$(T)"
+# How tests run: first those that take longest.
+RUN = -j $(JOBS) -f "test_real test_memory example_ppo test_gemm test_lora test_cli" -t "$(T)"
 
 test-build: $(TESTS) $(EXAMPLES)
 	@:

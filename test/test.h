@@ -367,7 +367,7 @@ static void test_floats_free(float *x) {
 
 /* ---- Runner ---------------------------------------------------------------------------------- */
 
-/* Seconds after which a test hangs for certain: its program ends, what it printed says where. */
+/* Seconds after which a test is taken to hang: its program dies, and what it printed says where. */
 enum { TEST_HANGS = 3600 };
 
 static double test_now(void) {

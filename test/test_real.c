@@ -276,6 +276,9 @@ static void put_pieces(text_buf *b, const char *text, size_t *at, int n) {
     }
 }
 
+/* Pieces that perplexity is measured on. */
+static int held_out(void) { return test_quick() ? 8 : 40; }
+
 TEST(sft_lowers_perplexity) {
     NEED_ASSET("datasets/tinystories_2MB.txt.gz");
     rlhf_ctx *ctx = test_context("auto", 0);
@@ -289,7 +292,7 @@ TEST(sft_lowers_perplexity) {
     text_buf b = {0};
     put_pieces(&b, text, &at, 8 * steps);
     rlhf_dataset *train = parse(ctx, tok, RLHF_DATA_SFT, 256, 1, &b);
-    put_pieces(&b, text, &later, 40);
+    put_pieces(&b, text, &later, held_out());
     text_buf copy = {malloc(b.n), b.n, b.n};
     memcpy(copy.p, b.p, b.n);
     rlhf_dataset *held = parse(ctx, tok, RLHF_DATA_SFT, 256, 1, &b);
@@ -337,7 +340,7 @@ static double short_run(const char *dtype, int seed, const char *text, int steps
     OK(ctx, rlhf_tokenizer_open(ctx, test_asset("models/babyllama361"), &tok));
     put_pieces(&b, text, &at, 16 * steps); /* half of them, by the seed's order */
     rlhf_dataset *train = parse(ctx, tok, RLHF_DATA_SFT, 256, 1, &b);
-    put_pieces(&b, text, &later, 40);
+    put_pieces(&b, text, &later, held_out());
     rlhf_dataset *held = parse(ctx, tok, RLHF_DATA_SFT, 256, 1, &b);
     rlhf_sft_config c = rlhf_sft_config_default();
     c.learning_rate = 3e-5;
@@ -561,7 +564,7 @@ TEST(hh_preferences) {
     rlhf_rm_config c = rlhf_rm_config_default();
     rlhf_trainer *t = NULL;
     c.learning_rate = 1e-4;
-    c.normalize_samples = 32;
+    c.normalize_samples = test_quick() ? 8 : 32;
     c.response_length = 24;
     OK(ctx, rlhf_model_clone(lm, RLHF_HEAD_SCORE, &m));
     OK(ctx, rlhf_rm_open(m, lm, tok, d, d, &c, &t));

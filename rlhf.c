@@ -12191,6 +12191,7 @@ typedef struct train_size {
     int rows;                /* of a micro-batch */
     train_sampler sampler[2];
     int samplers;
+    int after;               /* they sample after the last step, when its arena is given back */
     int compared;            /* tokens of the sequences whose logits are compared with another's */
     int64_t scored;          /* tokens of all that is scored in one go */
     size_t rollout;          /* bytes that stay in the arena for a whole step */
@@ -12481,26 +12482,12 @@ static model_need train_larger(model_need a, model_need b) {
     return b.acts + b.cache + b.scratch > a.acts + a.cache + a.scratch ? b : a;
 }
 
-/* The stage of a step that takes the most: sampling, scoring, or training. */
-static model_need train_stage(const rlhf_trainer *t, const train_size *z) {
-    model_need most = {0, 0, 0};
-    for (int i = 0; i < t->opt->models; i++)
-        most = train_larger(most, model_need_training(t->opt->model[i], z->rows));
-    for (const train_sampler *s = z->sampler; s < z->sampler + z->samplers; s++)
-        most = train_larger(most, model_need_sampling(s->m, s->slots, s->prompt, s->len));
-    int batch = model_batch_tokens(t->model);
-    if (z->compared)
-        most = train_larger(most, model_need_scoring(t->model, base_min(z->compared, batch), 1));
-    if (z->scored < batch) batch = (int)z->scored;
-    return train_larger(most, model_need_scoring(t->model, batch, 0));
-}
-
-/* Bytes of panels of what samples, and of what is trained on few rows at once. */
-static int64_t train_panels(const rlhf_trainer *t, const train_size *z) {
+/* Bytes of panels of what is trained on few rows at once and, if sampling, of what samples. */
+static size_t train_panels(const rlhf_trainer *t, const train_size *z, int sampling) {
     const rlhf_model *few[3 + OPT_MODELS] = {0};
     int n = 0;
     size_t bytes = 0;
-    for (int i = 0; i < z->samplers; i++) few[n++] = z->sampler[i].m;
+    for (int i = 0; sampling && i < z->samplers; i++) few[n++] = z->sampler[i].m;
     for (int i = 0; i < t->opt->models && z->rows < MODEL_MANY_ROWS; i++)
         few[n++] = t->opt->model[i];
     for (int i = 0; i < n; i++) {
@@ -12512,7 +12499,28 @@ static int64_t train_panels(const rlhf_trainer *t, const train_size *z) {
         if (own) bytes += model_panel_bytes(few[i], 0);
         if (base) bytes += model_panel_bytes(few[i], 1);
     }
-    return (int64_t)bytes;
+    return bytes;
+}
+
+/* The stage of a step that takes the most: sampling, scoring, or training. */
+static model_need train_stage(const rlhf_trainer *t, const train_size *z) {
+    model_need most = {0, 0, 0};
+    /* What else there is by then. */
+    size_t later = z->after ? train_panels(t, z, 1) - train_panels(t, z, 0) : 0;
+    for (int i = 0; i < t->opt->models; i++)
+        most = train_larger(most, model_need_training(t->opt->model[i], z->rows));
+    for (const train_sampler *s = z->sampler; s < z->sampler + z->samplers; s++) {
+        model_need sampling = model_need_sampling(s->m, s->slots, s->prompt, s->len);
+        sampling.scratch += later;
+        most = train_larger(most, sampling);
+    }
+    int batch = model_batch_tokens(t->model);
+    if (z->compared)
+        most = train_larger(most, model_need_scoring(t->model, base_min(z->compared, batch), 1));
+    if (z->scored < batch) batch = (int)z->scored;
+    model_need scoring = model_need_scoring(t->model, batch, 0);
+    scoring.scratch += later;
+    return train_larger(most, scoring);
 }
 
 /* What the run takes with the present at_once and recompute. */
@@ -12541,7 +12549,7 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
     o.activations = (int64_t)(most.acts + z.rollout);
     o.cache = (int64_t)most.cache;
     o.scratch = (int64_t)most.scratch;
-    o.scratch += train_panels(t, &z);
+    o.scratch += (int64_t)train_panels(t, &z, !z.after);
     o.total = o.weights + o.adapters + o.optimizer + o.activations + o.cache + o.scratch + o.other;
     return o;
 }
@@ -13526,6 +13534,7 @@ static void rm_normalize(rlhf_trainer *t) {
     rlhf_model *m = t->model;
     if (n < 2) return;
     arena *ws = &t->ws;
+    arena_free(ws); /* a training step's, which is larger than what follows */
     const int32_t **ids = arena_alloc(ws, (size_t)n * sizeof *ids);
     int *len = arena_alloc(ws, (size_t)n * sizeof *len);
     if (t->start) {
@@ -13560,6 +13569,7 @@ static void rm_size(const rlhf_trainer *t, train_size *z) {
     train_add_sampler(t, z, t->start, base_min(TRAIN_SLOTS, (int)c->normalize_samples),
                       (int)c->response_length);
     z->scored = c->normalize_samples * z->sampler->len;
+    z->after = 1;
 }
 
 /* Annotators with their temperatures, held. */
@@ -19462,6 +19472,9 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
  * Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted with the state saved.
  * ============================================================================================ */
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <signal.h>
 
 /* name, argument, help */
@@ -21382,6 +21395,11 @@ static int cli_open(cli *c) {
 
 int main(int argc, char **argv) {
     cli c = {0};
+#ifdef __GLIBC__
+    /* A large array that is given back goes back to the system. Left alone, the C library begins to
+     * keep those of up to 32 MB once it has seen one, beside what a run asks for next. */
+    mallopt(M_MMAP_THRESHOLD, 4 << 20);
+#endif
     if (argc < 2) return cli_usage(stderr);
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "help") || !strcmp(argv[1], "-h"))
         return cli_usage(stdout);

@@ -2443,7 +2443,8 @@ typedef struct gemm_tile_args {
     size_t rs, cs;     /* A element (m, k) is a[m * rs + k * cs] */
     const float *b;    /* panels of B, each [k][16]; null: packed on the way (gemm_args.src) */
     size_t bs;         /* floats from one panel to the next */
-    const float *next; /* k lines of panels that a tile to come reads; null: none */
+    const float *next; /* panels to come: a step of k asks for one line, or each panel's; null */
+    size_t step;       /* floats of `next` from one step of k to the next */
     float *c;          /* [rows][ldc], overwritten or added to as mode says */
     size_t ldc;
     int mode;          /* GEMM_STORE or GEMM_ACC */
@@ -2508,8 +2509,8 @@ static void gemm_r_pair_tile(int rows, int panels, const gemm_tile_args *t) {
 
 #if V_SIMD
 /* Panels that a low tile reads faster than they are needed come from memory: each step asks for
- * what it will read this many floats later. */
-enum { GEMM_AHEAD = 40 * RLHF_LANES };
+ * what will be read this many steps later, at last of the panels that follow. */
+enum { GEMM_AHEAD = 40 };
 
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
  * v16 are twelve of AVX2's sixteen registers. What does not fit beside them is read by the fused
@@ -2528,12 +2529,16 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_
         for (int p = 0; p < P; p++)
             __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k: P loads, R broadcasts, R P fused multiply-adds. */
-    const float *a = t->a, *b = t->b;
+    const float *a = t->a, *b = t->b, *next = R > 3 && t->next ? t->next : b;
+    const size_t step = R > 3 ? t->step : RLHF_LANES;
+    int turn = R > 3 ? 0 : GEMM_AHEAD;
+    if (R <= 3) next = t->k > turn ? b + turn * RLHF_LANES : t->next ? t->next : b;
     for (int k = t->k; k > 0; k--) {
         v16 col[4];
+        if (R <= 3 && k == turn) next = t->next ? t->next : b;
         V_UNROLL
         for (int p = 0; p < P; p++) {
-            if (R <= 3) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD);
+            if (R <= 3) __builtin_prefetch(next + (size_t)p * t->bs);
             col[p] = v16_load(b + (size_t)p * t->bs);
         }
         v16 high[4];
@@ -2552,8 +2557,10 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_
             V_UNROLL
             for (int p = 0; half && p < P; p++) sum[r][p] = v16_fma(x, high[p], sum[r][p]);
         }
+        if (R > 3) __builtin_prefetch(next);
         a += t->cs;
         b += RLHF_LANES;
+        next += step;
     }
     V_UNROLL
     for (int r = 0; r < R; r++) {
@@ -2644,13 +2651,13 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
             __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k, as in gemm_v_body; the blocks are sums, next rows, steps, results. */
     const float *a = t->a, *b = t->b, *next = t->next ? t->next : t->b;
-    const size_t step = t->next ? RLHF_LANES : 0;
+    const size_t step = t->step;
 #pragma GCC unroll 4
     for (int k = t->k; k > 0; k--) {
         __m512 col[GEMM_MAX_PANELS];
         V_UNROLL
         for (int p = 0; p < P; p++) {
-            if (R <= 4) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD);
+            if (R <= 4) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD * RLHF_LANES);
             col[p] = _mm512_loadu_ps(b + (size_t)p * t->bs);
         }
         V_UNROLL
@@ -3181,14 +3188,19 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         size_t col = (size_t)p * RLHF_LANES;
         t.b += (size_t)p * g->t.bs;
         if (t.bias) t.bias += col;
+        int share = base_max(1, base_min(RLHF_LANES, (g->m + height - 1) / height / w));
+        int line = (RLHF_LANES + share - 1) / share;
         for (int m = 0, i = 0, rows; m < g->m; m += rows, i++) {
             size_t row = (size_t)m * g->t.ldc + col;
             rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
             t.a = g->t.a + (size_t)m * ms;
             t.c = g->t.c + row;
             if (t.add) t.add = g->t.add + row;
-            /* The next panels are on their way while these are used: one for each tile. */
-            t.next = i < w && p + w + i < panels ? g->t.b + (size_t)(p + w + i) * g->t.bs : NULL;
+            /* The next panels are on their way while these are used: a part for each tile. */
+            int ahead = p + w + i / share;
+            t.step = i / share < w && ahead < panels ? (size_t)line : 0;
+            t.next = g->t.b + (size_t)(t.step ? ahead : p) * g->t.bs;
+            t.next += (size_t)(i % share * t.k) * t.step;
             if (p < whole) tiles->tile(rows, w, &t);
             else gemm_edge(tiles, rows, g->n - (int)col, &t);
         }

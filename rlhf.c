@@ -3333,8 +3333,8 @@ static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
 /* The whole product, over the context's threads; scratch comes from ws. */
 static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     if (g->m <= 0 || g->n <= 0) return;
-    int k = g->t.k,
-        small = (double)g->m * g->n * k < 262144.0; /* a fork costs more than the work */
+    /* A fork costs more than the work; of few rows, the work is to read B. */
+    int k = g->t.k, small = (double)base_max(g->m, 8) * g->n * k < 262144.0;
     gemm_job j = {.kt = ctx->k, .g = g, .rows = g->m, .panels = (int)gemm_panels(g->n), .down = 1};
     int tile = gemm_tiles(j.kt, g)->rows, floats = (int)(ctx->cache / sizeof(float));
     /* Rows of A that share panels fill half of the cache; for few rows B passes but once. */
@@ -16650,12 +16650,13 @@ static int bench_less(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-/* Median seconds of a call, after one that does not count: at least three (quick: two), about a
- * second (0.3) of them. */
+/* Median seconds of a call, after one that does not count: at least three (quick: two; of long ones
+ * one), about a second (0.3) of them. */
 static double bench_time(const bench *b, void (*run)(void *), void *arg) {
     double t[64], begun = base_now();
     int n = 0, least = b->quick ? 2 : 3;
     run(arg); /* touches memory, packs weights, wakes the threads */
+    if (base_now() - begun > 30) least = 1;
     while (n < 64 && (n < least || base_now() - begun < (b->quick ? 0.3 : 1.0))) {
         double at = base_now();
         run(arg);
@@ -16881,7 +16882,7 @@ static double bench_macs(const rlhf_model *m, double context, int head) {
 static void bench_step_run(void *arg) { train_step(arg); }
 
 /* Tokens a second of optimizer steps on one batch of equal sequences. */
-static void bench_train(bench *b, const char *name, int batch, int len) {
+static void bench_train(bench *b, const char *work, const char *name, int batch, int len) {
     bench_forget();
     rlhf_model *m = bench_model(b, name, 0);
     rlhf_dataset *d = bench_data(b, m, RLHF_DATA_SFT, batch, len);
@@ -16892,12 +16893,42 @@ static void bench_train(bench *b, const char *name, int batch, int len) {
     rlhf_trainer *t = sft_open(m, NULL, d, NULL, &c);
     double s = bench_time(b, bench_step_run, t), tokens = (double)batch * len;
     char full[64];
-    snprintf(full, sizeof full, "train/%.20s/%dx%d/%s", name, batch, len, b->dtype);
+    snprintf(full, sizeof full, "%s/%.20s/%dx%d/%s", work, name, batch, len, b->dtype);
     bench_add(b, full, tokens / s, "tok/s",
               6 * tokens * bench_macs(m, len / 2.0, 1) / s / 1e9 / b->peak);
     train_free(t);
     data_free(d);
     model_free(m);
+}
+
+/* The same with a team of n threads, beside the roof of as many. */
+static void bench_threads(bench *b, const char *name, int n) {
+    rlhf_ctx *ctx = b->ctx;
+    par_team *team = ctx->team;
+    double peak = b->peak;
+    int threads = ctx->threads;
+    char work[32];
+    snprintf(work, sizeof work, "growth/%d-threads", n);
+    ctx->threads = n;
+    ctx->team = par_new(ctx);
+    if (!ctx->team) err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for threads");
+    b->peak = bench_fma(b, ctx->half && b->bf16 > 0 ? &ctx->k->bf16 : &ctx->k->f32);
+    bench_train(b, work, name, 8, 128);
+    par_free(ctx);
+    ctx->team = team;
+    ctx->threads = threads;
+    b->peak = peak;
+}
+
+/* How training grows: with the tokens of a step, with the length of a sequence at as many tokens,
+ * and with threads. */
+static void bench_growth(bench *b, const char *name) {
+    int most = b->quick ? 32 : 512;
+    for (int batch = 8; batch <= most; batch *= 4) bench_train(b, "growth", name, batch, 128);
+    for (int len = 256; len <= 4 * most && len <= 4096; len *= 4)
+        bench_train(b, "growth", name, base_min(4096, 8 * most) / len, len);
+    for (int n = 1; n < b->ctx->threads; n *= 2) bench_threads(b, name, n);
+    bench_threads(b, name, b->ctx->threads);
 }
 
 /* One batch to be continued again and again. */
@@ -17021,9 +17052,10 @@ static void bench_scores(bench *b) {
     }
 }
 
-/* The whole of `rlhf bench`: what is gemm, train, generate, ppo or all. */
+/* The whole of `rlhf bench`: what is gemm, train, generate, ppo, or all of these; or growth. */
 static void bench_run(bench *b, const char *what, const char *model) {
-    int all = !strcmp(what, "all"), n = model || b->quick ? 1 : BENCH_ALL;
+    int all = !strcmp(what, "all"), grow = !strcmp(what, "growth");
+    int n = model || grow || b->quick ? 1 : BENCH_ALL;
     bench_limits(b);
     if (all || !strcmp(what, "gemm")) bench_gemm(b);
     for (int i = 0; i < n && strcmp(what, "gemm"); i++) {
@@ -17032,12 +17064,13 @@ static void bench_run(bench *b, const char *what, const char *model) {
         for (int k = 0; k < BENCH_SHAPES; k++)
             if (!strcmp(bench_shapes[k].name, name)) big = bench_shapes[k].big;
         if (all || !strcmp(what, "train")) {
-            bench_train(b, name, big ? 4 : 8, big ? 64 : 128);
-            if (big && !b->quick) bench_train(b, name, 4, 256);
+            bench_train(b, "train", name, big ? 4 : 8, big ? 64 : 128);
+            if (big && !b->quick) bench_train(b, "train", name, 4, 256);
         }
         if (all || !strcmp(what, "generate"))
             for (int batch = 1; batch <= 32; batch *= batch == 1 ? 8 : 4)
                 bench_generate(b, name, batch);
+        if (grow) bench_growth(b, name);
         for (int shared = 0; shared < 2 && (all || !strcmp(what, "ppo")); shared++)
             bench_ppo(b, name, shared);
     }
@@ -21132,7 +21165,7 @@ static rlhf_status cli_bench_frame(cli *c, bench *b, const char *what) {
 }
 
 static int cli_bench(cli *c) {
-    static const char choices[] = "all|gemm|train|generate|ppo";
+    static const char choices[] = "all|gemm|train|generate|ppo|growth";
     const char *what = c->n_more ? c->more[0] : "all";
     if (!base_is_choice(choices, what))
         return cli_fail(c, "bench: \"%s\", expected one of %s", what, choices), 2;
@@ -21372,7 +21405,7 @@ static const cli_command cli_commands[] = {
      "--train FILE... --vocab_size N --out DIR",
      CLI_COMMON | CLI_BIT(train) | CLI_BIT(vocab_size) | CLI_BIT(out), -1, cli_tokenizer},
     {"bench", "this machine's speed at the work of RLHF",
-     "[all|gemm|train|generate|ppo] [--model NAME|DIR]",
+     "[all|gemm|train|generate|ppo|growth] [--model NAME|DIR]",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(quick), -1, cli_bench},
     {"info", "this machine, and a model's shape", "[--model DIR]", CLI_COMMON | CLI_BIT(model), -1,
      cli_info}};

@@ -9,7 +9,8 @@
 #
 # Called by `make demo` from the root of the repository. Environment: RLHF (the program, ./rlhf),
 # DEMO_TOOL (built from data/demo.c, build/demo-tool), DEMO_OUT (build/demo), DEMO_CONFIG
-# (data/demo_config.json), DEMO_SEED (1), DEMO_THREADS (as many as the machine has).
+# (data/demo_config.json), DEMO_SEED (1), DEMO_THREADS (as many as the machine has), DEMO_DTYPE (f32),
+# DEMO_FEEDBACK (all four; of some, only the training is done and nothing is compared).
 set -eu
 
 rlhf=${RLHF:-./rlhf}
@@ -17,7 +18,7 @@ tool=${DEMO_TOOL:-build/demo-tool}
 out=${DEMO_OUT:-build/demo}
 config=${DEMO_CONFIG:-data/demo_config.json}
 seed=${DEMO_SEED:-1}
-common="--seed $seed${DEMO_THREADS:+ --threads $DEMO_THREADS}"
+common="--seed $seed${DEMO_THREADS:+ --threads $DEMO_THREADS}${DEMO_DTYPE:+ --dtype $DEMO_DTYPE}"
 data=$out/data
 began=$SECONDS
 
@@ -36,7 +37,7 @@ run_to() {
     "$@" > "$file"
 }
 
-feedback="expert lay crowd crowd-em"
+feedback=${DEMO_FEEDBACK:-expert lay crowd crowd-em}
 rm -rf "${out:?}"/{data,tokenizer,sft,rm-*,ppo-*}
 rm -f "$out"/*.json "$out"/*.jsonl
 mkdir -p "$data"
@@ -89,6 +90,8 @@ for who in $feedback; do
         --temperature 1.0 --missing_eos_penalty 1.0 --gamma 1.0 --lam 0.95 \
         --cliprange 0.2 --cliprange_value 0.2 --vf_coef 0.1 --best_of_n 16 $common
 done
+
+[ -z "${DEMO_FEEDBACK:-}" ] || exit 0
 
 say "5. The examination: each model answers the held-out questions; the reward models of experts" \
     "and of lay people score the answers; eval measures how far the model has moved from the SFT model."

@@ -2443,8 +2443,8 @@ typedef struct gemm_tile_args {
     size_t rs, cs;     /* A element (m, k) is a[m * rs + k * cs] */
     const float *b;    /* panels of B, each [k][16]; null: packed on the way (gemm_args.src) */
     size_t bs;         /* floats from one panel to the next */
-    const float *next; /* panels to come: a step of k asks for one line, or each panel's; null */
-    size_t step;       /* floats of `next` from one step of k to the next */
+    const float *next; /* panels to come, for each step of k to ask for a line of them; or null */
+    size_t step;       /* floats from one such line to the next; 0: there are none to come */
     float *c;          /* [rows][ldc], overwritten or added to as mode says */
     size_t ldc;
     int mode;          /* GEMM_STORE or GEMM_ACC */
@@ -2514,8 +2514,10 @@ enum { GEMM_AHEAD = 40 };
 
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
  * v16 are twelve of AVX2's sixteen registers. What does not fit beside them is read by the fused
- * multiply-add itself. half, a constant too: pairs, as in gemm_r_pair_tile. */
-V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_args *t) {
+ * multiply-add itself. half and ask, constants too: pairs, as in gemm_r_pair_tile; whether a tile
+ * that is not low asks for what is to come. */
+V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
+                      const gemm_tile_args *t) {
     v16 sum[6][4];
     V_UNROLL
     for (int r = 0; r < R; r++) {
@@ -2529,13 +2531,12 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_
         for (int p = 0; p < P; p++)
             __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k: P loads, R broadcasts, R P fused multiply-adds. */
-    const float *a = t->a, *b = t->b, *next = R > 3 && t->next ? t->next : b;
-    const size_t step = R > 3 ? t->step : RLHF_LANES;
-    int turn = R > 3 ? 0 : GEMM_AHEAD;
-    if (R <= 3) next = t->k > turn ? b + turn * RLHF_LANES : t->next ? t->next : b;
+    const float *a = t->a, *b = t->b, *after = t->next ? t->next : b, *next = after;
+    const size_t step = R <= 3 ? RLHF_LANES : t->step;
+    if (R <= 3 && t->k > GEMM_AHEAD) next = b + GEMM_AHEAD * RLHF_LANES;
     for (int k = t->k; k > 0; k--) {
         v16 col[4];
-        if (R <= 3 && k == turn) next = t->next ? t->next : b;
+        if (R <= 3 && k == GEMM_AHEAD) next = after;
         V_UNROLL
         for (int p = 0; p < P; p++) {
             if (R <= 3) __builtin_prefetch(next + (size_t)p * t->bs);
@@ -2557,7 +2558,7 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_
             V_UNROLL
             for (int p = 0; half && p < P; p++) sum[r][p] = v16_fma(x, high[p], sum[r][p]);
         }
-        if (R > 3) __builtin_prefetch(next);
+        if (R > 3 && ask) __builtin_prefetch(next);
         a += t->cs;
         b += RLHF_LANES;
         next += step;
@@ -2578,11 +2579,16 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const gemm_tile_
 /* Every height with every width up to what the k_table's list of panels says. */
 K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
 #define GEMM_V(R, P)                                                                               \
-    case (R)*8 + (P): gemm_v_body(R, P, 0, t); return;
+    case (R)*8 + (P): gemm_v_body(R, P, 0, 0, t); return;
+#define GEMM_V_ASK(R, P)                                                                           \
+    case (R)*8 + (P):                                                                              \
+        if (t->step) gemm_v_body(R, P, 0, 1, t);                                                   \
+        else gemm_v_body(R, P, 0, 0, t);                                                           \
+        return;
     switch (rows * 8 + panels) {
-        GEMM_V(6, 1)
-        GEMM_V(5, 1)
-        GEMM_V(4, 1)
+        GEMM_V_ASK(6, 1)
+        GEMM_V_ASK(5, 1)
+        GEMM_V_ASK(4, 1)
         GEMM_V(3, 1)
         GEMM_V(3, 2)
         GEMM_V(2, 1)
@@ -2594,6 +2600,7 @@ K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
         GEMM_V(1, 4)
     }
 #undef GEMM_V
+#undef GEMM_V_ASK
 }
 
 /* Six chains of sixteen lanes: as many registers as a tile has. Every lane begins at a value of its
@@ -2615,9 +2622,14 @@ K_FN double gemm_v_peak(int64_t rounds, float *sink) {
 
 K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
 #define GEMM_V(R, P)                                                                               \
-    case (R)*8 + (P): gemm_v_body(R, P, 1, t); return;
+    case (R)*8 + (P): gemm_v_body(R, P, 1, 0, t); return;
+#define GEMM_V_ASK(R, P)                                                                           \
+    case (R)*8 + (P):                                                                              \
+        if (t->step) gemm_v_body(R, P, 1, 1, t);                                                   \
+        else gemm_v_body(R, P, 1, 0, t);                                                           \
+        return;
     switch (rows * 8 + panels) {
-        GEMM_V(4, 1)
+        GEMM_V_ASK(4, 1)
         GEMM_V(3, 1)
         GEMM_V(2, 1)
         GEMM_V(2, 2)
@@ -2626,6 +2638,7 @@ K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
         GEMM_V(1, 3)
     }
 #undef GEMM_V
+#undef GEMM_V_ASK
 }
 #endif
 
@@ -3172,6 +3185,9 @@ static const k_tiles *gemm_tiles(const k_table *kt, const gemm_args *g) {
     return g->half ? &kt->bf16 : &kt->f32;
 }
 
+/* Tiles one above the other that are few: the panels to come are then needed soon. */
+enum { GEMM_FEW_TILES = 8 };
+
 /* The product on the calling thread, B in panels (t.b); then act on what it wrote. Tiles of all
  * rows share their panels while these are near, and are of one height as nearly as they can be: a
  * low one makes less of each load. A that is packed has the height it was packed for. The order of
@@ -3188,17 +3204,19 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         size_t col = (size_t)p * RLHF_LANES;
         t.b += (size_t)p * g->t.bs;
         if (t.bias) t.bias += col;
-        int share = base_max(1, base_min(RLHF_LANES, (g->m + height - 1) / height / w));
-        int line = (RLHF_LANES + share - 1) / share;
+        /* While these panels are used, each of the next ones is asked for: by `share` tiles, or at
+         * once where there are so many that it is there in any case. */
+        int high = (g->m + height - 1) / height;
+        int share = high > GEMM_FEW_TILES ? 1 : base_max(1, high / w);
+        int part = (RLHF_LANES + share - 1) / share;
         for (int m = 0, i = 0, rows; m < g->m; m += rows, i++) {
             size_t row = (size_t)m * g->t.ldc + col;
             rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
             t.a = g->t.a + (size_t)m * ms;
             t.c = g->t.c + row;
             if (t.add) t.add = g->t.add + row;
-            /* The next panels are on their way while these are used: a part for each tile. */
             int ahead = p + w + i / share;
-            t.step = i / share < w && ahead < panels ? (size_t)line : 0;
+            t.step = i / share < w && ahead < panels ? (size_t)part : 0;
             t.next = g->t.b + (size_t)(t.step ? ahead : p) * g->t.bs;
             t.next += (size_t)(i % share * t.k) * t.step;
             if (p < whole) tiles->tile(rows, w, &t);

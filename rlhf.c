@@ -2281,18 +2281,17 @@ K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
 enum { K_ROWS_AHEAD = 12 };
 
 K_FN void k_v_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
-    /* Where w is no multiple of a register, registers reach over into what is written next; so the
-     * last row and the last strip go by numbers. */
-    int over = w % V_WIDTH, rows = over ? n - 1 : n, whole = over ? strips - 1 : strips;
+    /* Where w is no multiple of a register, registers reach over into the next row of x, and of a
+     * strip, which is written next; so the last row goes by numbers. */
+    int over = w % V_WIDTH, rows = over ? n - 1 : n;
     size_t strip = (size_t)n * (size_t)w;
     for (int i = 0; i < rows; i++) {
         const float *from = x + (size_t)i * ld;
         float *to = y + (size_t)(i * w);
         for (int c = 0; c < strips * w; c += RLHF_LANES)
             __builtin_prefetch(from + K_ROWS_AHEAD * ld + c);
-        for (int s = 0; s < whole; s++, from += w, to += strip)
+        for (int s = 0; s < strips; s++, from += w, to += strip)
             for (int c = 0; c < w; c += V_WIDTH) v_store(to + c, v_load(from + c));
-        for (int c = 0; over && c < w; c++) to[c] = from[c];
     }
     if (over) k_strips_row(n, strips, w, x, ld, y, n - 1);
 }

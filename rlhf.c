@@ -3237,7 +3237,12 @@ typedef struct gemm_job {
     int high, group;        /* rows of A and panels of B that are packed at a time */
     size_t a, b, c;         /* floats for each; a 0: A is read in place */
     float *scratch;
+    int *held; /* per thread: the column of blocks whose panels its scratch holds, all of them; -1 */
 } gemm_job;
+
+static float *gemm_job_scratch(const gemm_job *j, int thread) {
+    return j->scratch + (size_t)thread * (j->a + j->b + j->c);
+}
 
 /* Some rows of one part of the sum, whose panels are packed. Packs A where it is to be. */
 static void gemm_job_rows(const gemm_job *j, gemm_args *s, float *scratch) {
@@ -3253,17 +3258,19 @@ static void gemm_job_rows(const gemm_job *j, gemm_args *s, float *scratch) {
     gemm_block(kt, s);
 }
 
-/* One part of the sum of one block: panels are packed once for all its rows, rows of A once for a
- * group of panels. */
-static void gemm_job_part(const gemm_job *j, const gemm_args *s, float *scratch) {
-    int panels = (int)gemm_panels(s->n);
+/* One part of the sum of one block: panels are packed once for all its rows, and for those of the
+ * blocks below where they are all that the column needs; rows of A once for a group of panels. */
+static void gemm_job_part(const gemm_job *j, const gemm_args *s, int column, int thread) {
+    float *scratch = gemm_job_scratch(j, thread);
+    int panels = (int)gemm_panels(s->n), whole = panels <= j->group && s->t.k == j->g->t.k;
     for (int p = 0, w; p < panels; p += w) {
         w = gemm_piece(panels - p, j->group);
         gemm_args group = gemm_part(s, 0, s->m, p, p + w);
         if (!s->t.b) {
             gemm_pack_args pack = {j->kt,   group.src, s->ks,   s->ns,
                                    s->t.k,  group.n,   s->half, scratch + j->a};
-            gemm_pack_range(&pack, 0, w, 0);
+            if (!whole || j->held[thread] != column) gemm_pack_range(&pack, 0, w, 0);
+            j->held[thread] = whole ? column : -1;
             group.t.b = pack.out;
             group.t.bs = gemm_panel_size(j->kt, s->half, s->t.k);
         }
@@ -3276,11 +3283,11 @@ static void gemm_job_part(const gemm_job *j, const gemm_args *s, float *scratch)
 
 /* One block: the parts of its sum in order. C carries the chain, or scratch where C holds what the
  * sum is to be added to. */
-static void gemm_job_block(const gemm_job *j, const gemm_args *block, float *scratch) {
+static void gemm_job_block(const gemm_job *j, const gemm_args *block, int column, int thread) {
     int k = block->t.k;
     gemm_args part = *block;
     if (j->c) {
-        part.t.c = scratch + j->a + j->b;
+        part.t.c = gemm_job_scratch(j, thread) + j->a + j->b;
         part.t.ldc = (size_t)j->panels * RLHF_LANES;
     }
     for (int k0 = 0; k0 == 0 || k0 < k; k0 += j->depth) {
@@ -3293,7 +3300,7 @@ static void gemm_job_block(const gemm_job *j, const gemm_args *block, float *scr
         if (k0) s.t.mode = GEMM_ACC;
         if (k0 + j->depth < k) s.t.bias = NULL;
         if (k0 + j->depth < k || j->c) s.t.add = NULL, s.act = NULL;
-        gemm_job_part(j, &s, scratch);
+        gemm_job_part(j, &s, column, thread);
     }
     for (int m = 0; j->c && m < block->m; m++) {
         float *c = block->t.c + (size_t)m * block->t.ldc;
@@ -3306,10 +3313,10 @@ static void gemm_job_block(const gemm_job *j, const gemm_args *block, float *scr
 static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
     const gemm_job *j = arg;
     for (int64_t i = lo; i < hi; i++) {
-        int m = (int)(i % j->down) * j->rows, p = (int)(i / j->down) * j->panels;
+        int column = (int)(i / j->down), m = (int)(i % j->down) * j->rows, p = column * j->panels;
         gemm_args block = gemm_part(j->g, m, base_min(m + j->rows, j->g->m), p,
                                     base_min(p + j->panels, (int)gemm_panels(j->g->n)));
-        gemm_job_block(j, &block, j->scratch + (size_t)thread * (j->a + j->b + j->c));
+        gemm_job_block(j, &block, column, thread);
     }
 }
 
@@ -3319,8 +3326,8 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
 #define GEMM_PACK 6
 
 /* Cuts the product into a grid of blocks: the one that takes the busiest thread the fewest
- * multiply-adds, what it packs counted in them. Each row of blocks packs B, each column A. Returns
- * their number. */
+ * multiply-adds, what it packs counted in them: rows of A for each block, panels of B too, or once
+ * for the blocks of a column. Returns their number. */
 static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
     const gemm_args *g = j->g;
     const k_tiles *tiles = gemm_tiles(j->kt, g);
@@ -3333,15 +3340,17 @@ static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
         int rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
         int wide = (panels + across - 1) / across;
         if (panels >= 4 * step * across) wide = (wide + step - 1) / step * step;
-        int n = (g->m + rows - 1) / rows * ((panels + wide - 1) / wide);
-        double size = rows * (double)(wide * RLHF_LANES);
-        double pack = (g->t.b ? 0 : GEMM_PACK * wide * RLHF_LANES) + (j->a ? GEMM_PACK * rows : 0);
-        double cost = (n + ctx->threads - 1) / ctx->threads * (size + pack);
+        int tall = (g->m + rows - 1) / rows, n = tall * ((panels + wide - 1) / wide);
+        int own = (n + ctx->threads - 1) / ctx->threads;
+        int packs = wide <= j->group && j->depth >= g->t.k ? (own + tall - 1) / tall : own;
+        double cost = own * (double)rows * (wide * RLHF_LANES);
+        if (!g->t.b) cost += (double)GEMM_PACK * packs * wide * RLHF_LANES;
+        if (j->a) cost += (double)GEMM_PACK * own * rows;
         if (cost >= best) continue;
         best = cost;
         j->rows = rows;
         j->panels = wide;
-        j->down = (g->m + rows - 1) / rows;
+        j->down = tall;
         blocks = n;
     }
     return blocks;
@@ -3360,17 +3369,19 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     j.depth = (int)base_round_up((size_t)base_max(1, (k + parts - 1) / parts), g->half ? 32 : 1);
     /* A's columns are packed unless there are too few tiles for that to pay; pairs always are. */
     j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
-    int blocks = small ? 1 : gemm_cut(ctx, &j);
+    j.group = base_max(GEMM_MAX_PANELS, 2 * floats / j.depth / RLHF_LANES);
+    int blocks = small ? 1 : gemm_cut(ctx, &j), threads = blocks > 1 ? ctx->threads : 1;
     size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth);
     j.high = base_max(floats / 2 / j.depth / tile * tile, 4 * tile);
     j.high = (int)base_round_up((size_t)gemm_piece(j.rows, j.high), (size_t)tile);
-    j.group = g->t.b ? j.panels : base_max(GEMM_MAX_PANELS, 2 * floats / j.depth / RLHF_LANES);
-    j.group = base_min(j.panels, j.group);
+    j.group = g->t.b ? j.panels : base_min(j.panels, j.group);
     if (j.a) j.a = (size_t)j.high * steps;
     if (!g->t.b) j.b = (size_t)j.group * RLHF_LANES * steps;
     if (parts > 1 && g->t.add == g->t.c) j.c = (size_t)j.rows * (size_t)j.panels * RLHF_LANES;
     arena_mark mark = arena_save(ws);
-    j.scratch = arena_floats(ws, j.a + j.b + j.c, (size_t)(blocks > 1 ? ctx->threads : 1));
+    j.scratch = arena_floats(ws, j.a + j.b + j.c, (size_t)threads);
+    j.held = arena_alloc(ws, (size_t)threads * sizeof *j.held);
+    for (int i = 0; i < threads; i++) j.held[i] = -1;
     if (blocks > 1) par_for(ctx, blocks, 1, gemm_job_range, &j);
     else gemm_job_range(&j, 0, 1, 0);
     arena_restore(ws, mark);

@@ -3237,7 +3237,7 @@ typedef struct gemm_job {
     int high, group;        /* rows of A and panels of B that are packed at a time */
     size_t a, b, c;         /* floats for each; a 0: A is read in place */
     float *scratch;
-    int *held; /* per thread: the column of blocks whose panels its scratch holds, all of them; -1 */
+    int *held; /* per thread: the column of blocks all of whose panels its scratch holds; or -1 */
 } gemm_job;
 
 static float *gemm_job_scratch(const gemm_job *j, int thread) {

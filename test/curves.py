@@ -26,7 +26,7 @@ PARTS = 5
 
 
 def train(out, seed, dtype):
-    """Runs the demo's stages into a directory, unless they have been there."""
+    """Runs the demo's stages into a directory."""
     env = dict(os.environ, DEMO_OUT=str(out), DEMO_SEED=str(seed), DEMO_DTYPE=dtype,
                DEMO_FEEDBACK="expert")
     out.mkdir(parents=True, exist_ok=True)

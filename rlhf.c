@@ -2576,18 +2576,17 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
 }
 
 /* Every height with every width up to what the k_table's list of panels says. */
-K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
 #define GEMM_V(R, P)                                                                               \
-    case (R)*8 + (P): gemm_v_body(R, P, 0, 0, t); return;
-#define GEMM_V_ASK(R, P)                                                                           \
     case (R)*8 + (P):                                                                              \
-        if (t->step) gemm_v_body(R, P, 0, 1, t);                                                   \
-        else gemm_v_body(R, P, 0, 0, t);                                                           \
+        if ((R) > 3 && t->step) gemm_v_body(R, P, GEMM_HALF, 1, t);                                \
+        else gemm_v_body(R, P, GEMM_HALF, 0, t);                                                   \
         return;
+#define GEMM_HALF 0
+K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
     switch (rows * 8 + panels) {
-        GEMM_V_ASK(6, 1)
-        GEMM_V_ASK(5, 1)
-        GEMM_V_ASK(4, 1)
+        GEMM_V(6, 1)
+        GEMM_V(5, 1)
+        GEMM_V(4, 1)
         GEMM_V(3, 1)
         GEMM_V(3, 2)
         GEMM_V(2, 1)
@@ -2598,9 +2597,22 @@ K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
         GEMM_V(1, 3)
         GEMM_V(1, 4)
     }
-#undef GEMM_V
-#undef GEMM_V_ASK
 }
+#undef GEMM_HALF
+#define GEMM_HALF 1
+K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
+    switch (rows * 8 + panels) {
+        GEMM_V(4, 1)
+        GEMM_V(3, 1)
+        GEMM_V(2, 1)
+        GEMM_V(2, 2)
+        GEMM_V(1, 1)
+        GEMM_V(1, 2)
+        GEMM_V(1, 3)
+    }
+}
+#undef GEMM_HALF
+#undef GEMM_V
 
 /* Six chains of sixteen lanes: as many registers as a tile has. Every lane begins at a value of its
  * own: a compiler does two equal chains once, and the peak would be twice what there is. */
@@ -2617,27 +2629,6 @@ K_FN double gemm_v_peak(int64_t rounds, float *sink) {
     V_UNROLL
     for (int j = 0; j < 6; j++) *sink += v16_sum(sum[j]);
     return 2.0 * 6 * RLHF_LANES * (double)rounds;
-}
-
-K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
-#define GEMM_V(R, P)                                                                               \
-    case (R)*8 + (P): gemm_v_body(R, P, 1, 0, t); return;
-#define GEMM_V_ASK(R, P)                                                                           \
-    case (R)*8 + (P):                                                                              \
-        if (t->step) gemm_v_body(R, P, 1, 1, t);                                                   \
-        else gemm_v_body(R, P, 1, 0, t);                                                           \
-        return;
-    switch (rows * 8 + panels) {
-        GEMM_V_ASK(4, 1)
-        GEMM_V(3, 1)
-        GEMM_V(2, 1)
-        GEMM_V(2, 2)
-        GEMM_V(1, 1)
-        GEMM_V(1, 2)
-        GEMM_V(1, 3)
-    }
-#undef GEMM_V
-#undef GEMM_V_ASK
 }
 #endif
 

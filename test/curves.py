@@ -52,6 +52,8 @@ def main():
     a.add_argument("--seeds", type=int, default=5, help="runs in f32 (5)")
     a.add_argument("--out", type=Path, default=ROOT / "build" / "curves", help="build/curves")
     a = a.parse_args()
+    if a.seeds < 2:
+        sys.exit("--seeds: at least 2, or there is no spread")
     runs = [(a.out / f"f32-{seed}", seed, "f32") for seed in range(1, a.seeds + 1)]
     half = a.out / "bf16-1"
     for run in [*runs, (half, 1, "bf16")]:

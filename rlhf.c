@@ -541,16 +541,19 @@ static char *arena_base(arena_block *b) {
     return (char *)base_round_up((size_t)(b + 1), RLHF_ALIGN);
 }
 
+/* Makes room for size bytes in one block: one of at least `least` bytes follows a full one. */
+static void arena_reserve(arena *a, size_t size, size_t least) {
+    if (a->top && a->top->used + size <= a->top->size) return;
+    arena_block *b = arena_block_new(a, size > least ? size : least);
+    b->next = a->top;
+    a->top = b;
+}
+
 /* size bytes aligned to a cache line; contents undefined. Throws when there are none. Memory stays
- * where it is until it is restored: a full block gets a successor of at least `least` bytes, it is
- * never moved. */
+ * where it is until it is restored. */
 static void *arena_take(arena *a, size_t size, size_t least) {
     size = base_round_up(size ? size : 1, RLHF_ALIGN);
-    if (!a->top || a->top->used + size > a->top->size) {
-        arena_block *b = arena_block_new(a, size > least ? size : least);
-        b->next = a->top;
-        a->top = b;
-    }
+    arena_reserve(a, size, least);
     void *p = arena_base(a->top) + a->top->used;
     a->top->used += size;
     a->total += size;
@@ -692,35 +695,45 @@ static void rng_permutation(uint64_t seed, uint64_t stream, uint64_t round, int 
 typedef void (*par_fn)(void *arg, int64_t lo, int64_t hi, int thread);
 
 enum { PAR_PIECES = 4 }; /* pieces of one thread's share: what a late thread leaves to others */
+enum { PAR_GRACE = 16 }; /* looks at a job before a thread helps others with it */
 #define PAR_PATIENCE 100e-6
 
-/* The share of one thread: number of the job << 32 | pieces that nobody has taken. A line of its
- * own. It counts down, so that a job that is over has none, whatever the next job looks like. */
-typedef struct par_share {
-    _Atomic uint64_t open;
-    char line[RLHF_ALIGN - sizeof(uint64_t)];
-} par_share;
+/* One piece of work for all: fn(arg, ...) on [0, n). */
+typedef struct par_job {
+    par_fn fn;
+    void *arg;
+    int64_t n;          /* outputs */
+    int64_t units;      /* pieces are whole units of `grain` outputs */
+    int64_t grain;
+    int shares, pieces; /* parts, one for each thread that the range is worth; pieces of each */
+} par_job;
 
-/* A context's threads and the job at hand. Only the context's own thread posts jobs. The members of
- * a job are stable from its posting until its last piece is done: who read them after its number
- * and has then taken a piece of that number knows that what it read is of that job. */
+/* What belongs to one thread, each on a line of its own: a line that two cores write is what a job
+ * of microseconds would wait for. */
+typedef struct par_lane {
+    _Alignas(RLHF_ALIGN) _Atomic uint64_t open; /* its share: job << 8 | pieces nobody has taken */
+    _Alignas(RLHF_ALIGN) _Atomic uint64_t done; /* pieces that it has done, of all jobs */
+} par_lane;
+
+/* A context's threads and the job at hand. Only the context's own thread posts jobs; it does so
+ * between two steps of `turn`, whose odd values say that the members of `job` are being written.
+ * Nothing else is written to post a job: a share that says an older number is whole. */
 typedef struct par_team {
-    int threads; /* the context's own thread among them */
-    int opened;  /* 1: the region runs; -1: the system gave no thread */
+    void *block;    /* what the hook gave for this, and its size */
+    size_t size;
+    int threads;    /* the context's own thread among them */
+    int opened;     /* 1: the region runs; -1: the system gave no thread */
+    uint64_t asked; /* pieces of all jobs so far */
     pthread_t opener;
     pthread_mutex_t lock; /* of the sleep, and nothing else */
     pthread_cond_t wake;
     _Atomic int asleep, leave;
-    _Atomic uint32_t job;  /* number of the newest job */
-    _Atomic par_fn fn;     /* the job: */
-    _Atomic(void *) arg;   /* fn(arg, ...) on [0, n) */
-    _Atomic int64_t n;     /* outputs */
-    _Atomic int64_t units; /* pieces are whole units of `grain` outputs */
-    _Atomic int64_t grain;
-    _Atomic int shares;   /* parts of the range, one for each thread that it is worth */
-    _Atomic int pieces;   /* of each share */
-    _Atomic int64_t left; /* pieces that are not done */
-    par_share share[];
+    _Alignas(RLHF_ALIGN) _Atomic uint64_t turn; /* even: number of the newest job */
+    _Atomic par_fn fn;                          /* its members, on the same line */
+    _Atomic(void *) arg;
+    _Atomic int64_t n, units, grain;
+    _Atomic int shares, pieces;
+    par_lane lane[];
 } par_team;
 
 /* Processors that this process may use, 1 without OpenMP. */
@@ -743,60 +756,122 @@ static size_t par_cache_size(void) {
 
 /* Units of work that make a piece worth a thread, when one unit costs about `cost` simple
  * operations. The value steers time only, never results. */
-static int64_t par_grain(int64_t cost) { return 1 + 16384 / (cost > 0 ? cost : 1); }
+static int64_t par_grain(int64_t cost) { return 1 + 4096 / (cost > 0 ? cost : 1); }
 
 #ifdef _OPENMP
-/* Takes the next piece of a share, or returns -1 when there is none or the job is another. */
-static int par_take(par_team *t, uint32_t job, int share, int pieces) {
-    uint64_t open = atomic_load(&t->share[share].open);
-    while (open >> 32 == job && (uint32_t)open > 0)
-        if (atomic_compare_exchange_weak(&t->share[share].open, &open, open - 1))
-            return pieces - (int)(uint32_t)open;
-    return -1;
+/* Posts a job and returns its number. */
+static uint64_t par_post(par_team *t, const par_job *j) {
+    uint64_t turn = atomic_load_explicit(&t->turn, memory_order_relaxed);
+    atomic_store_explicit(&t->turn, turn + 1, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release);
+    atomic_store_explicit(&t->fn, j->fn, memory_order_relaxed);
+    atomic_store_explicit(&t->arg, j->arg, memory_order_relaxed);
+    atomic_store_explicit(&t->n, j->n, memory_order_relaxed);
+    atomic_store_explicit(&t->units, j->units, memory_order_relaxed);
+    atomic_store_explicit(&t->grain, j->grain, memory_order_relaxed);
+    atomic_store_explicit(&t->shares, j->shares, memory_order_relaxed);
+    atomic_store_explicit(&t->pieces, j->pieces, memory_order_relaxed);
+    /* In one order with `asleep`: see par_for. */
+    atomic_store(&t->turn, turn + 2);
+    return turn + 2;
 }
 
-/* Does pieces of a job until none is left to take: first of the own share. */
-static void par_work(par_team *t, uint32_t job, int self) {
-    par_fn fn = atomic_load(&t->fn);
-    void *arg = atomic_load(&t->arg);
-    int64_t n = atomic_load(&t->n), units = atomic_load(&t->units), grain = atomic_load(&t->grain);
-    int shares = atomic_load(&t->shares), pieces = atomic_load(&t->pieces);
-    for (int i = 0; i < shares; i++) {
-        int share = (self + i) % shares;
-        for (int p; (p = par_take(t, job, share, pieces)) >= 0;) {
-            int64_t first = units * share / shares, size = units * (share + 1) / shares - first;
-            int64_t lo = (first + size * p / pieces) * grain;
-            int64_t hi = (first + size * (p + 1) / pieces) * grain;
-            if (lo < hi) fn(arg, lo, hi < n ? hi : n, self);
-            atomic_fetch_sub(&t->left, 1);
-        }
+/* The job of that number, or 0 when it is over and the next one is on its way. */
+static int par_read(par_team *t, uint64_t number, par_job *j) {
+    j->fn = atomic_load_explicit(&t->fn, memory_order_relaxed);
+    j->arg = atomic_load_explicit(&t->arg, memory_order_relaxed);
+    j->n = atomic_load_explicit(&t->n, memory_order_relaxed);
+    j->units = atomic_load_explicit(&t->units, memory_order_relaxed);
+    j->grain = atomic_load_explicit(&t->grain, memory_order_relaxed);
+    j->shares = atomic_load_explicit(&t->shares, memory_order_relaxed);
+    j->pieces = atomic_load_explicit(&t->pieces, memory_order_relaxed);
+    atomic_thread_fence(memory_order_acquire);
+    return atomic_load_explicit(&t->turn, memory_order_relaxed) == number;
+}
+
+/* Takes the next piece of a share, or returns -1 when there is none: also of a job that is over,
+ * all of whose shares say its number or a later one. */
+static int par_take(par_lane *lane, uint64_t number, int pieces) {
+    uint64_t open = atomic_load_explicit(&lane->open, memory_order_relaxed), left;
+    do {
+        uint64_t job = open >> 8;
+        left = job < number ? (uint64_t)pieces : job > number ? 0 : open & 255;
+        if (!left) return -1;
+    } while (!atomic_compare_exchange_weak_explicit(&lane->open, &open,
+                                                    number << 8 | (left - 1),
+                                                    memory_order_relaxed, memory_order_relaxed));
+    return pieces - (int)left;
+}
+
+/* Does what is left of one share of a job. */
+static void par_share(par_team *t, const par_job *j, uint64_t number, int share, int self) {
+    int took = 0;
+    for (int p; (p = par_take(t->lane + share, number, j->pieces)) >= 0; took++) {
+        int64_t first = j->units * share / j->shares;
+        int64_t size = j->units * (share + 1) / j->shares - first;
+        int64_t lo = (first + size * p / j->pieces) * j->grain;
+        int64_t hi = (first + size * (p + 1) / j->pieces) * j->grain;
+        if (lo < hi) j->fn(j->arg, lo, hi < j->n ? hi : j->n, self);
     }
+    _Atomic uint64_t *done = &t->lane[self].done;
+    if (!took) return;
+    atomic_store_explicit(done, atomic_load_explicit(done, memory_order_relaxed) + (uint64_t)took,
+                          memory_order_release);
 }
 
-/* Waits for a job newer than `seen`: awake for a while, then asleep. Returns 0 when it is time to
- * leave. */
-static int par_wait(par_team *t, uint32_t seen) {
-    double begun = base_now();
-    while (atomic_load(&t->job) == seen && !atomic_load(&t->leave)) {
-        for (int i = 0; i < 16; i++) RLHF_PAUSE();
+/* Whether all pieces of all jobs are done. */
+static int par_done(par_team *t) {
+    uint64_t done = 0;
+    for (int i = 0; i < t->threads; i++)
+        done += atomic_load_explicit(&t->lane[i].done, memory_order_acquire);
+    return done == t->asked;
+}
+
+/* Whether a job is over, as far as one can tell who has no right to ask: `self` 0 has posted it. */
+static int par_over(par_team *t, uint64_t number, int self) {
+    return self ? atomic_load_explicit(&t->turn, memory_order_relaxed) != number : par_done(t);
+}
+
+/* Does pieces of a job until none is left to take: of the own share, then of the others'. Between
+ * the two it waits as long as others may be late in any job: a look at their shares takes these
+ * lines from them. */
+static void par_work(par_team *t, const par_job *j, uint64_t number, int self) {
+    if (self < j->shares) par_share(t, j, number, self, self);
+    for (int i = 0; i < PAR_GRACE; i++) {
+        if (par_over(t, number, self)) return;
+        RLHF_PAUSE();
+    }
+    for (int i = 1; i <= j->shares && !par_over(t, number, self); i++)
+        par_share(t, j, number, (self + i) % j->shares, self);
+}
+
+/* Waits for a job newer than `seen`: awake for a while, then asleep. Returns its number, or `seen`
+ * when it is time to leave. */
+static uint64_t par_wait(par_team *t, uint64_t seen) {
+    double begun = 0;
+    for (int i = 0; !atomic_load_explicit(&t->leave, memory_order_relaxed); i++) {
+        uint64_t turn = atomic_load_explicit(&t->turn, memory_order_acquire);
+        if (turn != seen && turn % 2 == 0) return turn;
+        RLHF_PAUSE();
+        if (i % 64) continue;
+        if (!i) begun = base_now();
         if (base_now() - begun < PAR_PATIENCE) continue;
         pthread_mutex_lock(&t->lock);
         atomic_fetch_add(&t->asleep, 1);
-        while (atomic_load(&t->job) == seen && !atomic_load(&t->leave))
+        while (atomic_load(&t->turn) == seen && !atomic_load(&t->leave))
             pthread_cond_wait(&t->wake, &t->lock);
         atomic_fetch_sub(&t->asleep, 1);
         pthread_mutex_unlock(&t->lock);
+        i = -1;
     }
-    return !atomic_load(&t->leave);
+    return seen;
 }
 
 /* The life of thread `self` of the team. */
 static void par_member(par_team *t, int self) {
-    uint32_t seen = 0;
-    while (par_wait(t, seen)) {
-        seen = atomic_load(&t->job);
-        par_work(t, seen, self);
-    }
+    par_job j;
+    for (uint64_t seen = 0, turn; (turn = par_wait(t, seen)) != seen; seen = turn)
+        if (par_read(t, turn, &j)) par_work(t, &j, turn, self);
 }
 
 /* The team's region. The opening thread is one of its members; the context's own thread is not in
@@ -821,10 +896,13 @@ static void par_open(par_team *t) {
 
 /* A team for ctx in memory from its hook, or null. Threads start when there is work for them. */
 static par_team *par_new(rlhf_ctx *ctx) {
-    size_t size = sizeof(par_team) + (size_t)ctx->threads * sizeof(par_share);
-    par_team *t = ctx->hooks.alloc(ctx->hooks.user, size);
-    if (!t) return NULL;
-    memset(t, 0, size);
+    size_t size = sizeof(par_team) + (size_t)ctx->threads * sizeof(par_lane) + RLHF_ALIGN;
+    char *block = ctx->hooks.alloc(ctx->hooks.user, size);
+    if (!block) return NULL;
+    memset(block, 0, size);
+    par_team *t = (par_team *)(void *)(block + RLHF_ALIGN - (uintptr_t)block % RLHF_ALIGN);
+    t->block = block;
+    t->size = size;
     t->threads = ctx->threads;
     pthread_mutex_init(&t->lock, NULL);
     pthread_cond_init(&t->wake, NULL);
@@ -841,7 +919,7 @@ static void par_free(rlhf_ctx *ctx) {
     if (t->opened > 0) pthread_join(t->opener, NULL);
     pthread_cond_destroy(&t->wake);
     pthread_mutex_destroy(&t->lock);
-    ctx->hooks.free(ctx->hooks.user, t, sizeof *t + (size_t)t->threads * sizeof *t->share);
+    ctx->hooks.free(ctx->hooks.user, t->block, t->size);
 }
 
 /* Calls fn on pieces of [0, n), each of them a multiple of grain long but the last. Returns when
@@ -857,27 +935,18 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
 #ifdef _OPENMP
     par_team *t = ctx->team;
     par_open(t);
-    uint32_t job = atomic_load(&t->job) + 1;
     int pieces = units / shares < PAR_PIECES ? (int)(units / shares) : PAR_PIECES;
-    atomic_store(&t->fn, fn);
-    atomic_store(&t->arg, arg);
-    atomic_store(&t->n, n);
-    atomic_store(&t->units, units);
-    atomic_store(&t->grain, grain);
-    atomic_store(&t->shares, shares);
-    atomic_store(&t->pieces, pieces);
-    atomic_store(&t->left, (int64_t)shares * pieces);
-    for (int i = 0; i < shares; i++)
-        atomic_store(&t->share[i].open, (uint64_t)job << 32 | (uint32_t)pieces);
-    atomic_store(&t->job, job);
+    par_job j = {fn, arg, n, units, grain, shares, pieces};
+    t->asked += (uint64_t)shares * (uint64_t)pieces;
+    uint64_t number = par_post(t, &j);
     /* A thread goes to sleep only after it has seen no newer job: one of the two sees the other. */
     if (atomic_load(&t->asleep)) {
         pthread_mutex_lock(&t->lock);
         pthread_cond_broadcast(&t->wake);
         pthread_mutex_unlock(&t->lock);
     }
-    par_work(t, job, 0);
-    for (int i = 0; atomic_load(&t->left); i++) {
+    par_work(t, &j, number, 0);
+    for (int i = 0; !par_done(t); i++) {
         RLHF_PAUSE();
         if (i > 4096) sched_yield(); /* whoever has the last piece may be waiting for this core */
     }
@@ -3313,7 +3382,7 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
 
 /* Multiply-adds of a block that is worth a thread's attention, and those that a thread does in the
  * time in which it packs one number. */
-#define GEMM_WORTH 4e6
+#define GEMM_WORTH 1e6
 #define GEMM_PACK 6
 
 /* Cuts the product into a grid of blocks: the one that takes the busiest thread the fewest
@@ -3360,7 +3429,7 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     j.depth = (int)base_round_up((size_t)base_max(1, (k + parts - 1) / parts), g->half ? 32 : 1);
     /* A's columns are packed unless there are too few tiles for that to pay; pairs always are. */
     j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
-    j.group = base_max(GEMM_MAX_PANELS, 2 * floats / j.depth / RLHF_LANES);
+    j.group = base_max(GEMM_MAX_PANELS, floats / j.depth / RLHF_LANES);
     int blocks = small ? 1 : gemm_cut(ctx, &j), threads = blocks > 1 ? ctx->threads : 1;
     size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth);
     j.high = base_max(floats / 2 / j.depth / tile * tile, 4 * tile);
@@ -4143,12 +4212,13 @@ static void op_attn_groups(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Groups of heads for one thread, from the mean cost of one. */
+/* Groups of heads for one thread, from the mean cost of one: two products, of few rows where there
+ * are many groups to share, and keys and values that come from memory. */
 static int64_t op_attn_grain(const op_attn *a) {
     int64_t pairs = 0;
     for (int i = 0; i < a->seqs; i++)
         pairs += (int64_t)a->seq[i].n * (a->seq[i].past + a->seq[i].n);
-    return par_grain(pairs / (a->seqs ? a->seqs : 1) * (a->heads / a->kv_heads) * a->hd / 8);
+    return par_grain(pairs / (a->seqs ? a->seqs : 1) * (a->heads / a->kv_heads) * a->hd * 4);
 }
 
 /* Causal attention of a ragged batch, after op_rope: o and, if not null, lse. Appends to every
@@ -11932,6 +12002,9 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
     int64_t tokens = 0;
     while (done < n && go_on) {
         next = gen_admit(m, &live, items, next, n);
+        /* In one block what a step has needed so far: new pages for each product of each step would
+         * take much of its time. */
+        arena_reserve(ws, ws->peak - ws->total, 0);
         gen_step(m, ws, c, &live);
         tokens += live.n;
         int stepped = live.n, kept = 0;

@@ -1584,10 +1584,10 @@ typedef void k_ln_bwd_fn(int n, const float *dy, const float *x, const float *w,
                          float rstd, float *dx);
 typedef void k_norm_dw_fn(int n, const float *dy, const float *x, float mean, float rstd,
                           float *dw);
-typedef void k_mul2_fn(int n, const float *x, const float *dy, float *dx);
+typedef void k_act_bwd_fn(int n, const float *x, const float *dy, float *dx, float *y);
 typedef void k_glu_fn(int n, const float *gate, const float *up, float *y);
 typedef void k_glu_bwd_fn(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                          float *dup);
+                          float *dup, float *y);
 typedef void k_rope_fn(int half, float *x, const float *c, const float *s, float sign);
 typedef k_stats k_stats_fn(int n, const float *x, float scale);
 typedef void k_ce_fn(int n, float *x, float scale, float lse, float coef);
@@ -1627,10 +1627,10 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(ln_bwd, k_ln_bwd_fn)                                                                         \
     X(norm_dw, k_norm_dw_fn)                                                                       \
     X(gelu, k_map_fn)                                                                              \
-    X(gelu_bwd, k_mul2_fn)                                                                         \
+    X(gelu_bwd, k_act_bwd_fn)                                                                      \
     X(erf, k_map_fn)                                                                               \
     X(gelu_erf, k_map_fn)                                                                          \
-    X(gelu_erf_bwd, k_mul2_fn)                                                                     \
+    X(gelu_erf_bwd, k_act_bwd_fn)                                                                  \
     X(glu, k_glu_fn)                                                                               \
     X(glu_bwd, k_glu_bwd_fn)                                                                       \
     X(geglu, k_glu_fn)                                                                             \
@@ -1786,14 +1786,15 @@ static void k_r_gelu(int n, const float *x, float *y) {
     }
 }
 
-/* dx = dy gelu'(x), with t the tanh above. dx may be dy.
+/* dx = dy gelu'(x), with t the tanh above; and y again, which then need not be kept. dx may be dy.
  *     gelu'(x) = (1 + t) / 2 + x/2 (1 - t^2) a (1 + 3 b x^2) */
-static void k_r_gelu_bwd(int n, const float *x, const float *dy, float *dx) {
+static void k_r_gelu_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
     for (int i = 0; i < n; i++) {
         float u = x[i], q = u * u, t = v_tanh1((u * K_GELU_A) * fmaf(q, K_GELU_B, 1.0f));
         float inner = fmaf(q, 3.0f * K_GELU_B, 1.0f) * K_GELU_A;
         float sech2 = fmaf(-t, t, 1.0f), half = u * 0.5f;
         dx[i] = fmaf(half * sech2, inner, (t + 1.0f) * 0.5f) * dy[i];
+        y[i] = half * (t + 1.0f);
     }
 }
 
@@ -1810,13 +1811,13 @@ static void k_r_gelu_erf(int n, const float *x, float *y) {
     }
 }
 
-/* dx = dy gelu'(x), gelu'(x) = (1 + erf(x / sqrt 2)) / 2 + x e^(-x^2/2) / sqrt(2 pi). dx may be dy.
- */
-static void k_r_gelu_erf_bwd(int n, const float *x, const float *dy, float *dx) {
+/* dx = dy gelu'(x), gelu'(x) = (1 + erf(x / sqrt 2)) / 2 + x e^(-x^2/2) / sqrt(2 pi); and y again.
+ * dx may be dy. */
+static void k_r_gelu_erf_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
     for (int i = 0; i < n; i++) {
-        float u = x[i], e = v_exp1((u * -0.5f) * u);
-        float half = (v_erf1(u * K_ROOT_HALF) + 1.0f) * 0.5f;
-        dx[i] = fmaf(u * K_NORMAL, e, half) * dy[i];
+        float u = x[i], e = v_exp1((u * -0.5f) * u), p = v_erf1(u * K_ROOT_HALF) + 1.0f;
+        dx[i] = fmaf(u * K_NORMAL, e, p * 0.5f) * dy[i];
+        y[i] = (u * 0.5f) * p;
     }
 }
 
@@ -1827,13 +1828,14 @@ static void k_r_glu(int n, const float *gate, const float *up, float *y) {
 
 /* Its gradients, overwriting; with s = sigmoid(g):
  *     dup = dy silu(g)        dgate = dy up (s + silu(g) (1 - s))
- * No output is an input. */
+ * and y again. No output is an input. */
 static void k_r_glu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                        float *dup) {
+                        float *dup, float *y) {
     for (int i = 0; i < n; i++) {
         float g = gate[i], s = v_sigmoid1(g), silu = g * s;
         dup[i] = dy[i] * silu;
         dgate[i] = (dy[i] * up[i]) * (fmaf(-silu, s, silu) + s);
+        y[i] = silu * up[i];
     }
 }
 
@@ -1845,13 +1847,16 @@ static void k_r_geglu(int n, const float *gate, const float *up, float *y) {
     }
 }
 
-/* Its gradients, overwriting: dup = dy gelu(gate), dgate = dy up gelu'(gate). No output is an
- * input. */
+/* Its gradients, overwriting: dup = dy gelu(gate), dgate = dy up gelu'(gate); and y again. No
+ * output is an input. */
 static void k_r_geglu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                          float *dup) {
-    k_r_geglu(n, gate, dy, dup);
+                          float *dup, float *y) {
     for (int i = 0; i < n; i++) dgate[i] = dy[i] * up[i];
-    k_r_gelu_bwd(n, gate, dgate, dgate);
+    k_r_gelu_bwd(n, gate, dgate, dgate, y);
+    for (int i = 0; i < n; i++) {
+        dup[i] = y[i] * dy[i];
+        y[i] *= up[i];
+    }
 }
 
 /* Soft cap (Gemma 2): x = out tanh(in x), in place; with in = scale / cap and out = cap it keeps
@@ -2160,14 +2165,16 @@ K_FN void k_v_gelu(int n, const float *x, float *y) {
     }
 }
 
-K_FN void k_v_gelu_bwd(int n, const float *x, const float *dy, float *dx) {
+K_FN void k_v_gelu_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
     v16 half = v16_set(0.5f), one = v16_set(1.0f);
     for (int i = 0; i < n; i += RLHF_LANES) {
         v16 u = v16_get(x + i, n - i, 0), q = v16_mul(u, u), t = k_v_gelu_tanh(u, q);
         v16 inner = v16_mul(v16_fma(q, v16_set(3.0f * K_GELU_B), one), v16_set(K_GELU_A));
         v16 sech2 = v16_fma(v16_neg(t), t, one);
-        v16 d = v16_fma(v16_mul(v16_mul(u, half), sech2), inner, v16_mul(v16_add(t, one), half));
+        v16 p = v16_add(t, one), x2 = v16_mul(u, half);
+        v16 d = v16_fma(v16_mul(x2, sech2), inner, v16_mul(p, half));
         v16_put(dx + i, n - i, v16_mul(d, v16_get(dy + i, n - i, 0)));
+        v16_put(y + i, n - i, v16_mul(x2, p));
     }
 }
 
@@ -2184,14 +2191,15 @@ K_FN void k_v_gelu_erf(int n, const float *x, float *y) {
     }
 }
 
-K_FN void k_v_gelu_erf_bwd(int n, const float *x, const float *dy, float *dx) {
+K_FN void k_v_gelu_erf_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
     v16 half = v16_set(0.5f), one = v16_set(1.0f), root = v16_set(K_ROOT_HALF);
     v16 normal = v16_set(K_NORMAL), minus = v16_set(-0.5f);
     for (int i = 0; i < n; i += RLHF_LANES) {
         v16 u = v16_get(x + i, n - i, 0), e = v16_exp(v16_mul(v16_mul(u, minus), u));
-        v16 h = v16_mul(v16_add(v16_erf(v16_mul(u, root)), one), half);
-        v16 d = v16_fma(v16_mul(u, normal), e, h);
+        v16 p = v16_add(v16_erf(v16_mul(u, root)), one);
+        v16 d = v16_fma(v16_mul(u, normal), e, v16_mul(p, half));
         v16_put(dx + i, n - i, v16_mul(d, v16_get(dy + i, n - i, 0)));
+        v16_put(y + i, n - i, v16_mul(v16_mul(u, half), p));
     }
 }
 
@@ -2209,13 +2217,14 @@ K_FN void k_v_glu(int n, const float *gate, const float *up, float *y) {
 }
 
 K_FN void k_v_glu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                      float *dup) {
+                      float *dup, float *y) {
     for (int i = 0; i < n; i += RLHF_LANES) {
         v16 g = v16_get(gate + i, n - i, 0), d = v16_get(dy + i, n - i, 0);
-        v16 s = k_v_sigmoid(g), silu = v16_mul(g, s), du = v16_mul(d, v16_get(up + i, n - i, 0));
+        v16 s = k_v_sigmoid(g), silu = v16_mul(g, s), u = v16_get(up + i, n - i, 0);
         v16_put(dup + i, n - i, v16_mul(d, silu));
         v16 slope = v16_add(v16_fma(v16_neg(silu), s, silu), s);
-        v16_put(dgate + i, n - i, v16_mul(du, slope));
+        v16_put(dgate + i, n - i, v16_mul(v16_mul(d, u), slope));
+        v16_put(y + i, n - i, v16_mul(silu, u));
     }
 }
 
@@ -2229,11 +2238,15 @@ K_FN void k_v_geglu(int n, const float *gate, const float *up, float *y) {
 }
 
 K_FN void k_v_geglu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                        float *dup) {
-    k_v_geglu(n, gate, dy, dup);
+                        float *dup, float *y) {
     for (int i = 0; i < n; i += RLHF_LANES)
         v16_put(dgate + i, n - i, v16_mul(v16_get(dy + i, n - i, 0), v16_get(up + i, n - i, 0)));
-    k_v_gelu_bwd(n, gate, dgate, dgate);
+    k_v_gelu_bwd(n, gate, dgate, dgate, y);
+    for (int i = 0; i < n; i += RLHF_LANES) {
+        v16 gelu = v16_get(y + i, n - i, 0);
+        v16_put(dup + i, n - i, v16_mul(gelu, v16_get(dy + i, n - i, 0)));
+        v16_put(y + i, n - i, v16_mul(gelu, v16_get(up + i, n - i, 0)));
+    }
 }
 
 K_FN void k_v_cap(int n, float *x, float in, float out) {
@@ -3972,7 +3985,7 @@ typedef struct op_glu {
     k_glu_bwd_fn *act_bwd;
     int ff;
     const float *up; /* [rows][2 ff]: gate, then up */
-    float *y;        /* [rows][ff] */
+    float *y;        /* [rows][ff]; the backward pass makes it again */
     const float *dy;
     float *dup; /* as up, overwritten */
 } op_glu;
@@ -3993,16 +4006,17 @@ static void op_glu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     for (size_t r = (size_t)lo; r < (size_t)hi; r++) {
         const float *up = o->up + 2 * r * f;
         float *d = o->dup + 2 * r * f;
-        o->act_bwd(o->ff, up, up + f, o->dy + r * f, d, d + f);
+        o->act_bwd(o->ff, up, up + f, o->dy + r * f, d, d + f, o->y + r * f);
     }
 }
 
-/* The gradient of an activation in place; the forward pass is gemm's act. */
+/* The gradient of an activation in place, and its output again; the forward pass is gemm's act. */
 typedef struct op_gelu {
-    k_mul2_fn *act_bwd; /* the table's gelu_bwd or gelu_erf_bwd */
+    k_act_bwd_fn *act_bwd; /* the table's gelu_bwd or gelu_erf_bwd */
     int n;
     const float *x; /* [rows][n], before the activation */
     float *d;       /* gradient of the output, becomes that of the input */
+    float *y;
 } op_gelu;
 
 /* d of rows [lo, hi), in place. */
@@ -4011,7 +4025,7 @@ static void op_gelu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     size_t n = (size_t)o->n;
     for (size_t r = (size_t)lo; r < (size_t)hi; r++)
-        o->act_bwd(o->n, o->x + r * n, o->d + r * n, o->d + r * n);
+        o->act_bwd(o->n, o->x + r * n, o->d + r * n, o->d + r * n, o->y + r * n);
 }
 
 /* ---- attention ---- */
@@ -4233,7 +4247,7 @@ static void op_attn_fwd(op_env *e, op_attn *a) {
 
 /* Where the pieces of one thread's backward scratch lie; n is the longest sequence. */
 typedef struct op_attn_bwd_scratch {
-    float *p, *dp, *vk, *kv, *q, *dout, *d;
+    float *p, *dp, *kk, *vk, *kv, *q, *dout, *d;
     size_t size;
 } op_attn_bwd_scratch;
 
@@ -4245,6 +4259,7 @@ static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
 #define OP_TAKE(member, count) s.member = base ? base + at : NULL, at += (count)
     OP_TAKE(p, tile);
     OP_TAKE(dp, tile);
+    OP_TAKE(kk, (size_t)hd * rows); /* K as B[hd][keys] */
     OP_TAKE(vk, (size_t)hd * rows); /* V as B[hd][keys] */
     OP_TAKE(kv, wide);              /* K as B[keys][hd] */
     OP_TAKE(q, wide);               /* Q as B[queries][hd] */
@@ -4298,14 +4313,13 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
     size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd);
     size_t qcol = (size_t)(h * hd), kcol = (size_t)((a->heads + g) * hd);
     size_t vcol = kcol + (size_t)(a->kv_heads * hd), rows = base_round_up((size_t)s->n, RLHF_LANES);
-    /* S = Q K^T, with the forward pass's panels of K. */
+    /* S = Q K^T */
     gemm_args ga = {.m = nq, .n = np * RLHF_LANES};
     ga.t = (gemm_tile_args){.k = hd,
                             .a = a->qkv + (size_t)(s->row + q0) * ldq + qcol,
                             .rs = ldq,
                             .cs = 1,
-                            .b = s->kv.k + (size_t)g * (size_t)hd * (size_t)s->kv.cap +
-                                 (size_t)k0 * (size_t)hd,
+                            .b = b->kk + (size_t)k0 * (size_t)hd,
                             .bs = (size_t)hd * RLHF_LANES,
                             .c = b->p,
                             .ldc = OP_KEYS};
@@ -4373,7 +4387,8 @@ static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
             memset(d + (a->heads + g) * hd, 0, (size_t)hd * sizeof *d);
             memset(d + (a->heads + a->kv_heads + g) * hd, 0, (size_t)hd * sizeof *d);
         }
-        /* V^T and K, once for the group; then Q, dO and D for each of its heads. */
+        /* K^T, V^T and K, once for the group; then Q, dO and D for each of its heads. */
+        op_pack_here(a->kt, k, 1, ldq, hd, s->n, b.kk);
         op_pack_here(a->kt, k + a->kv_heads * hd, 1, ldq, hd, s->n, b.vk);
         op_pack_rows(a->kt, k, ldq, s->n, hd, rows, b.kv);
         for (int h = g * of; h < (g + 1) * of; h++) {
@@ -4391,8 +4406,8 @@ static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* dqkv from dout, for whole sequences (past 0) whose forward pass kept qkv, o, lse and keys in
- * kv; before op_rope with sign -1. Scratch grows with the longest sequence, not with its square. */
+/* dqkv from dout, for whole sequences (past 0) whose forward pass kept qkv, o and lse; before
+ * op_rope with sign -1. Scratch grows with the longest sequence, not with its square. */
 static void op_attn_bwd(op_env *e, op_attn *a) {
     arena_mark mark = arena_save(e->ws);
     /* One layout for all sequences, hence for the longest. */
@@ -8247,16 +8262,20 @@ static void model_rope_tables(rlhf_model *m, int len) {
 
 /* ---- forward ---- */
 
-/* What backward needs of a layer; [rows][...] as the operations of 09 and 10 have them. */
+/* What backward needs of a layer; [rows][...] as the operations of 09 and 10 have them. Below the
+ * line what all layers share, since it is cheaper made again than kept. */
 typedef struct model_acts {
-    float *x1, *h1, *mean1, *rstd1; /* input of the layer; its norm */
-    float *qkv, *o, *lse;           /* as in op_attn; qkv is rotated */
-    float *raw, *mean_h, *rstd_h;   /* qkv before the norms of heads; their statistics */
-    float *x2, *h2, *mean2, *rstd2; /* after attention; its norm */
-    float *up, *act;                /* MLP before and after its activation */
-    float *y1, *y2;                 /* what attention and MLP add to x, before the norms of that */
+    float *x1, *mean1, *rstd1;    /* input of the layer; statistics of its norm */
+    float *qkv, *o, *lse;         /* as in op_attn; qkv is rotated */
+    float *raw, *mean_h, *rstd_h; /* qkv before the norms of heads; their statistics */
+    float *x2, *mean2, *rstd2;    /* after attention; statistics of its norm */
+    float *up;                    /* MLP before its activation */
+    float *y1, *y2;               /* what attention and MLP add to x, before the norms of that */
     float *mean_y1, *rstd_y1, *mean_y2, *rstd_y2;
-    op_seq *seq; /* the run's, with this layer's kv */
+    /* ---- */
+    float *h;    /* a norm: what attention or MLP reads */
+    float *act;  /* MLP after its activation */
+    op_seq *seq; /* the run's, with keys and values of the layer at hand */
 } model_acts;
 
 /* One pass over a ragged batch. */
@@ -8319,14 +8338,14 @@ static op_attn model_attn(rlhf_model *m, const model_run *run, int layer, model_
                      .rows = run->rows};
 }
 
-/* Buffers of one layer. Where nothing is kept of it they serve every layer. */
-static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run) {
+/* Buffers of one layer; first: those of the first, or null. Where nothing is kept of a layer they
+ * serve every one. */
+static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run,
+                                 const model_acts *first) {
     const model_cfg *c = &m->c;
     int save = run->save && !run->recompute;
     size_t n = (size_t)run->rows, d = (size_t)c->d, q = (size_t)(c->heads * c->hd);
     model_acts a = {0};
-    a.h1 = arena_floats(ws, n, d);
-    a.h2 = save ? arena_floats(ws, n, d) : a.h1;
     a.mean1 = arena_floats(ws, n, 4);
     a.rstd1 = a.mean1 + n;
     a.mean2 = a.rstd1 + n;
@@ -8349,9 +8368,10 @@ static model_acts model_acts_new(rlhf_model *m, arena *ws, const model_run *run)
     a.o = arena_floats(ws, n, q);
     a.lse = save ? arena_floats(ws, n, (size_t)c->heads) : NULL;
     a.up = arena_floats(ws, n, (size_t)(c->ff * (1 + c->glu)));
-    a.act = arena_floats(ws, n, (size_t)c->ff);
-    a.seq = arena_alloc(ws, (size_t)run->seqs * sizeof *a.seq);
-    memcpy(a.seq, run->seq, (size_t)run->seqs * sizeof *a.seq);
+    a.h = first ? first->h : arena_floats(ws, n, d);
+    a.act = first ? first->act : arena_floats(ws, n, (size_t)c->ff);
+    a.seq = first ? first->seq : arena_alloc(ws, (size_t)run->seqs * sizeof *a.seq);
+    if (!first) memcpy(a.seq, run->seq, (size_t)run->seqs * sizeof *a.seq);
     return a;
 }
 
@@ -8402,12 +8422,23 @@ static void model_branch(rlhf_model *m, op_env *e, int p, int layer, int rows, c
     arena_restore(e->ws, mark);
 }
 
+/* The norms that attention (P_LN1_W) and MLP (P_LN2_W) read, from the residual stream to a->h. */
+static op_norm model_layer_norm(rlhf_model *m, int p, int layer, int rows, const model_acts *a) {
+    int second = p == P_LN2_W;
+    op_norm o = model_norm(m, p, layer, rows);
+    o.x = second && !m->c.parallel ? a->x2 : a->x1;
+    o.y = a->h;
+    o.mean = second ? a->mean2 : a->mean1;
+    o.rstd = second ? a->rstd2 : a->rstd1;
+    return o;
+}
+
 /* One layer; x is the residual stream, n rows:
- *     h1 = norm(x)                        [n][d]
- *     qkv = h1 Wqkv^T + b, rotated         [n][(heads + 2 kv_heads) hd]
+ *     h = norm(x)                          [n][d]
+ *     qkv = h Wqkv^T + b, rotated          [n][(heads + 2 kv_heads) hd]
  *     o = attention(qkv)                   [n][heads hd]
- *     x += o Wo^T + b, h2 = norm(x)        [n][d], h2 from the first x where parallel
- *     up = h2 Wup^T + b                    [n][ff], with glu [n][2 ff]
+ *     x += o Wo^T + b, h = norm(x)         [n][d], h from the first x where parallel
+ *     up = h Wup^T + b                     [n][ff], with glu [n][2 ff]
  *     act = act(up) or act(gate) up        [n][ff]
  *     x += act Wdown^T + b                 [n][d]
  * With save, each state of x is kept. */
@@ -8415,20 +8446,17 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     const model_cfg *c = &m->c;
     const k_table *k = m->ctx->k;
     int n = run->rows;
-    /* Keys and values: the caller's caches, or new ones (one set for all layers where nothing is
-     * kept). */
+    /* Keys and values: the caller's caches, or one set for all layers. */
     for (int s = 0; s < run->seqs; s++) {
         if (run->kv) a->seq[s].kv = run->kv[(size_t)layer * (size_t)run->seqs + (size_t)s];
-        else if ((run->save && !run->recompute) || layer == 0)
-            a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
+        else if (!a->seq[s].kv.k) a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
     }
     /* Attention: norm, queries keys values, their norms, rotation, attention. */
-    op_norm n1 = model_norm(m, P_LN1_W, layer, n);
-    n1.x = a->x1, n1.y = a->h1, n1.mean = a->mean1, n1.rstd = a->rstd1;
+    op_norm n1 = model_layer_norm(m, P_LN1_W, layer, n, a);
     op_norm_fwd(e, &n1);
     op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer, n),
               o = model_weight(m, P_O_W, P_O_B, layer, n);
-    op_linear(e, &qkv, n, a->h1, a->raw, NULL, NULL, NULL);
+    op_linear(e, &qkv, n, a->h, a->raw, NULL, NULL, NULL);
     if (c->qk_norm) {
         op_norm q = model_head_norm(m, P_QN_W, layer, n, a);
         op_norm key = model_head_norm(m, P_KN_W, layer, n, a);
@@ -8440,9 +8468,7 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     op_rope(e, &at);
     op_attn_fwd(e, &at);
     /* The MLP's norm, before x changes where it reads the layer's input; attention added to x. */
-    op_norm n2 = model_norm(m, P_LN2_W, layer, n);
-    n2.x = c->parallel ? a->x1 : a->x2;
-    n2.y = a->h2, n2.mean = a->mean2, n2.rstd = a->rstd2;
+    op_norm n2 = model_layer_norm(m, P_LN2_W, layer, n, a);
     if (c->parallel) op_norm_fwd(e, &n2);
     model_branch(m, e, P_PN1_W, layer, n, a, &o, a->o, a->x1, a->x2);
     if (!c->parallel) op_norm_fwd(e, &n2);
@@ -8450,7 +8476,7 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     op_weight up = model_weight(m, P_UP_W, P_UP_B, layer, n);
     op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer, n);
     k_map_fn *act = c->act == ACT_GELU_ERF ? k->gelu_erf : k->gelu;
-    op_linear(e, &up, n, a->h2, a->up, NULL, c->glu ? NULL : act, a->act);
+    op_linear(e, &up, n, a->h, a->up, NULL, c->glu ? NULL : act, a->act);
     if (c->glu) {
         op_glu glu = {.act = c->act == ACT_SILU ? k->glu : k->geglu, .ff = c->ff};
         glu.up = a->up, glu.y = a->act;
@@ -8506,7 +8532,7 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
      * input has. */
     int save = run->save && !run->recompute;
     for (int l = 0; l < c->layers; l++) {
-        if (save || l == 0) run->acts[l] = model_acts_new(m, ws, run);
+        if (save || l == 0) run->acts[l] = model_acts_new(m, ws, run, l ? run->acts : NULL);
         else run->acts[l] = run->acts[0];
         model_acts *a = run->acts + l;
         a->x1 = run->x;
@@ -8531,17 +8557,18 @@ static const float *model_branch_bwd(rlhf_model *m, op_env *e, int p, int layer,
 }
 
 /* dup, the gradient of an MLP's matrices up and gate, from that of the activation's output dact,
- * which is destroyed. */
+ * which is destroyed; and that output, a->act, again. */
 static float *model_act_bwd(rlhf_model *m, op_env *e, int rows, const model_acts *a, float *dact) {
     const model_cfg *c = &m->c;
     const k_table *k = m->ctx->k;
     if (!c->glu) {
-        op_gelu gelu = {c->act == ACT_GELU_ERF ? k->gelu_erf_bwd : k->gelu_bwd, c->ff, a->up, dact};
+        op_gelu gelu = {c->act == ACT_GELU_ERF ? k->gelu_erf_bwd : k->gelu_bwd, c->ff, a->up, dact,
+                        a->act};
         par_for(m->ctx, rows, par_grain(4 * c->ff), op_gelu_bwd_rows, &gelu);
         return dact;
     }
     op_glu glu = {.act_bwd = c->act == ACT_SILU ? k->glu_bwd : k->geglu_bwd, .ff = c->ff};
-    glu.up = a->up, glu.dy = dact;
+    glu.up = a->up, glu.dy = dact, glu.y = a->act;
     glu.dup = arena_floats(e->ws, (size_t)rows, 2 * (size_t)c->ff);
     par_for(m->ctx, rows, par_grain(4 * c->ff), op_glu_bwd_rows, &glu);
     return glu.dup;
@@ -8583,18 +8610,18 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
 
     /* MLP branch. */
     const float *dy = model_branch_bwd(m, e, P_PN2_W, layer, n, a, dx);
-    op_linear_bwd_w(e, &down, n, a->act, dy);
     float *dact = arena_floats(e->ws, rows, (size_t)c->ff);
     op_linear_bwd_x(e, &down, n, dy, dact);
     float *dup = model_act_bwd(m, e, n, a, dact);
-    op_linear_bwd_w(e, &up, n, a->h2, dup);
+    op_linear_bwd_w(e, &down, n, a->act, dy);
+    op_norm n2 = model_layer_norm(m, P_LN2_W, layer, n, a);
+    op_norm_fwd(e, &n2);
+    op_linear_bwd_w(e, &up, n, a->h, dup);
     float *dh = arena_floats(e->ws, rows, (size_t)c->d);
     op_linear_bwd_x(e, &up, n, dup, dh);
     /* Both norms add to dx, which still holds what the residual connection passes on: to attention
      * behind this one, or in parallel before it. */
-    op_norm n2 = model_norm(m, P_LN2_W, layer, n);
-    n2.x = c->parallel ? a->x1 : a->x2;
-    n2.mean = a->mean2, n2.rstd = a->rstd2, n2.dy = dh, n2.dx = dx;
+    n2.dy = dh, n2.dx = dx;
     if (!c->parallel) op_norm_bwd(e, &n2);
 
     /* Attention branch. */
@@ -8613,10 +8640,11 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     back.sign = -1;
     op_rope(e, &back);
     float *draw = model_heads_bwd(m, e, layer, n, a, at.dqkv);
-    op_linear_bwd_w(e, &qkv, n, a->h1, draw);
+    op_norm n1 = model_layer_norm(m, P_LN1_W, layer, n, a);
+    op_norm_fwd(e, &n1);
+    op_linear_bwd_w(e, &qkv, n, a->h, draw);
     op_linear_bwd_x(e, &qkv, n, draw, dh);
-    op_norm n1 = model_norm(m, P_LN1_W, layer, n);
-    n1.x = a->x1, n1.mean = a->mean1, n1.rstd = a->rstd1, n1.dy = dh, n1.dx = dx;
+    n1.dy = dh, n1.dx = dx;
     op_norm_bwd(e, &n1);
     arena_restore(e->ws, mark);
 }
@@ -8626,7 +8654,7 @@ static void model_layer_again(rlhf_model *m, op_env *e, const model_run *run, in
     model_run again = *run;
     size_t rows = (size_t)run->rows, d = (size_t)m->c.d;
     again.recompute = 0;
-    model_acts a = model_acts_new(m, e->ws, &again);
+    model_acts a = model_acts_new(m, e->ws, &again, NULL);
     a.x1 = run->acts[layer].x1;
     a.x2 = arena_floats(e->ws, rows, d);
     again.x = arena_floats(e->ws, rows, d);
@@ -8745,16 +8773,16 @@ static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, con
 
 /* ---- memory ---- */
 
-/* Floats that the buffers of a layer take for each row: what model_acts_new and its callers ask
- * for, and keys and values. */
-static size_t model_row_floats(const rlhf_model *m, int save) {
+/* Floats for each row that a pass through `layers` layers takes: what model_acts_new and its
+ * callers ask for, and keys and values. save: every layer keeps what is its own. */
+static size_t model_row_floats(const rlhf_model *m, int save, size_t layers) {
     const model_cfg *c = &m->c;
     size_t d = (size_t)c->d, q = (size_t)(c->heads * c->hd), kv = (size_t)(c->kv_heads * c->hd);
-    size_t ff = (size_t)c->ff, n = d + 4 + 2 * q + 2 * kv + ff * (size_t)(2 + c->glu) + 2 * kv;
-    if (save) n += 3 * d + (size_t)c->heads;
+    size_t ff = (size_t)c->ff, n = 4 + 2 * q + 2 * kv + ff * (size_t)(1 + c->glu);
+    if (save) n += 2 * d + (size_t)c->heads;
     if (c->qk_norm) n += (save ? q + 2 * kv : 0) + 2 * (size_t)(c->heads + c->kv_heads);
     if (c->post_norms) n += d * (save ? 2 : 1) + 4;
-    return n;
+    return n * (save ? layers : 1) + d + ff + 2 * kv;
 }
 
 /* Floats that the backward pass of a layer takes for each row. */
@@ -8790,9 +8818,9 @@ typedef struct model_need {
 /* A training pass over `rows` tokens, all of which meet the head. */
 static model_need model_need_training(const rlhf_model *m, int rows) {
     size_t d = (size_t)m->c.d, layers = (size_t)m->c.layers, r = (size_t)rows;
-    size_t kept = d + (m->recompute ? layers * d + model_row_floats(m, 0)
-                                    : layers * model_row_floats(m, 1));
-    size_t back = d + model_row_back(m) + (m->recompute ? model_row_floats(m, 1) : 0);
+    size_t kept = d + model_row_floats(m, !m->recompute, layers);
+    size_t back = d + model_row_back(m);
+    if (m->recompute) kept += layers * d, back += model_row_floats(m, 1, 1);
     size_t head = m->c.head == RLHF_HEAD_LM ? model_head_floats(m, rows) : 0;
     size_t top = 3 * d * r;
     /* Logits are gone before the backward pass through the layers begins. */
@@ -8806,7 +8834,7 @@ static model_need model_need_training(const rlhf_model *m, int rows) {
  * (compare 0) not asked for. */
 static model_need model_need_scoring(const rlhf_model *m, int rows, int compare) {
     size_t d = (size_t)m->c.d, r = (size_t)rows;
-    model_need o = {4 * r * (model_row_floats(m, 0) + 3 * d), 0, model_scratch(m)};
+    model_need o = {4 * r * (model_row_floats(m, 0, 1) + 3 * d), 0, model_scratch(m)};
     if (compare) o.scratch += 8 * model_head_floats(m, rows);
     return o;
 }
@@ -8814,7 +8842,7 @@ static model_need model_need_scoring(const rlhf_model *m, int rows, int compare)
 /* Tokens of a batch from which nothing is trained: its buffers take 64 MiB at most, since more rows
  * at once make no product faster. */
 static int model_batch_tokens(const rlhf_model *m) {
-    size_t most = ((size_t)64 << 20) / (4 * (model_row_floats(m, 0) + 3 * (size_t)m->c.d));
+    size_t most = ((size_t)64 << 20) / (4 * (model_row_floats(m, 0, 1) + 3 * (size_t)m->c.d));
     return most < 4096 ? base_max((int)most, 64) : 4096;
 }
 
@@ -13317,7 +13345,8 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
         op_rows out = {.logp = arena_floats(ws, (size_t)rows.n, 1),
                        .entropy = arena_floats(ws, (size_t)rows.n, 1),
                        .hit = arena_alloc(ws, (size_t)rows.n)};
-        op_weight w = model_head_weight(m, rows.n);
+        /* Training changes the head each step: no panels of it are kept. */
+        op_weight w = model_head_weight(m, train ? INT_MAX : rows.n);
         op_env e = {m->ctx, ws};
         /* Log-probabilities in chunks; their gradient in the same pass. */
         float coef = train ? (float)-train->scale : 0,

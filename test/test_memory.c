@@ -188,7 +188,7 @@ TEST(a_limit_changes_no_bit) {
         r.limit = 0.97 * whole.total / 1e9;
         CHECK(check_run(&r, &cut) == hash);
         CHECK(cut.at_once < whole.at_once && !cut.recompute);
-        r.limit = 0.97 * cut.total / 1e9;
+        r.limit = 0.99 * cut.total / 1e9;
         CHECK(check_run(&r, &again) == hash);
         CHECK(again.recompute);
     }

@@ -311,8 +311,8 @@ static void gelu_run(rlhf_ctx *ctx, const void *data, float *out) {
     size_t all = (size_t)(c->rows * c->n);
     (c->other ? ctx->k->gelu_erf : ctx->k->gelu)((int)all, c->x, out);
     memcpy(out + all, c->dy, all * sizeof *out);
-    k_mul2_fn *bwd = c->other ? ctx->k->gelu_erf_bwd : ctx->k->gelu_bwd;
-    op_gelu o = {bwd, c->n, c->x, out + all};
+    k_act_bwd_fn *bwd = c->other ? ctx->k->gelu_erf_bwd : ctx->k->gelu_bwd;
+    op_gelu o = {bwd, c->n, c->x, out + all, out + 2 * all};
     par_for(ctx, c->rows, 4, op_gelu_bwd_rows, &o);
 }
 
@@ -332,7 +332,8 @@ static void gelu_check(int other) {
     size_t all = 9 * 37;
     act_case c = {9, 37, other, floats(all, -6, 6), floats(all, -1, 1), NULL, NULL};
     c.X = doubles(c.x, all), c.DY = doubles(c.dy, all);
-    float *out = run_everywhere(gelu_run, &c, 2 * all);
+    float *out = run_everywhere(gelu_run, &c, 3 * all);
+    CHECK(!memcmp(out, out + 2 * all, all * sizeof *out)); /* backward makes the same y */
     double *y = malloc(all * sizeof *y);
     for (size_t i = 0; i < all; i++) y[i] = gelu_define(&c, c.X[i]);
     check_near("y", out, y, all);
@@ -351,6 +352,7 @@ static void glu_run(rlhf_ctx *ctx, const void *data, float *out) {
                 .act_bwd = c->other ? ctx->k->geglu_bwd : ctx->k->glu_bwd,
                 .ff = c->n, .up = c->x, .y = out, .dy = c->dy, .dup = out + all};
     par_for(ctx, c->rows, 4, op_glu_rows, &o);
+    o.y = out + 3 * all;
     par_for(ctx, c->rows, 4, op_glu_bwd_rows, &o);
 }
 
@@ -372,7 +374,8 @@ static void glu_check(int other) {
     size_t all = 9 * 37;
     act_case c = {9, 37, other, floats(2 * all, -6, 6), floats(all, -1, 1), NULL, NULL};
     c.X = doubles(c.x, 2 * all), c.DY = doubles(c.dy, all);
-    float *out = run_everywhere(glu_run, &c, 3 * all);
+    float *out = run_everywhere(glu_run, &c, 4 * all);
+    CHECK(!memcmp(out, out + 3 * all, all * sizeof *out)); /* backward makes the same y */
     double *y = malloc(all * sizeof *y);
     for (int i = 0; i < (int)all; i++) y[i] = glu_define(&c, i / c.n, i % c.n);
     check_near("y", out, y, all);

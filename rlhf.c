@@ -16722,7 +16722,7 @@ static const bench_shape bench_shapes[] = {
     {"smollm2-135m", BENCH_LLAMA(576, 30, 9, 3, 1536, 49152), 1},
     {"qwen2.5-0.5b", BENCH_QWEN2, 1},
     {"llama3.2-1b", BENCH_LLAMA(2048, 16, 32, 8, 8192, 128256), 1}};
-enum { BENCH_SHAPES = sizeof bench_shapes / sizeof *bench_shapes, BENCH_ALL = 4, BENCH_LIST = 160 };
+enum { BENCH_SHAPES = sizeof bench_shapes / sizeof *bench_shapes, BENCH_ALL = 4, BENCH_LIST = 256 };
 #define BENCH_SHAPE_NAMES "llama-8m|gpt2-14m|llama-15m|gpt2|smollm2-135m|qwen2.5-0.5b|llama3.2-1b"
 
 /* One line: value in unit, share of the roof (0: none), peak memory in MB. */
@@ -16902,14 +16902,14 @@ static void bench_gemm_run(void *arg) {
     if (g->what == 2) op_linear_bwd_w(&g->e, &g->w, g->m, g->x, g->y);
 }
 
-/* Shapes of transformer layers by rows: from decoding (1) to training (1024). Forward products of
+/* Shapes of transformer layers by rows: from decoding (1) to training (2048). Forward products of
  * few rows are bound by reading W, 2 m multiply-adds for each float. */
 static void bench_gemm(bench *b) {
     static const int shapes[][2] = {{768, 768},   {768, 3072}, {3072, 768}, {768, 2304},
                                     {768, 50257}, {128, 128},  {128, 512},  {256, 1024},
                                     {288, 768},   {288, 32000}};
     static const char *const names[] = {"forward", "dX", "dW"};
-    static const int rows[] = {1, 2, 4, 8, 16, 32, 256, 1024};
+    static const int rows[] = {1, 2, 4, 8, 16, 32, 256, 1024, 2048};
     int half = b->ctx->half;
     double read[sizeof shapes / sizeof *shapes]; /* GB/s of the weights, where they lie */
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)

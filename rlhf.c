@@ -684,8 +684,9 @@ static void rng_permutation(uint64_t seed, uint64_t stream, uint64_t round, int 
  * barrier, which waits even for a thread that the system did not run and that has nothing to do;
  * on a machine with other programs that is most of the time. Here a thread takes pieces of its own
  * share first, so that its cache keeps what it knows, then of the others'; whoever comes late finds
- * the work done, and only a piece in hand is waited for. Threads without work look for it for
- * PAR_PATIENCE, then sleep. The host's callbacks run outside of the region.
+ * the work done, and only a piece in hand is waited for. On the way of a job lie few cache lines
+ * that two cores write: with many threads these are what small work costs. Threads without work
+ * look for it for PAR_PATIENCE, then sleep. The host's callbacks run outside of the region.
  *
  * Entry: par_for.
  * Invariant: fn writes outputs [lo, hi) and its thread's scratch, nothing else, and never throws.
@@ -759,7 +760,8 @@ static size_t par_cache_size(void) {
 static int64_t par_grain(int64_t cost) { return 1 + 4096 / (cost > 0 ? cost : 1); }
 
 #ifdef _OPENMP
-/* Posts a job and returns its number. */
+/* Posts a job and returns its number. The fence keeps the members behind the odd value, that in
+ * par_read keeps the number behind the members: who reads one of a later job sees that it is. */
 static uint64_t par_post(par_team *t, const par_job *j) {
     uint64_t turn = atomic_load_explicit(&t->turn, memory_order_relaxed);
     atomic_store_explicit(&t->turn, turn + 1, memory_order_relaxed);
@@ -776,7 +778,7 @@ static uint64_t par_post(par_team *t, const par_job *j) {
     return turn + 2;
 }
 
-/* The job of that number, or 0 when it is over and the next one is on its way. */
+/* Copies the job of that number; returns 0 when it is over and the next one is on its way. */
 static int par_read(par_team *t, uint64_t number, par_job *j) {
     j->fn = atomic_load_explicit(&t->fn, memory_order_relaxed);
     j->arg = atomic_load_explicit(&t->arg, memory_order_relaxed);
@@ -827,7 +829,8 @@ static int par_done(par_team *t) {
     return done == t->asked;
 }
 
-/* Whether a job is over, as far as one can tell who has no right to ask: `self` 0 has posted it. */
+/* Whether a job is over: who posted it, `self` 0, counts what is done; others see that the next one
+ * is on its way. */
 static int par_over(par_team *t, uint64_t number, int self) {
     return self ? atomic_load_explicit(&t->turn, memory_order_relaxed) != number : par_done(t);
 }

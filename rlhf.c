@@ -13348,7 +13348,8 @@ static void sft_pass(rlhf_model *m, arena *ws, const data_seq *const *seq, int n
         op_rows out = {.logp = arena_floats(ws, (size_t)rows.n, 1),
                        .entropy = arena_floats(ws, (size_t)rows.n, 1),
                        .hit = arena_alloc(ws, (size_t)rows.n)};
-        /* Training changes the head each step: no panels of it are kept. */
+        /* Training keeps no panels of the head: its own change each step, and of a frozen one the
+         * few rows are little of the work. */
         op_weight w = model_head_weight(m, train ? INT_MAX : rows.n);
         op_env e = {m->ctx, ws};
         /* Log-probabilities in chunks; their gradient in the same pass. */
@@ -16945,17 +16946,22 @@ static void bench_gemm(bench *b) {
 
 /* ---- models ---- */
 
-/* A model of a named shape with random weights, or the one in a directory. */
-static rlhf_model *bench_model(bench *b, const char *name, int score) {
-    const char *text = NULL;
+/* The shape of that name, or null for a directory; throws for neither. */
+static const bench_shape *bench_find(bench *b, const char *name) {
     for (int i = 0; i < BENCH_SHAPES; i++)
-        if (!strcmp(bench_shapes[i].name, name)) text = bench_shapes[i].config;
-    if (!text && io_is_dir(name)) return ckpt_open(b->ctx, name);
-    if (!text)
+        if (!strcmp(bench_shapes[i].name, name)) return bench_shapes + i;
+    if (!io_is_dir(name))
         err_throw(b->ctx, RLHF_ERR_ARG,
                   "--model: \"%s\" is neither a directory nor one of " BENCH_SHAPE_NAMES, name);
+    return NULL;
+}
+
+/* A model of a named shape with random weights, or the one in a directory. */
+static rlhf_model *bench_model(bench *b, const char *name, int score) {
+    const bench_shape *shape = bench_find(b, name);
+    if (!shape) return ckpt_open(b->ctx, name);
     json_src src = json_source(b->ctx, name);
-    json_t *config = json_parse(&src, text, strlen(text));
+    json_t *config = json_parse(&src, shape->config, strlen(shape->config));
     if (score)
         json_object_set_new(config, "architectures", json_pack("[s]", "ForSequenceClassification"));
     rlhf_model *m = ckpt_adopt(b->ctx, &src, config, NULL);
@@ -17180,13 +17186,13 @@ static void bench_scores(bench *b) {
 static void bench_run(bench *b, const char *what, const char *model) {
     int all = !strcmp(what, "all"), grow = !strcmp(what, "growth");
     int n = model || grow || b->quick ? 1 : BENCH_ALL;
+    if (model) bench_find(b, model); /* a wrong name is told before anything is measured */
     bench_limits(b);
     if (all || !strcmp(what, "gemm")) bench_gemm(b);
     for (int i = 0; i < n && strcmp(what, "gemm"); i++) {
         const char *name = model ? model : bench_shapes[i].name;
-        int big = io_is_dir(name);
-        for (int k = 0; k < BENCH_SHAPES; k++)
-            if (!strcmp(bench_shapes[k].name, name)) big = bench_shapes[k].big;
+        const bench_shape *shape = bench_find(b, name);
+        int big = !shape || shape->big;
         if (all || !strcmp(what, "train")) {
             bench_train(b, "train", name, big ? 4 : 8, big ? 64 : 128);
             if (big && !b->quick) bench_train(b, "train", name, 4, 256);

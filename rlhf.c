@@ -520,6 +520,7 @@ typedef struct arena {
     rlhf_ctx *ctx;
     arena_block *top;   /* newest first */
     size_t peak, total; /* bytes handed out: most since the last arena_free, and now */
+    size_t high;        /* most since somebody set it to total */
 } arena;
 
 /* A height of the stack, to go back to. */
@@ -558,6 +559,7 @@ static void *arena_take(arena *a, size_t size, size_t least) {
     a->top->used += size;
     a->total += size;
     if (a->total > a->peak) a->peak = a->total;
+    if (a->total > a->high) a->high = a->total;
     return p;
 }
 
@@ -3929,6 +3931,72 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
 
 /* ---- embedding ---- */
 
+enum { OP_SPARSE = 64 }; /* rows of a block */
+
+/* The gradient of a table, of which only the rows that tokens occurred for take memory: the others
+ * are zero. */
+typedef struct op_sparse {
+    rlhf_ctx *ctx;
+    int vocab, d, n; /* rows of the table; floats of a row; rows that are here */
+    int *at, *id;    /* [vocab]: a token's row, -1: none; [n]: the row's token */
+    float **block;   /* OP_SPARSE rows each, zeros beyond row n; null: not needed so far */
+} op_sparse;
+
+static op_sparse *op_sparse_new(rlhf_ctx *ctx, int vocab, int d) {
+    op_sparse *s = mem_zalloc(ctx, 1, sizeof *s);
+    s->ctx = ctx;
+    s->vocab = vocab;
+    s->d = d;
+    s->at = mem_alloc(ctx, 2 * (size_t)vocab * sizeof *s->at);
+    s->id = s->at + vocab;
+    memset(s->at, -1, (size_t)vocab * sizeof *s->at);
+    s->block = mem_zalloc(ctx, (size_t)vocab / OP_SPARSE + 1, sizeof *s->block);
+    return s;
+}
+
+/* Bytes of the rows of so many tokens. */
+static size_t op_sparse_bytes(size_t tokens, int d) {
+    return base_round_up(tokens, OP_SPARSE) * (size_t)d * sizeof(float);
+}
+
+static float *op_sparse_row(const op_sparse *s, int i) {
+    return s->block[i / OP_SPARSE] + (size_t)(i % OP_SPARSE) * (size_t)s->d;
+}
+
+/* Memory for the rows of so many tokens. */
+static void op_sparse_reserve(op_sparse *s, int64_t tokens) {
+    if (tokens > s->vocab) tokens = s->vocab;
+    for (int i = 0; (int64_t)i * OP_SPARSE < tokens; i++)
+        if (!s->block[i])
+            s->block[i] = mem_settle(mem_zalloc(s->ctx, OP_SPARSE * (size_t)s->d, sizeof(float)));
+}
+
+/* Makes sure that a token has a row. */
+static void op_sparse_meet(op_sparse *s, int id) {
+    if (s->at[id] >= 0) return;
+    op_sparse_reserve(s, s->n + 1);
+    s->at[id] = s->n;
+    s->id[s->n++] = id;
+}
+
+/* Makes all of it zero; the memory stays for the next rows. */
+static void op_sparse_clear(op_sparse *s) {
+    for (int i = 0; i < s->n; i++) {
+        s->at[s->id[i]] = -1;
+        memset(op_sparse_row(s, i), 0, (size_t)s->d * sizeof(float));
+    }
+    s->n = 0;
+}
+
+/* null is allowed. */
+static void op_sparse_free(op_sparse *s) {
+    if (!s) return;
+    for (int i = 0; i <= s->vocab / OP_SPARSE; i++) mem_free(s->block[i]);
+    mem_free(s->block);
+    mem_free(s->at);
+    mem_free(s);
+}
+
 /* x = scale wte[id] + wpe[pos] for each token. */
 typedef struct op_embed {
     const k_table *k;
@@ -3937,6 +4005,7 @@ typedef struct op_embed {
     const op_weight *wte;
     const float *wpe;         /* null: no learned positions */
     float *gwte, *gwpe;       /* as wte and wpe; null: not trained */
+    op_sparse *sparse;        /* takes wte's gradient in place of gwte; or null */
     float scale;              /* 0: 1; otherwise wpe is null */
     float *x;                 /* forward: output; backward: its gradient, destroyed */
 } op_embed;
@@ -3970,14 +4039,17 @@ static void op_embed_cols(void *arg, int64_t lo, int64_t hi, int thread) {
     for (int r = 0; r < o->rows; r++) {
         float *dx = o->x + (size_t)r * d + lo;
         if (o->scale != 0) o->k->scale((int)(hi - lo), dx, o->scale);
-        o->k->add((int)(hi - lo), dx, o->gwte + (size_t)o->ids[r] * d + lo);
+        float *g = o->sparse ? op_sparse_row(o->sparse, o->sparse->at[o->ids[r]])
+                             : o->gwte + (size_t)o->ids[r] * d;
+        o->k->add((int)(hi - lo), dx, g + lo);
         if (o->gwpe) o->k->add((int)(hi - lo), dx, o->gwpe + (size_t)o->pos[r] * d + lo);
     }
 }
 
 /* gwte[id] += scale dx, gwpe[pos] += dx for each token, where x holds dx. */
 static void op_embed_bwd(op_env *e, op_embed *o) {
-    if (o->gwte) par_for(e->ctx, o->d, op_col_grain(o->rows), op_embed_cols, o);
+    for (int r = 0; o->sparse && r < o->rows; r++) op_sparse_meet(o->sparse, o->ids[r]);
+    if (o->gwte || o->sparse) par_for(e->ctx, o->d, op_col_grain(o->rows), op_embed_cols, o);
 }
 
 /* ---- activations ---- */
@@ -4472,11 +4544,12 @@ typedef struct op_vocab {
     float *lse, *coef, *kl, *other_logp; /* [rows of the chunk] */
 } op_vocab;
 
-/* Rows of logits held at once: at most 64 MiB and 512 rows, in equal chunks. A chunk reads W and
- * its gradient once, from memory; more rows share that. Part of no result: a row's numbers do not
- * depend on its neighbours. */
-static int op_vocab_chunk(int vocab, int rows) {
-    int most = base_max(24, base_min((1 << 24) / vocab, 512)), chunks = (rows + most - 1) / most;
+/* Rows of logits held at once, in one array or two: at most 64 MiB and 512 rows, in equal chunks. A
+ * chunk reads W and its gradient once, from memory; more rows share that. Part of no result: a
+ * row's numbers do not depend on its neighbours. */
+static int op_vocab_chunk(int vocab, int rows, int arrays) {
+    int most = base_max(24, base_min((1 << 24) / vocab, 512) / arrays);
+    int chunks = (rows + most - 1) / most;
     return chunks ? (int)base_round_up((size_t)((rows + chunks - 1) / chunks), 8) : 1;
 }
 
@@ -4541,7 +4614,7 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
                          const int32_t *target, float scale, const op_rows *out, op_coef_fn *coef,
                          void *user, float *dx) {
     arena_mark mark = arena_save(e->ws);
-    int chunk = op_vocab_chunk(w->n, rows);
+    int chunk = op_vocab_chunk(w->n, rows, 1);
     op_weight lw = op_vocab_weight(w);
     op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale, .cap = w->cap};
     v.logits = arena_floats(e->ws, (size_t)chunk, v.ld);
@@ -4571,7 +4644,7 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
                              const float *x2, int rows, const int32_t *target, float scale,
                              const op_rows *out, float *kl, float *other_logp) {
     arena_mark mark = arena_save(e->ws);
-    int chunk = op_vocab_chunk(w->n, rows);
+    int chunk = op_vocab_chunk(w->n, rows, 2);
     op_weight lw = op_vocab_weight(w), lw2 = op_vocab_weight(w2);
     op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale};
     v.logits = arena_floats(e->ws, (size_t)chunk, v.ld);
@@ -7716,7 +7789,7 @@ struct rlhf_model {
     model_base *base; /* null: all weights are in w */
     const op_drop *drop; /* of the training pass that runs; null: adapters see everything */
     float *g;       /* gradients, lent by the trainer that is open; null otherwise */
-    float *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
+    op_sparse *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
     model_slot slot[P_COUNT];
     size_t layer_size; /* floats from one layer to the next */
     int half;          /* products are of bfloat16 */
@@ -7727,7 +7800,10 @@ struct rlhf_model {
     float *cosine[2], *sine[2]; /* [rope_len][rot/2]: by theta, by local_theta */
     int rope_len;
     arena ws;     /* of one call */
-    arena keep;   /* packed weights and tables: as long as the model */
+    arena keep;   /* tables: as long as the model */
+    arena panels; /* packed lies here, or in the room that was lent for it */
+    float *room;
+    size_t room_size, room_used; /* floats */
     char *stored; /* [tensors of the family][layers]: dtypes in the file, as ckpt_value; 0: none */
     int32_t eos[16];
     int n_eos, bos;
@@ -7970,7 +8046,7 @@ static rlhf_model *model_new(rlhf_ctx *ctx, const json_src *src, json_t *config)
     rlhf_model *m = mem_zalloc(ctx, 1, sizeof *m);
     m->ctx = ctx;
     m->half = ctx->half;
-    m->ws.ctx = m->keep.ctx = ctx;
+    m->ws.ctx = m->keep.ctx = m->panels.ctx = ctx;
     m->family = model_find_family(src, config);
     m->bos = -1;
     m->score_std = 1;
@@ -8008,6 +8084,7 @@ static void model_place(rlhf_model *m, model_base *base) {
 static void model_free(rlhf_model *m) {
     arena_free(&m->ws);
     arena_free(&m->keep);
+    arena_free(&m->panels);
     json_decref(m->config);
     mem_free(m->packed);
     mem_free(m->packed_version);
@@ -8158,17 +8235,30 @@ static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int l
     int own = m->slot[p].where == MODEL_OWN;
     if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
     float **packed = own ? m->packed + i : m->base->packed + i, *to = *packed;
-    if (!to)
-        to = arena_take(own ? &m->keep : &m->base->keep,
-                        gemm_packed_size(m->ctx->k, m->half, w->k, w->n) * sizeof *to, 0);
+    size_t size = gemm_packed_size(m->ctx->k, m->half, w->k, w->n);
+    if (!to && own && m->room_size - m->room_used >= size) {
+        to = m->room + m->room_used;
+        m->room_used += size;
+    } else if (!to) to = arena_take(own ? &m->panels : &m->base->keep, size * sizeof *to, 0);
     /* Noted only when they are whole: packing may fail. */
-    if (own ? m->packed_version[i] != m->version : !*packed) {
+    if (!*packed || (own && m->packed_version[i] != m->version)) {
         op_env e = {m->ctx, &m->ws};
         op_pack(&e, w, to);
         m->packed_version[i] = m->version;
     }
     *packed = to;
     return to;
+}
+
+/* Drops the panels of a model's own matrices. Those to come lie in room [size], whose contents are
+ * lost, as long as it lasts; null: in memory of their own. */
+static void model_place_panels(rlhf_model *m, float *room, size_t size) {
+    size_t layers = (size_t)base_max(1, m->c.layers); /* a score head alone has none */
+    memset(m->packed, 0, layers * P_COUNT * sizeof *m->packed);
+    arena_free(&m->panels);
+    m->room = room;
+    m->room_size = size;
+    m->room_used = 0;
 }
 
 /* A matrix ready for op_linear on `rows` rows, with its adapters. bias P_COUNT: none. */
@@ -8196,9 +8286,10 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int row
     return o;
 }
 
-/* The matrix from normed states to logits [vocab][d] (op_logits), or to the score [1][d]. */
+/* The matrix from normed states to logits [vocab][d] (op_logits), or to the score [1][d], of which
+ * no panels are kept: they would be sixteen times as large. */
 static op_weight model_head_weight(rlhf_model *m, int rows) {
-    if (m->c.head == RLHF_HEAD_SCORE) return model_weight(m, P_SCORE, P_COUNT, 0, rows);
+    if (m->c.head == RLHF_HEAD_SCORE) return model_weight(m, P_SCORE, P_COUNT, 0, INT_MAX);
     op_weight o = model_weight(m, m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0, rows);
     o.cap = m->c.logit_cap;
     return o;
@@ -8449,6 +8540,8 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     const model_cfg *c = &m->c;
     const k_table *k = m->ctx->k;
     int n = run->rows;
+    /* What is trained changes too soon for panels to be kept. */
+    int panel_rows = run->save && !m->base ? INT_MAX : n;
     /* Keys and values: the caller's caches, or one set for all layers. */
     for (int s = 0; s < run->seqs; s++) {
         if (run->kv) a->seq[s].kv = run->kv[(size_t)layer * (size_t)run->seqs + (size_t)s];
@@ -8457,8 +8550,8 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     /* Attention: norm, queries keys values, their norms, rotation, attention. */
     op_norm n1 = model_layer_norm(m, P_LN1_W, layer, n, a);
     op_norm_fwd(e, &n1);
-    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer, n),
-              o = model_weight(m, P_O_W, P_O_B, layer, n);
+    op_weight qkv = model_weight(m, P_QKV_W, P_QKV_B, layer, panel_rows),
+              o = model_weight(m, P_O_W, P_O_B, layer, panel_rows);
     op_linear(e, &qkv, n, a->h, a->raw, NULL, NULL, NULL);
     if (c->qk_norm) {
         op_norm q = model_head_norm(m, P_QN_W, layer, n, a);
@@ -8476,8 +8569,8 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     model_branch(m, e, P_PN1_W, layer, n, a, &o, a->o, a->x1, a->x2);
     if (!c->parallel) op_norm_fwd(e, &n2);
     /* MLP: up with its activation, down added to x. */
-    op_weight up = model_weight(m, P_UP_W, P_UP_B, layer, n);
-    op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer, n);
+    op_weight up = model_weight(m, P_UP_W, P_UP_B, layer, panel_rows);
+    op_weight down = model_weight(m, P_DOWN_W, P_DOWN_B, layer, panel_rows);
     k_map_fn *act = c->act == ACT_GELU_ERF ? k->gelu_erf : k->gelu;
     op_linear(e, &up, n, a->h, a->up, NULL, c->glu ? NULL : act, a->act);
     if (c->glu) {
@@ -8683,7 +8776,8 @@ static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float
                    .ids = run->ids,
                    .pos = run->pos,
                    .wpe = model_w(m, P_WPE, 0),
-                   .gwte = m->g_embed ? m->g_embed : model_g(m, P_WTE, 0),
+                   .gwte = model_g(m, P_WTE, 0),
+                   .sparse = m->g_embed,
                    .gwpe = model_g(m, P_WPE, 0),
                    .scale = m->c.embed_scale,
                    .x = dx};
@@ -8799,10 +8893,11 @@ static size_t model_row_back(const rlhf_model *m) {
     return n;
 }
 
-/* Floats of logits that a chunk of n scored rows takes. */
-static size_t model_head_floats(const rlhf_model *m, int n) {
+/* Floats of logits that a chunk of n scored rows takes, by one model or two. */
+static size_t model_head_floats(const rlhf_model *m, int n, int models) {
     if (m->c.head != RLHF_HEAD_LM) return 0;
-    return (size_t)op_vocab_chunk(m->c.vocab, n) * (size_t)(m->c.vocab + 2 * RLHF_LANES);
+    return (size_t)(models * op_vocab_chunk(m->c.vocab, n, models)) *
+           (size_t)(m->c.vocab + 2 * RLHF_LANES);
 }
 
 /* Bytes that products take beside their operands: blocks of each thread, weights that are widened.
@@ -8824,7 +8919,7 @@ static model_need model_need_training(const rlhf_model *m, int rows) {
     size_t kept = d + model_row_floats(m, !m->recompute, layers);
     size_t back = d + model_row_back(m);
     if (m->recompute) kept += layers * d, back += model_row_floats(m, 1, 1);
-    size_t head = m->c.head == RLHF_HEAD_LM ? model_head_floats(m, rows) : 0;
+    size_t head = m->c.head == RLHF_HEAD_LM ? model_head_floats(m, rows, 1) : 0;
     size_t top = 3 * d * r;
     /* Logits are gone before the backward pass through the layers begins. */
     model_need o = {4 * (r * kept + top), 0, model_scratch(m)};
@@ -8838,7 +8933,7 @@ static model_need model_need_training(const rlhf_model *m, int rows) {
 static model_need model_need_scoring(const rlhf_model *m, int rows, int compare) {
     size_t d = (size_t)m->c.d, r = (size_t)rows;
     model_need o = {4 * r * (model_row_floats(m, 0, 1) + 3 * d), 0, model_scratch(m)};
-    if (compare) o.scratch += 8 * model_head_floats(m, rows);
+    if (compare) o.scratch += 4 * model_head_floats(m, rows, 2);
     return o;
 }
 
@@ -8878,12 +8973,21 @@ static size_t model_panel_bytes(const rlhf_model *m, int base) {
     return n;
 }
 
-/* How many of the sequences from `from` on fit into one such batch, at least one. The cut changes
- * memory and time, not results. */
-static int model_batch_count(const rlhf_model *m, const int *len, int from, int n) {
-    int tokens = 0, i = from, most = model_batch_tokens(m);
-    while (i < n && (i == from || tokens + len[i] <= most)) tokens += len[i++];
+/* How many of the sequences from `from` on make the next piece of up to `most` tokens, at least
+ * one. The last two pieces are equal as far as sequences can be: products of few rows are slow.
+ * How a batch is cut changes memory and time, not results. */
+static int model_cut(const int *len, int from, int n, int64_t most) {
+    int64_t rest = 0, tokens = 0;
+    int i = from;
+    for (int k = from; k < n && rest <= 2 * most; k++) rest += len[k];
+    int64_t enough = rest > most && rest <= 2 * most ? (rest + 1) / 2 : most;
+    while (i < n && (i == from || (tokens < enough && tokens + len[i] <= most))) tokens += len[i++];
     return i - from;
+}
+
+/* The same for a batch from which nothing is trained. */
+static int model_batch_count(const rlhf_model *m, const int *len, int from, int n) {
+    return model_cut(len, from, n, model_batch_tokens(m));
 }
 
 /* Raw scores at the last token of n sequences, in batches; len[i] >= 1. */
@@ -10623,15 +10727,15 @@ static void gguf_save(rlhf_model *m, rlhf_tokenizer *t, const char *path, const 
  * The optimizer owns gradients and both moments, arrays of its models' layout, and lends the
  * gradients to the models while a trainer is open. Work is split into chunks of one parameter each:
  * a chunk either decays or does not, and its sum of squares is one term of the norm. A trained
- * model takes 16 bytes for each weight with its gradient and moments, and 4 more for a matrix where
- * products of few rows have had panels of it.
+ * model takes 16 bytes for each weight with its gradient and moments. Between steps, gradients are
+ * zero, and their memory is lent for the panels that sampling wants.
  *
  * A step of a trainer is
  *     opt_zero        gradients are 0
  *     backward passes add to them, one for each micro-batch
  *     opt_step        joins, norm, clipping, AdamW; the models' version changes
  *
- * Entry: opt_new, opt_attach, opt_zero, opt_step.
+ * Entry: opt_new, opt_attach, opt_zero, opt_step, opt_lend.
  * Tests: test/test_train.c, test/test_golden.c
  * ============================================================================================ */
 
@@ -10651,8 +10755,9 @@ typedef struct opt {
     int models;
     rlhf_model *model[OPT_MODELS];
     float *g[OPT_MODELS], *m[OPT_MODELS], *v[OPT_MODELS];
-    float *embed[OPT_MODELS]; /* of a matrix with two uses: one chain of sums for each use, so that
-                                 cutting a batch into micro-batches changes no bit; else null */
+    op_sparse *embed[OPT_MODELS]; /* of a matrix with two uses: one chain of sums for each use,
+                                 so that cutting a batch into micro-batches changes no bit;
+                                 else null */
     int64_t step;             /* steps done: t of the bias corrections */
     int clean;                /* all gradients are zero */
     double beta1, beta2, eps, weight_decay, max_norm;
@@ -10713,7 +10818,7 @@ static opt *opt_new(rlhf_ctx *ctx, rlhf_model *const *models, int n) {
         o->v[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         /* One matrix, two uses: opt_join. */
         if (models[i]->c.tied && models[i]->c.head == RLHF_HEAD_LM && !models[i]->base)
-            o->embed[i] = mem_zalloc(ctx, models[i]->slot[P_WTE].n, sizeof(float));
+            o->embed[i] = op_sparse_new(ctx, models[i]->c.vocab, models[i]->c.d);
         opt_add_chunks(o, i, 1);
     }
     o->chunk = mem_zalloc(ctx, (size_t)o->chunks, sizeof *o->chunk);
@@ -10734,8 +10839,9 @@ static void opt_attach(opt *o) {
 /* Gives everything back; a model that holds gradients of another optimizer keeps them. */
 static void opt_free(opt *o) {
     for (int i = 0; i < o->models; i++) {
-        if (o->model[i]->g == o->g[i]) o->model[i]->g = o->model[i]->g_embed = NULL;
-        mem_free(o->embed[i]);
+        if (o->model[i]->g == o->g[i]) o->model[i]->g = NULL, o->model[i]->g_embed = NULL;
+        if (o->model[i]->room == o->g[i]) model_place_panels(o->model[i], NULL, 0);
+        op_sparse_free(o->embed[i]);
         mem_free(o->g[i]);
         mem_free(o->m[i]);
         mem_free(o->v[i]);
@@ -10751,14 +10857,31 @@ static void opt_zero_range(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     for (int64_t i = lo; i < hi; i++)
         memset(o->g[o->chunk[i].model] + o->chunk[i].at, 0, (size_t)o->chunk[i].n * sizeof(float));
-    for (int i = 0; lo == 0 && i < o->models; i++) /* a step that failed may have left something */
-        if (o->embed[i]) memset(o->embed[i], 0, o->model[i]->slot[P_WTE].n * sizeof(float));
 }
 
-/* Makes all gradients zero, before the first batch of a step. A step that succeeds leaves them so;
- * one that fails does not. */
+/* Makes all gradients zero, before the first batch of a step, and drops panels: the weights that
+ * they are of are about to change. A step that succeeds leaves gradients zero; one that fails does
+ * not. */
 static void opt_zero(opt *o) {
+    for (int i = 0; i < o->models; i++) {
+        model_place_panels(o->model[i], NULL, 0);
+        if (!o->clean && o->embed[i]) op_sparse_clear(o->embed[i]);
+    }
     if (!o->clean) par_for(o->ctx, o->chunks, 1, opt_zero_range, o);
+    o->clean = 0;
+}
+
+/* Takes what memory steps of up to so many tokens need, before the first of several that are to
+ * succeed or fail together. */
+static void opt_reserve(opt *o, int64_t tokens) {
+    for (int i = 0; i < o->models; i++)
+        if (o->embed[i]) op_sparse_reserve(o->embed[i], tokens);
+}
+
+/* Lends the gradients' memory for panels until the next step begins: products of few rows come
+ * between steps, when gradients are zero. */
+static void opt_lend(opt *o) {
+    for (int i = 0; i < o->models; i++) model_place_panels(o->model[i], o->g[i], o->model[i]->n);
     o->clean = 0;
 }
 
@@ -10770,26 +10893,33 @@ static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
         o->part[i] = o->ctx->k->sumsq(o->chunk[i].n, o->g[o->chunk[i].model] + o->chunk[i].at);
 }
 
-/* Chunks [lo, hi), where they are the embedding's. The part becomes zero for the next step. */
+/* One model's embedding and the gradient that it joins. */
+typedef struct opt_joint {
+    const k_table *k;
+    const op_sparse *part;
+    float *g; /* of the whole matrix */
+} opt_joint;
+
+/* Rows [lo, hi) of the part. */
 static void opt_join_range(void *arg, int64_t lo, int64_t hi, int thread) {
-    opt *o = arg;
+    const opt_joint *j = arg;
     (void)thread;
-    for (int64_t i = lo; i < hi; i++) {
-        opt_chunk c = o->chunk[i];
-        size_t at = c.at - o->model[c.model]->slot[P_WTE].at;
-        if (!o->embed[c.model] || c.at < o->model[c.model]->slot[P_WTE].at ||
-            at >= o->model[c.model]->slot[P_WTE].n)
-            continue;
-        float *part = o->embed[c.model] + at;
-        o->ctx->k->add(c.n, part, o->g[c.model] + c.at);
-        memset(part, 0, (size_t)c.n * sizeof *part);
-    }
+    for (int i = (int)lo; i < hi; i++)
+        j->k->add(j->part->d, op_sparse_row(j->part, i),
+                  j->g + (size_t)j->part->id[i] * (size_t)j->part->d);
 }
 
 /* Adds the embedding's part to the gradient of a matrix that is embedding and head. Apart until
  * here, each part is one chain over the rows of all micro-batches; in one array their terms would
  * interleave differently for every way of cutting the batch. */
-static void opt_join(opt *o) { par_for(o->ctx, o->chunks, 1, opt_join_range, o); }
+static void opt_join(opt *o) {
+    for (int i = 0; i < o->models; i++) {
+        if (!o->embed[i]) continue;
+        opt_joint j = {o->ctx->k, o->embed[i], o->g[i] + model_at(o->model[i], P_WTE, 0)};
+        par_for(o->ctx, j.part->n, par_grain(2 * j.part->d), opt_join_range, &j);
+        op_sparse_clear(o->embed[i]);
+    }
+}
 
 /* The Euclidean norm over all gradients of all models. */
 static double opt_norm(opt *o) {
@@ -12031,12 +12161,15 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
     int next = 0, done = 0, go_on = 1;
     double begun = base_now();
     int64_t tokens = 0;
+    size_t most = 0; /* bytes that a step without new prompts has taken so far */
     while (done < n && go_on) {
+        int admitted = next;
         next = gen_admit(m, &live, items, next, n);
-        /* In one block what a step has needed so far: new pages for each product of each step would
-         * take much of its time. */
-        arena_reserve(ws, ws->peak - ws->total, 0);
+        /* In one block: new pages for each product of each step would take much of its time. */
+        if (next == admitted) arena_reserve(ws, most, 0);
+        ws->high = ws->total;
         gen_step(m, ws, c, &live);
+        if (next == admitted && ws->high - ws->total > most) most = ws->high - ws->total;
         tokens += live.n;
         int stepped = live.n, kept = 0;
         for (int i = 0; i < live.held; i++) gen_join(m, &live, live.hold[i], live.hold[i].lead);
@@ -12324,6 +12457,7 @@ typedef struct train_sampler {
 /* What of a run decides how much memory it takes; tokens, at most. */
 typedef struct train_size {
     int rows;                /* of a micro-batch */
+    int64_t step;            /* of an optimizer step */
     train_sampler sampler[2];
     int samplers;
     int after;               /* they sample after the last step, when its arena is given back */
@@ -12476,10 +12610,8 @@ static void train_prepare(rlhf_model *m, const train_config *c, uint64_t seed) {
 /* How many of the sequences (pairs) from `from` on make the next micro-batch: what does not fit at
  * once changes nothing but memory, since gradients are chains over rows in order. */
 static int train_cut(const rlhf_trainer *t, const int *len, int from, int n) {
-    int tokens = 0, i = from, most = (int)t->u.c.per_device_train_batch_size;
-    while (i < n && i - from < most && (i == from || tokens + len[i] <= t->at_once))
-        tokens += len[i++];
-    return i - from;
+    int64_t most = t->u.c.per_device_train_batch_size;
+    return model_cut(len, from, n - from > most ? from + (int)most : n, t->at_once);
 }
 
 /* Makes the optimizer of n models from the common configuration. */
@@ -12549,10 +12681,14 @@ static void train_set_length(rlhf_trainer *t, int64_t window) {
 /* ---- memory ---- */
 
 enum {
-    TRAIN_AT_ONCE = 512,     /* tokens: products of more rows are hardly faster */
     TRAIN_SLOTS = 64,        /* answers sampled at once */
     TRAIN_PROGRAM = 5 << 20  /* bytes of program and libraries, about */
 };
+
+/* Tokens of a micro-batch where memory is no concern: products of more rows are hardly faster. */
+static int train_at_once(const rlhf_ctx *ctx) {
+    return base_max(320, base_min(512, 64 * ctx->threads));
+}
 
 /* Bytes mapped of a role's base, unless a role before it has the same. */
 static int64_t train_mapped(rlhf_model *const *role, int i) {
@@ -12590,7 +12726,8 @@ static void train_add_sampler(const rlhf_trainer *t, train_size *z, const rlhf_m
     z->sampler[z->samplers++] = (train_sampler){m, slots, prompt, prompt + room};
 }
 
-/* Tokens of the largest micro-batch of the run's first epochs, from the records in their orders. */
+/* Tokens of the largest micro-batch and step of the run's first epochs, from the records in their
+ * orders. */
 static void train_record_size(const rlhf_trainer *t, train_size *z) {
     const train_config *c = &t->u.c;
     int64_t window = c->per_device_train_batch_size * c->gradient_accumulation_steps;
@@ -12600,13 +12737,15 @@ static void train_record_size(const rlhf_trainer *t, train_size *z) {
         data_order((uint64_t)c->seed, epoch, c->shuffle_dataset, n, order);
         for (int i = 0; i < n; i++)
             len[i] = t->train->record[order[i]].a.n + t->train->record[order[i]].b.n;
-        int64_t steps = t->total - epoch * t->per_epoch;
+        int64_t steps = t->total - epoch * t->per_epoch, step = 0;
         for (int i = 0, k; i < n && i / window < steps; i += k) {
             int64_t end = (i / window + 1) * window;
             k = train_cut(t, len, i, end < n ? (int)end : n);
             int rows = 0;
             for (int j = i; j < i + k; j++) rows += len[j];
             z->rows = base_max(z->rows, rows);
+            step = (i % window ? step : 0) + rows;
+            if (step > z->step) z->step = step;
         }
     }
     mem_free(order);
@@ -12617,20 +12756,21 @@ static model_need train_larger(model_need a, model_need b) {
     return b.acts + b.cache + b.scratch > a.acts + a.cache + a.scratch ? b : a;
 }
 
-/* Bytes of panels of what is trained on few rows at once and, if sampling, of what samples. */
+/* Bytes of panels that outlive a stage: those of the bases of what is trained on few rows at once
+ * and, if sampling, of what samples; of a sampler's own matrices, too, unless the optimizer's
+ * gradients lend the memory. */
 static size_t train_panels(const rlhf_trainer *t, const train_size *z, int sampling) {
-    const rlhf_model *few[3 + OPT_MODELS] = {0};
-    int n = 0;
+    const rlhf_model *few[2 + OPT_MODELS] = {0};
+    int n = 0, trained;
     size_t bytes = 0;
-    for (int i = 0; sampling && i < z->samplers; i++) few[n++] = z->sampler[i].m;
     for (int i = 0; i < t->opt->models && z->rows < MODEL_MANY_ROWS; i++)
         few[n++] = t->opt->model[i];
+    for (trained = n; sampling && n < trained + z->samplers; n++)
+        few[n] = z->sampler[n - trained].m;
     for (int i = 0; i < n; i++) {
-        int own = 1, base = 1;
-        for (int k = 0; k < i; k++) {
-            own &= few[k] != few[i];
-            base &= few[k]->base != few[i]->base;
-        }
+        int own = i >= trained, base = 1;
+        for (int k = 0; k < t->opt->models; k++) own &= t->opt->model[k] != few[i];
+        for (int k = 0; k < i; k++) base &= few[k]->base != few[i]->base;
         if (own) bytes += model_panel_bytes(few[i], 0);
         if (base) bytes += model_panel_bytes(few[i], 1);
     }
@@ -12676,10 +12816,13 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
         o.other -= 4 * (int64_t)role[i]->n;
     }
     for (int i = 0; i < t->opt->models; i++) {
+        const model_cfg *c = &t->opt->model[i]->c;
+        size_t met = z.step < c->vocab ? (size_t)z.step : (size_t)c->vocab;
         o.optimizer += 12 * (int64_t)t->opt->model[i]->n;
-        if (t->opt->embed[i]) o.optimizer += 4 * (int64_t)t->opt->model[i]->slot[P_WTE].n;
+        o.other -= 12 * (int64_t)t->opt->model[i]->n;
+        if (t->opt->embed[i]) o.optimizer += (int64_t)op_sparse_bytes(met, c->d);
     }
-    o.other += t->ctx->mem_now - o.optimizer + TRAIN_PROGRAM;
+    o.other += t->ctx->mem_now + TRAIN_PROGRAM;
     model_need most = train_stage(t, &z);
     o.activations = (int64_t)(most.acts + z.rollout);
     o.cache = (int64_t)most.cache;
@@ -12695,12 +12838,12 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
 static void train_plan(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
     double limit = c->memory_limit * 1e9;
-    t->at_once = TRAIN_AT_ONCE;
+    t->at_once = train_at_once(t->ctx);
     t->memory = train_memory(t);
     for (int again = 0; again < 2 && limit > 0; again++) {
         if (again && c->gradient_checkpointing) break;
         for (int i = 0; again && i < t->opt->models; i++) t->opt->model[i]->recompute = 1;
-        for (t->at_once = TRAIN_AT_ONCE; t->at_once; t->at_once /= 2) {
+        for (t->at_once = train_at_once(t->ctx); t->at_once; t->at_once /= 2) {
             t->memory = train_memory(t);
             if ((double)t->memory.total <= limit) return;
         }
@@ -13080,6 +13223,12 @@ static float *train_score_items(rlhf_trainer *t, const gen_item *item, int n) {
     return score;
 }
 
+/* Answers of the model that is trained, between its steps. */
+static void train_generate(rlhf_trainer *t, const gen_config *c, gen_item *item, int n) {
+    opt_lend(t->opt);
+    gen_run(t->model, &t->ws, c, item, n, NULL);
+}
+
 /* The most likely answers (greedy, whatever the temperature of training) of the model as it is, a
  * line each, put into samples.jsonl in place of those of this step and later ones; where there is a
  * reward model, with its score. */
@@ -13093,7 +13242,7 @@ static void train_sample(rlhf_trainer *t) {
                     .batch = TRAIN_SLOTS,
                     .top_p = 1,
                     .stop = t->sample_stop};
-    gen_run(t->model, &t->ws, &g, item, n, NULL);
+    train_generate(t, &g, item, n);
     float *score = t->reward ? train_score_items(t, item, n) : NULL;
     char *path = ckpt_path(ctx, train_dir(t), "samples.jsonl");
     tok_buf text = {.ctx = ctx};
@@ -13872,7 +14021,7 @@ static void ppo_generate(rlhf_trainer *t, roll_row *row, int n) {
                     .top_p = 1,
                     .seed = (uint64_t)c->seed,
                     .stop = (int)c->stop_token_id};
-    gen_run(t->model, &t->ws, &g, item, n, NULL);
+    train_generate(t, &g, item, n);
     for (int i = 0; i < n; i++) {
         row[i].n = item[i].n;
         row[i].finished = item[i].finished;
@@ -14187,7 +14336,7 @@ static void ppo_policy_loss(rlhf_trainer *t, roll_row *const *row, int n, const 
     p->adv = adv;
     /* The loss enters as d loss / d logp, chunk by chunk, once the log-probabilities are known. */
     op_rows out = {.logp = f + 2 * total, .entropy = f + 3 * total};
-    op_weight w = model_head_weight(m, total);
+    op_weight w = model_head_weight(m, INT_MAX);
     op_env e = {t->ctx, ws};
     op_vocab_run(&e, &w, total, h, target, 1.0f / (float)t->u.ppo.temperature, &out,
                  ppo_policy_coef, p, part);
@@ -14290,6 +14439,9 @@ static void ppo_optimize(rlhf_trainer *t, roll_row *const *row, int n, const dou
     roll_row **shuffled = arena_alloc(&t->ws, (size_t)n * sizeof *shuffled);
     int *order = arena_alloc(&t->ws, (size_t)n * sizeof *order);
     ppo_sums s = {0};
+    int longest = 0;
+    for (int i = 0; i < n; i++) longest = base_max(longest, row[i]->n_prompt + row[i]->n);
+    opt_reserve(t->opt, (int64_t)size * longest);
     for (int epoch = 0; epoch < c->num_ppo_epochs; epoch++) {
         /* A pass's order is a function of seed, step and pass. */
         uint64_t round = (uint64_t)(t->step * c->num_ppo_epochs + epoch);
@@ -14352,6 +14504,7 @@ static void ppo_size(const rlhf_trainer *t, train_size *z) {
     int len = z->sampler->len, most = (int)(c->batch_size / c->num_mini_batches);
     int fit = base_min(base_max(1, t->at_once / len), (int)c->per_device_train_batch_size);
     z->rows = len * base_min(fit, most);
+    z->step = (int64_t)len * most;
     z->compared = (int)c->batch_size * len;
     z->scored = c->batch_size * base_max((int)c->best_of_n, 1) * len;
     z->rollout = (size_t)c->batch_size * (4 * room * (size_t)t->model->c.d + 32 * (room + 1));
@@ -14403,7 +14556,7 @@ static void ppo_best_of_n(rlhf_trainer *t) {
                     .top_p = 1,
                     .seed = (uint64_t)c->seed,
                     .stop = (int)c->stop_token_id};
-    gen_run(t->model, &t->ws, &g, item, prompts * n, NULL);
+    train_generate(t, &g, item, prompts * n);
     float *score = train_score_items(t, item, prompts * n);
     for (int i = 0; i < prompts * n; i++)
         score[i] = model_reward(t->reward, score[i]) -
@@ -15989,27 +16142,39 @@ const char *rlhf_status_text(rlhf_status status) {
 
 /* ---- context ---- */
 
+/* Bytes from which a block is a mapping of its own, which goes back to the system when it is freed:
+ * malloc may keep it, and training's arrays are most of what a program has. */
+#define API_LARGE ((size_t)1 << 18)
+
+/* What is mapped for a large block: whole pages of any system. */
+static size_t api_mapped(size_t size) { return base_round_up(size, (size_t)1 << 16); }
+
 /* Hooks of a host that gives none. */
 static void *api_default_alloc(void *user, size_t size) {
     (void)user;
-#ifdef MADV_HUGEPAGE
-    /* Arrays that fill large pages get them where the system leaves it to the program: fewer page
-     * faults, and strided reads that need no walk of the page table. */
+    if (size < API_LARGE) return malloc(size);
+    if (size > SIZE_MAX / 2) return NULL;
+    /* Large pages, where the system leaves them to the program, begin at their multiples: fewer
+     * page faults, and strided reads that need no walk of the page table. */
     const size_t page = (size_t)1 << 21;
-    void *p;
-    if (size >= 2 * page) {
-        if (posix_memalign(&p, page, size)) return NULL;
-        madvise(p, size / page * page, MADV_HUGEPAGE);
-        return p;
-    }
+    size_t whole = api_mapped(size), more = size >= 2 * page ? page : 0;
+    char *p = mmap(NULL, whole + more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return NULL;
+    if (!more) return p;
+    size_t skip = (page - (uintptr_t)p % page) % page;
+    if (skip) munmap(p, skip);
+    p += skip;
+    munmap(p + whole, page - skip);
+#ifdef MADV_HUGEPAGE
+    madvise(p, size / page * page, MADV_HUGEPAGE);
 #endif
-    return malloc(size);
+    return p;
 }
 
 static void api_default_free(void *user, void *ptr, size_t size) {
     (void)user;
-    (void)size;
-    free(ptr);
+    if (size < API_LARGE) free(ptr);
+    else munmap(ptr, api_mapped(size));
 }
 
 rlhf_options rlhf_options_default(void) {

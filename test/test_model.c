@@ -771,6 +771,21 @@ TEST(hash_of_weights) {
     }
 }
 
+/* Pieces of a batch: as many tokens as may be, the last two alike, and never none. */
+TEST(pieces_of_a_batch) {
+    int even[10] = {80, 80, 80, 80, 80, 80, 80, 80, 80, 80}, odd[4] = {30, 500, 10, 10};
+    CHECK_EQ_I(model_cut(even, 0, 4, 320), 4);
+    CHECK_EQ_I(model_cut(even, 0, 4, 319), 2);
+    CHECK_EQ_I(model_cut(even, 0, 4, 256), 2);
+    CHECK_EQ_I(model_cut(even, 0, 10, 256), 3);
+    CHECK_EQ_I(model_cut(even, 5, 10, 256), 3);
+    CHECK_EQ_I(model_cut(even, 6, 10, 256), 2);
+    CHECK_EQ_I(model_cut(even, 9, 10, 79), 1);
+    CHECK_EQ_I(model_cut(odd, 0, 4, 100), 1);
+    CHECK_EQ_I(model_cut(odd, 1, 4, 100), 1);
+    CHECK_EQ_I(model_cut(odd, 2, 4, 100), 2);
+}
+
 /* New weights are seen as soon as the version says so: nothing packed is left behind. */
 TEST(weights_that_change) {
     for (int i = 0; i < LANGUAGE_MODELS; i++) {
@@ -986,6 +1001,6 @@ static void case_names_of_matrices(void) {
 TEST_MAIN(CASE(gradients_gpt2), CASE(gradients_llama), CASE(gradients_families),
           CASE(gradients_scorers), CASE(kernels_and_threads), CASE(the_same_on_every_machine),
           CASE(alone_and_in_a_batch), CASE(micro_batches), CASE(token_by_token),
-          CASE(hash_of_weights), CASE(weights_that_change),
+          CASE(hash_of_weights), CASE(pieces_of_a_batch), CASE(weights_that_change),
           CASE(initial_weights), CASE(bad_batches), CASE(bad_configs), CASE(names_of_matrices),
           CASE(out_of_memory))

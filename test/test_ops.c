@@ -292,6 +292,44 @@ static void embed_check(int rows, int d, int vocab, int positions) {
     test_floats_free(c.wpe), test_floats_free(c.dx);
 }
 
+/* Only the rows of tokens take memory, whatever order they come in; cleared, all is zero again. */
+TEST(embedding_of_few_tokens) {
+    enum { VOCAB = 1000, D = 5, ROWS = 300 };
+    rlhf_ctx *ctx = test_context("auto", 2);
+    op_env e = {ctx, NULL};
+    float *dx = floats(ROWS * D, -1, 1);
+    float *part = test_floats(VOCAB * D), *dense = test_floats(VOCAB * D);
+    op_sparse *s = op_sparse_new(ctx, VOCAB, D);
+    for (int most = 1; most <= VOCAB; most *= 10) {
+        int32_t ids[ROWS];
+        for (int r = 0; r < ROWS; r++) ids[r] = (int32_t)(VOCAB - 1 - test_int(0, most - 1));
+        memset(dense, 0, VOCAB * D * sizeof *dense);
+        memset(part, 0, VOCAB * D * sizeof *part);
+        /* Two batches continue one chain. */
+        for (int i = 0; i < 2; i++) {
+            op_embed o = {.k = ctx->k, .rows = ROWS / 2, .d = D, .ids = ids + i * ROWS / 2,
+                          .gwte = dense, .x = dx + i * (ROWS / 2) * D};
+            op_embed_bwd(&e, &o);
+            o.gwte = NULL, o.sparse = s;
+            op_embed_bwd(&e, &o);
+        }
+        CHECK(s->n <= most && (most > 1 || s->n == 1));
+        for (int i = 0; i < s->n; i++)
+            memcpy(part + s->id[i] * D, op_sparse_row(s, i), D * sizeof *part);
+        CHECK_BITS(part, dense, VOCAB * D);
+        op_sparse_clear(s);
+        int blocks = 0;
+        for (int i = 0; i <= VOCAB / OP_SPARSE; i++) blocks += s->block[i] != NULL;
+        CHECK(blocks <= (base_min(most, ROWS) + OP_SPARSE - 1) / OP_SPARSE);
+    }
+    op_sparse_reserve(s, VOCAB + 1);
+    for (int i = 0; i < VOCAB; i++)
+        for (int k = 0; k < D; k++) CHECK(op_sparse_row(s, i)[k] == 0);
+    op_sparse_free(s);
+    test_floats_free(dx), test_floats_free(part), test_floats_free(dense);
+    rlhf_close(ctx);
+}
+
 TEST(embedding) {
     embed_check(1, 1, 1, 1);
     embed_check(40, 20, 7, 11);
@@ -835,11 +873,12 @@ TEST(vocabulary_capped) {
 
 /* More rows than a chunk holds. */
 TEST(vocabulary_chunks) {
-    CHECK_EQ_I(op_vocab_chunk(130, 600), 304);
+    CHECK_EQ_I(op_vocab_chunk(130, 600, 1), 304);
     vocab_check(test_quick() ? 520 : 1100, 130, 12, 1.25f);
-    CHECK_EQ_I(op_vocab_chunk(200000, 1000), 80);
-    CHECK(op_vocab_chunk(1 << 24, 100) == 24 && op_vocab_chunk(1, 512) == 512);
-    CHECK(op_vocab_chunk(100, 1) == 8 && op_vocab_chunk(100, 0) == 1);
+    CHECK_EQ_I(op_vocab_chunk(200000, 1000, 1), 80);
+    CHECK(op_vocab_chunk(1 << 24, 100, 1) == 24 && op_vocab_chunk(1, 512, 1) == 512);
+    CHECK(op_vocab_chunk(130, 600, 2) == 200 && op_vocab_chunk(1 << 24, 100, 2) == 24);
+    CHECK(op_vocab_chunk(100, 1, 1) == 8 && op_vocab_chunk(100, 0, 1) == 1);
 }
 
 /* The parts of a batch give what the batch gives; gradients of weights continue each other. The
@@ -869,7 +908,8 @@ TEST(vocabulary_in_parts) {
     vocab_free(&c);
 }
 
-TEST_MAIN(CASE(layer_norm), CASE(rms_norm), CASE(linear), CASE(embedding), CASE(gelu),
+TEST_MAIN(CASE(layer_norm), CASE(rms_norm), CASE(linear), CASE(embedding),
+          CASE(embedding_of_few_tokens), CASE(gelu),
           CASE(gelu_exact), CASE(glu), CASE(geglu), CASE(attention), CASE(attention_grouped),
           CASE(attention_odd_width), CASE(attention_wide), CASE(attention_part_rotated),
           CASE(attention_window), CASE(attention_capped), CASE(attention_extremes),

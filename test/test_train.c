@@ -252,6 +252,39 @@ static void counts(lab *l) {
 
 TEST(optimizer_steps) { for_each(counts); }
 
+/* ---- panels ---------------------------------------------------------------------------------- */
+
+static uint64_t panels_run(stage s, const char *model, int lend) {
+    lab l = {.stage = s, .model = model, .config = config_default(s)};
+    lab_start(&l);
+    for (int i = 0; i < 3; i++) {
+        lab_step(&l, 1);
+        CHECK(l.m->room == NULL);
+        if (!lend) continue;
+        /* What samples between steps leaves its panels in the gradients. */
+        int32_t ids[3] = {1, 2, 3}, out[2];
+        gen_item item = {.prompt = ids, .n_prompt = 3, .out = out};
+        gen_config g = {.max_new = 2, .batch = 1, .temperature = 1, .top_p = 1, .stop = -1};
+        opt_lend(l.t->opt);
+        if (s != RM) gen_run(l.m, &l.m->ws, &g, &item, 1, NULL);
+        if (s != RM) CHECK(l.m->room == l.t->opt->g[0] && l.m->room_used > 0);
+    }
+    uint64_t hash = hash_of(l.m);
+    /* Panels go with the gradients that they lie in. */
+    rlhf_trainer_close(l.t);
+    l.t = NULL;
+    CHECK(l.m->room == NULL && l.m->room_used == 0);
+    lab_close(&l);
+    return hash;
+}
+
+/* Gradients that lend their memory between steps are zero when the next one begins. */
+TEST(lent_gradients) {
+    for (int s = SFT; s <= PPO; s++)
+        for (int f = 0; f < 2; f++)
+            CHECK(panels_run((stage)s, configs[f], 1) == panels_run((stage)s, configs[f], 0));
+}
+
 /* ---- how batches are cut --------------------------------------------------------------------- */
 
 /* What two steps end in, the window being cut into `per` records at a time. */
@@ -901,7 +934,8 @@ TEST(ppo_trades_reward_for_kl) {
     CHECK(kl[1] < 0.1);
 }
 
-TEST_MAIN(CASE(no_learning_rate_no_change), CASE(optimizer_steps), CASE(sft_micro_batches),
+TEST_MAIN(CASE(no_learning_rate_no_change), CASE(optimizer_steps), CASE(lent_gradients),
+          CASE(sft_micro_batches),
           CASE(rm_micro_batches), CASE(ppo_micro_batches), CASE(sft_tokens_weigh_the_same),
           CASE(ratio_is_one), CASE(ratio_leaves_one), CASE(sft_stop_and_resume),
           CASE(rm_stop_and_resume), CASE(ppo_stop_and_resume), CASE(ppo_crash_and_resume),

@@ -12685,7 +12685,8 @@ enum {
     TRAIN_PROGRAM = 5 << 20  /* bytes of program and libraries, about */
 };
 
-/* Tokens of a micro-batch where memory is no concern: products of more rows are hardly faster. */
+/* Tokens of a micro-batch where memory is no concern: products of more rows are hardly faster, with
+ * many threads from more rows on. */
 static int train_at_once(const rlhf_ctx *ctx) {
     return base_max(320, base_min(512, 64 * ctx->threads));
 }

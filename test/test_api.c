@@ -114,6 +114,39 @@ static void check_oom(int line, rlhf_ctx *ctx, rlhf_status status, const char *w
         CHECK(oom_n_ > 1);                                                                         \
     } while (0)
 
+/* Bytes of this process's memory that are mapped, 0 where the system does not say. */
+static double mapped_bytes(void) {
+    FILE *f = fopen("/proc/self/statm", "r");
+    double pages = 0;
+    if (f && fscanf(f, "%lf", &pages) != 1) pages = 0;
+    if (f) fclose(f);
+    return pages * (double)sysconf(_SC_PAGESIZE);
+}
+
+/* Memory of a host without hooks: aligned, writable to its ends, and given back where it is large,
+ * even below a block that stays. */
+TEST(default_memory) {
+    static const size_t sizes[] = {1, 100, API_LARGE - 1, API_LARGE, API_LARGE + 1, 1 << 22,
+                                   (1 << 22) + 1, 50 << 20};
+    double before = mapped_bytes();
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        size_t n = sizes[i];
+        char *p[2];
+        for (int k = 0; k < 2; k++) {
+            p[k] = api_default_alloc(NULL, n);
+            REQUIRE(p[k]);
+            CHECK((uintptr_t)p[k] % (n >= 1 << 22 ? 1 << 21 : 16) == 0);
+            memset(p[k], 1, n);
+        }
+        api_default_free(NULL, p[0], n);
+        if (before > 0 && n >= API_LARGE)
+            CHECK(mapped_bytes() - before < 1.5 * (double)n + (1 << 20));
+        CHECK(p[1][0] == 1 && p[1][n - 1] == 1);
+        api_default_free(NULL, p[1], n);
+    }
+    CHECK(!api_default_alloc(NULL, SIZE_MAX) && !api_default_alloc(NULL, SIZE_MAX / 2 - 1));
+}
+
 TEST(oom_context) {
     for (int64_t n = 0; test_next_oom(&n);) {
         rlhf_options options = rlhf_options_default();
@@ -1846,7 +1879,7 @@ TEST(an_end_is_not_padding) {
     }
 }
 
-TEST_MAIN(CASE(an_end_is_not_padding), CASE(oom_context), CASE(oom_tokenizer),
+TEST_MAIN(CASE(an_end_is_not_padding), CASE(default_memory), CASE(oom_context), CASE(oom_tokenizer),
           CASE(oom_encode), CASE(oom_dataset),
           CASE(oom_model), CASE(oom_generate_and_eval), CASE(oom_sft), CASE(oom_rm), CASE(oom_ppo),
           CASE(oom_run_sft), CASE(oom_run_rm), CASE(statuses_have_texts),

@@ -17119,9 +17119,10 @@ static void bench_gemm(bench *b) {
 static const bench_shape *bench_find(bench *b, const char *name) {
     for (int i = 0; i < BENCH_SHAPES; i++)
         if (!strcmp(bench_shapes[i].name, name)) return bench_shapes + i;
-    if (!io_is_dir(name))
+    if (!io_exists(ckpt_path(b->ctx, name, "config.json")))
         err_throw(b->ctx, RLHF_ERR_ARG,
-                  "--model: \"%s\" is neither a directory nor one of " BENCH_SHAPE_NAMES, name);
+                  "--model: \"%s\" is neither a directory with config.json nor one of "
+                  BENCH_SHAPE_NAMES, name);
     return NULL;
 }
 

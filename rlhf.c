@@ -1605,7 +1605,6 @@ typedef void k_scale_fn(int n, float *x, float a);
 typedef void k_cap_fn(int n, float *x, float in, float out);
 typedef void k_cap_bwd_fn(int n, const float *y, float in, float *d);
 typedef void k_panel_fn(int n, const float *x, size_t ld, float *y);
-typedef void k_strips_fn(int n, int strips, int w, const float *x, size_t ld, float *y);
 typedef void k_half_fn(int n, const float *x, size_t step, uint16_t *y);
 typedef void k_wide_fn(int n, const uint16_t *x, float *y);
 typedef void k_pairs_fn(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y);
@@ -1650,7 +1649,6 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(prob, k_prob_fn)                                                                             \
     X(ds, k_ds_fn)                                                                                 \
     X(panel, k_panel_fn)                                                                           \
-    X(strips, k_strips_fn)                                                                         \
     X(wide, k_wide_fn)                                                                             \
     X(sumsq, k_sumsq_fn)                                                                           \
     X(adam, k_adam_fn)
@@ -1682,6 +1680,10 @@ typedef struct k_table {
 #define K_GELU_B 0.044715f
 #define K_ROOT_HALF 0.7071067811865476f /* 1 / sqrt 2 */
 #define K_NORMAL 0.3989422804014327f    /* 1 / sqrt(2 pi) */
+
+/* How many rows ahead of their use rows that are cut into strips are asked for: they lie too far
+ * apart for the processor to see a pattern. */
+enum { K_ROWS_AHEAD = 12 };
 
 /* ---- plain C ---- */
 
@@ -1972,19 +1974,6 @@ static void k_r_panel(int n, const float *x, size_t ld, float *y) {
     k_panel_part(RLHF_LANES, n, x, 1, ld, y);
 }
 
-/* Row i of k_r_strips. */
-static void k_strips_row(int n, int strips, int w, const float *x, size_t ld, float *y, int i) {
-    for (int s = 0; s < strips; s++)
-        memcpy(y + ((size_t)s * (size_t)n + (size_t)i) * (size_t)w,
-               x + (size_t)i * ld + (size_t)(s * w), (size_t)w * sizeof *y);
-}
-
-/* n rows of strips * w numbers, ld apart, cut into strips y[strips][n][w], side by side: each row
- * is read as it lies. */
-static void k_r_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
-    for (int i = 0; i < n; i++) k_strips_row(n, strips, w, x, ld, y, i);
-}
-
 /* n floats as bfloat16. Every 32 of them, the output goes on `step` halves behind where those
  * began; it is filled with zeros up to a multiple of 16. */
 static void k_r_half(int n, const float *x, size_t step, uint16_t *y) {
@@ -2009,7 +1998,7 @@ static void k_pairs_part(int n, int pairs, int w, const float *b, size_t ld, flo
         }
 }
 
-/* As k_r_strips, with pairs of rows as bfloat16: y[strips][pairs][w], pairs >= n / 2. */
+/* As k_strips, with pairs of rows as bfloat16: y[strips][pairs][w], pairs >= n / 2. */
 static void k_r_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y) {
     for (int s = 0; s < strips; s++)
         k_pairs_part(n, pairs, w, x + s * w, ld, y + (size_t)s * (size_t)(pairs * w), (size_t)w);
@@ -2363,26 +2352,6 @@ K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
     k_panel_part(RLHF_LANES, n - whole, x + whole, 1, ld, y + (size_t)whole * RLHF_LANES);
 }
 
-/* How many rows ahead of their use a strip's rows are asked for: they lie too far apart for the
- * processor to see a pattern. */
-enum { K_ROWS_AHEAD = 12 };
-
-K_FN void k_v_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
-    /* Where w is no multiple of a register, registers reach over into the next row of x, and of a
-     * strip, which is written next; so the last row goes by numbers. */
-    int over = w % V_WIDTH, rows = over ? n - 1 : n;
-    size_t strip = (size_t)n * (size_t)w;
-    for (int i = 0; i < rows; i++) {
-        const float *from = x + (size_t)i * ld;
-        float *to = y + (size_t)(i * w);
-        for (int c = 0; c < strips * w; c += RLHF_LANES)
-            __builtin_prefetch(from + K_ROWS_AHEAD * ld + c);
-        for (int s = 0; s < strips; s++, from += w, to += strip)
-            for (int c = 0; c < w; c += V_WIDTH) v_store(to + c, v_load(from + c));
-    }
-    if (over) k_strips_row(n, strips, w, x, ld, y, n - 1);
-}
-
 K_FN void k_v_half(int n, const float *x, size_t step, uint16_t *y) {
     for (int at = 0; at < n; at += RLHF_LANES) {
         v16 v = v16_get(x + at, n - at, 0);
@@ -2463,6 +2432,25 @@ K_FN void k_v_adam(int64_t n, float *p, float *g, float *m, float *v, const k_ad
 #endif
 
 /* ---- neither: plain C that memory bounds ---- */
+
+RLHF_INLINE void k_strips_of(const int w, int n, int strips, const float *x, size_t ld, float *y) {
+    size_t strip = (size_t)n * (size_t)w;
+    for (int i = 0; i < n; i++, x += ld, y += w) {
+        for (int c = 0; c < strips * w; c += RLHF_LANES)
+            __builtin_prefetch(x + K_ROWS_AHEAD * ld + c);
+        for (int s = 0; s < strips; s++)
+            memcpy(y + (size_t)s * strip, x + s * w, (size_t)w * sizeof *y);
+    }
+}
+
+/* n rows of strips * w numbers, ld apart, cut into strips y[strips][n][w], side by side: each row
+ * is read as it lies. The widths of tiles and panels are constants. */
+static void k_strips(int n, int strips, int w, const float *x, size_t ld, float *y) {
+    if (w == 6) k_strips_of(6, n, strips, x, ld, y);
+    else if (w == 8) k_strips_of(8, n, strips, x, ld, y);
+    else if (w == RLHF_LANES) k_strips_of(RLHF_LANES, n, strips, x, ld, y);
+    else k_strips_of(w, n, strips, x, ld, y);
+}
 
 /* Index of a draw from softmax(x scale) whose log normaliser is lse: the first i with sum_{j<=i}
  * p_j > u, u uniform in [0, 1). The sum is in double and in order of ids, so that the draw is a
@@ -3082,8 +3070,8 @@ static void gemm_pack_plain(const gemm_pack_args *g, int lo, int hi) {
                (size_t)g->k * RLHF_LANES * sizeof *g->out);
     int whole = g->ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
     for (int p = lo; p < whole; p += GEMM_GROUP)
-        g->kt->strips(g->k, base_min(GEMM_GROUP, whole - p), RLHF_LANES, g->b + p * RLHF_LANES,
-                      g->ks, g->out + (size_t)p * RLHF_LANES * (size_t)g->k);
+        k_strips(g->k, base_min(GEMM_GROUP, whole - p), RLHF_LANES, g->b + p * RLHF_LANES,
+                 g->ks, g->out + (size_t)p * RLHF_LANES * (size_t)g->k);
     for (int p = base_max(lo, whole); p < hi; p++) {
         int n0 = p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
         const float *b = g->b + (size_t)n0 * g->ns;
@@ -3150,8 +3138,8 @@ static void gemm_pack(rlhf_ctx *ctx, int half, const float *b, size_t ks, size_t
 static void gemm_pack_a(const k_table *kt, const float *a, size_t ks, int m, int k, float *out) {
     int rows = kt->f32.rows, tiles = m / rows;
     for (int t = 0; t < tiles; t += GEMM_GROUP)
-        kt->strips(k, base_min(GEMM_GROUP, tiles - t), rows, a + t * rows, ks,
-                   out + (size_t)(t * rows) * (size_t)k);
+        k_strips(k, base_min(GEMM_GROUP, tiles - t), rows, a + t * rows, ks,
+                 out + (size_t)(t * rows) * (size_t)k);
     /* The last, lower tile keeps the distance of a full one from k to k. */
     for (int i = 0; m % rows && i < k; i++)
         memcpy(out + (size_t)(tiles * rows) * (size_t)k + (size_t)(i * rows),

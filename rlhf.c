@@ -4184,21 +4184,31 @@ static float op_attn_scale(const op_attn *a) { return a->cap != 0 ? 1.0f : a->sc
 
 /* Copies one sequence's new keys and values of group g into its panels, behind its past. */
 static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
-    size_t hd = (size_t)a->hd, hp = gemm_panels(a->hd), cap = (size_t)s->kv.cap;
-    float *kp = s->kv.k + (size_t)g * hd * cap, *vp = s->kv.v + (size_t)g * hp * RLHF_LANES * cap;
-    /* K is transposed on the way; V keeps its rows, cut into panels. */
-    for (int r = 0; r < s->n; r++) {
-        size_t pos = (size_t)(s->past + r);
-        const float *k =
-            a->qkv + (size_t)(s->row + r) * (size_t)op_attn_width(a) + (size_t)(a->heads + g) * hd;
-        const float *v = k + (size_t)a->kv_heads * hd;
-        float *out = kp + pos / RLHF_LANES * hd * RLHF_LANES + pos % RLHF_LANES;
+    size_t hd = (size_t)a->hd, cap = (size_t)s->kv.cap, ld = (size_t)op_attn_width(a);
+    float *kp = s->kv.k + (size_t)g * hd * cap;
+    float *vp = s->kv.v + (size_t)g * gemm_panels(a->hd) * RLHF_LANES * cap;
+    const float *k = a->qkv + (size_t)s->row * ld + (size_t)(a->heads + g) * hd;
+    const float *v = k + (size_t)a->kv_heads * hd;
+    /* K is transposed on the way, by whole panels where they are there. */
+    for (int r = 0, n; r < s->n; r += n) {
+        int pos = s->past + r, in = pos % RLHF_LANES;
+        float *out = kp + (size_t)(pos - in) * hd;
+        n = base_min(s->n - r, RLHF_LANES - in);
+        if (n == RLHF_LANES) {
+            a->kt->panel(a->hd, k + (size_t)r * ld, ld, out);
+            continue;
+        }
         /* A product reads whole panels of keys: those to come are zeros, and take no part. */
-        if (pos % RLHF_LANES == 0) memset(out, 0, hd * RLHF_LANES * sizeof *out);
-        for (size_t j = 0; j < hd; j++) out[j * RLHF_LANES] = k[j];
-        for (size_t j = 0; j < hd; j++)
-            vp[j / RLHF_LANES * cap * RLHF_LANES + pos * RLHF_LANES + j % RLHF_LANES] = v[j];
+        if (!in) memset(out, 0, hd * RLHF_LANES * sizeof *out);
+        for (int i = 0; i < n; i++)
+            for (size_t j = 0; j < hd; j++)
+                out[j * RLHF_LANES + (size_t)(in + i)] = k[(size_t)(r + i) * ld + j];
     }
+    /* V keeps its rows, cut into panels. */
+    for (int p = 0; p < a->hd; p += RLHF_LANES, vp += cap * RLHF_LANES)
+        for (int r = 0; r < s->n; r++)
+            memcpy(vp + (size_t)(s->past + r) * RLHF_LANES, v + (size_t)r * ld + p,
+                   (size_t)base_min(RLHF_LANES, a->hd - p) * sizeof *vp);
 }
 
 /* Queries [q0, q1) of one sequence and head, into their rows of o; n = q1 - q0 <= OP_QUERIES. For

@@ -4794,6 +4794,17 @@ static io_view *io_map(rlhf_ctx *ctx, const char *path) {
     return v;
 }
 
+/* Gives back the memory of whole pages of a view in [data, data + size), which will not be read
+ * soon; they come from the file again. Elsewhere than in the view: nothing. */
+static void io_forget(const io_view *v, const void *data, size_t size) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)data, to = from + size;
+    uintptr_t first = (uintptr_t)v->data;
+    if (from < first || to > first + v->size) return;
+    from = (from + page - 1) / page * page;
+    to = to / page * page;
+    if (from < to) madvise((void *)from, (size_t)(to - from), MADV_DONTNEED);
+}
+
 /* Ends a file that is not to be: the temporary goes, what stood under its path stays. */
 static void io_discard(void *file) {
     io_file *f = file;
@@ -8029,6 +8040,15 @@ static void model_base_drop(model_base *b) {
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) mem_free(parts[i]);
 }
 
+/* Gives back the pages of a matrix that files hold. */
+static void model_base_forget(const model_base *b, size_t index) {
+    for (int i = 0; i < b->pieces[index]; i++) {
+        const op_piece *p = b->piece[index] + i;
+        size_t size = (size_t)p->rows * (size_t)p->cols * (p->kind == '4' ? 4 : 2);
+        for (int v = 0; v < b->n_maps; v++) io_forget(b->maps[v], p->data, size);
+    }
+}
+
 /* ---- making and giving back ---- */
 
 /* Tensors of the family in a layer: the length of its list. */
@@ -8226,24 +8246,25 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
  * time. Below, the panels of W are kept, since packing would cost as much as the product. */
 enum { MODEL_MANY_ROWS = 96 };
 
-/* Panels of a matrix for products of few rows, or null: there are many, or keeping a copy would
- * cost too much memory. Own matrices are packed again when they have changed. */
+/* Panels of a matrix, or null: there are none yet and many rows, or keeping a copy would cost too
+ * much memory. Own matrices are packed again when they have changed; pages of a file that have been
+ * packed are given back, since it is panels that are read from then on. */
 static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int layer, int rows) {
     size_t i = model_index(p, layer);
     int own = m->slot[p].where == MODEL_OWN;
-    if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
     float **packed = own ? m->packed + i : m->base->packed + i, *to = *packed;
+    if (to && (!own || m->packed_version[i] == m->version)) return to;
+    if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
     size_t size = gemm_packed_size(m->ctx->k, m->half, w->k, w->n);
     if (!to && own && m->room_size - m->room_used >= size) {
         to = m->room + m->room_used;
         m->room_used += size;
     } else if (!to) to = arena_take(own ? &m->panels : &m->base->keep, size * sizeof *to, 0);
-    /* Noted only when they are whole: packing may fail. */
-    if (!*packed || (own && m->packed_version[i] != m->version)) {
-        op_env e = {m->ctx, &m->ws};
-        op_pack(&e, w, to);
-        m->packed_version[i] = m->version;
-    }
+    op_env e = {m->ctx, &m->ws};
+    op_pack(&e, w, to);
+    /* Noted only now that they are whole: packing may fail. */
+    if (own) m->packed_version[i] = m->version;
+    else model_base_forget(m->base, i);
     *packed = to;
     return to;
 }

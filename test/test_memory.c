@@ -1,6 +1,6 @@
 /* The table of memory before a run against what the run then takes, by the allocation hook and the
  * files that are mapped: within ten percent, for each stage, with weights that are trained and with
- * adapters, and with layers that are computed again. */
+ * adapters, and with layers that are computed again. And what sampling keeps of such files. */
 
 #include "../rlhf.c"
 #include "test.h"
@@ -196,4 +196,48 @@ TEST(a_limit_changes_no_bit) {
     }
 }
 
-TEST_MAIN(CASE(table_and_run), CASE(one_trunk), CASE(a_limit_changes_no_bit))
+/* Bytes of files called `name` that are in this process's memory, -1 where the system does not
+ * say. */
+static double resident(const char *name) {
+    FILE *f = fopen("/proc/self/smaps", "r");
+    double sum = f ? 0 : -1, kb;
+    int inside = 0;
+    for (char line[4096]; f && fgets(line, sizeof line, f);) {
+        if (strchr(line, '-') && !strstr(line, "kB")) inside = strstr(line, name) != NULL;
+        if (inside && sscanf(line, "Rss: %lf kB", &kb) == 1) sum += kb * 1024;
+    }
+    if (f) fclose(f);
+    return sum;
+}
+
+/* Panels take the place of what files hold: of the embedding alone, some rows are read after it was
+ * packed. A prompt of many tokens is read from files first, from panels then: the same bits. */
+TEST(panels_in_place_of_files) {
+    rlhf_ctx *ctx = test_context("auto", 2);
+    rlhf_tokenizer *tok;
+    rlhf_model *m;
+    rlhf_sample *s[2];
+    int n;
+    bases_make(&tok, ctx);
+    OK(ctx, rlhf_model_open(ctx, test_path("base"), &m));
+    double size = (double)mapped(ctx), opened = resident("model.safetensors");
+    char prompt[2 * MODEL_MANY_ROWS + 1];
+    memset(prompt, 'x', sizeof prompt - 1);
+    prompt[sizeof prompt - 1] = 0;
+    const char *prompts[1] = {prompt};
+    rlhf_generate_config c = rlhf_generate_config_default();
+    c.max_new_tokens = 8;
+    for (int i = 0; i < 2; i++) OK(ctx, rlhf_generate(m, tok, &c, prompts, 1, &s[i], &n));
+    CHECK(s[0]->logprob == s[1]->logprob);
+    double left = resident("model.safetensors");
+    CHECK(size > 4e6 && left < 0.2 * size);
+    for (int i = 0; i < 2; i++) rlhf_samples_free(ctx, s[i], n);
+    rlhf_model_close(m);
+    rlhf_tokenizer_close(tok);
+    rlhf_close(ctx);
+    test_remove(test_path("base"));
+    if (opened < 0) SKIP("the system does not say what is resident");
+}
+
+TEST_MAIN(CASE(table_and_run), CASE(one_trunk), CASE(a_limit_changes_no_bit),
+          CASE(panels_in_place_of_files))

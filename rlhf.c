@@ -16870,8 +16870,8 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 /* ============================================================================================
  * MARK: - 34 BENCH (bench_)
  * How fast this machine does the work of RLHF, against its own limits: multiply-adds in registers
- * and the memory's bandwidth, measured first. Random weights of named shapes, nothing is
- * downloaded. Equal weight hashes at the end mean that two machines did the same work.
+ * and the memory's bandwidth, measured first and beside each item. Random weights of named shapes,
+ * nothing is downloaded. Equal weight hashes at the end mean that two machines did the same work.
  *
  * A share is the part of the roof that a result reaches, the roof being the smaller of what the
  * arithmetic and what the memory allow for that work (Williams, Waterman and Patterson 2009). Times
@@ -16926,7 +16926,8 @@ typedef struct bench {
     rlhf_ctx *ctx;
     int quick, json;
     double fma, bf16, dram; /* GFLOP/s, GFLOP/s (0: no such instructions), GB/s */
-    double peak;            /* of the products that models do here */
+    const k_tiles *tiles;   /* of the products that models do here */
+    double peak;            /* GFLOP/s of their multiply-adds while the last time was measured */
     const char *dtype;
     bench_result list[BENCH_LIST];
     int n;
@@ -16960,20 +16961,62 @@ static int bench_less(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
+static double bench_median(double *x, int n) {
+    qsort(x, (size_t)n, sizeof *x, bench_less);
+    return n % 2 ? x[n / 2] : 0.5 * (x[n / 2 - 1] + x[n / 2]);
+}
+
+/* What multiply-adds in registers take. */
+typedef struct bench_peak {
+    const k_tiles *tiles;
+    float sink;
+    _Atomic double flops; /* of one piece */
+} bench_peak;
+
+enum { BENCH_PEAK_ROUNDS = 1 << 17, BENCH_PEAK_PIECES = 4 };
+
+static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    bench_peak *p = arg;
+    float sink = 0;
+    (void)thread;
+    for (int64_t i = lo; i < hi; i++) p->flops = p->tiles->peak(BENCH_PEAK_ROUNDS, &sink);
+    if (sink == 1) p->sink = sink; /* keeps the compiler from dropping the sums */
+}
+
+/* GFLOP/s in registers over at least so many seconds, 0 where the table has no such instructions.
+ * All threads at once, a few pieces each: the limit is the machine's, not one core's. */
+static double bench_fma(bench *b, const k_tiles *tiles, double least) {
+    bench_peak p = {.tiles = tiles};
+    int pieces = BENCH_PEAK_PIECES * b->ctx->threads;
+    double at = base_now(), s = 0, flops = 0;
+    while (tiles->peak && (flops == 0 || s < least)) {
+        par_for(b->ctx, pieces, 1, bench_peak_range, &p);
+        flops += pieces * p.flops;
+        s = base_now() - at;
+    }
+    return flops > 0 ? flops / s / 1e9 : 0;
+}
+
 /* Median seconds of a call, after one that does not count: at least three (quick: two; of long ones
- * one), about a second (0.3) of them. */
-static double bench_time(const bench *b, void (*run)(void *), void *arg) {
-    double t[64], begun = base_now();
-    int n = 0, least = b->quick ? 2 : 3;
+ * one), about a second (0.3) of them. Before and after, and behind every long call, the
+ * multiply-adds are measured, for b->peak: what a machine gives changes by the minute, with its
+ * clock and with what else it does. Short calls follow each other at once, with warm caches. */
+static double bench_time(bench *b, void (*run)(void *), void *arg) {
+    double t[64], peak[66], begun = base_now();
+    int n = 0, peaks = 0, least = b->quick ? 2 : 3;
     run(arg); /* touches memory, packs weights, wakes the threads */
     if (base_now() - begun > 30) least = 1;
+    peak[peaks++] = bench_fma(b, b->tiles, 0.005);
     while (n < 64 && (n < least || base_now() - begun < (b->quick ? 0.3 : 1.0))) {
         double at = base_now();
         run(arg);
-        t[n++] = base_now() - at;
+        t[n] = base_now() - at;
+        if (t[n] > 0.05) peak[peaks++] = bench_fma(b, b->tiles, t[n] / 64);
+        n++;
     }
-    qsort(t, (size_t)n, sizeof *t, bench_less);
-    return n % 2 ? t[n / 2] : 0.5 * (t[n / 2 - 1] + t[n / 2]);
+    peak[peaks++] = bench_fma(b, b->tiles, 0.005);
+    b->peak = bench_median(peak, peaks);
+    return bench_median(t, n);
 }
 
 /* Keeps a result and prints it, unless the output is JSON. */
@@ -16983,41 +17026,25 @@ static void bench_add(bench *b, const char *name, double value, const char *unit
     snprintf(r->name, sizeof r->name, "%s", name);
     r->value = value;
     r->unit = unit;
-    r->share = share;
+    r->share = isfinite(share) ? share : 0; /* a peak may be unknown */
     r->rss = bench_rss();
     if (b->json) return;
     printf("%-34s %10.1f %-8s", r->name, value, unit);
-    if (share > 0) printf(" %5.1f %%", 100 * share);
+    if (r->share > 0) printf(" %5.1f %%", 100 * r->share);
     printf("\n");
     fflush(stdout);
 }
 
 /* ---- limits ---- */
 
-/* What both limits take. */
-typedef struct bench_peak {
-    const k_tiles *tiles;
+/* Memory to be read. */
+typedef struct bench_mem {
     const float *mem;
-    int64_t pieces; /* of mem */
+    int64_t pieces;
     float sink;
-    _Atomic double flops;
-} bench_peak;
+} bench_mem;
 
-enum { BENCH_PEAK_ROUNDS = 1 << 20, BENCH_PIECE = 4096 };
-
-/* Multiply-adds in registers, nothing else. */
-static void bench_peak_range(void *arg, int64_t lo, int64_t hi, int thread) {
-    bench_peak *p = arg;
-    float sink = 0;
-    (void)thread;
-    for (int64_t i = lo; i < hi; i++) p->flops = p->tiles->peak(BENCH_PEAK_ROUNDS, &sink);
-    if (sink == 1) p->sink = sink; /* keeps the compiler from dropping the sums */
-}
-
-/* All threads at once, four times each: the limit is the machine's, not one core's. */
-static void bench_peak_run(void *arg) {
-    par_for(base_current, 4 * base_current->threads, 1, bench_peak_range, arg);
-}
+enum { BENCH_PIECE = 4096 };
 
 /* Eight registers of the compiler's own vectors, so that nothing but the loads takes time: a sum of
  * floats would wait for its additions. */
@@ -17025,7 +17052,7 @@ typedef uint64_t bench_word __attribute__((vector_size(16), aligned(4), may_alia
 
 /* Reads memory in order. */
 static void bench_read_range(void *arg, int64_t lo, int64_t hi, int thread) {
-    bench_peak *p = arg;
+    bench_mem *p = arg;
     const bench_word *x = (const bench_word *)(p->mem + lo * BENCH_PIECE);
     bench_word bits[8] = {{0}};
     (void)thread;
@@ -17038,7 +17065,7 @@ static void bench_read_range(void *arg, int64_t lo, int64_t hi, int thread) {
 }
 
 static void bench_read_run(void *arg) {
-    bench_peak *p = arg;
+    bench_mem *p = arg;
     par_for(base_current, p->pieces, 1, bench_read_range, p);
 }
 
@@ -17047,27 +17074,20 @@ static void bench_read_run(void *arg) {
 static double bench_read(bench *b, double bytes) {
     int64_t pieces = (int64_t)fmin(bytes, 1e9) / 4 / BENCH_PIECE + 1;
     float *mem = mem_zalloc(b->ctx, (size_t)pieces * BENCH_PIECE, sizeof *mem);
-    bench_peak p = {.mem = mem, .pieces = pieces};
+    bench_mem p = {.mem = mem, .pieces = pieces};
     double t = bench_time(b, bench_read_run, &p);
     mem_free(mem);
     return 4.0 * (double)pieces * BENCH_PIECE / t / 1e9;
-}
-
-/* GFLOP/s in registers, 0 where the table has no such instructions. */
-static double bench_fma(bench *b, const k_tiles *tiles) {
-    bench_peak p = {.tiles = tiles};
-    if (!tiles->peak) return 0;
-    double t = bench_time(b, bench_peak_run, &p);
-    return 4 * b->ctx->threads * p.flops / t / 1e9;
 }
 
 /* What the arithmetic can do, and what memory delivers. */
 static void bench_limits(bench *b) {
     const k_table *k = b->ctx->k;
     b->dtype = b->ctx->half ? "bf16" : "f32";
-    b->fma = bench_fma(b, &k->f32);
-    b->bf16 = bench_fma(b, &k->bf16);
-    b->peak = b->ctx->half && b->bf16 > 0 ? b->bf16 : b->fma;
+    double least = b->quick ? 0.2 : 0.5;
+    b->fma = bench_fma(b, &k->f32, least);
+    b->bf16 = bench_fma(b, &k->bf16, least);
+    b->tiles = b->ctx->half && b->bf16 > 0 ? &k->bf16 : &k->f32;
     b->dram = bench_read(b, 256e6); /* more than most caches */
     bench_add(b, "limit/fma", b->fma, "GFLOP/s", b->fma > 0);
     if (b->bf16 > 0) bench_add(b, "limit/bf16", b->bf16, "GFLOP/s", 1);
@@ -17100,14 +17120,14 @@ static void bench_gemm(bench *b) {
     static const char *const names[] = {"forward", "dX", "dW"};
     static const int rows[] = {1, 2, 4, 8, 16, 32, 256, 1024, 2048};
     int half = b->ctx->half;
-    double read[sizeof shapes / sizeof *shapes]; /* GB/s of the weights, where they lie */
-    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
-        read[s] = bench_read(b, (half ? 2.0 : 4.0) * shapes[s][0] * shapes[s][1]);
+    double bytes = half ? 2 : 4;
     for (int what = 0; what < 3; what++)
-        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+        for (size_t s = 0; s < (b->quick ? 3 : sizeof shapes / sizeof *shapes); s++) {
+            int k = shapes[s][0], n = shapes[s][1];
+            double read = what ? 0 : bench_read(b, bytes * k * n); /* GB/s, where W lies */
             for (size_t r = what ? 6 : 0; r < sizeof rows / sizeof *rows; r++) {
-                int k = shapes[s][0], n = shapes[s][1], m = rows[r];
-                if (b->quick && (s > 2 || (m > 1 && m < 32))) continue;
+                int m = rows[r];
+                if (b->quick && m > 1 && m < 32) continue;
                 if ((n > 30000 && m > 256) || (n < 768 && m < 32)) continue;
                 arena ws = {.ctx = b->ctx};
                 err_defer(b->ctx, data_drop_store, &ws);
@@ -17124,12 +17144,13 @@ static void bench_gemm(bench *b) {
                 arena_reserve(&ws, ws.peak - ws.total, 0);
                 /* Few rows are bound by reading W once; many by the arithmetic. */
                 double flops = 2.0 * m * n * k, t = bench_time(b, bench_gemm_run, &g);
-                double roof = fmin(b->peak, what ? b->peak : 2.0 * m * read[s] / (half ? 2 : 4));
+                double roof = fmin(b->peak, what ? b->peak : 2.0 * m * read / bytes);
                 char name[64];
                 snprintf(name, sizeof name, "gemm/%s/%dx%dx%d/%s", names[what], m, k, n, b->dtype);
                 bench_add(b, name, flops / t / 1e9, "GFLOP/s", flops / t / 1e9 / roof);
                 err_release(b->ctx);
             }
+        }
 }
 
 /* ---- models ---- */
@@ -17224,19 +17245,16 @@ static void bench_train(bench *b, const char *work, const char *name, int batch,
 static void bench_threads(bench *b, const char *name, int n) {
     rlhf_ctx *ctx = b->ctx;
     par_team *team = ctx->team;
-    double peak = b->peak;
     int threads = ctx->threads;
     char work[32];
     snprintf(work, sizeof work, "growth/%d-threads", n);
     ctx->threads = n;
     ctx->team = par_new(ctx);
     if (!ctx->team) err_throw(ctx, RLHF_ERR_MEMORY, "out of memory for threads");
-    b->peak = bench_fma(b, ctx->half && b->bf16 > 0 ? &ctx->k->bf16 : &ctx->k->f32);
     bench_train(b, work, name, 8, 128);
     par_free(ctx);
     ctx->team = team;
     ctx->threads = threads;
-    b->peak = peak;
 }
 
 /* How training grows: with the tokens of a step, with the length of a sequence at as many tokens,
@@ -17265,8 +17283,11 @@ static void bench_gen_run(void *arg) {
 
 /* Tokens a second of decoding from a prompt of 64 tokens, 64 new ones each. */
 static void bench_generate(bench *b, const char *name, int batch) {
-    bench_forget();
     rlhf_model *m = bench_model(b, name, 0);
+    /* Each token reads all weights once for the whole batch. What is read to measure that is no
+     * part of the peak of memory. */
+    double bytes = (m->half ? 2.0 : 4.0) * bench_macs(m, 0, 1), read = bench_read(b, bytes);
+    bench_forget();
     m->n_eos = 0;
     rlhf_dataset *d = bench_data(b, m, RLHF_DATA_PROMPT, batch, 64);
     gen_item *item = mem_zalloc(b->ctx, (size_t)batch, sizeof *item);
@@ -17278,14 +17299,11 @@ static void bench_generate(bench *b, const char *name, int batch) {
     bench_gen_arg g = {m,
                        item,
                        batch,
-                       {.max_new = 64, .batch = batch, .temperature = 1, .top_p = 1, .stop = -1}};
-    double s = bench_time(b, bench_gen_run, &g), tokens = 64.0 * batch;
-    g.c.max_new = 1; /* the prompt's share, to be taken off */
-    s -= bench_time(b, bench_gen_run, &g);
-    /* Each token reads all weights once for the whole batch. */
-    double bytes = (m->half ? 2.0 : 4.0) * bench_macs(m, 0, 1), macs = bench_macs(m, 96, 1);
-    double read = bench_read(b, bytes),
-           roof = fmin(b->peak * 1e9 / (2 * macs), read * 1e9 / bytes * batch);
+                       {.max_new = 1, .batch = batch, .temperature = 1, .top_p = 1, .stop = -1}};
+    double prompt = bench_time(b, bench_gen_run, &g); /* to be taken off */
+    g.c.max_new = 64;
+    double s = bench_time(b, bench_gen_run, &g) - prompt, tokens = 64.0 * batch, peak = b->peak;
+    double roof = fmin(peak * 1e9 / (2 * bench_macs(m, 96, 1)), read * 1e9 / bytes * batch);
     char full[64];
     snprintf(full, sizeof full, "generate/%.20s/batch%d/%s", name, batch, b->dtype);
     bench_add(b, full, tokens * 63 / 64 / s, "tok/s", tokens * 63 / 64 / s / roof);

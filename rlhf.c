@@ -9678,8 +9678,8 @@ static uint64_t ckpt_identity(rlhf_ctx *ctx, const char *dir) {
     return all;
 }
 
-/* Panels of a base are kept where they take no more than this: a second copy of what the files
- * hold, for the speed of decoding. */
+/* Panels of a base are kept where they take no more than this: for the speed of decoding they take
+ * the place of what the files hold, which may be half as large. */
 enum { CKPT_KEEP_FLOATS = 1 << 28 };
 
 /* Whether a base has what a model reads: config.json may be another than that of the model that it

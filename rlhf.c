@@ -2517,8 +2517,8 @@ typedef struct gemm_tile_args {
     size_t rs, cs;     /* A element (m, k) is a[m * rs + k * cs] */
     const float *b;    /* panels of B, each [k][16]; null: packed on the way (gemm_args.src) */
     size_t bs;         /* floats from one panel to the next */
-    const float *next; /* panels to come, for each step of k to ask for a line of them; or null */
-    size_t step;       /* floats from one such line to the next; 0: there are none to come */
+    const float *next; /* what comes next, for each step of k to ask for a line of it; or null */
+    size_t step;       /* floats from one such line to the next; 0: nothing to ask for */
     float *c;          /* [rows][ldc], overwritten or added to as mode says */
     size_t ldc;
     int mode;          /* GEMM_STORE or GEMM_ACC */
@@ -3284,6 +3284,12 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
             t.step = i / share < w && ahead < panels ? (size_t)part : 0;
             t.next = g->t.b + (size_t)(t.step ? ahead : p) * g->t.bs;
             t.next += (size_t)(i % share * t.k) * t.step;
+            /* Rows that are read where they lie come from memory with the first panels: those of
+             * the tile below are asked for. */
+            if (!p && !t.step && !g->ms && t.cs == 1 && t.rs == (size_t)t.k) {
+                t.step = (size_t)rows;
+                t.next = t.a + (size_t)rows * t.rs;
+            }
             if (p < whole) tiles->tile(rows, w, &t);
             else gemm_edge(tiles, rows, g->n - (int)col, &t);
         }
@@ -3386,39 +3392,44 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Multiply-adds of a block that is worth a thread's attention, and those that a thread does in the
- * time in which it packs one number. */
+/* Multiply-adds of a block that is worth a thread's attention; those that a thread does in the time
+ * in which it packs one number; the share of a block for which threads that find no other wait in
+ * the end. */
 #define GEMM_WORTH 1e6
 #define GEMM_PACK 6
+#define GEMM_WAIT (1.0 / 16)
 
 /* Cuts the product into a grid of blocks: the one that takes the busiest thread the fewest
  * multiply-adds, what it packs counted in them: rows of A for each block, panels of B too, or once
- * for the blocks of a column. Returns their number. */
+ * for the blocks of a column. Where both are packed, fewer blocks may pack so much less that more
+ * waiting is worth it. Returns their number. */
 static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
     const gemm_args *g = j->g;
     const k_tiles *tiles = gemm_tiles(j->kt, g);
     int panels = (int)gemm_panels(g->n), step = tiles->panels[base_min(tiles->rows, g->m)];
     double work = (double)g->m * g->n * g->t.k, best = INFINITY;
-    int want = ctx->threads * (int)fmax(1, fmin(PAR_PIECES, work / ctx->threads / GEMM_WORTH));
+    int most = ctx->threads * (int)fmax(1, fmin(PAR_PIECES, work / ctx->threads / GEMM_WORTH));
     int blocks = 1;
-    for (int down = 1; down <= want && (down == 1 || g->m >= 24 * down); down++) {
-        int across = base_min((want + down - 1) / down, (panels + step - 1) / step);
-        int rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
-        int wide = (panels + across - 1) / across;
-        if (panels >= 4 * step * across) wide = (wide + step - 1) / step * step;
-        int tall = (g->m + rows - 1) / rows, n = tall * ((panels + wide - 1) / wide);
-        int own = (n + ctx->threads - 1) / ctx->threads;
-        int packs = wide <= j->group && j->depth >= g->t.k ? (own + tall - 1) / tall : own;
-        double cost = own * (double)rows * (wide * RLHF_LANES);
-        if (!g->t.b) cost += (double)GEMM_PACK * packs * wide * RLHF_LANES;
-        if (j->a) cost += (double)GEMM_PACK * own * rows;
-        if (cost >= best) continue;
-        best = cost;
-        j->rows = rows;
-        j->panels = wide;
-        j->down = tall;
-        blocks = n;
-    }
+    for (int want = most; want == most || (j->a && want >= ctx->threads); want /= 2)
+        for (int down = 1; down <= want && (down == 1 || g->m >= 24 * down); down++) {
+            int across = base_min((want + down - 1) / down, (panels + step - 1) / step);
+            int rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
+            int wide = (panels + across - 1) / across;
+            if (panels >= 4 * step * across) wide = (wide + step - 1) / step * step;
+            int tall = (g->m + rows - 1) / rows, n = tall * ((panels + wide - 1) / wide);
+            int own = (n + ctx->threads - 1) / ctx->threads, groups = (wide - 1) / j->group + 1;
+            int packs = groups == 1 && j->depth >= g->t.k ? (own + tall - 1) / tall : own;
+            double cost = own * (double)rows * (wide * RLHF_LANES);
+            if (!g->t.b) cost += (double)GEMM_PACK * packs * wide * RLHF_LANES;
+            if (j->a) cost += (double)GEMM_PACK * own * groups * rows;
+            cost *= 1 + GEMM_WAIT / own;
+            if (cost >= best) continue;
+            best = cost;
+            j->rows = rows;
+            j->panels = wide;
+            j->down = tall;
+            blocks = n;
+        }
     return blocks;
 }
 
@@ -3431,10 +3442,12 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     int tile = gemm_tiles(j.kt, g)->rows, floats = (int)(ctx->cache / sizeof(float));
     /* Rows of A that share panels fill half of the cache; for few rows B passes but once. */
     int deep = base_max(256, base_min(GEMM_DEPTH, floats / 2 / 96));
+    /* A's columns are packed unless there are too few tiles for that to pay; pairs always are. The
+     * more columns of B go with them at a time, the less often. */
+    j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
+    if (j.a && !g->half) deep = base_max(256, deep / 2);
     int parts = g->m < 2 * tile ? 1 : base_max(1, (k + deep / 2) / deep);
     j.depth = (int)base_round_up((size_t)base_max(1, (k + parts - 1) / parts), g->half ? 32 : 1);
-    /* A's columns are packed unless there are too few tiles for that to pay; pairs always are. */
-    j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
     j.group = base_max(GEMM_MAX_PANELS, floats / j.depth / RLHF_LANES);
     int blocks = small ? 1 : gemm_cut(ctx, &j), threads = blocks > 1 ? ctx->threads : 1;
     size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth);

@@ -3417,7 +3417,8 @@ static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
             int wide = (panels + across - 1) / across;
             if (panels >= 4 * step * across) wide = (wide + step - 1) / step * step;
             int tall = (g->m + rows - 1) / rows, n = tall * ((panels + wide - 1) / wide);
-            int own = (n + ctx->threads - 1) / ctx->threads, groups = (wide - 1) / j->group + 1;
+            int own = (n + ctx->threads - 1) / ctx->threads;
+            int groups = g->t.b ? 1 : (wide - 1) / j->group + 1;
             int packs = groups == 1 && j->depth >= g->t.k ? (own + tall - 1) / tall : own;
             double cost = own * (double)rows * (wide * RLHF_LANES);
             if (!g->t.b) cost += (double)GEMM_PACK * packs * wide * RLHF_LANES;

@@ -2582,14 +2582,14 @@ static void gemm_r_pair_tile(int rows, int panels, const gemm_tile_args *t) {
 }
 
 #if V_SIMD
-/* Panels that a low tile reads faster than they are needed come from memory: each step asks for
- * what will be read this many steps later, at last of the panels that follow. */
-enum { GEMM_AHEAD = 40 };
+/* A low tile reads panels that come from memory faster than they come: each step asks for what will
+ * be read this many steps later, at last of the panels that follow. */
+enum { GEMM_LOW = 3, GEMM_AHEAD = 40 };
 
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
  * v16 are twelve of AVX2's sixteen registers. What does not fit beside them is read by the fused
- * multiply-add itself. half and ask, constants too: pairs, as in gemm_r_pair_tile; whether a tile
- * that is not low asks for what is to come. */
+ * multiply-add itself. half and ask, constants too: pairs, as in gemm_r_pair_tile; whether the tile
+ * asks for what is to come. */
 V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
                       const gemm_tile_args *t) {
     v16 sum[6][4];
@@ -2606,14 +2606,14 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
             __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k: P loads, R broadcasts, R P fused multiply-adds. */
     const float *a = t->a, *b = t->b, *after = t->next ? t->next : b, *next = after;
-    const size_t step = R <= 3 ? RLHF_LANES : t->step;
-    if (R <= 3 && t->k > GEMM_AHEAD) next = b + GEMM_AHEAD * RLHF_LANES;
+    const size_t step = R <= GEMM_LOW ? RLHF_LANES : t->step;
+    if (R <= GEMM_LOW && t->k > GEMM_AHEAD) next = b + GEMM_AHEAD * RLHF_LANES;
     for (int k = t->k; k > 0; k--) {
         v16 col[4];
-        if (R <= 3 && k == GEMM_AHEAD) next = after;
+        if (R <= GEMM_LOW && k == GEMM_AHEAD) next = after;
         V_UNROLL
         for (int p = 0; p < P; p++) {
-            if (R <= 3) __builtin_prefetch(next + (size_t)p * t->bs);
+            if (R <= GEMM_LOW && ask) __builtin_prefetch(next + (size_t)p * t->bs);
             col[p] = v16_load(b + (size_t)p * t->bs);
         }
         v16 high[4];
@@ -2632,7 +2632,7 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
             V_UNROLL
             for (int p = 0; half && p < P; p++) sum[r][p] = v16_fma(x, high[p], sum[r][p]);
         }
-        if (R > 3 && ask) __builtin_prefetch(next);
+        if (R > GEMM_LOW && ask) __builtin_prefetch(next);
         a += t->cs;
         b += RLHF_LANES;
         next += step;
@@ -2650,10 +2650,12 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
     }
 }
 
-/* Every height with every width up to what the k_table's list of panels says. */
+/* Every height with every width up to what the k_table's list of panels says. A low tile asks for
+ * the last panels, too, where they are long: short ones the processor follows better by itself. */
+#define GEMM_ASKS(R) (t->step || ((R) <= GEMM_LOW && t->k > 2 * GEMM_AHEAD))
 #define GEMM_V(R, P)                                                                               \
     case (R)*8 + (P):                                                                              \
-        if ((R) > 3 && t->step) gemm_v_body(R, P, GEMM_HALF, 1, t);                                \
+        if (GEMM_ASKS(R)) gemm_v_body(R, P, GEMM_HALF, 1, t);                                      \
         else gemm_v_body(R, P, GEMM_HALF, 0, t);                                                   \
         return;
 #define GEMM_HALF 0
@@ -3241,6 +3243,7 @@ static void gemm_edge(const k_tiles *tiles, int rows, int n, const gemm_tile_arg
 
 /* The first of the equal pieces, of at most `most` each, that `left` is cut into. */
 static int gemm_piece(int left, int most) {
+    if (left <= most) return left;
     int pieces = (left + most - 1) / most;
     return (left + pieces - 1) / pieces;
 }
@@ -3261,6 +3264,8 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
     const k_tiles *tiles = gemm_tiles(kt, g);
     int whole = g->n / RLHF_LANES, panels = (int)gemm_panels(g->n);
     int height = g->ms ? tiles->rows : gemm_piece(g->m, tiles->rows);
+    int high = (g->m + height - 1) / height;
+    int lies = !g->ms && g->t.cs == 1 && g->t.rs == (size_t)g->t.k; /* A, in the caller's rows */
     size_t ms = g->ms ? g->ms : g->t.rs;
     if (tiles->begin) tiles->begin();
     for (int p = 0, w; p < panels; p += w) {
@@ -3271,22 +3276,22 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         if (t.bias) t.bias += col;
         /* While these panels are used, each of the next ones is asked for: by `share` tiles, or at
          * once where there are so many that it is there in any case. */
-        int high = (g->m + height - 1) / height;
-        int share = high > GEMM_FEW_TILES ? 1 : base_max(1, high / w);
-        int part = (RLHF_LANES + share - 1) / share;
-        for (int m = 0, i = 0, rows; m < g->m; m += rows, i++) {
+        int share = high > w && high <= GEMM_FEW_TILES ? high / w : 1;
+        int part = share > 1 ? (RLHF_LANES + share - 1) / share : RLHF_LANES;
+        for (int m = 0, ask = 0, turn = 0, rows; m < g->m; m += rows) {
             size_t row = (size_t)m * g->t.ldc + col;
             rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
             t.a = g->t.a + (size_t)m * ms;
             t.c = g->t.c + row;
             if (t.add) t.add = g->t.add + row;
-            int ahead = p + w + i / share;
-            t.step = i / share < w && ahead < panels ? (size_t)part : 0;
+            int ahead = p + w + ask;
+            t.step = ask < w && ahead < panels ? (size_t)part : 0;
             t.next = g->t.b + (size_t)(t.step ? ahead : p) * g->t.bs;
-            t.next += (size_t)(i % share * t.k) * t.step;
+            t.next += (size_t)(turn * t.k) * t.step;
+            if (++turn == share) turn = 0, ask++;
             /* Rows that are read where they lie come from memory with the first panels: those of
-             * the tile below are asked for. */
-            if (!p && !t.step && !g->ms && t.cs == 1 && t.rs == (size_t)t.k) {
+             * the tile below are asked for. (A low tile asks for panels only.) */
+            if (!p && !t.step && lies && rows > GEMM_LOW) {
                 t.step = (size_t)rows;
                 t.next = t.a + (size_t)rows * t.rs;
             }
@@ -4225,91 +4230,110 @@ static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
                    (size_t)base_min(RLHF_LANES, a->hd - p) * sizeof *vp);
 }
 
-/* Queries [q0, q1) of one sequence and head, into their rows of o; n = q1 - q0 <= OP_QUERIES. For
- * one tile of keys after another:
+/* A product for each of the heads [h0, h1). g is the first head's, but for B, which is that of
+ * group 0; the others' operands follow at strides as and cs for a head and bs for a group. Where a
+ * head has one query, the heads of a group are the rows of one product. */
+static void op_attn_product(const op_attn *t, int h0, int h1, const gemm_args *g, size_t as,
+                            size_t bs, size_t cs) {
+    int of = t->heads / t->kv_heads;
+    for (int h = h0, same = 1; h < h1; h += same) {
+        gemm_args p = *g;
+        p.t.a += (size_t)(h - h0) * as;
+        p.t.b += (size_t)(h / of) * bs;
+        p.t.c += (size_t)(h - h0) * cs;
+        if (g->m == 1) {
+            p.m = same = base_min(of - h % of, h1 - h);
+            p.t.rs = as;
+            p.t.ldc = cs;
+        }
+        gemm_block(t->kt, &p);
+    }
+}
+
+/* Queries [q0, q1) of one sequence for its heads [h0, h1), into their rows of o; the rows of a
+ * tile, all queries of one head and then of the next, are at most OP_QUERIES. For one tile of keys
+ * after another:
  *     S = Q K^T                          by GEMM, into scratch [OP_QUERIES][OP_KEYS]
  *     S = cap tanh(S scale / cap)        where there is a soft cap
  *     P = e^(scale S - max), running max and sum (k_r_softmax)
  *     O = O e^(old max - max) + P V      by GEMM
  * and in the end O / sum. Tiles of keys begin at multiples of OP_KEYS of the sequence, so the chain
  * over keys is the same whether they come from this batch or from earlier ones. Tiles in front of
- * every query's window are left out: they add exact zeros to outputs that are zero. */
-static void op_attn_tile(const op_attn *a, const op_seq *s, int h, int q0, int q1, float *scratch) {
-    int g = h / (a->heads / a->kv_heads), hd = a->hd, n = q1 - q0;
-    size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd), cap = (size_t)s->kv.cap;
-    const float *q = a->qkv + (size_t)(s->row + q0) * ldq + (size_t)(h * hd);
-    const float *kp = s->kv.k + (size_t)g * (size_t)hd * cap;
-    const float *vp = s->kv.v + (size_t)g * gemm_panels(hd) * RLHF_LANES * cap;
-    float *o = a->o + (size_t)(s->row + q0) * ldo + (size_t)(h * hd), *sc = scratch;
+ * every query's window are left out: they add exact zeros to outputs that are zero.
+ *     Where queries are few, heads are many, and each step is done for all of them before the next:
+ * keys, and then values, are read in long runs. */
+static void op_attn_tile(const op_attn *a, const op_seq *s, int h0, int h1, int q0, int q1,
+                         float *scratch) {
+    int hd = a->hd, n = q1 - q0, rows = (h1 - h0) * n;
+    size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd), head = (size_t)hd;
+    size_t cap = (size_t)s->kv.cap, panel = head * RLHF_LANES;
+    float *o = a->o + (size_t)(s->row + q0) * ldo + (size_t)h0 * head, *sc = scratch;
     float max[OP_QUERIES], sum[OP_QUERIES], scale = op_attn_scale(a);
-    for (int r = 0; r < n; r++) {
-        max[r] = -INFINITY;
-        sum[r] = 0;
-        memset(o + (size_t)r * ldo, 0, (size_t)hd * sizeof *o);
+    for (int i = 0; i < rows; i++) {
+        max[i] = -INFINITY;
+        sum[i] = 0;
     }
+    for (int r = 0; r < n; r++)
+        memset(o + (size_t)r * ldo, 0, (size_t)(h1 - h0) * head * sizeof *o);
     int last = s->past + q1; /* keys that the last query sees */
     int from = op_attn_first(a, s->past + q0) / OP_KEYS * OP_KEYS;
     for (int k0 = from; k0 < last; k0 += OP_KEYS) {
-        /* Scores of one tile of keys, for all n queries. */
+        /* Scores of one tile of keys, for all queries. */
         int keys = base_min(OP_KEYS, last - k0);
-        gemm_args ga = {.m = n, .n = (int)gemm_panels(keys) * RLHF_LANES};
-        ga.t = (gemm_tile_args){.k = hd,
-                                .a = q,
-                                .rs = ldq,
-                                .cs = 1,
-                                .b = kp + (size_t)k0 * (size_t)hd,
-                                .bs = (size_t)hd * RLHF_LANES,
-                                .c = sc,
-                                .ldc = OP_KEYS};
-        gemm_block(a->kt, &ga);
-        /* Query r sees keys [skip, see) of the tile; the rest of its row becomes 0. */
-        for (int r = 0; r < n; r++) {
-            int pos = s->past + q0 + r, see = base_max(0, base_min(keys, pos + 1 - k0));
+        gemm_args qk = {.m = n, .n = (int)gemm_panels(keys) * RLHF_LANES};
+        qk.t = (gemm_tile_args){.k = hd, .rs = ldq, .cs = 1, .bs = panel, .c = sc, .ldc = OP_KEYS};
+        qk.t.a = a->qkv + (size_t)(s->row + q0) * ldq + (size_t)h0 * head;
+        qk.t.b = s->kv.k + (size_t)k0 * head;
+        op_attn_product(a, h0, h1, &qk, head, head * cap, (size_t)n * OP_KEYS);
+        /* Query r of a head sees keys [skip, see) of the tile; the rest of its row becomes 0. */
+        for (int i = 0; i < rows; i++) {
+            int pos = s->past + q0 + i % n, see = base_max(0, base_min(keys, pos + 1 - k0));
             int skip = base_min(see, base_max(0, op_attn_first(a, pos) - k0));
-            float *row = sc + (size_t)r * OP_KEYS;
+            float *row = sc + (size_t)i * OP_KEYS;
             if (skip < see) {
                 if (a->cap != 0) a->kt->cap(see - skip, row + skip, a->scale / a->cap, a->cap);
-                float fix = a->kt->softmax(see - skip, row + skip, scale, max + r, sum + r);
-                if (k0 && fix != 1.0f) a->kt->scale(hd, o + (size_t)r * ldo, fix);
+                float fix = a->kt->softmax(see - skip, row + skip, scale, max + i, sum + i);
+                float *out = o + (size_t)(i % n) * ldo + (size_t)(i / n) * head;
+                if (k0 && fix != 1.0f) a->kt->scale(hd, out, fix);
             }
             memset(row, 0, (size_t)skip * sizeof *row);
             memset(row + see, 0, (size_t)(keys - see) * sizeof *row);
         }
         /* Every query's P V at once; keys it does not see weigh 0. */
-        gemm_args gv = {.m = n, .n = hd};
-        gv.t = (gemm_tile_args){.k = keys,
-                                .a = sc,
-                                .rs = OP_KEYS,
-                                .cs = 1,
-                                .b = vp + (size_t)k0 * RLHF_LANES,
-                                .bs = cap * RLHF_LANES,
-                                .c = o,
-                                .ldc = ldo,
-                                .mode = GEMM_ACC};
-        gemm_block(a->kt, &gv);
+        gemm_args pv = {.m = n, .n = hd};
+        pv.t = (gemm_tile_args){.k = keys, .a = sc, .rs = OP_KEYS, .cs = 1, .c = o, .ldc = ldo};
+        pv.t.b = s->kv.v + (size_t)k0 * RLHF_LANES;
+        pv.t.bs = cap * RLHF_LANES;
+        pv.t.mode = GEMM_ACC;
+        op_attn_product(a, h0, h1, &pv, (size_t)n * OP_KEYS, gemm_panels(hd) * pv.t.bs, head);
     }
     /* The division by the sum comes last: one for each output. */
-    for (int r = 0; r < n; r++) {
-        a->kt->scale(hd, o + (size_t)r * ldo, 1.0f / sum[r]);
+    for (int i = 0; i < rows; i++) {
+        int r = i % n, h = i / n;
+        a->kt->scale(hd, o + (size_t)r * ldo + (size_t)h * head, 1.0f / sum[i]);
         if (a->lse)
-            a->lse[(size_t)(s->row + q0 + r) * (size_t)a->heads + (size_t)h] =
-                max[r] + v_log1(sum[r]);
+            a->lse[(s->row + q0 + r) * a->heads + h0 + h] = max[i] + v_log1(sum[i]);
     }
 }
 
-/* Pairs (sequence, key/value head) [lo, hi): appends the group's keys and values, then runs every
- * query head that shares them, while they are in the cache. */
+/* Pairs (sequence, key/value head) [lo, hi): appends keys and values of the heads of one sequence,
+ * then runs the query heads that share them, as many at a time as fill a tile. */
 static void op_attn_groups(void *arg, int64_t lo, int64_t hi, int thread) {
     op_attn *a = arg;
     float *scratch = a->scratch + (size_t)thread * a->scratch_size;
     int of = a->heads / a->kv_heads;
-    for (int64_t i = lo; i < hi; i++) {
+    for (int64_t i = lo; i < hi;) {
         const op_seq *s = a->seq + i / a->kv_heads;
-        int g = (int)(i % a->kv_heads);
-        op_kv_append(a, s, g);
-        for (int h = g * of; h < (g + 1) * of; h++)
-            for (int q = 0; q < s->n; q += OP_QUERIES)
-                op_attn_tile(a, s, h, q, base_min(q + OP_QUERIES, s->n), scratch);
+        int g0 = (int)(i % a->kv_heads);
+        int g1 = hi - i < a->kv_heads - g0 ? g0 + (int)(hi - i) : a->kv_heads;
+        i += g1 - g0;
+        for (int g = g0; g < g1; g++) op_kv_append(a, s, g);
+        int rows = base_min(OP_QUERIES, s->n), heads = OP_QUERIES / rows;
+        for (int h = g0 * of, to; h < g1 * of; h = to) {
+            to = base_min(h + heads, g1 * of);
+            for (int q = 0; q < s->n; q += rows)
+                op_attn_tile(a, s, h, to, q, base_min(q + rows, s->n), scratch);
+        }
     }
 }
 

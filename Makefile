@@ -43,7 +43,8 @@ openmp_probe = t=$$$$(mktemp); echo 'int main(void) { return 0; }' >$$$$t.c; \
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all lib deps deps-ci need test test-build demo interop pages deps-pages bench deps-bench check sanitize neon clean help
+.PHONY: all lib deps deps-ci need test test-build demo interop pages deps-pages bench deps-bench check sanitize sanitize-build \
+        neon clean help
 
 all: $(PROG)              ## the program, ./rlhf
 	@:
@@ -175,9 +176,12 @@ test: deps                ## build and run the tests (T=NAME for some of them)
 # Leaks count as failures here; the quick subset, since instrumented code is several times slower.
 SAN = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 sanitize: deps            ## the same under AddressSanitizer and UBSan, quick subset
-	@$(MAKE) --no-print-directory -j$(JOBS) test-build BUILD=$(BUILD)/san CFLAGS="-O1 -g1 $(SAN)"
+	@$(MAKE) --no-print-directory sanitize-build
 	@RLHF_TEST_QUICK=1 UBSAN_OPTIONS=print_stacktrace=1 sh test/run.sh $(RUN) \
 	    $(patsubst $(BUILD)/%,$(BUILD)/san/%,$(TESTS) $(EXAMPLES))
+
+sanitize-build:
+	@$(MAKE) --no-print-directory -j$(JOBS) test-build BUILD=$(BUILD)/san CFLAGS="-O1 -g1 $(SAN)"
 
 # ---- Demo ----------------------------------------------------------------------------------------
 
@@ -190,23 +194,16 @@ $(BUILD)/demo-tool: data/demo.c | need $(BUILD)
 
 # ---- Interoperation ------------------------------------------------------------------------------
 
-# Every test/interop_*.py ends with "N passed, N failed"; so does the whole. RLHF_TEST_QUICK=1 takes
-# fewer strings, tokens and models. PIP_EXTRA_INDEX_URL, as for the bench, takes PyTorch's build for CPUs.
+# Every test/interop_*.py ends with "N passed, N failed". RLHF_TEST_QUICK=1 takes fewer strings, tokens
+# and models. PIP_EXTRA_INDEX_URL, as for the bench, takes PyTorch's build for CPUs.
 INTEROP = $(BUILD)/interop
 
 interop: deps             ## files, ids and numbers against transformers, PEFT, tokenizers, llama.cpp (T=NAME)
 	@$(MAKE) --no-print-directory -j$(JOBS) all $(INTEROP)/librlhf.so $(INTEROP)/tool $(VENV)/.installed
 	@$(MAKE) --no-print-directory $(VENV)/.llama.cpp || \
 	    echo "llama-cpp-python could not be installed; the comparison goes on without it" >&2
-	@passed=0; failed=0; for s in $(sort $(wildcard test/interop_*$(T)*.py)); do \
-	    echo "$$s"; began=$$(date +%s); \
-	    INTEROP=$(INTEROP) PROG=$(PROG) $(VENV)/bin/python $$s >$(INTEROP)/log 2>&1; status=$$?; \
-	    sed 's/^/  /' $(INTEROP)/log; set -- $$(tail -n 1 $(INTEROP)/log); \
-	    case "$$2 $$4" in ("passed, failed") ;; (*) set -- 0 x 1;; esac; \
-	    [ $$status -eq 0 ] || [ "$$3" -gt 0 ] || set -- "$$1" x 1; \
-	    passed=$$((passed + $$1)); failed=$$((failed + $$3)); \
-	    echo "  $$(($$(date +%s) - began)) s"; \
-	done; echo "$$passed passed, $$failed failed"; [ $$failed -eq 0 ]
+	@INTEROP=$(INTEROP) PROG=$(PROG) sh test/run.sh -j $(JOBS) -f interop_gguf.py -w $(VENV)/bin/python \
+	    $(sort $(wildcard test/interop_*$(T)*.py))
 
 $(INTEROP)/librlhf.so: rlhf.c rlhf.h | need
 	@mkdir -p $(@D)
@@ -241,20 +238,14 @@ $(CACHE)/interop-%/.llama.cpp: $(CACHE)/interop-%/.installed
 
 # ---- Pages ---------------------------------------------------------------------------------------
 
-# Every test/pages_*.py (pages_tool.py is what they share) ends with "N passed, N failed"; so does the
-# whole. Screenshots stay in build/pages.
+# Every test/pages_*.py (pages_tool.py is what they share) ends with "N passed, N failed". Screenshots
+# stay in build/pages.
 BROWSER = $(BUILD)/pages
 
 pages: deps-pages         ## the pages of `rlhf label` and `rlhf report` in headless Chromium
 	@$(MAKE) --no-print-directory all
-	@passed=0; failed=0; for s in $(filter-out %_tool.py,$(wildcard test/pages_*.py)); do \
-	    echo "$$s"; RLHF=$(abspath $(PROG)) PAGES_OUT=$(abspath $(BROWSER)) \
-	        $(BROWSER)/venv/bin/python $$s $(T) >$(BROWSER)/log 2>&1; status=$$?; \
-	    sed 's/^/  /' $(BROWSER)/log; set -- $$(tail -n 1 $(BROWSER)/log); \
-	    case "$$2 $$4" in ("passed, failed") ;; (*) set -- 0 x 1;; esac; \
-	    [ $$status -eq 0 ] || [ "$$3" -gt 0 ] || set -- "$$1" x 1; \
-	    passed=$$((passed + $$1)); failed=$$((failed + $$3)); \
-	done; echo "$$passed passed, $$failed failed"; [ $$failed -eq 0 ]
+	@RLHF=$(abspath $(PROG)) PAGES_OUT=$(abspath $(BROWSER)) sh test/run.sh -j $(JOBS) -t "$(T)" \
+	    -w $(BROWSER)/venv/bin/python $(filter-out %_tool.py,$(wildcard test/pages_*.py))
 
 deps-pages: deps          ## install what pages needs: a browser, its driver, selenium
 	@want=; \

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Runs test programs, several at a time, and adds up what they report.
 #   run.sh [-j JOBS] [-f NAMES] [-w WRAPPER] [-t NAME] PROGRAM...
-# JOBS programs run at a time, those called NAMES first. WRAPPER starts each program (an emulator);
-# NAME goes to the programs as their filter. What a program prints is shown as a whole, in the order
+# JOBS programs run at a time, those called NAMES first. WRAPPER starts each program (an emulator, an
+# interpreter); NAME goes to the programs as their filter. What a program prints is shown as a whole, in the order
 # of the arguments. A program that ends without its closing line counts as one failure, unless it is
 # an example: a program of a library user, whose exit status is its whole result.
 
@@ -26,6 +26,7 @@ wanted() {
     for program; do
         case ${program##*/} in
         example*) case ${program##*/} in *"$filter"*) ;; *) continue ;; esac ;;
+        *.py) ;; # has no list to ask for
         *) [ -z "$filter" ] || [ "$($wrapper "$program" --list "$filter")" ] || continue ;;
         esac
         printf '%s\n' "$program"
@@ -52,7 +53,7 @@ run='
 show() {
     name=${program##*/} code=$(cat "$tmp/$1.status" 2>/dev/null) p=0 f=1 s=0
     printf '%s\n' "$name"
-    closing='^[0-9]* passed, [0-9]* failed, [0-9]* skipped$'
+    closing='^[0-9]* passed, [0-9]* failed\(, [0-9]* skipped\)\{0,1\}$'
     sed "/$closing/d" "$tmp/$1.out"
     case $name in
     example*) [ "$code" != 0 ] || { p=1 f=0; } ;;
@@ -69,7 +70,7 @@ END
         fi
         ;;
     esac
-    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + ${s:-0}))
     [ "$f" = 0 ] || broken="$broken $name"
 }
 

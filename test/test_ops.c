@@ -681,6 +681,18 @@ TEST(attention_grouped) { attn_check(4, 2, 8, 1); }
 TEST(attention_odd_width) { attn_check(2, 1, 20, 1); }
 TEST(attention_wide) { attn_check(2, 2, 64, 1); }
 
+/* Groups of heads that are too many for one tile, in steps of one query and of some. */
+TEST(attention_many_heads) {
+    static const int len[] = {70, 3, 130};
+    attn_case c = attn_new(2 * OP_QUERIES + 10, 2, 4, 1, len, 3);
+    size_t rows = (size_t)c.rows, width = (size_t)(c.heads * c.hd + attn_width(&c));
+    float *out = run_everywhere(attn_run, &c, rows * width);
+    attn_check_steps(&c, out, 1);
+    attn_check_steps(&c, out, 7);
+    test_floats_free(out);
+    attn_free(&c);
+}
+
 /* A part of a head is rotated; windows shorter and longer than a tile of keys; soft caps. */
 TEST(attention_part_rotated) { attn_check(2, 1, 12, 4); }
 TEST(attention_window) {
@@ -909,9 +921,9 @@ TEST(vocabulary_in_parts) {
 }
 
 TEST_MAIN(CASE(layer_norm), CASE(rms_norm), CASE(linear), CASE(embedding),
-          CASE(embedding_of_few_tokens), CASE(gelu),
-          CASE(gelu_exact), CASE(glu), CASE(geglu), CASE(attention), CASE(attention_grouped),
-          CASE(attention_odd_width), CASE(attention_wide), CASE(attention_part_rotated),
+          CASE(embedding_of_few_tokens), CASE(gelu), CASE(gelu_exact), CASE(glu), CASE(geglu),
+          CASE(attention), CASE(attention_grouped), CASE(attention_odd_width),
+          CASE(attention_wide), CASE(attention_many_heads), CASE(attention_part_rotated),
           CASE(attention_window), CASE(attention_capped), CASE(attention_extremes),
           CASE(vocabulary), CASE(vocabulary_capped), CASE(vocabulary_chunks),
           CASE(vocabulary_in_parts))

@@ -179,6 +179,7 @@ TEST(bandit) {
 
 /* All distributions are those at the sampling temperature; whitening only scales the step. */
 TEST(bandit_at_temperature) {
+    if (test_quick()) SKIP("not in the quick run");
     game_play(&(game){.vocab = 5, .length = 1, .eos = -1, .temperature = 0.7, .beta = 0.5,
                       .lr = 1e-2, .reward_at = "eos", .updates = 150, .batch = 256, .epochs = 2,
                       .whiten = 1, .allowed = 0.01});
@@ -186,6 +187,7 @@ TEST(bandit_at_temperature) {
 
 /* Answers that end early among others that do not: thirteen of them. */
 TEST(answers_of_two_tokens) {
+    if (test_quick()) SKIP("not in the quick run");
     game_play(&(game){.vocab = 4, .length = 2, .eos = 3, .temperature = 1, .beta = 0.7,
                       .lr = 1e-2, .reward_at = "eos", .updates = 200, .batch = 384, .epochs = 2,
                       .allowed = 0.01});

@@ -277,7 +277,7 @@ static void put_pieces(text_buf *b, const char *text, size_t *at, int n) {
 }
 
 /* Pieces that perplexity is measured on. */
-static int held_out(void) { return test_quick() ? 8 : 40; }
+static int held_out(void) { return test_quick() ? 3 : 40; }
 
 TEST(sft_lowers_perplexity) {
     NEED_ASSET("datasets/tinystories_2MB.txt.gz");
@@ -288,7 +288,7 @@ TEST(sft_lowers_perplexity) {
     char *text = stories();
     REQUIRE(m && tok && text);
     size_t at = 0, later = 1500000;
-    int steps = test_quick() ? 6 : 48;
+    int steps = test_quick() ? 3 : 48;
     text_buf b = {0};
     put_pieces(&b, text, &at, 8 * steps);
     rlhf_dataset *train = parse(ctx, tok, RLHF_DATA_SFT, 256, 1, &b);

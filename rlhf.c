@@ -7836,7 +7836,7 @@ struct rlhf_model {
     model_base *base; /* null: all weights are in w */
     const op_drop *drop; /* of the training pass that runs; null: adapters see everything */
     float *g;       /* gradients, lent by the trainer that is open; null otherwise */
-    op_sparse *g_embed; /* where WTE is the head too: the embedding's part of its gradient */
+    op_sparse *g_embed; /* gradient of the embedding, of its part where WTE is the head too */
     model_slot slot[P_COUNT];
     size_t layer_size; /* floats from one layer to the next */
     int half;          /* products are of bfloat16 */
@@ -8817,8 +8817,7 @@ static void model_layer_again(rlhf_model *m, op_env *e, const model_run *run, in
 }
 
 /* Adds the gradients of all weights below run->x, given its gradient dx (destroyed). run went
- * through model_forward with save. Where WTE is the head too, the embedding's part goes to g_embed
- * (opt_join says why). */
+ * through model_forward with save. The embedding's gradient goes to g_embed where there is one. */
 static void model_backward(rlhf_model *m, arena *ws, const model_run *run, float *dx) {
     op_env e = {m->ctx, ws};
     m->drop = run->drop.p > 0 ? &run->drop : NULL;
@@ -10785,8 +10784,9 @@ static void gguf_save(rlhf_model *m, rlhf_tokenizer *t, const char *path, const 
  * The optimizer owns gradients and both moments, arrays of its models' layout, and lends the
  * gradients to the models while a trainer is open. Work is split into chunks of one parameter each:
  * a chunk either decays or does not, and its sum of squares is one term of the norm. A trained
- * model takes 16 bytes for each weight with its gradient and moments. Between steps, gradients are
- * zero, and their memory is lent for the panels that sampling wants.
+ * model takes 16 bytes for each weight with its gradient and moments; an embedding that is no head
+ * takes 12, and 4 for each number of the rows that a step's tokens meet. Between steps, gradients
+ * are zero, and their memory is lent for the panels that sampling wants.
  *
  * A step of a trainer is
  *     opt_zero        gradients are 0
@@ -10800,11 +10800,12 @@ static void gguf_save(rlhf_model *m, rlhf_tokenizer *t, const char *path, const 
 /* OPT_CHUNK is part of the result's bits, through the order of the norm's terms. */
 enum { OPT_CHUNK = 16384, OPT_MODELS = 2 };
 
-/* Floats [at, at + n) of one model's arrays; decay: weight decay applies. */
+/* Floats [at, at + n) of one model's arrays; decay: weight decay applies; sparse: the gradient is
+ * in opt.embed. */
 typedef struct opt_chunk {
     int model;
     size_t at;
-    int n, decay;
+    int n, decay, sparse;
 } opt_chunk;
 
 /* One optimizer over its models; arrays by model, as are learning rates. */
@@ -10813,9 +10814,10 @@ typedef struct opt {
     int models;
     rlhf_model *model[OPT_MODELS];
     float *g[OPT_MODELS], *m[OPT_MODELS], *v[OPT_MODELS];
-    op_sparse *embed[OPT_MODELS]; /* of a matrix with two uses: one chain of sums for each use,
-                                 so that cutting a batch into micro-batches changes no bit;
-                                 else null */
+    op_sparse *embed[OPT_MODELS]; /* the embedding's gradient, whose place in g is never touched;
+                                 where it is the head too, its part: one chain of sums for each
+                                 use, so that cutting a batch into micro-batches changes no bit.
+                                 null: it is not trained */
     int64_t step;             /* steps done: t of the bias corrections */
     int clean;                /* all gradients are zero */
     double beta1, beta2, eps, weight_decay, max_norm;
@@ -10849,6 +10851,15 @@ static double opt_schedule(const char *kind, int64_t k, int64_t warmup, int64_t 
     return 1;
 }
 
+/* Whether a model's embedding, which is trained, is its head, too. */
+static int opt_joined(const rlhf_model *m) { return m->c.tied && m->c.head == RLHF_HEAD_LM; }
+
+/* Floats of a model's gradients that are never touched, the first ones: WTE begins the array. */
+static size_t opt_untouched(const rlhf_model *m) {
+    int apart = model_own_layers(m, P_WTE) && !opt_joined(m);
+    return apart ? base_round_up(m->slot[P_WTE].n, RLHF_LANES) : 0;
+}
+
 /* Appends the chunks of one model's weights, gaps left out, or counts them. */
 static void opt_add_chunks(opt *o, int model, int count_only) {
     const rlhf_model *m = o->model[model];
@@ -10858,7 +10869,8 @@ static void opt_add_chunks(opt *o, int model, int count_only) {
                 size_t n = m->slot[p].n - i < OPT_CHUNK ? m->slot[p].n - i : OPT_CHUNK;
                 if (!count_only)
                     o->chunk[o->chunks] =
-                        (opt_chunk){model, model_at(m, p, l) + i, (int)n, model_decays(m, p)};
+                        (opt_chunk){model, model_at(m, p, l) + i, (int)n, model_decays(m, p),
+                                    p == P_WTE && !opt_joined(m)};
                 o->chunks++;
             }
 }
@@ -10871,11 +10883,12 @@ static opt *opt_new(rlhf_ctx *ctx, rlhf_model *const *models, int n) {
     o->models = n;
     for (int i = 0; i < n; i++) {
         o->model[i] = models[i];
-        o->g[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
+        size_t skip = opt_untouched(models[i]);
+        o->g[i] = mem_alloc(ctx, base_mul(ctx, models[i]->n, sizeof(float)));
+        memset(o->g[i] + skip, 0, (models[i]->n - skip) * sizeof(float));
         o->m[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
         o->v[i] = mem_zalloc(ctx, models[i]->n, sizeof(float));
-        /* One matrix, two uses: opt_join. */
-        if (models[i]->c.tied && models[i]->c.head == RLHF_HEAD_LM && !models[i]->base)
+        if (model_own_layers(models[i], P_WTE))
             o->embed[i] = op_sparse_new(ctx, models[i]->c.vocab, models[i]->c.d);
         opt_add_chunks(o, i, 1);
     }
@@ -10898,7 +10911,9 @@ static void opt_attach(opt *o) {
 static void opt_free(opt *o) {
     for (int i = 0; i < o->models; i++) {
         if (o->model[i]->g == o->g[i]) o->model[i]->g = NULL, o->model[i]->g_embed = NULL;
-        if (o->model[i]->room == o->g[i]) model_place_panels(o->model[i], NULL, 0);
+        const float *room = o->model[i]->room;
+        if (room && room >= o->g[i] && room < o->g[i] + o->model[i]->n)
+            model_place_panels(o->model[i], NULL, 0);
         op_sparse_free(o->embed[i]);
         mem_free(o->g[i]);
         mem_free(o->m[i]);
@@ -10913,8 +10928,8 @@ static void opt_free(opt *o) {
 static void opt_zero_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
     (void)thread;
-    for (int64_t i = lo; i < hi; i++)
-        memset(o->g[o->chunk[i].model] + o->chunk[i].at, 0, (size_t)o->chunk[i].n * sizeof(float));
+    for (const opt_chunk *c = o->chunk + lo; c < o->chunk + hi; c++)
+        if (!c->sparse) memset(o->g[c->model] + c->at, 0, (size_t)c->n * sizeof(float));
 }
 
 /* Makes all gradients zero, before the first batch of a step, and drops panels: the weights that
@@ -10939,16 +10954,38 @@ static void opt_reserve(opt *o, int64_t tokens) {
 /* Lends the gradients' memory for panels until the next step begins: products of few rows come
  * between steps, when gradients are zero. */
 static void opt_lend(opt *o) {
-    for (int i = 0; i < o->models; i++) model_place_panels(o->model[i], o->g[i], o->model[i]->n);
+    for (int i = 0; i < o->models; i++) {
+        /* At the end, where gradients are; padding may want more. */
+        size_t n = o->model[i]->n, skip = opt_untouched(o->model[i]);
+        size_t want = model_panel_bytes(o->model[i], 0) / sizeof(float);
+        if (skip + want > n) skip = want < n ? n - want : 0;
+        model_place_panels(o->model[i], o->g[i] + skip, n - skip);
+    }
     o->clean = 0;
+}
+
+/* The gradient of a chunk: in its place, or gathered from rows into `room`. */
+static float *opt_gradient(const opt *o, const opt_chunk *c, float *room) {
+    if (!c->sparse) return o->g[c->model] + c->at;
+    const op_sparse *s = o->embed[c->model];
+    size_t d = (size_t)s->d, end = c->at + (size_t)c->n;
+    memset(room, 0, (size_t)c->n * sizeof *room);
+    for (size_t at = c->at, n; at < end; at += n) {
+        size_t row = at / d, in = at % d;
+        n = d - in < end - at ? d - in : end - at;
+        if (s->at[row] >= 0)
+            memcpy(room + (at - c->at), op_sparse_row(s, s->at[row]) + in, n * sizeof *room);
+    }
+    return room;
 }
 
 /* Sums of squares of chunks [lo, hi). */
 static void opt_norm_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
+    float room[OPT_CHUNK];
     (void)thread;
     for (int64_t i = lo; i < hi; i++)
-        o->part[i] = o->ctx->k->sumsq(o->chunk[i].n, o->g[o->chunk[i].model] + o->chunk[i].at);
+        o->part[i] = o->ctx->k->sumsq(o->chunk[i].n, opt_gradient(o, o->chunk + i, room));
 }
 
 /* One model's embedding and the gradient that it joins. */
@@ -10967,16 +11004,11 @@ static void opt_join_range(void *arg, int64_t lo, int64_t hi, int thread) {
                   j->g + (size_t)j->part->id[i] * (size_t)j->part->d);
 }
 
-/* Adds the embedding's part to the gradient of a matrix that is embedding and head. Apart until
- * here, each part is one chain over the rows of all micro-batches; in one array their terms would
- * interleave differently for every way of cutting the batch. */
-static void opt_join(opt *o) {
-    for (int i = 0; i < o->models; i++) {
-        if (!o->embed[i]) continue;
-        opt_joint j = {o->ctx->k, o->embed[i], o->g[i] + model_at(o->model[i], P_WTE, 0)};
-        par_for(o->ctx, j.part->n, par_grain(2 * j.part->d), opt_join_range, &j);
-        op_sparse_clear(o->embed[i]);
-    }
+/* Adds the rows of the embedding's gradient to their matrix. */
+static void opt_join(opt *o, int model) {
+    opt_joint j = {o->ctx->k, o->embed[model], o->g[model] + model_at(o->model[model], P_WTE, 0)};
+    par_for(o->ctx, j.part->n, par_grain(2 * j.part->d), opt_join_range, &j);
+    op_sparse_clear(o->embed[model]);
 }
 
 /* The Euclidean norm over all gradients of all models. */
@@ -10990,10 +11022,11 @@ static double opt_norm(opt *o) {
 /* AdamW on chunks [lo, hi). */
 static void opt_step_range(void *arg, int64_t lo, int64_t hi, int thread) {
     opt *o = arg;
+    float room[OPT_CHUNK];
     (void)thread;
     for (int64_t i = lo; i < hi; i++) {
         opt_chunk c = o->chunk[i];
-        o->ctx->k->adam(c.n, o->model[c.model]->w + c.at, o->g[c.model] + c.at,
+        o->ctx->k->adam(c.n, o->model[c.model]->w + c.at, opt_gradient(o, &c, room),
                         o->m[c.model] + c.at, o->v[c.model] + c.at, &o->now[c.model][c.decay]);
     }
 }
@@ -11002,7 +11035,10 @@ static void opt_step_range(void *arg, int64_t lo, int64_t hi, int thread) {
  * the gradient norm before clipping. Decoupled decay: p <- p (1 - lr weight_decay) - lr step. A
  * norm that is not finite is thrown and changes nothing. */
 static double opt_step(opt *o, const double *lr) {
-    opt_join(o);
+    /* Apart until here, the parts of a matrix with two uses are one chain each over the rows of all
+     * micro-batches; in one array their terms would interleave as the batch is cut. */
+    for (int i = 0; i < o->models; i++)
+        if (o->embed[i] && opt_joined(o->model[i])) opt_join(o, i);
     double norm = opt_norm(o);
     if (!isfinite(norm))
         err_throw(o->ctx, RLHF_ERR_NUMERIC,
@@ -11030,7 +11066,10 @@ static double opt_step(opt *o, const double *lr) {
     }
     par_for(o->ctx, o->chunks, 1, opt_step_range, o);
     o->clean = 1;
-    for (int i = 0; i < o->models; i++) o->model[i]->version++;
+    for (int i = 0; i < o->models; i++) {
+        if (o->embed[i]) op_sparse_clear(o->embed[i]);
+        o->model[i]->version++;
+    }
     return norm;
 }
 
@@ -12878,6 +12917,7 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
         const model_cfg *c = &t->opt->model[i]->c;
         size_t met = z.step < c->vocab ? (size_t)z.step : (size_t)c->vocab;
         o.optimizer += 12 * (int64_t)t->opt->model[i]->n;
+        o.optimizer -= 4 * (int64_t)opt_untouched(t->opt->model[i]);
         o.other -= 12 * (int64_t)t->opt->model[i]->n;
         if (t->opt->embed[i]) o.optimizer += (int64_t)op_sparse_bytes(met, c->d);
     }

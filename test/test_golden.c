@@ -114,6 +114,16 @@ static void check_update(const rlhf_model *m, const float *before, const json_t 
     free(diff);
 }
 
+/* Puts the rows of embeddings' gradients where the rest is: of those that are heads, too, which a
+ * step does before it takes the norm, or of the others, which a step leaves apart. */
+static void join(opt *o, int joined) {
+    for (int i = 0; i < o->models; i++) {
+        if (!o->embed[i] || opt_joined(o->model[i]) != joined) continue;
+        memset(o->g[i], 0, opt_untouched(o->model[i]) * sizeof(float));
+        opt_join(o, i);
+    }
+}
+
 /* Sum of squares of a model's gradients. */
 static double gradient_square(const rlhf_model *m) {
     double sum = 0;
@@ -324,8 +334,9 @@ static void sft_gradients(const golden *g, rlhf_trainer *t) {
     CHECK_EQ_I(sums.tokens, labels);
     CHECK_EQ_I(sums.hits, number(g->j, "hits"));
     CHECK_NEAR(sums.nll / labels, number(g->j, "loss"), value_tol);
-    opt_join(t->opt);
+    join(t->opt, 1);
     check_relative("gradient norm", opt_norm(t->opt), number(g->j, "grad_norm"), norm_tol);
+    join(t->opt, 0);
     check_tensors(g->m, g->m->g, member(g->j, "grads"), GRADIENT);
 }
 
@@ -414,6 +425,7 @@ static void rm_gradients(const golden *g, rlhf_trainer *t) {
     CHECK_NEAR(sums.correct / n, number(g->j, "accuracy"), 1e-8);
     CHECK_NEAR(sums.margin / n, number(g->j, "margin_mean"), value_tol);
     check_relative("gradient norm", opt_norm(t->opt), number(g->j, "grad_norm"), norm_tol);
+    join(t->opt, 0);
     check_tensors(t->model, t->model->g, member(g->j, "grads"), GRADIENT);
 }
 
@@ -602,7 +614,8 @@ static void ppo_add_gradients(const golden *g, rlhf_trainer *t, roll_row *const 
         ppo_pass(t, t->model, row + i, k, &p, shared ? &v : NULL);
         if (!shared) ppo_pass(t, t->value, row + i, k, NULL, &v);
     }
-    opt_join(t->opt);
+    join(t->opt, 1);
+    join(t->opt, 0);
 }
 
 /* A trunk that both models share has the sum of their gradients, which the file has apart, since

@@ -306,20 +306,27 @@ static void stepper_clip(rlhf_ctx *ctx, void *arg) {
     stepper *s = arg;
     opt *o = s->o;
     double lr = 0;
-    float g[MAX], *at[3] = {model_g(s->m, P_WTE, 0), model_g(s->m, P_LNF_W, 0),
-                            model_g(s->m, P_HEAD, 0)};
+    float g[MAX];
+    /* The last token's row of the embedding, whose gradient is kept by rows; vector and matrix. */
+    size_t at[3] = {2 * (size_t)s->m->c.d, model_at(s->m, P_LNF_W, 0), model_at(s->m, P_HEAD, 0)};
     int n = floats(s->c, "g", g);
     o->beta1 = 0.9, o->beta2 = 0.999, o->eps = 1e-8;
     o->max_norm = number(s->c, "max_norm");
+    s->m->g[0] = NAN; /* the embedding's place among the gradients: neither read nor written */
     opt_zero(o);
-    for (int i = 0; i < n; i++) *at[i] = g[i];
+    op_sparse_meet(o->embed[0], 2);
+    *op_sparse_row(o->embed[0], 0) = g[0];
+    for (int i = 1; i < n; i++) s->m->g[at[i]] = g[i];
     CHECK_NEAR(opt_step(o, &lr), number(s->c, "norm"), 1e-6 * number(s->c, "norm"));
     for (int i = 0; i < n; i++) {
         double want = element(member(s->c, "clipped"), i);
-        CHECK_NEAR(o->m[0][at[i] - s->m->g], 0.1 * want, 1e-6 * fabs(want));
+        CHECK_NEAR(o->m[0][at[i]], 0.1 * want, 1e-6 * fabs(want));
     }
     /* A gradient that is not finite changes nothing: neither weights nor moments nor the count. */
-    *at[0] = NAN;
+    CHECK(isnan(s->m->g[0]));
+    CHECK_EQ_I(o->embed[0]->n, 0);
+    op_sparse_meet(o->embed[0], 0);
+    *op_sparse_row(o->embed[0], 0) = NAN;
     s->m->w[0] = 0.25f;
     float moment = o->m[0][0];
     err_frame frame;

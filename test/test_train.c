@@ -267,8 +267,8 @@ static uint64_t panels_run(stage s, const char *model, int lend) {
         gen_config g = {.max_new = 2, .batch = 1, .temperature = 1, .top_p = 1, .stop = -1};
         opt_lend(l.t->opt);
         if (s != RM) gen_run(l.m, &l.m->ws, &g, &item, 1, NULL);
-        const float *room = l.m->room, *g = l.t->opt->g[0];
-        if (s != RM) CHECK(room >= g && room < g + l.m->n && l.m->room_used > 0);
+        const float *room = l.m->room, *own = l.t->opt->g[0];
+        if (s != RM) CHECK(room >= own && room < own + l.m->n && l.m->room_used > 0);
     }
     uint64_t hash = hash_of(l.m);
     /* Panels go with the gradients that they lie in. */

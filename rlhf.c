@@ -4117,7 +4117,7 @@ static void op_gelu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
  * running maximum may change, hence OP_KEYS decides bits and OP_QUERIES does not. */
 enum {
     OP_KEYS = 64,   /* keys in one tile of the online softmax: part of the result's bits */
-    OP_QUERIES = 48 /* queries in one tile */
+    OP_QUERIES = 48 /* queries in one tile, of one head or of several */
 };
 
 /* Keys and values of one layer and sequence, in the panels that the two products want: keys are

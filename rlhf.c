@@ -697,7 +697,7 @@ static void rng_permutation(uint64_t seed, uint64_t stream, uint64_t round, int 
 /* Computes outputs [lo, hi). thread < the context's thread count selects scratch. */
 typedef void (*par_fn)(void *arg, int64_t lo, int64_t hi, int thread);
 
-enum { PAR_PIECES = 4 }; /* pieces of one thread's share: what a late thread leaves to others */
+enum { PAR_PIECES = 16 }; /* pieces of one thread's share: what a late thread leaves to others */
 enum { PAR_GRACE = 16 }; /* looks at a job before a thread helps others with it */
 #define PAR_PATIENCE 100e-6
 
@@ -1658,6 +1658,7 @@ typedef struct k_tiles {
     k_tile_fn *tile;
     int rows;                          /* height of the full tile */
     uint8_t panels[33];                /* panels[r]: widest tile of r rows, in sixteen columns */
+    int pack;                          /* multiply-adds in the time of packing one number, about */
     void (*begin)(void), (*end)(void); /* around a block of tiles; null: nothing to do */
     k_half_fn *half;                   /* for bfloat16: how operands are packed */
     k_pairs_fn *pairs;
@@ -2947,9 +2948,9 @@ static int gemm_yes(void) { return 1; }
 
 #define GEMM_PLAIN_KERNEL(name, type) .name = k_r_##name,
 #define GEMM_VECTOR_KERNEL(name, type) .name = k_v_##name,
-#define GEMM_V_SHAPES .rows = 6, .panels = {0, 4, 3, 2, 1, 1, 1}
-#define GEMM_V_PAIR_SHAPES .rows = 4, .panels = {0, 3, 2, 1, 1}
-#define GEMM_512_LIST .rows = 8, .panels = {0, 6, 6, 6, 6, 4, 4, 3, 3}
+#define GEMM_V_SHAPES .rows = 6, .panels = {0, 4, 3, 2, 1, 1, 1}, .pack = 6
+#define GEMM_V_PAIR_SHAPES .rows = 4, .panels = {0, 3, 2, 1, 1}, .pack = 6
+#define GEMM_512_LIST .rows = 8, .panels = {0, 6, 6, 6, 6, 4, 4, 3, 3}, .pack = 16
 
 static const k_table k_ref = {
     .name = "ref",
@@ -3011,6 +3012,7 @@ static const k_table k_amx = {.name = "amx",
                                        .rows = 32,
                                        .panels = {0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
                                                   2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2},
+                                       .pack = 32,
                                        .begin = gemm_amx_begin,
                                        .end = gemm_amx_end,
                                        .half = gemm_512_half,
@@ -3397,11 +3399,9 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* Multiply-adds of a block that is worth a thread's attention; those that a thread does in the time
- * in which it packs one number; the share of a block for which threads that find no other wait in
- * the end. */
+/* Multiply-adds of a block that is worth a thread's attention; the share of a block for which
+ * threads that find no other wait in the end. */
 #define GEMM_WORTH 1e6
-#define GEMM_PACK 6
 #define GEMM_WAIT (1.0 / 16)
 
 /* Cuts the product into a grid of blocks: the one that takes the busiest thread the fewest
@@ -3426,8 +3426,8 @@ static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
             int groups = g->t.b ? 1 : (wide - 1) / j->group + 1;
             int packs = groups == 1 && j->depth >= g->t.k ? (own + tall - 1) / tall : own;
             double cost = own * (double)rows * (wide * RLHF_LANES);
-            if (!g->t.b) cost += (double)GEMM_PACK * packs * wide * RLHF_LANES;
-            if (j->a) cost += (double)GEMM_PACK * own * groups * rows;
+            if (!g->t.b) cost += (double)tiles->pack * packs * wide * RLHF_LANES;
+            if (j->a) cost += (double)tiles->pack * own * groups * rows;
             cost *= 1 + GEMM_WAIT / own;
             if (cost >= best) continue;
             best = cost;
@@ -12783,9 +12783,11 @@ enum {
 };
 
 /* Tokens of a micro-batch where memory is no concern: products of more rows are hardly faster, with
- * many threads from more rows on. */
+ * many threads from more rows on, and with fast tiles, too: packing W takes 1/32 of such a
+ * product. */
 static int train_at_once(const rlhf_ctx *ctx) {
-    return base_max(320, base_min(512, 64 * ctx->threads));
+    int pack = ctx->half ? ctx->k->bf16.pack : ctx->k->f32.pack;
+    return base_max(base_max(320, 32 * pack), base_min(512, 64 * ctx->threads));
 }
 
 /* Bytes mapped of a role's base, unless a role before it has the same. */

@@ -1054,7 +1054,7 @@ RLHF_INLINE float v_wide1(uint16_t h) { return v_bits1((int32_t)((uint32_t)h << 
 /* e^x: x = n ln 2 + r, |r| <= ln 2 / 2; 2^n in two factors, so that results go down to the smallest
  * denormal and up to infinity without a branch. NaN stays NaN: both bounds are written so that the
  * comparison fails on it. */
-static float v_exp1(float x) {
+RLHF_INLINE float v_exp1(float x) {
     x = V_EXP_HI < x ? V_EXP_HI : x;
     x = V_EXP_LO > x ? V_EXP_LO : x;
     if (x != x) return x;
@@ -1073,7 +1073,7 @@ static float v_exp1(float x) {
 
 /* ln x: x = 2^e m, sqrt(1/2) <= m < sqrt 2. 0 gives -inf, negative numbers NaN; denormals are
  * scaled into the normal range first. */
-static float v_log1(float x) {
+RLHF_INLINE float v_log1(float x) {
     float in = x, e = 0;
     if (x < FLT_MIN) {
         x *= 8388608.0f;
@@ -1209,6 +1209,16 @@ V_OP void v_store_upper(uint16_t *p, vi a) {
     x = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(x));
 }
+/* The mask of the first n lanes; these lanes from p, of which nothing else is read, the others fill;
+ * these to p, of which nothing else is written. */
+V_OP vf v_first(int n) {
+    return v_of(_mm256_cmpgt_epi32(vi_set(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+}
+V_OP vf v_get(const float *p, int n, float fill) {
+    vf some = v_first(n);
+    return v_pick(some, _mm256_maskload_ps(p, vi_of(some)), v_set(fill));
+}
+V_OP void v_put(float *p, int n, vf a) { _mm256_maskstore_ps(p, vi_of(v_first(n)), a); }
 /* Joins the lanes of one register: 4, 2, 1. */
 V_OP float v_sum(vf a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -1304,6 +1314,20 @@ V_OP vf v_widen(const uint16_t *p) {
 }
 V_OP void v_store_upper(uint16_t *p, vi a) {
     vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_s32(a), 16));
+}
+V_OP vf v_first(int n) {
+    static const int32_t lane[4] = {0, 1, 2, 3};
+    return vreinterpretq_f32_u32(vcltq_s32(vld1q_s32(lane), vi_set(n)));
+}
+V_OP vf v_get(const float *p, int n, float fill) {
+    float t[4] = {fill, fill, fill, fill};
+    for (int i = 0; i < n && i < 4; i++) t[i] = p[i];
+    return v_load(t);
+}
+V_OP void v_put(float *p, int n, vf a) {
+    float t[4];
+    v_store(t, a);
+    for (int i = 0; i < n && i < 4; i++) p[i] = t[i];
 }
 /* Joins the lanes of one register: 2, 1. */
 V_OP float v_sum(vf a) {
@@ -1501,10 +1525,9 @@ V_OP void v16_store(float *p, v16 a) { V_EACH(v_store(p + i * V_WIDTH, a.r[i]));
  * may end at the end of a block. n >= 16 is the plain load, so that loops need no tail. */
 V_OP v16 v16_get(const float *p, int n, float fill) {
     if (n >= RLHF_LANES) return v16_load(p);
-    float t[RLHF_LANES];
-    v16_store(t, v16_set(fill));
-    memcpy(t, p, (size_t)n * sizeof *p);
-    return v16_load(t);
+    v16 o;
+    V_EACH(o.r[i] = v_get(p + i * V_WIDTH, n - i * V_WIDTH, fill));
+    return o;
 }
 
 /* The first n lanes to p. Writes nothing beyond p[n-1]. */
@@ -1513,18 +1536,15 @@ V_OP void v16_put(float *p, int n, v16 a) {
         v16_store(p, a);
         return;
     }
-    float t[RLHF_LANES];
-    v16_store(t, a);
-    memcpy(p, t, (size_t)n * sizeof *p);
+    V_EACH(v_put(p + i * V_WIDTH, n - i * V_WIDTH, a.r[i]));
 }
 
 /* Lanes from n on become 0, whatever they held: fill values have gone through arithmetic by
  * then. */
 V_OP v16 v16_keep(v16 a, int n) {
     if (n >= RLHF_LANES) return a;
-    float t[RLHF_LANES];
-    v16_store(t, a);
-    return v16_get(t, n, 0);
+    V_EACH(a.r[i] = v_and(v_first(n - i * V_WIDTH), a.r[i]));
+    return a;
 }
 
 /* The sum by the tree 8, 4, 2, 1: lane l + lane l + 8, and so on. On NEON registers 0 and 2, 1 and
@@ -1885,12 +1905,16 @@ static void k_r_cap_bwd(int n, const float *y, float in, float *d) {
 /* Rotary position (Su et al. 2021) in the layout of Llama's files: rotates the pairs (x[i], x[half
  * + i]) by the angle whose cosine and sine are given [half]; sign -1 rotates back, which is also
  * the gradient, a rotation being orthogonal. */
-static void k_r_rope(int half, float *x, const float *c, const float *s, float sign) {
-    for (int i = 0; i < half; i++) {
+static void k_rope_from(int i, int half, float *x, const float *c, const float *s, float sign) {
+    for (; i < half; i++) {
         float a = x[i], b = x[half + i], t = s[i] * sign;
         x[i] = fmaf(-b, t, a * c[i]);
         x[half + i] = fmaf(a, t, b * c[i]);
     }
+}
+
+static void k_r_rope(int half, float *x, const float *c, const float *s, float sign) {
+    k_rope_from(0, half, x, c, s, sign);
 }
 
 /* What one row of n logits z = x scale says about softmax(z), in two passes. With d = z - max:
@@ -2261,14 +2285,15 @@ K_FN void k_v_cap_bwd(int n, const float *y, float in, float *d) {
 }
 
 K_FN void k_v_rope(int half, float *x, const float *c, const float *s, float sign) {
-    v16 vs = v16_set(sign);
-    for (int i = 0; i < half; i += RLHF_LANES) {
-        int w = half - i;
-        v16 a = v16_get(x + i, w, 0), b = v16_get(x + half + i, w, 0), vc = v16_get(c + i, w, 0);
-        v16 t = v16_mul(v16_get(s + i, w, 0), vs);
-        v16_put(x + i, w, v16_fma(v16_neg(b), t, v16_mul(a, vc)));
-        v16_put(x + half + i, w, v16_fma(a, t, v16_mul(b, vc)));
+    vf vs = v_set(sign), minus = v_set(-0.0f);
+    int i = 0;
+    for (; i + V_WIDTH <= half; i += V_WIDTH) {
+        vf a = v_load(x + i), b = v_load(x + half + i), vc = v_load(c + i);
+        vf t = v_mul(v_load(s + i), vs);
+        v_store(x + i, v_fma(v_xor(b, minus), t, v_mul(a, vc)));
+        v_store(x + half + i, v_fma(a, t, v_mul(b, vc)));
     }
+    k_rope_from(i, half, x, c, s, sign);
 }
 
 K_FN k_stats k_v_stats(int n, const float *x, float scale) {
@@ -2399,6 +2424,7 @@ K_FN double k_v_sumsq(int64_t n, const float *x) {
     k_d4 acc[RLHF_LANES / 4] = {{0}};
     int64_t i = 0;
     for (; i + RLHF_LANES <= n; i += RLHF_LANES)
+        V_UNROLL
         for (int l = 0; l < RLHF_LANES / 4; l++) {
             k_f4 f;
             memcpy(&f, x + i + 4 * l, sizeof f);
@@ -2585,7 +2611,7 @@ static void gemm_r_pair_tile(int rows, int panels, const gemm_tile_args *t) {
 #if V_SIMD
 /* A low tile reads panels that come from memory faster than they come: each step asks for what will
  * be read this many steps later, at last of the panels that follow. */
-enum { GEMM_LOW = 3, GEMM_AHEAD = 40 };
+enum { GEMM_LOW = 3, GEMM_LOW_512 = 4, GEMM_AHEAD = 40 };
 
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
  * v16 are twelve of AVX2's sixteen registers. What does not fit beside them is read by the fused
@@ -2731,14 +2757,16 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
         for (int p = 0; p < P; p++)
             __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k, as in gemm_v_body; the blocks are sums, next rows, steps, results. */
-    const float *a = t->a, *b = t->b, *next = t->next ? t->next : t->b;
-    const size_t step = t->step;
+    const float *a = t->a, *b = t->b, *after = t->next ? t->next : b, *next = after;
+    const size_t step = R <= GEMM_LOW_512 ? RLHF_LANES : t->step;
+    if (R <= GEMM_LOW_512 && t->k > GEMM_AHEAD) next = b + GEMM_AHEAD * RLHF_LANES;
 #pragma GCC unroll 4
     for (int k = t->k; k > 0; k--) {
         __m512 col[GEMM_MAX_PANELS];
+        if (R <= GEMM_LOW_512 && k == GEMM_AHEAD) next = after;
         V_UNROLL
         for (int p = 0; p < P; p++) {
-            if (R <= 4) __builtin_prefetch(b + (size_t)p * t->bs + GEMM_AHEAD * RLHF_LANES);
+            if (R <= GEMM_LOW_512) __builtin_prefetch(next + (size_t)p * t->bs);
             col[p] = _mm512_loadu_ps(b + (size_t)p * t->bs);
         }
         V_UNROLL
@@ -2749,7 +2777,7 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
                 sum[r][p] = half ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
                                  : _mm512_fmadd_ps(x, col[p], sum[r][p]);
         }
-        if (R > 4) __builtin_prefetch(next);
+        if (R > GEMM_LOW_512) __builtin_prefetch(next);
         a += t->cs;
         b += RLHF_LANES;
         next += step;
@@ -3289,6 +3317,7 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
             int ahead = p + w + ask;
             t.step = ask < w && ahead < panels ? (size_t)part : 0;
             t.next = g->t.b + (size_t)(t.step ? ahead : p) * g->t.bs;
+            if (!t.step && g->t.next) t.next = g->t.next;
             t.next += (size_t)(turn * t.k) * t.step;
             if (++turn == share) turn = 0, ask++;
             /* Rows that are read where they lie come from memory with the first panels: those of
@@ -4243,6 +4272,7 @@ static void op_attn_product(const op_attn *t, int h0, int h1, const gemm_args *g
         p.t.c += (size_t)(h - h0) * cs;
         if (g->m == 1) {
             p.m = same = base_min(of - h % of, h1 - h);
+            if (h + same < h1) p.t.next = p.t.b + bs;
             p.t.rs = as;
             p.t.ldc = cs;
         }

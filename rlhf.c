@@ -15,42 +15,43 @@
  *   05 PAR (par_)              threads: fixed splits over outputs
  *   06 VEC (v_ vi_ v16_)       sixteen virtual lanes: AVX2, NEON, plain C; exp, tanh, sin and such
  *   07 KERN (k_)               row kernels on 06, each with a plain-C twin
- *   08 GEMM (gemm_)            the matrix product: packing, tiles, driver
- *   09 LINEAR (op_)            norms, matrices as files store them, adapters, the linear layer
- *   10 OPS (op_)               embedding, activations, attention, the vocabulary
- *   11 IO (io_)                files: bounded reads, mapping, atomic writes, gzip
- *   12 JSON (json_)            schema helpers whose errors say file, line, key
- *   13 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
- *   14 VOCAB (tok_)            tokenizer.json in and out, training a vocabulary
- *   15 CHAT (chat_)            conversations as text: templates as data, spans that bear loss
- *   16 FAMILY (model_)         architectures as data: config.json, names of tensors, parameters
- *   17 MODEL (model_)          weights: their own or a base's, adapters, layout, initial values
- *   18 PASS (model_)           forward, backward, heads, batches
- *   19 CKPT (ckpt_)            safetensors and Hugging Face directories
- *   20 ADAPT (ckpt_)           adapters in the layout of PEFT; opening and writing directories
- *   21 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
- *   22 OPT (opt_)              AdamW, clipping, schedules
- *   23 DATA (data_)            records, loss spans, orders
- *   24 GEN (gen_)              sampling and batched generation
- *   25 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
- *   26 TRAIN (train_)          what trainers share: configurations, metrics, memory
- *   27 RUN (train_)            the run directory, TensorBoard, resume, the loop
- *   28 SFT (sft_)              supervised fine-tuning
- *   29 RM (rm_)                the reward model
- *   30 PPO (ppo_)              proximal policy optimisation
- *   31 EVAL (eval_)            perplexity, KL, preference accuracy by slice
- *   32 RATER (rater_)          annotators: agreement, reliability, labels from many hands
- *   33 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
- *   34 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
- *   35 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
- *   36 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
- *   37 LABEL (label_)          judgements of people: who is asked what, the file that keeps them
- *   38 POOL (label_)           what there is to judge, and who judges; only under RLHF_MAIN, as 37
- *   39 SERVE (serve_)          the page for browsers, the terminal; only under RLHF_MAIN
- *   40 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
- *   41 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
- *   42 STAGE (cli_)            the commands that train; only under RLHF_MAIN
- *   43 COMMAND (cli_ main)     the program's other commands, main; only under RLHF_MAIN
+ *   08 TILE (gemm_)            tiles of the matrix product, for each instruction set
+ *   09 GEMM (gemm_)            the matrix product: packing, cutting, driver
+ *   10 LINEAR (op_)            norms, matrices as files store them, adapters, the linear layer
+ *   11 OPS (op_)               embedding, activations, attention, the vocabulary
+ *   12 IO (io_)                files: bounded reads, mapping, atomic writes, gzip
+ *   13 JSON (json_)            schema helpers whose errors say file, line, key
+ *   14 TOK (tok_)              byte-level and SentencePiece-style BPE: encoding, decoding
+ *   15 VOCAB (tok_)            tokenizer.json in and out, training a vocabulary
+ *   16 CHAT (chat_)            conversations as text: templates as data, spans that bear loss
+ *   17 FAMILY (model_)         architectures as data: config.json, names of tensors, parameters
+ *   18 MODEL (model_)          weights: their own or a base's, adapters, layout, initial values
+ *   19 PASS (model_)           forward, backward, heads, batches
+ *   20 CKPT (ckpt_)            safetensors and Hugging Face directories
+ *   21 ADAPT (ckpt_)           adapters in the layout of PEFT; opening and writing directories
+ *   22 GGUF (gguf_)            the model and its tokenizer as a file for llama.cpp
+ *   23 OPT (opt_)              AdamW, clipping, schedules
+ *   24 DATA (data_)            records, loss spans, orders
+ *   25 GEN (gen_)              sampling and batched generation
+ *   26 ROLL (roll_)            rollouts: KL, rewards, whitening, advantages
+ *   27 TRAIN (train_)          what trainers share: configurations, metrics, memory
+ *   28 RUN (train_)            the run directory, TensorBoard, resume, the loop
+ *   29 SFT (sft_)              supervised fine-tuning
+ *   30 RM (rm_)                the reward model
+ *   31 PPO (ppo_)              proximal policy optimisation
+ *   32 EVAL (eval_)            perplexity, KL, preference accuracy by slice
+ *   33 RATER (rater_)          annotators: agreement, reliability, labels from many hands
+ *   34 API (rlhf_ api_)        every public function: checks arguments, calls one layer down
+ *   35 BENCH (bench_)          the machine's speed at this work; only under RLHF_MAIN
+ *   36 PAGE (page_)            the files of data/page/; only under RLHF_MAIN
+ *   37 REPORT (report_)        runs as one page for a browser; only under RLHF_MAIN
+ *   38 LABEL (label_)          judgements of people: who is asked what, the file that keeps them
+ *   39 POOL (label_)           what there is to judge, and who judges; only under RLHF_MAIN, as 38
+ *   40 SERVE (serve_)          the page for browsers, the terminal; only under RLHF_MAIN
+ *   41 CLI (cli_)              options, --help, --config, progress; only under RLHF_MAIN
+ *   42 TALK (talk_)            a conversation in the terminal; only under RLHF_MAIN
+ *   43 STAGE (cli_)            the commands that train; only under RLHF_MAIN
+ *   44 COMMAND (cli_ main)     the program's other commands, main; only under RLHF_MAIN
  *
  * Numerics. (1) Work is split over outputs, never over a sum. (2) Every output of a matrix product
  * is one chain of fused multiply-adds over k in order; every row reduction has sixteen lanes and
@@ -199,7 +200,7 @@ typedef struct err_deferred {
     void *ptr;
 } err_deferred;
 
-/* Kernels of one instruction set (07), weights that models share (17). */
+/* Kernels of one instruction set (07), weights that models share (18). */
 struct k_table;
 struct model_base;
 
@@ -212,7 +213,7 @@ struct rlhf_ctx {
     struct par_team *team;   /* its threads */
     int half;                /* products of models are of bfloat16 */
     size_t cache;            /* bytes of a core's second-level cache: steers time only */
-    struct model_base *bases; /* weights that open models share (17) */
+    struct model_base *bases; /* weights that open models share (18) */
     err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
     int n_defer;                 /* entries of defer in use */
@@ -1209,8 +1210,8 @@ V_OP void v_store_upper(uint16_t *p, vi a) {
     x = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(x));
 }
-/* The mask of the first n lanes; these lanes from p, of which nothing else is read, the others fill;
- * these to p, of which nothing else is written. */
+/* The mask of the first n lanes; these from p and the others fill; these to p. Nothing beyond
+ * p[n-1] is read or written. */
 V_OP vf v_first(int n) {
     return v_of(_mm256_cmpgt_epi32(vi_set(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
 }
@@ -2502,28 +2503,19 @@ static int k_draw(const k_table *k, int n, const float *x, float scale, float ls
 }
 
 /* ============================================================================================
- * MARK: - 08 GEMM (gemm_)
- * C[m][n] = sum_k A[m][k] B[k][n], the only place that knows about packing, tiles and cache blocks.
- * A tile keeps its outputs in registers over k, in order, with fused multiply-adds: every output is
- * the same chain for any tile, block, thread or instruction set. B is read in panels: sixteen
- * columns wide, k after k, padded with zeros. A is read in place through two strides, so every
- * transpose is one driver. An edge in n goes through a stack tile, an edge in m has a tile of its
- * height.
+ * MARK: - 08 TILE (gemm_)
+ * Rows of A against panels of B: where the time of training goes. A tile keeps its outputs in
+ * registers over k, in order, with fused multiply-adds: every output is the same chain for any tile
+ * or instruction set. B is read in panels: sixteen columns wide, k after k, padded with zeros. A is
+ * read in place through two strides, so every transpose is one driver (09). The tiles of a
+ * processor stand in one table beside its row kernels.
  *
- * Blocks are those of Goto and van de Geijn (2008), "Anatomy of high-performance matrix
- * multiplication": a block of A fills half of the second-level cache, and each thread packs the
- * panels of B that it is about to use, so that no packed copy passes through memory. Where the sum
- * is cut, C carries the chain from one part of k to the next: a float in memory is the float in the
- * register, and no bit depends on the cut. Panels that many products of few rows share (decoding)
- * are packed once, by gemm_pack.
+ * A product may be of bfloat16 numbers (`half`), with sums in single precision: two neighbours
+ * along k make one 32-bit element, a pair, and everything above holds for pairs. How a pair is
+ * added is the instruction set's: its bits are the same for any threads and batch, but not on
+ * another machine.
  *
- * A product may be of bfloat16 numbers (`half`): both operands are rounded where they are packed,
- * sums stay in single precision. Two neighbours along k make one 32-bit element, a pair, and
- * everything above holds for pairs. How a pair is added is the instruction set's: its bits are the
- * same for any threads and batch, but not on another machine.
- *
- * Entry: gemm_run (threads), gemm_block (one thread).   Tests: test/test_gemm.c
- * Bench: rlhf bench gemm
+ * Entry: k_tables.   Tests: test/test_gemm.c
  * ============================================================================================ */
 
 enum {
@@ -2929,39 +2921,52 @@ GEMM_AMX static void gemm_amx_sums(const gemm_tile_args *t, int two_rows, int tw
     }
 }
 
-/* Up to 32 rows by two panels. Sums begin and end in a stack tile, through which chains that start
- * at C, edges, bias and residual go. Rows of A beyond `rows` are zeros. */
+/* Sums from or to c, rows ld bytes apart. */
+GEMM_AMX static void gemm_amx_load(float *c, size_t ld, int two_rows, int two_panels) {
+    float *below = c + RLHF_LANES * (ld / sizeof *c);
+    _tile_loadd(0, c, ld);
+    if (two_panels) _tile_loadd(1, c + RLHF_LANES, ld);
+    if (two_rows) _tile_loadd(2, below, ld);
+    if (two_rows && two_panels) _tile_loadd(3, below + RLHF_LANES, ld);
+}
+
+GEMM_AMX static void gemm_amx_store(float *c, size_t ld, int two_rows, int two_panels) {
+    float *below = c + RLHF_LANES * (ld / sizeof *c);
+    _tile_stored(0, c, ld);
+    if (two_panels) _tile_stored(1, c + RLHF_LANES, ld);
+    if (two_rows) _tile_stored(2, below, ld);
+    if (two_rows && two_panels) _tile_stored(3, below + RLHF_LANES, ld);
+}
+
+/* Up to 32 rows by two panels. Rows of A beyond `rows` are zeros. Sums of whole squares without
+ * bias and residual begin and end in C, others in a stack tile. */
 GEMM_AMX static void gemm_amx_tile(int rows, int panels, const gemm_tile_args *t) {
-    float sum[4][GEMM_BLOCK]; /* as the registers: [2 * half of the rows + panel] */
+    enum { LD = 2 * RLHF_LANES };
+    float sum[LD * LD];
     int two_rows = rows > RLHF_LANES, two_panels = panels > 1;
-    if (t->mode == GEMM_ACC) {
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < panels; p++)
-                _mm512_storeu_ps(sum[r / RLHF_LANES * 2 + p] + r % RLHF_LANES * RLHF_LANES,
-                                 _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p * RLHF_LANES));
-        _tile_loadd(0, sum[0], 64);
-        _tile_loadd(1, sum[1], 64);
-        _tile_loadd(2, sum[2], 64);
-        _tile_loadd(3, sum[3], 64);
-    } else {
+    int whole = rows % RLHF_LANES == 0 && !t->bias && !t->add;
+    float *c = whole ? t->c : sum;
+    size_t ld = (whole ? t->ldc : LD) * sizeof *c;
+    for (int r = 0; !whole && t->mode == GEMM_ACC && r < rows; r++)
+        for (int p = 0; p < panels * RLHF_LANES; p += RLHF_LANES)
+            _mm512_storeu_ps(sum + r * LD + p, _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p));
+    if (t->mode == GEMM_ACC) gemm_amx_load(c, ld, two_rows, two_panels);
+    else {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; t->mode != GEMM_ACC && r < rows; r++)
         for (int p = 0; p < panels; p++)
             __builtin_prefetch(t->c + (size_t)r * t->ldc + p * RLHF_LANES, 1);
     gemm_amx_sums(t, two_rows, two_panels);
-    _tile_stored(0, sum[0], 64);
-    _tile_stored(1, sum[1], 64);
-    _tile_stored(2, sum[2], 64);
-    _tile_stored(3, sum[3], 64);
-    for (int r = 0; r < rows; r++)
-        for (int p = 0; p < panels; p++) {
-            size_t at = (size_t)r * t->ldc + (size_t)(p * RLHF_LANES);
-            __m512 s = _mm512_loadu_ps(sum[r / RLHF_LANES * 2 + p] + r % RLHF_LANES * RLHF_LANES);
-            if (t->bias) s = _mm512_add_ps(s, _mm512_loadu_ps(t->bias + p * RLHF_LANES));
+    gemm_amx_store(c, ld, two_rows, two_panels);
+    for (int r = 0; !whole && r < rows; r++)
+        for (int p = 0; p < panels * RLHF_LANES; p += RLHF_LANES) {
+            size_t at = (size_t)r * t->ldc + (size_t)p;
+            __m512 s = _mm512_loadu_ps(sum + r * LD + p);
+            if (t->bias) s = _mm512_add_ps(s, _mm512_loadu_ps(t->bias + p));
             if (t->add) s = _mm512_add_ps(_mm512_loadu_ps(t->add + at), s);
             _mm512_storeu_ps(t->c + at, s);
         }
@@ -3061,6 +3066,23 @@ static const k_table *const k_tables[] = {&k_neon, &k_ref};
 static const k_table *const k_tables[] = {&k_ref};
 #endif
 enum { K_TABLES = sizeof k_tables / sizeof *k_tables };
+
+/* ============================================================================================
+ * MARK: - 09 GEMM (gemm_)
+ * C[m][n] = sum_k A[m][k] B[k][n], the only place that knows about packing and cache blocks. An
+ * edge in n goes through a stack tile, an edge in m has a tile of its height.
+ *
+ * Blocks are those of Goto and van de Geijn (2008), "Anatomy of high-performance matrix
+ * multiplication": a block of A fills half of the second-level cache, and each thread packs the
+ * panels of B that it is about to use, so that no packed copy passes through memory. Where the sum
+ * is cut, C carries the chain from one part of k to the next: a float in memory is the float in the
+ * register, and no bit depends on the cut. Panels that many products of few rows share (decoding)
+ * are packed once, by gemm_pack. Operands of a product of bfloat16 are rounded where they are
+ * packed.
+ *
+ * Entry: gemm_run (threads), gemm_block (one thread).   Tests: test/test_gemm.c
+ * Bench: rlhf bench gemm
+ * ============================================================================================ */
 
 /* ---- packing ---- */
 
@@ -3502,7 +3524,7 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
 }
 
 /* ============================================================================================
- * MARK: - 09 LINEAR (op_)
+ * MARK: - 10 LINEAR (op_)
  * Forward and backward of every operation, side by side. A batch is a ragged concatenation of
  * sequences: matrices have one row for each token, attention loops over sequences; there is no
  * padding and no mask. Gradients of weights and of the residual stream are added to, other outputs
@@ -3959,8 +3981,8 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
 }
 
 /* ============================================================================================
- * MARK: - 10 OPS (op_)
- * The other operations of 09's kind: embedding, activations, attention, and the vocabulary, whose
+ * MARK: - 11 OPS (op_)
+ * The other operations of 10's kind: embedding, activations, attention, and the vocabulary, whose
  * logits are made in chunks and never kept.
  * Tests: test/test_ops.c (finite differences)
  * ============================================================================================ */
@@ -4730,7 +4752,7 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
     arena_restore(e->ws, mark);
 }
 /* ============================================================================================
- * MARK: - 11 IO (io_)
+ * MARK: - 12 IO (io_)
  * Files. Reads are bounded and unpack gzip by themselves; large read-only files are mapped; a file
  * is written beside its place and renamed, so that a reader never sees half of one and a failed
  * call leaves nothing behind. Every error names the path and the system's reason. No file stays
@@ -4935,7 +4957,7 @@ static void io_write_file(rlhf_ctx *ctx, const char *path, const void *data, siz
 }
 
 /* ============================================================================================
- * MARK: - 12 JSON (json_)
+ * MARK: - 13 JSON (json_)
  * What jansson lacks: errors that say file, line, key, what was found and what was expected; and
  * values that a failed call gives back. Parsed values are put on the defer stack, so that they
  * follow err_release / err_keep like any other resource. null counts as absent.
@@ -5131,7 +5153,7 @@ static void json_write_file(rlhf_ctx *ctx, const char *path, const json_t *value
 }
 
 /* ============================================================================================
- * MARK: - 13 TOK (tok_)
+ * MARK: - 14 TOK (tok_)
  * Tokenizers as Hugging Face's tokenizer.json describes them: byte-level and SentencePiece-style
  * BPE (Sennrich et al. 2016). Opening flattens the file into a list of steps (split at added
  * tokens, normalize, split at added tokens again, pre-tokenize) that tok_run walks recursively down
@@ -6117,12 +6139,12 @@ static char *tok_decode(rlhf_tokenizer *t, const int32_t *ids, int n, int skip_s
 }
 
 /* ============================================================================================
- * MARK: - 14 VOCAB (tok_)
- * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 13, files
+ * MARK: - 15 VOCAB (tok_)
+ * Where a tokenizer comes from and goes to: tokenizer.json flattened into the steps of 14, files
  * out, and the training of a byte-level BPE.
  *
  * Readers append steps in the order in which the reference applies them; each names the key of what
- * it does not know. The two usual kinds become, in the terms of 13,
+ * it does not know. The two usual kinds become, in the terms of 14,
  *     GPT-2        ADDED(0) ADDED(1) SPLIT(GPT-2's pattern), words of bytes; decoder BYTES
  *     Llama 2      ADDED(0) PREFIX(always) REPLACE(space) ADDED(1), words of characters; decoders
  *                  REPLACE FALLBACK FUSE STRIP
@@ -6929,7 +6951,7 @@ static rlhf_tokenizer *tok_train(rlhf_ctx *ctx, const char *const *texts, const 
 }
 
 /* ============================================================================================
- * MARK: - 15 CHAT (chat_)
+ * MARK: - 16 CHAT (chat_)
  * Conversations as text, as the checkpoint's own Jinja template would write them. A template is a
  * row of data, known by words that only its Jinja text has; nothing here runs Jinja. Since the rows
  * say where an answer begins and ends, so do the spans that bear loss.
@@ -7270,9 +7292,9 @@ static char *chat_render(rlhf_tokenizer *t, const char *template, const chat_mes
 }
 
 /* ============================================================================================
- * MARK: - 16 FAMILY (model_)
+ * MARK: - 17 FAMILY (model_)
  * A decoder's architecture as data: a family is a reader for its config.json and a list that maps
- * its tensors onto one table of parameters. Forward, backward and decoding (18) are written once
+ * its tensors onto one table of parameters. Forward, backward and decoding (19) are written once
  * for all of them; what they do not compute is refused here.
  *
  * Entry: model_find_family, model_is; MODEL_PARAMS.
@@ -7808,7 +7830,7 @@ static int model_is(const model_cfg *c, int layer, int kind) {
 }
 
 /* ============================================================================================
- * MARK: - 17 MODEL (model_)
+ * MARK: - 18 MODEL (model_)
  * A model's weights. What is trained lies in one array, gradients and moments in arrays of the same
  * layout. A model that was opened trains nothing yet: its weights are a base that stays in the
  * files, as they are stored there, and that all models of the same files share. It becomes its own
@@ -7839,7 +7861,7 @@ typedef struct model_base {
     struct model_base *next; /* of the context's */
     int refs;
     char *dir;                     /* as it was opened */
-    uint64_t files;                /* which they are (19) */
+    uint64_t files;                /* which they are (20) */
     op_piece (*piece)[OP_PIECES];  /* in the order of model_part */
     uint8_t *pieces;
     float **floats; /* null: none */
@@ -8295,7 +8317,7 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
 }
 
 /* ============================================================================================
- * MARK: - 18 PASS (model_)
+ * MARK: - 19 PASS (model_)
  * What a model computes, for all families in one way: layers (x is the residual stream [rows][d])
  * and a head:
  *     x += attention(norm(x))        x += mlp(norm(x))        logits or score = norm(x) W^T
@@ -8444,7 +8466,7 @@ static void model_rope_tables(rlhf_model *m, int len) {
 
 /* ---- forward ---- */
 
-/* What backward needs of a layer; [rows][...] as the operations of 09 and 10 have them. Below the
+/* What backward needs of a layer; [rows][...] as the operations of 10 and 11 have them. Below the
  * line what all layers share, since it is cheaper made again than kept. */
 typedef struct model_acts {
     float *x1, *mean1, *rstd1;    /* input of the layer; statistics of its norm */
@@ -9142,7 +9164,7 @@ static uint64_t model_hash(const rlhf_model *m) {
 }
 
 /* ============================================================================================
- * MARK: - 19 CKPT (ckpt_)
+ * MARK: - 20 CKPT (ckpt_)
  * safetensors files and Hugging Face model directories, in and out. Every offset and shape of a
  * file is checked before a byte is used; a tensor that is missing, unexpected or of another shape
  * is an error that names it.
@@ -9948,9 +9970,9 @@ static rlhf_model *ckpt_clone(rlhf_model *m, rlhf_head head) {
 }
 
 /* ============================================================================================
- * MARK: - 20 ADAPT (ckpt_)
+ * MARK: - 21 ADAPT (ckpt_)
  * Adapters in the layout of PEFT: adapter_config.json, which names the matrices and the directory
- * of the base, and adapter_model.safetensors. With them, what a directory is: a model of 19, or an
+ * of the base, and adapter_model.safetensors. With them, what a directory is: a model of 20, or an
  * adapter on one.
  *
  * Entry: ckpt_open, ckpt_restore, ckpt_save; ckpt_targets.   Tests: test/test_lora.c
@@ -10270,11 +10292,11 @@ static rlhf_model *ckpt_open(rlhf_ctx *ctx, const char *dir) {
 }
 
 /* ============================================================================================
- * MARK: - 21 GGUF (gguf_)
+ * MARK: - 22 GGUF (gguf_)
  * A language model and its tokenizer as one file that llama.cpp loads. A family is a row of
  * gguf_archs, a tensor's name a row of gguf_names. What llama.cpp would compute or cut in another
  * way is refused, or named in the log where it concerns few texts: an f32 file gives the greedy
- * tokens that section 24 gives.
+ * tokens that section 25 gives.
  *
  * A GGUF file, version 3, is little-endian as the processors of 01: "GGUF", the version, how many
  * tensors and keys; the keys with typed values; each tensor's name, sizes (that of a row first),
@@ -10807,7 +10829,7 @@ static void gguf_save(rlhf_model *m, rlhf_tokenizer *t, const char *path, const 
 }
 
 /* ============================================================================================
- * MARK: - 22 OPT (opt_)
+ * MARK: - 23 OPT (opt_)
  * AdamW with global-norm clipping over one or more models, and learning-rate schedules. The norm is
  * summed in double over chunks that the problem fixes, in order.
  *
@@ -11104,7 +11126,7 @@ static double opt_step(opt *o, const double *lr) {
 }
 
 /* ============================================================================================
- * MARK: - 23 DATA (data_)
+ * MARK: - 24 DATA (data_)
  * Records of every kind, read by one loader for every stage. A record becomes token sequences whose
  * tokens are marked where they bear loss: assistant turns with their end, completions, or all of a
  * plain text. Text is tokenised whole; where a part begins is found as the longest common prefix
@@ -12028,7 +12050,7 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
 }
 
 /* ============================================================================================
- * MARK: - 24 GEN (gen_)
+ * MARK: - 25 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
  * once and a waiting prompt takes its slot. A prompt that a live row has too is not computed again:
@@ -12335,7 +12357,7 @@ static char *gen_text(rlhf_tokenizer *tok, const int32_t *ids, int n) {
 }
 
 /* ============================================================================================
- * MARK: - 25 ROLL (roll_)
+ * MARK: - 26 ROLL (roll_)
  * One batch of episodes and the arithmetic between scores and advantages: KL penalty, where the
  * score goes, whitening, generalised advantage estimation, the adaptive KL coefficient. Rows are
  * ragged; a mean over tokens is a sum over all of them by their number.
@@ -12431,7 +12453,7 @@ static double roll_adapt_kl(double coef, double kl, double target, int episodes,
 }
 
 /* ============================================================================================
- * MARK: - 26 TRAIN (train_)
+ * MARK: - 27 TRAIN (train_)
  * What every trainer has: configuration tables, schedule, metrics, what is trained of a model, and
  * how much memory the run takes. A trainer supplies what a step is (28, 29, 30).
  *
@@ -12593,7 +12615,7 @@ typedef struct train_size {
     size_t rollout;          /* bytes that stay in the arena for a whole step */
 } train_size;
 
-/* What is learned of annotators beside the model (29): a number for each, with its gradient and
+/* What is learned of annotators beside the model (30): a number for each, with its gradient and
  * both moments. n 0: nothing. */
 typedef struct train_annotators {
     int n;
@@ -13007,7 +13029,7 @@ static void train_free(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 27 RUN (train_)
+ * MARK: - 28 RUN (train_)
  * The loop that every trainer runs in: metrics, evaluation, checkpoints, resume. metrics.jsonl
  * holds no times, so that two equal runs write equal files.
  *
@@ -13546,7 +13568,7 @@ static int train_run(rlhf_trainer *t) {
 }
 
 /* ============================================================================================
- * MARK: - 28 SFT (sft_)
+ * MARK: - 29 SFT (sft_)
  * Supervised fine-tuning: mean negative log-likelihood of the tokens that bear loss, over all the
  * micro-batches of an optimizer step:
  *     L = -1/N sum over marked t of log p(x_t | x_<t),    N the marked tokens of the whole step
@@ -13724,7 +13746,7 @@ static rlhf_trainer *sft_open(rlhf_model *model, rlhf_tokenizer *tok, rlhf_datas
 }
 
 /* ============================================================================================
- * MARK: - 29 RM (rm_)
+ * MARK: - 30 RM (rm_)
  * The reward model: a score at the last token, trained on pairs by the Bradley-Terry likelihood
  * (Bradley and Terry 1952; Stiennon et al. 2020): P(chosen beats rejected) = sigmoid(r_c - r_r).
  * Over the pairs of an optimizer step, w the weight and m the margin of a pair, y the probability
@@ -14072,7 +14094,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
 }
 
 /* ============================================================================================
- * MARK: - 30 PPO (ppo_)
+ * MARK: - 31 PPO (ppo_)
  * Proximal policy optimisation with a per-token KL penalty (Schulman et al. 2017; Ziegler et al.
  * 2019; Stiennon et al. 2020). An update: sample answers, score them, turn scores and KL into
  * advantages, then num_ppo_epochs x num_mini_batches optimizer steps on policy and value model
@@ -14086,7 +14108,7 @@ static rlhf_trainer *rm_open(rlhf_model *model, rlhf_model *start, rlhf_tokenize
  *     reference        ppo_reference        log p_ref,t, KL, entropy
  *     values           ppo_values           V_t
  *     scores           ppo_score            one number for the answer
- *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (25)
+ *     advantages       ppo_advantages       r_t = -coef kl_t [+ score], A_t, R_t  (26)
  *     optimisation     ppo_minibatch        loss = policy(A_t, log p_t) + vf_coef value(R_t, V_t)
  *
  * The reference is the policy as it was when the trainer was opened. Log-probabilities are those of
@@ -14774,7 +14796,7 @@ static rlhf_trainer *ppo_open(rlhf_model *policy, rlhf_tokenizer *tok, rlhf_data
 }
 
 /* ============================================================================================
- * MARK: - 31 EVAL (eval_)
+ * MARK: - 32 EVAL (eval_)
  * What a model is worth on a dataset: likelihood, KL to a reference, preference accuracy and
  * calibration overall, by any field of the records and turn by turn. Results are JSON objects.
  *
@@ -15234,7 +15256,7 @@ static void eval_score(rlhf_model *m, arena *ws, const rlhf_dataset *d, float *s
 }
 
 /* ============================================================================================
- * MARK: - 32 RATER (rater_)
+ * MARK: - 33 RATER (rater_)
  * Annotators: who judged what, how far they agree, and whom to trust. Judgements are gathered from
  * files by what they are about: an item is a prompt with two answers. Agreement is
  * Krippendorff's alpha (nominal) and Cohen's kappa; intervals are Wilson's for shares and
@@ -16233,7 +16255,7 @@ static void rater_weigh(rlhf_dataset *d, const char *how) {
 }
 
 /* ============================================================================================
- * MARK: - 33 API (rlhf_ api_)
+ * MARK: - 34 API (rlhf_ api_)
  * Every public function: checks arguments, opens the frame that errors unwind to, calls one layer
  * down. Nothing is computed here. rlhf.h documents them.
  *
@@ -16979,7 +17001,7 @@ void rlhf_trainer_close(rlhf_trainer *trainer) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 34 BENCH (bench_)
+ * MARK: - 35 BENCH (bench_)
  * How fast this machine does the work of RLHF, against its own limits: multiply-adds in registers
  * and the memory's bandwidth, measured first and beside each item. Random weights of named shapes,
  * nothing is downloaded. Equal weight hashes at the end mean that two machines did the same work.
@@ -17533,7 +17555,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 35 PAGE (page_)
+ * MARK: - 36 PAGE (page_)
  * The pages that the program shows in a browser. Their HTML, CSS and JavaScript are the readable
  * files of data/page/; the build turns them into page.h, a table of names and bytes.
  * ============================================================================================ */
@@ -17553,8 +17575,8 @@ static const char *page_text(const char *name, size_t *size) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 36 REPORT (report_)
- * Runs as one page: what their directories hold (27) becomes one JSON object, which the template
+ * MARK: - 37 REPORT (report_)
+ * Runs as one page: what their directories hold (28) becomes one JSON object, which the template
  * data/page/report.html takes in beside its style and script. The page needs no other file and no
  * network. What is drawn is decided there; what is a warning is decided here.
  *
@@ -17991,7 +18013,7 @@ static void report_write(rlhf_ctx *ctx, const char *const *dirs, int n, const ch
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 37 LABEL (label_)
+ * MARK: - 38 LABEL (label_)
  * Judgements of people: what there is to judge, who judges it, what comes next for whom, and the
  * file that keeps what they said. How they are asked, by browser or terminal, is 39's.
  *
@@ -18101,7 +18123,7 @@ typedef struct label_who {
     int n_votes, cap_votes;
     label_vet *vet;
     int n_vets, cap_vets;
-    double allowance, counted_at; /* of requests (39) */
+    double allowance, counted_at; /* of requests (40) */
 } label_who;
 
 typedef struct label {
@@ -18759,7 +18781,7 @@ static int label_write(label *l, int w, const json_t *said) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 38 POOL (label_)
+ * MARK: - 39 POOL (label_)
  * Where items and annotators come from: files of records, people.json, what models sample, and what
  * the file of judgements says of earlier runs. Sampling goes in windows of a few prompts, whose
  * items are kept in OUT.items before anybody sees them: a restart samples nothing twice.
@@ -19384,7 +19406,7 @@ static void label_free(label *l) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 39 SERVE (serve_)
+ * MARK: - 40 SERVE (serve_)
  * How people are asked: a page in their browser, served by libmicrohttpd to whoever has a link, or
  * this terminal. One thread does everything, so there are no locks; judgements that arrive together
  * share one fsync, and each is answered after it.
@@ -19960,7 +19982,7 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 40 CLI (cli_)
+ * MARK: - 41 CLI (cli_)
  * The program. Commands are rows of a table; options come from two tables, the commands' own and
  * the configurations of rlhf.h, so that parsing, checking, --help and --config know the same
  * names. Results go to stdout, progress and messages to stderr.
@@ -20037,7 +20059,7 @@ typedef union cli_config {
     label_config label;
 } cli_config;
 
-enum { CLI_LABEL = 100 }; /* as a kind of configuration: that of 37, which the library has not */
+enum { CLI_LABEL = 100 }; /* as a kind of configuration: that of 38, which the library has not */
 
 struct cli;
 
@@ -20538,7 +20560,7 @@ static int cli_parse(cli *c, int argc, char **argv) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 41 TALK (talk_)
+ * MARK: - 42 TALK (talk_)
  * A conversation in the terminal. A line of standard input is a turn of the user; the answer is
  * shown as its tokens come. Between turns only texts are kept: each answer starts from the whole
  * conversation anew, as `rlhf generate` would from a record of it.
@@ -20741,7 +20763,7 @@ static int talk_run(talk *t, long long most) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 42 STAGE (cli_)
+ * MARK: - 43 STAGE (cli_)
  * What commands share, and those that train: each opens what its options name, calls the public
  * functions of rlhf.h and prints what they found.
  * ============================================================================================ */
@@ -21182,7 +21204,7 @@ static int cli_ppo(cli *c) {
 #ifdef RLHF_MAIN
 
 /* ============================================================================================
- * MARK: - 43 COMMAND (cli_ main)
+ * MARK: - 44 COMMAND (cli_ main)
  * The other commands. The table at the end is what main, --help and suggestions know.
  * ============================================================================================ */
 

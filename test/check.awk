@@ -362,10 +362,10 @@ function enter(text,    name) {
         if (code ~ BANNED) complain(FNR, found(BANNED) ": the library reports by status and hooks")
         else if (code ~ STREAMS) complain(FNR, found(STREAMS) ": the library has no console")
     }
-    if (section != "VEC" && section != "GEMM" && code ~ INTRINSIC)
-        complain(FNR, found(INTRINSIC) "...: intrinsics stand in VEC and GEMM only")
-    if (section != "VEC" && section != "GEMM" && section != "CONFIG" && code ~ SIMD_HEADER)
-        complain(FNR, "SIMD headers are included in CONFIG, VEC or GEMM")
+    if (section != "VEC" && section != "TILE" && code ~ INTRINSIC)
+        complain(FNR, found(INTRINSIC) "...: intrinsics stand in VEC and TILE only")
+    if (section != "VEC" && section != "TILE" && section != "CONFIG" && code ~ SIMD_HEADER)
+        complain(FNR, "SIMD headers are included in CONFIG, VEC or TILE")
     if (section != "PAR") {
         if (code ~ /^[ ]*#[ ]*pragma +omp/ || $0 ~ /_Pragma[ ]*[(][ ]*"omp/)
             complain(FNR, "OpenMP pragmas stand in PAR only")

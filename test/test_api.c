@@ -1,4 +1,4 @@
-/* The public interface (section 27): memory that runs out anywhere, bad arguments, two contexts on
+/* The public interface: memory that runs out anywhere, bad arguments, two contexts on
  * two threads, hooks, configurations, checkpoints there and back, and what rlhf_generate promises.
  */
 

@@ -1,4 +1,4 @@
-/* Chat templates (section 14). test/golden/chat.json, which make_chat.py writes, has what the Jinja
+/* Chat templates. test/golden/chat.json, which make_chat.py writes, has what the Jinja
  * environment of transformers makes of each template. */
 
 #include "../rlhf.c"

@@ -1,4 +1,4 @@
-/* Records (section 19): every form of every kind, which tokens bear loss, what is kept of a record,
+/* Records: every form of every kind, which tokens bear loss, what is kept of a record,
  * what is dropped and counted, and what is refused with file:line.
  *
  * With a vocabulary of single bytes a record's tokens can be written as its text: '{' opens and

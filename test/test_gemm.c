@@ -1,4 +1,4 @@
-/* The matrix product (section 08). What it computes is defined here a second time, as one chain of
+/* The matrix product. What it computes is defined here a second time, as one chain of
  * fused multiply-adds for each output, and every table of kernels has to give those bits, in any
  * shape, with any number of threads, however the rows and the sum are cut into calls. */
 

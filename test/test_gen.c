@@ -1,4 +1,4 @@
-/* Sampling in batches (section 24): the same answers, log-probabilities and states as alone, for
+/* Sampling in batches: the same answers, log-probabilities and states as alone, for
  * prompts that repeat, answers that end early, and more items than slots. */
 
 #include "../rlhf.c"

@@ -1,4 +1,4 @@
-/* Whole models of all families (section 15) against a model in double precision that is written
+/* Whole models of all families against a model in double precision that is written
  * here from the papers, and against themselves: any kernels, any threads, alone or in a batch, in
  * one batch or in several, at once or token by token. */
 

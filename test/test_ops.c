@@ -1,4 +1,4 @@
-/* The operations (section 09). Each is defined here a second time in double precision, forward
+/* The operations. Each is defined here a second time in double precision, forward
  * only; its gradient is the central difference of that definition, which single precision has to
  * meet. Then the bits: any kernels, any threads, a row alone or in a batch, a sequence at once or
  * token by token. */

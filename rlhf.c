@@ -2731,7 +2731,7 @@ K_FN double gemm_v_peak(int64_t rounds, float *sink) {
 #if RLHF_X86
 /* The attribute allows 512-bit registers in these functions only; row kernels stay at 256 bits. The
  * instructions of bfloat16 are used where `half` asks for them, and nowhere else. */
-#define GEMM_512 __attribute__((target("avx512f,avx512bf16,avx2,fma")))
+#define GEMM_512 __attribute__((target("avx512f,avx512bw,avx512bf16,avx2,fma")))
 
 /* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. */
 RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half,
@@ -2840,20 +2840,29 @@ GEMM_512 static double gemm_512_pair_peak(int64_t rounds, float *sink) {
 
 /* k_r_half and k_r_pairs with the processor's own conversion, which takes denormals for zero. */
 GEMM_512 static void gemm_512_half(int n, const float *x, size_t step, uint16_t *y) {
-    for (int i = 0; i < n; i += RLHF_LANES) {
-        __mmask16 some = (__mmask16)(n - i < RLHF_LANES ? (1 << (n - i)) - 1 : 0xffff);
-        __m256bh h = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + i));
-        _mm256_storeu_si256((__m256i *)(void *)(y + (size_t)(i / 32) * step + i % 32), (__m256i)h);
+    int i = 0;
+    for (; i + 32 <= n; i += 32, y += step)
+        _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + RLHF_LANES),
+                                                            _mm512_loadu_ps(x + i)));
+    for (int at = i; at < n; at += RLHF_LANES, y += RLHF_LANES) {
+        __mmask16 some = (__mmask16)(n - at < RLHF_LANES ? (1 << (n - at)) - 1 : 0xffff);
+        __m256bh h = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + at));
+        _mm256_storeu_si256((__m256i *)(void *)y, (__m256i)h);
     }
 }
 
+/* Two rows become the halves of one register, whose 16-bit numbers then take turns. */
 GEMM_512 static void gemm_512_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld,
                                     float *y) {
+    static const uint16_t turns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     if (w % 8) {
         k_r_pairs(n, pairs, strips, w, x, ld, y);
         return;
     }
     size_t strip = (size_t)pairs * (size_t)w;
+    __m512i turn = _mm512_loadu_si512(turns);
     for (int p = 0; p < pairs; p++, x += 2 * ld)
         for (int c = 0; c < strips * w; c += RLHF_LANES) {
             __mmask16 some = strips * w - c < RLHF_LANES ? 0xff : 0xffff;
@@ -2861,10 +2870,12 @@ GEMM_512 static void gemm_512_pairs(int n, int pairs, int strips, int w, const f
             __builtin_prefetch(x + (K_ROWS_AHEAD + 1) * ld + c);
             __m512 lo = _mm512_maskz_loadu_ps(2 * p < n ? some : 0, x + c);
             __m512 hi = _mm512_maskz_loadu_ps(2 * p + 1 < n ? some : 0, x + ld + c);
-            __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(lo));
-            __m512i b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(hi));
-            a = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+            __m512i a = _mm512_permutexvar_epi16(turn, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
             float *out = y + (size_t)(c / w) * strip + (size_t)(p * w + c % w);
+            if (w % RLHF_LANES == 0) {
+                _mm512_storeu_si512(out, a);
+                continue;
+            }
             _mm256_storeu_si256((__m256i *)(void *)out, _mm512_castsi512_si256(a));
             if (some == 0xff) continue;
             int next = c + 8; /* the other half may begin a strip of eight */
@@ -3000,7 +3011,10 @@ static int gemm_has_avx2(void) {
 
 static int gemm_has_avx512(void) { return gemm_has_avx2() && __builtin_cpu_supports("avx512f"); }
 
-static int gemm_has_bf16(void) { return gemm_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+static int gemm_has_bf16(void) {
+    return gemm_has_avx512() && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512bf16");
+}
 
 /* Tile registers: the processor's bits (leaf 7, edx 22 and 24), and the system's leave, which a
  * process asks for once and for all its threads. */
@@ -3009,7 +3023,7 @@ static int gemm_has_amx(void) {
     unsigned a = 0, b = 0, c = 0, d = 0;
     const unsigned need = 1u << 22 | 1u << 24;
     const long ask = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
-    return gemm_has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & need) == need &&
+    return gemm_has_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & need) == need &&
            syscall(SYS_arch_prctl, ask, tile_data) == 0;
 #else
     return 0;

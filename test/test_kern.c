@@ -1,4 +1,4 @@
-/* The vocabulary and the row kernels (sections 06 and 07). Polynomials are compared with double
+/* The vocabulary and the row kernels. Polynomials are compared with double
  * precision, in units in the last place; every kernel of every table with its plain-C twin, bit
  * for bit, between margins of NaN; the twins with their formulas. */
 
@@ -428,6 +428,34 @@ TEST(twins_extreme) {
     }
 }
 
+/* Rows that end where memory does: nothing behind them is read or written. */
+TEST(ends_of_memory) {
+    enum { MOST = 40 };
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    char *map = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(map != MAP_FAILED);
+    REQUIRE(mprotect(map + page, page, PROT_NONE) == 0);
+    for (int n = 1; n <= MOST; n++) {
+        float *end = (float *)(void *)(map + page) - n, x[MOST], want[MOST];
+        test_fill(x, (size_t)n, -3, 3);
+        for (int t = 0; t < K_TABLES; t++) {
+            const k_table *k = k_tables[t];
+            if (!k->available()) continue;
+            float max = -INFINITY, sum = 0, max2 = max, sum2 = sum;
+            memcpy(want, x, sizeof want);
+            memcpy(end, x, (size_t)n * sizeof *end);
+            k_r_softmax(n, want, 0.5f, &max, &sum);
+            k->softmax(n, end, 0.5f, &max2, &sum2);
+            CHECK_BITS(end, want, n);
+            CHECK_BITS(&sum2, &sum, 1);
+            k_r_rope(n / 2, want, x, x, 1);
+            k->rope(n / 2, end, x, x, 1);
+            CHECK_BITS(end, want, n);
+        }
+    }
+    munmap(map, 2 * page);
+}
+
 /* Infinities and NaN reach the same places; where one alone is undefined, both are NaN. */
 TEST(special_values) {
     static const float special[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, FLT_MAX, -FLT_MAX,
@@ -737,7 +765,7 @@ TEST(nothing_of_a_job_that_is_over) {
 TEST_MAIN(CASE(exp_everywhere), CASE(log_everywhere), CASE(tanh_everywhere), CASE(sin_everywhere),
           CASE(cos_everywhere), CASE(erf_everywhere), CASE(dense_intervals), CASE(exact_values),
           CASE(the_same_on_every_machine), CASE(twins_of_every_length), CASE(twins_long),
-          CASE(twins_extreme), CASE(special_values),
+          CASE(twins_extreme), CASE(ends_of_memory), CASE(special_values),
           CASE(bad_rows_show), CASE(statistics_of_a_row), CASE(online_softmax), CASE(rotation),
           CASE(adam_formula), CASE(adam_by_hand), CASE(sum_of_squares), CASE(draw_distribution),
           CASE(draw_edges), CASE(every_piece_once),

@@ -214,11 +214,11 @@ $(INTEROP)/tool: test/interop_tool.c rlhf.h $(INSIDE) | need
 	$(call inside,$<)
 
 # The environment outlives the clone: installing it takes minutes. Its name tells what is in it, and
-# the processor, which llama.cpp is compiled for.
+# the processor.
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rlhf
 VENV  = $(eval VENV := $$(CACHE)/interop-$$(shell $(venv_key)))$(VENV)
 venv_key = { cat test/requirements-interop*.txt bench/requirements-llama.cpp.txt; $(PYTHON) --version; \
-             grep -m 1 flags /proc/cpuinfo || uname -m; } | cksum | cut -d ' ' -f 1
+             echo '$(LLAMA_ANY)'; grep -m 1 flags /proc/cpuinfo || uname -m; } | cksum | cut -d ' ' -f 1
 
 # TRL is only read, for the names of its options: of its last release, and of the last that has PPO.
 $(CACHE)/interop-%/.installed:
@@ -230,10 +230,12 @@ $(CACHE)/interop-%/.installed:
 	    esac; done <test/requirements-interop-trl.txt
 	touch $@
 
-# Without llama.cpp, which is compiled, the comparison with it is left out.
+# Without llama.cpp, which is compiled, the comparison with it is left out. Neither for this very processor nor from
+# pip's cache, where the bench's is: its products in tile registers (AMX) end in illegal instructions on some hosts.
+LLAMA_ANY = $(LLAMA) -DGGML_NATIVE=OFF
 $(CACHE)/interop-%/.llama.cpp: $(CACHE)/interop-%/.installed
-	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="$(LLAMA)" \
-	    $(@D)/bin/pip install -qq -r bench/requirements-llama.cpp.txt
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="$(LLAMA_ANY)" \
+	    $(@D)/bin/pip install -qq --no-cache-dir -r bench/requirements-llama.cpp.txt
 	touch $@
 
 # ---- Pages ---------------------------------------------------------------------------------------

@@ -2602,7 +2602,8 @@ static void gemm_r_pair_tile(int rows, int panels, const gemm_tile_args *t) {
 
 #if V_SIMD
 /* A low tile reads panels that come from memory faster than they come: each step asks for what will
- * be read this many steps later, at last of the panels that follow. */
+ * be read this many steps later, at last of the panels that follow. So many rows are low, in
+ * registers of 256 and of 512 bits. */
 enum { GEMM_LOW = 3, GEMM_LOW_512 = 4, GEMM_AHEAD = 40 };
 
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
@@ -3353,7 +3354,7 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
             int ahead = p + w + ask;
             t.step = ask < w && ahead < panels ? (size_t)part : 0;
             t.next = g->t.b + (size_t)(t.step ? ahead : p) * g->t.bs;
-            if (!t.step && g->t.next) t.next = g->t.next;
+            if (!t.step && g->t.next) t.next = g->t.next; /* the caller's next panels */
             t.next += (size_t)(turn * t.k) * t.step;
             if (++turn == share) turn = 0, ask++;
             /* Rows that are read where they lie come from memory with the first panels: those of
@@ -4297,7 +4298,8 @@ static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
 
 /* A product for each of the heads [h0, h1). g is the first head's, but for B, which is that of
  * group 0; the others' operands follow at strides as and cs for a head and bs for a group. Where a
- * head has one query, the heads of a group are the rows of one product. */
+ * head has one query, the heads of a group are the rows of one product, whose tiles ask for the
+ * next group's panels. */
 static void op_attn_product(const op_attn *t, int h0, int h1, const gemm_args *g, size_t as,
                             size_t bs, size_t cs) {
     int of = t->heads / t->kv_heads;

@@ -1151,6 +1151,9 @@ static float v_tree1(float acc[RLHF_LANES]) {
 
 /* ---- one register ---- */
 
+/* Four doubles, which the compiler's own operators work on. */
+typedef double v_double __attribute__((vector_size(32)));
+
 /* vf and vi are one register of V_WIDTH lanes, V_COUNT of them make a v16. Each name below has the
  * same meaning in both blocks, to the bit. v_max and v_min return b where a comparison with NaN
  * fails, which x86 does by itself and NEON's own instructions do not. */
@@ -1220,6 +1223,8 @@ V_OP vf v_get(const float *p, int n, float fill) {
     return v_pick(some, _mm256_maskload_ps(p, vi_of(some)), v_set(fill));
 }
 V_OP void v_put(float *p, int n, vf a) { _mm256_maskstore_ps(p, vi_of(v_first(n)), a); }
+/* Four numbers in double precision. */
+V_OP v_double v_double_load(const float *p) { return (v_double)_mm256_cvtps_pd(_mm_loadu_ps(p)); }
 /* Joins the lanes of one register: 4, 2, 1. */
 V_OP float v_sum(vf a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -1329,6 +1334,9 @@ V_OP void v_put(float *p, int n, vf a) {
     float t[4];
     v_store(t, a);
     for (int i = 0; i < n && i < 4; i++) p[i] = t[i];
+}
+V_OP v_double v_double_load(const float *p) {
+    return (v_double){(double)p[0], (double)p[1], (double)p[2], (double)p[3]};
 }
 /* Joins the lanes of one register: 2, 1. */
 V_OP float v_sum(vf a) {
@@ -1704,8 +1712,9 @@ typedef struct k_table {
 #define K_NORMAL 0.3989422804014327f    /* 1 / sqrt(2 pi) */
 
 /* How many rows ahead of their use rows that are cut into strips are asked for: they lie too far
- * apart for the processor to see a pattern. */
-enum { K_ROWS_AHEAD = 12 };
+ * apart for the processor to see a pattern. And floats of the page that a long run is asked for
+ * ahead: the processor follows it to the end of a page, and begins anew on the next. */
+enum { K_ROWS_AHEAD = 12, K_PAGE = 1024 };
 
 /* ---- plain C ---- */
 
@@ -2367,11 +2376,15 @@ K_FN void k_v_scale(int n, float *x, float a) {
         v16_put(x + i, n - i, v16_mul(v16_get(x + i, n - i, 0), va));
 }
 
+/* The sixteen rows of a panel are more streams than a processor follows: the next panel's are asked
+ * for. */
 K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
     int whole = n / V_WIDTH * V_WIDTH;
     for (int i = 0; i < whole; i += V_WIDTH)
         for (int row = 0; row < RLHF_LANES; row += V_WIDTH) {
             vf r[V_WIDTH];
+            for (int j = row; i % RLHF_LANES == 0 && j < row + V_WIDTH; j++)
+                __builtin_prefetch(x + (size_t)(RLHF_LANES + j) * ld + i);
             v_columns(x + (size_t)row * ld + i, ld, r);
             V_UNROLL
             for (int j = 0; j < V_WIDTH; j++) v_store(y + (size_t)(i + j) * RLHF_LANES + row, r[j]);
@@ -2417,21 +2430,17 @@ K_FN void k_v_pairs(int n, int pairs, int strips, int w, const float *x, size_t 
                      y + ((size_t)s * (size_t)pairs + (size_t)(n / 2)) * (size_t)w, (size_t)w);
 }
 
-/* The compiler's own vectors: 06 has none of doubles. */
-typedef float k_f4 __attribute__((vector_size(16)));
-typedef double k_d4 __attribute__((vector_size(32)));
-
 K_FN double k_v_sumsq(int64_t n, const float *x) {
-    k_d4 acc[RLHF_LANES / 4] = {{0}};
+    v_double acc[RLHF_LANES / 4] = {{0}};
     int64_t i = 0;
-    for (; i + RLHF_LANES <= n; i += RLHF_LANES)
+    for (; i + RLHF_LANES <= n; i += RLHF_LANES) {
+        __builtin_prefetch(x + i + K_PAGE);
         V_UNROLL
         for (int l = 0; l < RLHF_LANES / 4; l++) {
-            k_f4 f;
-            memcpy(&f, x + i + 4 * l, sizeof f);
-            k_d4 d = __builtin_convertvector(f, k_d4);
+            v_double d = v_double_load(x + i + 4 * l);
             acc[l] += d * d;
         }
+    }
     double lane[RLHF_LANES];
     memcpy(lane, acc, sizeof lane);
     for (int l = 0; i + l < n; l++) lane[l] += (double)x[i + l] * (double)x[i + l];
@@ -2842,9 +2851,12 @@ GEMM_512 static double gemm_512_pair_peak(int64_t rounds, float *sink) {
 /* k_r_half and k_r_pairs with the processor's own conversion, which takes denormals for zero. */
 GEMM_512 static void gemm_512_half(int n, const float *x, size_t step, uint16_t *y) {
     int i = 0;
-    for (; i + 32 <= n; i += 32, y += step)
+    for (; i + 32 <= n; i += 32, y += step) {
+        __builtin_prefetch(x + i + K_PAGE);
+        __builtin_prefetch(x + i + K_PAGE + RLHF_LANES);
         _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + RLHF_LANES),
                                                             _mm512_loadu_ps(x + i)));
+    }
     for (int at = i; at < n; at += RLHF_LANES, y += RLHF_LANES) {
         __mmask16 some = (__mmask16)(n - at < RLHF_LANES ? (1 << (n - at)) - 1 : 0xffff);
         __m256bh h = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + at));
@@ -3241,26 +3253,37 @@ static size_t gemm_pack_a_pairs(const k_table *kt, gemm_tile_args *t, int m, flo
     return t->rs == 1 ? (size_t)steps : 0;
 }
 
-/* The same for tile registers: sixteen rows are squares [16][16 pairs], one behind the other. */
+/* The same for tile registers: sixteen rows are squares [16][16 pairs], one behind the other.
+ * Columns are turned by a group of strips, since a single one is read a cache line here, a line
+ * there. */
 static size_t gemm_pack_a_squares(const k_table *kt, gemm_tile_args *t, int m, float *out) {
-    enum { PIECE = 256 };
-    int k = t->k, steps = gemm_steps(kt, 1, k);
-    float turn[PIECE / 2 * RLHF_LANES] __attribute__((aligned(RLHF_ALIGN)));
-    for (int r0 = 0; r0 < m; r0 += RLHF_LANES) {
-        int rows = base_min(RLHF_LANES, m - r0);
-        float *to = out + (size_t)r0 * (size_t)steps;
-        if (rows < RLHF_LANES || k % 32) memset(to, 0, (size_t)steps * RLHF_LANES * sizeof *to);
-        for (int r = 0; t->cs == 1 && r < rows; r++)
-            kt->bf16.half(k, t->a + (size_t)(r0 + r) * t->rs, 2 * GEMM_BLOCK,
-                          (uint16_t *)(void *)(to + r * RLHF_LANES));
-        for (int k0 = 0; t->cs != 1 && k0 < k; k0 += PIECE) {
-            const float *a = t->a + (size_t)k0 * t->cs + r0;
-            int n = base_min(PIECE, k - k0), pairs = (n + 31) / 32 * 16;
-            if (rows == RLHF_LANES) kt->bf16.pairs(n, pairs, 1, RLHF_LANES, a, t->cs, turn);
-            else memset(turn, 0, sizeof turn), k_pairs_part(n, pairs, rows, a, t->cs, turn, 16);
-            for (int p = 0; p < pairs; p += RLHF_LANES)
-                kt->panel(RLHF_LANES, turn + p * RLHF_LANES, RLHF_LANES,
-                          to + (size_t)(k0 / 2 + p) * RLHF_LANES);
+    enum { PIECE = 64, STRIP = PIECE / 2 * RLHF_LANES };
+    int k = t->k, steps = gemm_steps(kt, 1, k), strips = (int)gemm_panels(m);
+    size_t size = (size_t)steps * RLHF_LANES; /* of sixteen rows */
+    float turn[GEMM_GROUP * STRIP] __attribute__((aligned(RLHF_ALIGN)));
+    for (int r = 0; t->cs == 1 && r < m; r++) {
+        float *to = out + (size_t)(r / RLHF_LANES) * size;
+        if (r % RLHF_LANES == 0 && (m - r < RLHF_LANES || k % 32)) memset(to, 0, size * sizeof *to);
+        kt->bf16.half(k, t->a + (size_t)r * t->rs, 2 * GEMM_BLOCK,
+                      (uint16_t *)(void *)(to + r % RLHF_LANES * RLHF_LANES));
+    }
+    for (int p = 0, w; t->cs != 1 && p < strips; p += w) {
+        w = base_min(GEMM_GROUP, strips - p);
+        int whole = base_min(w, m / RLHF_LANES - p);
+        for (int k0 = 0; k0 < k; k0 += PIECE) {
+            int n = base_min(PIECE, k - k0), pairs = (n + 31) / 32 * RLHF_LANES;
+            const float *a = t->a + (size_t)k0 * t->cs + p * RLHF_LANES;
+            kt->bf16.pairs(n, pairs, whole, RLHF_LANES, a, t->cs, turn);
+            if (whole < w) {
+                float *last = turn + whole * pairs * RLHF_LANES;
+                memset(last, 0, (size_t)(pairs * RLHF_LANES) * sizeof *last);
+                k_pairs_part(n, pairs, m % RLHF_LANES, a + whole * RLHF_LANES, t->cs, last,
+                             RLHF_LANES);
+            }
+            for (int i = 0; i < w * pairs; i += RLHF_LANES)
+                kt->panel(RLHF_LANES, turn + i * RLHF_LANES, RLHF_LANES,
+                          out + (size_t)(p + i / pairs) * size +
+                              (size_t)(k0 / 2 + i % pairs) * RLHF_LANES);
         }
     }
     t->a = out;
@@ -8511,12 +8534,20 @@ typedef struct model_run {
     float *x;                 /* out: residual stream behind the last layer, [rows][d] */
 } model_run;
 
-/* Keys and values for cap positions, in ws; undefined until they are appended. */
-static op_kv model_kv_new(rlhf_model *m, arena *ws, int cap) {
-    op_kv kv = {.cap = (int)base_round_up((size_t)cap, RLHF_LANES)};
-    kv.k = arena_floats(ws, op_kv_k_size(m->c.kv_heads, m->c.hd, kv.cap), 1);
-    kv.v = arena_floats(ws, op_kv_v_size(m->c.kv_heads, m->c.hd, kv.cap), 1);
-    return kv;
+/* Floats of the keys and values for up to cap positions of one layer and sequence. */
+static size_t model_kv_size(const rlhf_model *m, int cap) {
+    int whole = (int)base_round_up((size_t)cap, RLHF_LANES);
+    return op_kv_k_size(m->c.kv_heads, m->c.hd, whole) + op_kv_v_size(m->c.kv_heads, m->c.hd, whole);
+}
+
+/* They themselves, at a place of that size; undefined until they are appended. */
+static op_kv model_kv_at(const rlhf_model *m, float *at, int cap) {
+    int whole = (int)base_round_up((size_t)cap, RLHF_LANES);
+    return (op_kv){at, at + op_kv_k_size(m->c.kv_heads, m->c.hd, whole), whole};
+}
+
+static op_kv model_kv_new(const rlhf_model *m, arena *ws, int cap) {
+    return model_kv_at(m, arena_floats(ws, model_kv_size(m, cap), 1), cap);
 }
 
 /* Throws unless every id is in the vocabulary and every sequence fits the positions: all that the
@@ -12319,8 +12350,10 @@ static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *item
     gen_live live = {.slots = slots};
     live.row = arena_alloc(ws, (size_t)slots * sizeof *live.row);
     live.hold = arena_alloc(ws, (size_t)slots * sizeof *live.hold);
-    live.kv = arena_alloc(ws, (size_t)(m->c.layers * slots) * sizeof *live.kv);
-    for (int i = 0; i < m->c.layers * slots; i++) live.kv[i] = model_kv_new(m, ws, longest);
+    size_t caches = (size_t)(m->c.layers * slots), size = model_kv_size(m, longest);
+    live.kv = arena_alloc(ws, caches * sizeof *live.kv);
+    float *kv = arena_floats(ws, caches, size); /* one block, of large pages where there are any */
+    for (size_t i = 0; i < caches; i++) live.kv[i] = model_kv_at(m, kv + i * size, longest);
     live.busy = arena_alloc(ws, (size_t)slots);
     memset(live.busy, 0, (size_t)slots);
     int next = 0, done = 0, go_on = 1;

@@ -1065,6 +1065,7 @@ RLHF_INLINE float v_exp1(float x) {
     r = fmaf(n, -V_LN2_LO, r);
     /* e^r, then 2^n by exponent bits: each half of n is the exponent of a normal number. */
     float p = v_exp_c[0];
+    V_UNROLL
     for (int i = 1; i < 6; i++) p = fmaf(p, r, v_exp_c[i]);
     p = fmaf(p, r * r, r) + 1.0f;
     int32_t k = (int32_t)n, h = k >> 1;
@@ -1087,6 +1088,7 @@ RLHF_INLINE float v_log1(float x) {
     e += (float)k;
     /* Small terms first: the sum is rounded once where it is large. */
     float z = f * f, p = v_log_c[0];
+    V_UNROLL
     for (int j = 1; j < 9; j++) p = fmaf(p, f, v_log_c[j]);
     p = (p * f) * z;
     p = fmaf(e, V_LN2_LO, p);
@@ -4399,12 +4401,12 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h0, int h1, int 
         op_attn_product(a, h0, h1, &pv, (size_t)n * OP_KEYS, gemm_panels(hd) * pv.t.bs, head);
     }
     /* The division by the sum comes last: one for each output. */
-    for (int i = 0; i < rows; i++) {
-        int r = i % n, h = i / n;
-        a->kt->scale(hd, o + (size_t)r * ldo + (size_t)h * head, 1.0f / sum[i]);
-        if (a->lse)
-            a->lse[(s->row + q0 + r) * a->heads + h0 + h] = max[i] + v_log1(sum[i]);
-    }
+    for (int i = 0; i < rows; i++)
+        a->kt->scale(hd, o + (size_t)(i % n) * ldo + (size_t)(i / n) * head, 1.0f / sum[i]);
+    if (!a->lse) return;
+    a->kt->log(rows, sum, sum);
+    for (int i = 0; i < rows; i++)
+        a->lse[(s->row + q0 + i % n) * a->heads + h0 + i / n] = max[i] + sum[i];
 }
 
 /* Pairs (sequence, key/value head) [lo, hi): appends keys and values of the heads of one sequence,
@@ -8537,7 +8539,8 @@ typedef struct model_run {
 /* Floats of the keys and values for up to cap positions of one layer and sequence. */
 static size_t model_kv_size(const rlhf_model *m, int cap) {
     int whole = (int)base_round_up((size_t)cap, RLHF_LANES);
-    return op_kv_k_size(m->c.kv_heads, m->c.hd, whole) + op_kv_v_size(m->c.kv_heads, m->c.hd, whole);
+    return op_kv_k_size(m->c.kv_heads, m->c.hd, whole) +
+           op_kv_v_size(m->c.kv_heads, m->c.hd, whole);
 }
 
 /* They themselves, at a place of that size; undefined until they are appended. */

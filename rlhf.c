@@ -991,6 +991,7 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
 #define V_LN2_LO (-2.12194440e-4f)
 #define V_EXP_HI 89.0f     /* e^89 is infinite in single precision */
 #define V_EXP_LO (-104.0f) /* e^-104 is below half the smallest denormal */
+#define V_EXP_NORMAL 87.0f /* e^87 and e^-87 are normal numbers */
 #define V_2_PI 0.636619772367581343f
 #define V_PIO2_1 1.57079637050628662109375f /* pi / 2 in three parts of 24 bits */
 #define V_PIO2_2 (-4.37113882867379109e-8f)
@@ -1195,6 +1196,7 @@ V_OP vf v_pick(vf mask, vf a, vf b) { return _mm256_blendv_ps(b, a, mask); } /* 
 V_OP vf v_and(vf a, vf b) { return _mm256_and_ps(a, b); }
 V_OP vf v_or(vf a, vf b) { return _mm256_or_ps(a, b); }
 V_OP vf v_xor(vf a, vf b) { return _mm256_xor_ps(a, b); }
+V_OP int v_all(vf mask) { return _mm256_movemask_ps(mask) == 255; }
 V_OP vf v_of(vi a) { return _mm256_castsi256_ps(a); } /* the same bits */
 V_OP vi vi_of(vf a) { return _mm256_castps_si256(a); }
 V_OP vi vi_set(int32_t a) { return _mm256_set1_epi32(a); }
@@ -1302,6 +1304,7 @@ V_OP vf v_of(vi a) { return vreinterpretq_f32_s32(a); }
 V_OP vi vi_of(vf a) { return vreinterpretq_s32_f32(a); }
 V_OP vf v_less(vf a, vf b) { return vreinterpretq_f32_u32(vcltq_f32(a, b)); }
 V_OP vf v_equal(vf a, vf b) { return vreinterpretq_f32_u32(vceqq_f32(a, b)); }
+V_OP int v_all(vf mask) { return vminvq_u32(vreinterpretq_u32_f32(mask)) != 0; }
 V_OP vf v_pick(vf mask, vf a, vf b) { return vbslq_f32(vreinterpretq_u32_f32(mask), a, b); }
 V_OP vf v_max(vf a, vf b) { return v_pick(v_less(b, a), a, b); } /* a > b ? a : b */
 V_OP vf v_min(vf a, vf b) { return v_pick(v_less(a, b), a, b); } /* a < b ? a : b */
@@ -1361,9 +1364,7 @@ V_OP void v_columns(const float *x, size_t ld, vf r[4]) {
 
 /* The twins of v_exp1, v_log1, v_tanh1, v_erf1 and v_sincos1, line by line: branches become v_pick.
  */
-V_OP vf v_exp(vf x) {
-    x = v_min(v_set(V_EXP_HI), x);
-    x = v_max(v_set(V_EXP_LO), x);
+V_OP vf v_exp_part(vf x, vi *k) { /* e^x = result 2^k, of |x| up to some hundred */
     vf n = v_round(v_mul(x, v_set(V_LOG2E)));
     vf r = v_fma(n, v_set(-V_LN2_HI), x);
     r = v_fma(n, v_set(-V_LN2_LO), r);
@@ -1373,11 +1374,26 @@ V_OP vf v_exp(vf x) {
     p = v_fma(p, r, v_set(v_exp_c[3]));
     p = v_fma(p, r, v_set(v_exp_c[4]));
     p = v_fma(p, r, v_set(v_exp_c[5]));
-    p = v_add(v_fma(p, v_mul(r, r), r), v_set(1.0f));
-    vi k = vi_round(n), h = vi_shr(k, 1), bias = vi_set(127);
+    *k = vi_round(n);
+    return v_add(v_fma(p, v_mul(r, r), r), v_set(1.0f));
+}
+
+V_OP vf v_exp(vf x) {
+    x = v_min(v_set(V_EXP_HI), x);
+    x = v_max(v_set(V_EXP_LO), x);
+    vi k, bias = vi_set(127);
+    vf p = v_exp_part(x, &k);
+    vi h = vi_shr(k, 1);
     vf lo = v_of(vi_shl(vi_add(h, bias), 23));
     vf hi = v_of(vi_shl(vi_add(vi_sub(k, h), bias), 23));
     return v_mul(v_mul(p, lo), hi);
+}
+
+/* The same of |x| < V_EXP_NORMAL: a normal number, whose exponent takes k as it is. */
+V_OP vf v_exp_normal(vf x) {
+    vi k;
+    vf p = v_exp_part(x, &k);
+    return v_of(vi_add(vi_of(p), vi_shl(k, 23)));
 }
 
 V_OP vf v_log(vf x) {
@@ -1495,7 +1511,6 @@ V16_2(v16_mul, v_mul)
 V16_2(v16_div, v_div)
 V16_2(v16_max, v_max)
 V16_1(v16_sqrt, v_sqrt)
-V16_1(v16_exp, v_exp)
 V16_1(v16_log, v_log)
 V16_1(v16_tanh, v_tanh)
 V16_1(v16_erf, v_erf)
@@ -1531,6 +1546,23 @@ V_OP v16 v16_load(const float *p) {
 }
 
 V_OP void v16_store(float *p, v16 a) { V_EACH(v_store(p + i * V_WIDTH, a.r[i])); }
+
+/* Whether every lane of the mask is set. */
+V_OP int v16_all(v16 a) {
+    vf all = a.r[0];
+    V_EACH(all = v_and(all, a.r[i]));
+    return v_all(all);
+}
+
+/* e^x. Nearly always every result is a normal number, which takes a quarter less work. */
+V_OP v16 v16_exp(v16 x) {
+    v16 o, near;
+    vf minus = v_set(-0.0f), limit = v_set(V_EXP_NORMAL);
+    V_EACH(near.r[i] = v_less(v_max(x.r[i], v_xor(x.r[i], minus)), limit));
+    if (v16_all(near)) V_EACH(o.r[i] = v_exp_normal(x.r[i]));
+    else V_EACH(o.r[i] = v_exp(x.r[i]));
+    return o;
+}
 
 /* The first n lanes from p, the others fill. Reads nothing beyond p[n-1]: the last columns of a row
  * may end at the end of a block. n >= 16 is the plain load, so that loops need no tail. */

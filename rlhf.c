@@ -1654,8 +1654,7 @@ typedef void k_norm_dw_fn(int n, const float *dy, const float *x, float mean, fl
                           float *dw);
 typedef void k_act_bwd_fn(int n, const float *x, const float *dy, float *dx, float *y);
 typedef void k_glu_fn(int n, const float *gate, const float *up, float *y);
-typedef void k_glu_bwd_fn(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                          float *dup, float *y);
+typedef void k_glu_bwd_fn(int n, float *gate, float *up, float *dy);
 typedef void k_rope_fn(int half, float *x, const float *c, const float *s, float sign);
 typedef k_stats k_stats_fn(int n, const float *x, float scale);
 typedef void k_ce_fn(int n, float *x, float scale, float lse, float coef);
@@ -1858,7 +1857,8 @@ static void k_r_gelu(int n, const float *x, float *y) {
     }
 }
 
-/* dx = dy gelu'(x), with t the tanh above; and y again, which then need not be kept. dx may be dy.
+/* dx = dy gelu'(x), with t the tanh above; and y again, which then need not be kept. dx may be dy,
+ * y may be x.
  *     gelu'(x) = (1 + t) / 2 + x/2 (1 - t^2) a (1 + 3 b x^2) */
 static void k_r_gelu_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
     for (int i = 0; i < n; i++) {
@@ -1884,7 +1884,7 @@ static void k_r_gelu_erf(int n, const float *x, float *y) {
 }
 
 /* dx = dy gelu'(x), gelu'(x) = (1 + erf(x / sqrt 2)) / 2 + x e^(-x^2/2) / sqrt(2 pi); and y again.
- * dx may be dy. */
+ * dx may be dy, y may be x. */
 static void k_r_gelu_erf_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
     for (int i = 0; i < n; i++) {
         float u = x[i], e = v_exp1((u * -0.5f) * u), p = v_erf1(u * K_ROOT_HALF) + 1.0f;
@@ -1898,16 +1898,15 @@ static void k_r_glu(int n, const float *gate, const float *up, float *y) {
     for (int i = 0; i < n; i++) y[i] = (gate[i] * v_sigmoid1(gate[i])) * up[i];
 }
 
-/* Its gradients, overwriting; with s = sigmoid(g):
+/* Its gradients, each in the place of what it is of; with s = sigmoid(g):
  *     dup = dy silu(g)        dgate = dy up (s + silu(g) (1 - s))
- * and y again. No output is an input. */
-static void k_r_glu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                        float *dup, float *y) {
+ * and y again, in the place of dy. */
+static void k_r_glu_bwd(int n, float *gate, float *up, float *dy) {
     for (int i = 0; i < n; i++) {
-        float g = gate[i], s = v_sigmoid1(g), silu = g * s;
-        dup[i] = dy[i] * silu;
-        dgate[i] = (dy[i] * up[i]) * (fmaf(-silu, s, silu) + s);
-        y[i] = silu * up[i];
+        float g = gate[i], s = v_sigmoid1(g), silu = g * s, u = up[i], d = dy[i];
+        up[i] = d * silu;
+        gate[i] = (d * u) * (fmaf(-silu, s, silu) + s);
+        dy[i] = silu * u;
     }
 }
 
@@ -1919,15 +1918,14 @@ static void k_r_geglu(int n, const float *gate, const float *up, float *y) {
     }
 }
 
-/* Its gradients, overwriting: dup = dy gelu(gate), dgate = dy up gelu'(gate); and y again. No
- * output is an input. */
-static void k_r_geglu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                          float *dup, float *y) {
-    for (int i = 0; i < n; i++) dgate[i] = dy[i] * up[i];
-    k_r_gelu_bwd(n, gate, dgate, dgate, y);
+/* Its gradients, dup = dy gelu(gate) and dgate = dy up gelu'(gate), and y again, in the places that
+ * k_r_glu_bwd has for them. */
+static void k_r_geglu_bwd(int n, float *gate, float *up, float *dy) {
     for (int i = 0; i < n; i++) {
-        dup[i] = y[i] * dy[i];
-        y[i] *= up[i];
+        float u = up[i], d = dy[i], gelu, dgelu = d * u;
+        k_r_gelu_bwd(1, gate + i, &dgelu, gate + i, &gelu);
+        up[i] = gelu * d;
+        dy[i] = gelu * u;
     }
 }
 
@@ -2228,16 +2226,21 @@ K_FN void k_v_gelu(int n, const float *x, float *y) {
     }
 }
 
+/* gelu u, and its slope. */
+V_OP v16 k_v_gelu_slope(v16 u, v16 *slope) {
+    v16 half = v16_set(0.5f), one = v16_set(1.0f), q = v16_mul(u, u), t = k_v_gelu_tanh(u, q);
+    v16 inner = v16_mul(v16_fma(q, v16_set(3.0f * K_GELU_B), one), v16_set(K_GELU_A));
+    v16 sech2 = v16_fma(v16_neg(t), t, one);
+    v16 p = v16_add(t, one), x2 = v16_mul(u, half);
+    *slope = v16_fma(v16_mul(x2, sech2), inner, v16_mul(p, half));
+    return v16_mul(x2, p);
+}
+
 K_FN void k_v_gelu_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
-    v16 half = v16_set(0.5f), one = v16_set(1.0f);
     for (int i = 0; i < n; i += RLHF_LANES) {
-        v16 u = v16_get(x + i, n - i, 0), q = v16_mul(u, u), t = k_v_gelu_tanh(u, q);
-        v16 inner = v16_mul(v16_fma(q, v16_set(3.0f * K_GELU_B), one), v16_set(K_GELU_A));
-        v16 sech2 = v16_fma(v16_neg(t), t, one);
-        v16 p = v16_add(t, one), x2 = v16_mul(u, half);
-        v16 d = v16_fma(v16_mul(x2, sech2), inner, v16_mul(p, half));
-        v16_put(dx + i, n - i, v16_mul(d, v16_get(dy + i, n - i, 0)));
-        v16_put(y + i, n - i, v16_mul(x2, p));
+        v16 slope, gelu = k_v_gelu_slope(v16_get(x + i, n - i, 0), &slope);
+        v16_put(dx + i, n - i, v16_mul(slope, v16_get(dy + i, n - i, 0)));
+        v16_put(y + i, n - i, gelu);
     }
 }
 
@@ -2279,15 +2282,14 @@ K_FN void k_v_glu(int n, const float *gate, const float *up, float *y) {
     }
 }
 
-K_FN void k_v_glu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                      float *dup, float *y) {
+K_FN void k_v_glu_bwd(int n, float *gate, float *up, float *dy) {
     for (int i = 0; i < n; i += RLHF_LANES) {
         v16 g = v16_get(gate + i, n - i, 0), d = v16_get(dy + i, n - i, 0);
         v16 s = k_v_sigmoid(g), silu = v16_mul(g, s), u = v16_get(up + i, n - i, 0);
-        v16_put(dup + i, n - i, v16_mul(d, silu));
+        v16_put(up + i, n - i, v16_mul(d, silu));
         v16 slope = v16_add(v16_fma(v16_neg(silu), s, silu), s);
-        v16_put(dgate + i, n - i, v16_mul(v16_mul(d, u), slope));
-        v16_put(y + i, n - i, v16_mul(silu, u));
+        v16_put(gate + i, n - i, v16_mul(v16_mul(d, u), slope));
+        v16_put(dy + i, n - i, v16_mul(silu, u));
     }
 }
 
@@ -2300,15 +2302,13 @@ K_FN void k_v_geglu(int n, const float *gate, const float *up, float *y) {
     }
 }
 
-K_FN void k_v_geglu_bwd(int n, const float *gate, const float *up, const float *dy, float *dgate,
-                        float *dup, float *y) {
-    for (int i = 0; i < n; i += RLHF_LANES)
-        v16_put(dgate + i, n - i, v16_mul(v16_get(dy + i, n - i, 0), v16_get(up + i, n - i, 0)));
-    k_v_gelu_bwd(n, gate, dgate, dgate, y);
+K_FN void k_v_geglu_bwd(int n, float *gate, float *up, float *dy) {
     for (int i = 0; i < n; i += RLHF_LANES) {
-        v16 gelu = v16_get(y + i, n - i, 0);
-        v16_put(dup + i, n - i, v16_mul(gelu, v16_get(dy + i, n - i, 0)));
-        v16_put(y + i, n - i, v16_mul(gelu, v16_get(up + i, n - i, 0)));
+        v16 u = v16_get(up + i, n - i, 0), d = v16_get(dy + i, n - i, 0);
+        v16 slope, gelu = k_v_gelu_slope(v16_get(gate + i, n - i, 0), &slope);
+        v16_put(gate + i, n - i, v16_mul(slope, v16_mul(d, u)));
+        v16_put(up + i, n - i, v16_mul(gelu, d));
+        v16_put(dy + i, n - i, v16_mul(gelu, u));
     }
 }
 
@@ -2898,19 +2898,16 @@ GEMM_512 static void gemm_512_half(int n, const float *x, size_t step, uint16_t 
     }
 }
 
-/* Two rows become the halves of one register, whose 16-bit numbers then take turns. */
-GEMM_512 static void gemm_512_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld,
-                                    float *y) {
+/* Two rows become the halves of one register, whose 16-bit numbers then take turns. w, a constant
+ * at every call, is 8 or 16. */
+RLHF_INLINE GEMM_512 void gemm_512_pairs_of(const int w, int n, int pairs, int strips,
+                                            const float *x, size_t ld, float *y) {
     static const uint16_t turns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    if (w % 8) {
-        k_r_pairs(n, pairs, strips, w, x, ld, y);
-        return;
-    }
     size_t strip = (size_t)pairs * (size_t)w;
     __m512i turn = _mm512_loadu_si512(turns);
-    for (int p = 0; p < pairs; p++, x += 2 * ld)
+    for (int p = 0; p < pairs; p++, x += 2 * ld, y += w)
         for (int c = 0; c < strips * w; c += RLHF_LANES) {
             __mmask16 some = strips * w - c < RLHF_LANES ? 0xff : 0xffff;
             __builtin_prefetch(x + K_ROWS_AHEAD * ld + c);
@@ -2918,17 +2915,23 @@ GEMM_512 static void gemm_512_pairs(int n, int pairs, int strips, int w, const f
             __m512 lo = _mm512_maskz_loadu_ps(2 * p < n ? some : 0, x + c);
             __m512 hi = _mm512_maskz_loadu_ps(2 * p + 1 < n ? some : 0, x + ld + c);
             __m512i a = _mm512_permutexvar_epi16(turn, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
-            float *out = y + (size_t)(c / w) * strip + (size_t)(p * w + c % w);
-            if (w % RLHF_LANES == 0) {
+            float *out = y + (size_t)(c / w) * strip;
+            if (w == RLHF_LANES) {
                 _mm512_storeu_si512(out, a);
                 continue;
             }
             _mm256_storeu_si256((__m256i *)(void *)out, _mm512_castsi512_si256(a));
             if (some == 0xff) continue;
-            int next = c + 8; /* the other half may begin a strip of eight */
-            out = y + (size_t)(next / w) * strip + (size_t)(p * w + next % w);
-            _mm256_storeu_si256((__m256i *)(void *)out, _mm512_extracti64x4_epi64(a, 1));
+            __m256i next = _mm512_extracti64x4_epi64(a, 1);
+            _mm256_storeu_si256((__m256i *)(void *)(out + strip), next);
         }
+}
+
+GEMM_512 static void gemm_512_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld,
+                                    float *y) {
+    if (w == RLHF_LANES) gemm_512_pairs_of(RLHF_LANES, n, pairs, strips, x, ld, y);
+    else if (w == 8) gemm_512_pairs_of(8, n, pairs, strips, x, ld, y);
+    else k_r_pairs(n, pairs, strips, w, x, ld, y);
 }
 
 #define GEMM_AMX __attribute__((target("amx-tile,amx-bf16,avx512f")))
@@ -4189,13 +4192,11 @@ typedef struct op_glu {
     k_glu_fn *act; /* the table's glu or geglu, and its backward */
     k_glu_bwd_fn *act_bwd;
     int ff;
-    const float *up; /* [rows][2 ff]: gate, then up */
-    float *y;        /* [rows][ff]; the backward pass makes it again */
-    const float *dy;
-    float *dup; /* as up, overwritten */
+    float *up; /* [rows][2 ff]: gate, then up; becomes its gradient */
+    float *y;  /* [rows][ff]; the backward pass makes it again, of dy */
 } op_glu;
 
-/* y, and below dup, of rows [lo, hi) (formulas: k_r_glu, k_r_glu_bwd). */
+/* y of rows [lo, hi), and below the gradient of up (formulas: k_r_glu, k_r_glu_bwd). */
 static void op_glu_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_glu *o = arg;
     (void)thread;
@@ -4209,9 +4210,8 @@ static void op_glu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     size_t f = (size_t)o->ff;
     for (size_t r = (size_t)lo; r < (size_t)hi; r++) {
-        const float *up = o->up + 2 * r * f;
-        float *d = o->dup + 2 * r * f;
-        o->act_bwd(o->ff, up, up + f, o->dy + r * f, d, d + f, o->y + r * f);
+        float *up = o->up + 2 * r * f;
+        o->act_bwd(o->ff, up, up + f, o->y + r * f);
     }
 }
 
@@ -4219,18 +4219,17 @@ static void op_glu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
 typedef struct op_gelu {
     k_act_bwd_fn *act_bwd; /* the table's gelu_bwd or gelu_erf_bwd */
     int n;
-    const float *x; /* [rows][n], before the activation */
-    float *d;       /* gradient of the output, becomes that of the input */
-    float *y;
+    float *x; /* [rows][n], before the activation, becomes what is behind it */
+    float *d; /* gradient of the output, becomes that of the input */
 } op_gelu;
 
-/* d of rows [lo, hi), in place. */
+/* x and d of rows [lo, hi). */
 static void op_gelu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_gelu *o = arg;
     (void)thread;
     size_t n = (size_t)o->n;
     for (size_t r = (size_t)lo; r < (size_t)hi; r++)
-        o->act_bwd(o->n, o->x + r * n, o->d + r * n, o->d + r * n, o->y + r * n);
+        o->act_bwd(o->n, o->x + r * n, o->d + r * n, o->d + r * n, o->x + r * n);
 }
 
 /* ---- attention ---- */
@@ -8844,22 +8843,18 @@ static const float *model_branch_bwd(rlhf_model *m, op_env *e, int p, int layer,
     return o.dx;
 }
 
-/* dup, the gradient of an MLP's matrices up and gate, from that of the activation's output dact,
- * which is destroyed; and that output, a->act, again. */
-static float *model_act_bwd(rlhf_model *m, op_env *e, int rows, const model_acts *a, float *dact) {
+/* The gradient of what an MLP's matrices up and gate give, from dact, that of the activation's
+ * output; and that output again, *act. a->up and dact are what they lie in. */
+static float *model_act_bwd(rlhf_model *m, int rows, const model_acts *a, float *dact,
+                            const float **act) {
     const model_cfg *c = &m->c;
     const k_table *k = m->ctx->k;
-    if (!c->glu) {
-        op_gelu gelu = {c->act == ACT_GELU_ERF ? k->gelu_erf_bwd : k->gelu_bwd, c->ff, a->up, dact,
-                        a->act};
-        par_for(m->ctx, rows, par_grain(4 * c->ff), op_gelu_bwd_rows, &gelu);
-        return dact;
-    }
-    op_glu glu = {.act_bwd = c->act == ACT_SILU ? k->glu_bwd : k->geglu_bwd, .ff = c->ff};
-    glu.up = a->up, glu.dy = dact, glu.y = a->act;
-    glu.dup = arena_floats(e->ws, (size_t)rows, 2 * (size_t)c->ff);
-    par_for(m->ctx, rows, par_grain(4 * c->ff), op_glu_bwd_rows, &glu);
-    return glu.dup;
+    op_glu glu = {NULL, c->act == ACT_SILU ? k->glu_bwd : k->geglu_bwd, c->ff, a->up, dact};
+    op_gelu gelu = {c->act == ACT_GELU_ERF ? k->gelu_erf_bwd : k->gelu_bwd, c->ff, a->up, dact};
+    par_for(m->ctx, rows, par_grain(4 * c->ff), c->glu ? op_glu_bwd_rows : op_gelu_bwd_rows,
+            c->glu ? (void *)&glu : &gelu);
+    *act = c->glu ? dact : a->up;
+    return c->glu ? a->up : dact;
 }
 
 /* The gradient of raw from that of qkv, rotation undone: through the norms of heads, where there
@@ -8900,8 +8895,9 @@ static void model_layer_bwd(rlhf_model *m, op_env *e, const model_run *run, int 
     const float *dy = model_branch_bwd(m, e, P_PN2_W, layer, n, a, dx);
     float *dact = arena_floats(e->ws, rows, (size_t)c->ff);
     op_linear_bwd_x(e, &down, n, dy, dact);
-    float *dup = model_act_bwd(m, e, n, a, dact);
-    op_linear_bwd_w(e, &down, n, a->act, dy);
+    const float *act;
+    float *dup = model_act_bwd(m, n, a, dact, &act);
+    op_linear_bwd_w(e, &down, n, act, dy);
     op_norm n2 = model_layer_norm(m, P_LN2_W, layer, n, a);
     op_norm_fwd(e, &n2);
     op_linear_bwd_w(e, &up, n, a->h, dup);
@@ -9077,7 +9073,7 @@ static size_t model_row_floats(const rlhf_model *m, int save, size_t layers) {
 static size_t model_row_back(const rlhf_model *m) {
     const model_cfg *c = &m->c;
     size_t d = (size_t)c->d, q = (size_t)(c->heads * c->hd), ff = (size_t)c->ff;
-    size_t w = q + 2 * (size_t)(c->kv_heads * c->hd), n = ff * (size_t)(1 + 2 * c->glu) + d + q + w;
+    size_t w = q + 2 * (size_t)(c->kv_heads * c->hd), n = ff + d + q + w;
     if (c->qk_norm) n += w;
     if (c->post_norms) n += 2 * d;
     if (c->lora.r) n += 2 * (size_t)c->lora.r + (c->lora.dropout > 0 ? ff : 0);

@@ -218,11 +218,11 @@ static void c_gelu_erf(const k_table *k, call *c) {
 }
 static void c_gelu_erf_bwd(const k_table *k, call *c) {
     k->gelu_erf_bwd(c->n, c->in[0], c->in[1], c->out[1], c->out[0]);
-    k->gelu_erf_bwd(c->n, c->in[0], c->out[2], c->out[2], c->out[0]);
+    k->gelu_erf_bwd(c->n, c->out[0], c->out[2], c->out[2], c->out[0]);
 }
 static void c_geglu(const k_table *k, call *c) { k->geglu(c->n, c->in[0], c->in[1], c->out[1]); }
 static void c_geglu_bwd(const k_table *k, call *c) {
-    k->geglu_bwd(c->n, c->in[0], c->in[1], c->in[2], c->out[1], c->out[2], c->out[0]);
+    k->geglu_bwd(c->n, c->out[0], c->out[1], c->out[2]);
 }
 static void c_cap(const k_table *k, call *c) { k->cap(c->n, c->out[1], 0.4f, 2.5f); }
 static void c_cap_bwd(const k_table *k, call *c) {
@@ -230,11 +230,11 @@ static void c_cap_bwd(const k_table *k, call *c) {
 }
 static void c_gelu_bwd(const k_table *k, call *c) {
     k->gelu_bwd(c->n, c->in[0], c->in[1], c->out[1], c->out[0]);
-    k->gelu_bwd(c->n, c->in[0], c->out[2], c->out[2], c->out[0]);
+    k->gelu_bwd(c->n, c->out[0], c->out[2], c->out[2], c->out[0]);
 }
 static void c_glu(const k_table *k, call *c) { k->glu(c->n, c->in[0], c->in[1], c->out[1]); }
 static void c_glu_bwd(const k_table *k, call *c) {
-    k->glu_bwd(c->n, c->in[0], c->in[1], c->in[2], c->out[1], c->out[2], c->out[0]);
+    k->glu_bwd(c->n, c->out[0], c->out[1], c->out[2]);
 }
 static void c_rope(const k_table *k, call *c) {
     k->rope(c->n, c->out[0], c->in[0], c->in[1], c->n % 2 ? 1.0f : -1.0f);

@@ -350,7 +350,7 @@ static void gelu_run(rlhf_ctx *ctx, const void *data, float *out) {
     (c->other ? ctx->k->gelu_erf : ctx->k->gelu)((int)all, c->x, out);
     memcpy(out + all, c->dy, all * sizeof *out);
     k_act_bwd_fn *bwd = c->other ? ctx->k->gelu_erf_bwd : ctx->k->gelu_bwd;
-    op_gelu o = {bwd, c->n, c->x, out + all, out + 2 * all};
+    op_gelu o = {bwd, c->n, memcpy(out + 2 * all, c->x, all * sizeof *out), out + all};
     par_for(ctx, c->rows, 4, op_gelu_bwd_rows, &o);
 }
 
@@ -388,9 +388,9 @@ static void glu_run(rlhf_ctx *ctx, const void *data, float *out) {
     size_t all = (size_t)(c->rows * c->n);
     op_glu o = {.act = c->other ? ctx->k->geglu : ctx->k->glu,
                 .act_bwd = c->other ? ctx->k->geglu_bwd : ctx->k->glu_bwd,
-                .ff = c->n, .up = c->x, .y = out, .dy = c->dy, .dup = out + all};
+                .ff = c->n, .up = memcpy(out + all, c->x, 2 * all * sizeof *out), .y = out};
     par_for(ctx, c->rows, 4, op_glu_rows, &o);
-    o.y = out + 3 * all;
+    o.y = memcpy(out + 3 * all, c->dy, all * sizeof *out);
     par_for(ctx, c->rows, 4, op_glu_bwd_rows, &o);
 }
 

@@ -997,6 +997,7 @@ static void par_for(rlhf_ctx *ctx, int64_t n, int64_t grain, par_fn fn, void *ar
 #define V_PIO2_2 (-4.37113882867379109e-8f)
 #define V_PIO2_3 (-1.71512451225206e-15f)
 #define V_TANH_SMALL 0.625f  /* below, 1 - 2 / (e^2x + 1) would lose digits */
+#define V_TANH_ONE 80.0f     /* from e^80 on, tanh is 1 in single precision */
 #define V_ERF_SMALL 0.84375f /* below, 1 - erfc would lose digits */
 #define V_ERF_ONE 4.0f       /* from here on erf is 1 in single precision */
 
@@ -1433,7 +1434,8 @@ V_OP vf v_tanh(vf x) {
     p = v_fma(p, z, v_set(v_tanh_c[4]));
     vf small = v_fma(v_mul(p, z), x, x);
     vf one = v_set(1.0f);
-    vf big = v_sub(one, v_div(v_set(2.0f), v_add(v_exp(v_add(a, a)), one)));
+    vf e = v_exp_normal(v_min(v_set(V_TANH_ONE), v_add(a, a)));
+    vf big = v_sub(one, v_div(v_set(2.0f), v_add(e, one)));
     return v_pick(v_less(a, v_set(V_TANH_SMALL)), small, v_or(big, sign));
 }
 
@@ -1452,7 +1454,7 @@ V_OP vf v_erf(vf x) {
     q = v_fma(q, b, v_set(v_erfc_c[4]));
     q = v_fma(q, b, v_set(v_erfc_c[5]));
     q = v_fma(q, b, v_set(v_erfc_c[6]));
-    vf big = v_sub(v_set(1.0f), v_exp(v_xor(q, v_set(-0.0f))));
+    vf big = v_sub(v_set(1.0f), v_exp_normal(v_xor(q, v_set(-0.0f))));
     return v_pick(v_less(a, v_set(V_ERF_SMALL)), small, v_or(big, sign));
 }
 

@@ -3403,22 +3403,21 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         size_t col = (size_t)p * RLHF_LANES;
         t.b += (size_t)p * g->t.bs;
         if (t.bias) t.bias += col;
-        /* While these panels are used, each of the next ones is asked for: by `share` tiles, or at
-         * once where there are so many that it is there in any case. */
-        int share = high > w && high <= GEMM_FEW_TILES ? high / w : 1;
-        int part = share > 1 ? (RLHF_LANES + share - 1) / share : RLHF_LANES;
-        for (int m = 0, ask = 0, turn = 0, rows; m < g->m; m += rows) {
-            size_t row = (size_t)m * g->t.ldc + col;
+        /* While these panels are used, as many of the next ones are asked for: by all tiles in
+         * equal parts, or by the first where there are so many that it is there in any case. */
+        int after = base_min(w, panels - p - w), askers = high > GEMM_FEW_TILES ? after : high;
+        size_t panel = (size_t)base_max(1, g->t.k) * RLHF_LANES, part = RLHF_LANES;
+        if (askers > 1) part = (size_t)((after * RLHF_LANES + askers - 1) / askers);
+        for (int m = 0, tile = 0, rows; m < g->m; m += rows, tile++) {
+            size_t row = (size_t)m * g->t.ldc + col, begin = (size_t)(tile * g->t.k) * part;
             rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
             t.a = g->t.a + (size_t)m * ms;
             t.c = g->t.c + row;
             if (t.add) t.add = g->t.add + row;
-            int ahead = p + w + ask;
-            t.step = ask < w && ahead < panels ? (size_t)part : 0;
-            t.next = g->t.b + (size_t)(t.step ? ahead : p) * g->t.bs;
-            if (!t.step && g->t.next) t.next = g->t.next; /* the caller's next panels */
-            t.next += (size_t)(turn * t.k) * t.step;
-            if (++turn == share) turn = 0, ask++;
+            t.step = after > 0 && tile < askers ? part : 0;
+            t.next = t.step ? t.b + (size_t)w * t.bs + begin / panel * t.bs + begin % panel
+                     : g->t.next ? g->t.next /* the caller's next panels */
+                                 : t.b;
             /* Rows that are read where they lie come from memory with the first panels: those of
              * the tile below are asked for. (A low tile asks for panels only.) */
             if (!p && !t.step && lies && rows > GEMM_LOW) {

@@ -3409,7 +3409,7 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         size_t panel = (size_t)base_max(1, g->t.k) * RLHF_LANES, part = RLHF_LANES;
         if (askers > 1) part = (size_t)((after * RLHF_LANES + askers - 1) / askers);
         for (int m = 0, tile = 0, rows; m < g->m; m += rows, tile++) {
-            size_t row = (size_t)m * g->t.ldc + col, begin = (size_t)(tile * g->t.k) * part;
+            size_t row = (size_t)m * g->t.ldc + col, begin = (size_t)tile * (size_t)g->t.k * part;
             rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
             t.a = g->t.a + (size_t)m * ms;
             t.c = g->t.c + row;
@@ -8581,6 +8581,7 @@ static op_kv model_kv_at(const rlhf_model *m, float *at, int cap) {
     return (op_kv){at, at + op_kv_k_size(m->c.kv_heads, m->c.hd, whole), whole};
 }
 
+/* The same in ws. */
 static op_kv model_kv_new(const rlhf_model *m, arena *ws, int cap) {
     return model_kv_at(m, arena_floats(ws, model_kv_size(m, cap), 1), cap);
 }

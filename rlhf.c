@@ -1364,8 +1364,8 @@ V_OP void v_columns(const float *x, size_t ld, vf r[4]) {
 #if V_SIMD
 
 /* The twins of v_exp1, v_log1, v_tanh1, v_erf1 and v_sincos1, line by line: branches become v_pick.
- */
-V_OP vf v_exp_part(vf x, vi *k) { /* e^x = result 2^k, of |x| up to some hundred */
+ * Of v_exp, its middle: e^x = result 2^k, for x within V_EXP_LO and V_EXP_HI. */
+V_OP vf v_exp_part(vf x, vi *k) {
     vf n = v_round(v_mul(x, v_set(V_LOG2E)));
     vf r = v_fma(n, v_set(-V_LN2_HI), x);
     r = v_fma(n, v_set(-V_LN2_LO), r);
@@ -1654,7 +1654,7 @@ typedef void k_ln_bwd_fn(int n, const float *dy, const float *x, const float *w,
                          float rstd, float *dx);
 typedef void k_norm_dw_fn(int n, const float *dy, const float *x, float mean, float rstd,
                           float *dw);
-typedef void k_act_bwd_fn(int n, const float *x, const float *dy, float *dx, float *y);
+typedef void k_act_bwd_fn(int n, float *x, float *dy);
 typedef void k_glu_fn(int n, const float *gate, const float *up, float *y);
 typedef void k_glu_bwd_fn(int n, float *gate, float *up, float *dy);
 typedef void k_rope_fn(int half, float *x, const float *c, const float *s, float sign);
@@ -1859,16 +1859,16 @@ static void k_r_gelu(int n, const float *x, float *y) {
     }
 }
 
-/* dx = dy gelu'(x), with t the tanh above; and y again, which then need not be kept. dx may be dy,
- * y may be x.
+/* dx = dy gelu'(x) in the place of dy, with t the tanh above; and y again, which then need not be
+ * kept, in the place of x.
  *     gelu'(x) = (1 + t) / 2 + x/2 (1 - t^2) a (1 + 3 b x^2) */
-static void k_r_gelu_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
+static void k_r_gelu_bwd(int n, float *x, float *dy) {
     for (int i = 0; i < n; i++) {
         float u = x[i], q = u * u, t = v_tanh1((u * K_GELU_A) * fmaf(q, K_GELU_B, 1.0f));
         float inner = fmaf(q, 3.0f * K_GELU_B, 1.0f) * K_GELU_A;
         float sech2 = fmaf(-t, t, 1.0f), half = u * 0.5f;
-        dx[i] = fmaf(half * sech2, inner, (t + 1.0f) * 0.5f) * dy[i];
-        y[i] = half * (t + 1.0f);
+        dy[i] = fmaf(half * sech2, inner, (t + 1.0f) * 0.5f) * dy[i];
+        x[i] = half * (t + 1.0f);
     }
 }
 
@@ -1885,13 +1885,13 @@ static void k_r_gelu_erf(int n, const float *x, float *y) {
     }
 }
 
-/* dx = dy gelu'(x), gelu'(x) = (1 + erf(x / sqrt 2)) / 2 + x e^(-x^2/2) / sqrt(2 pi); and y again.
- * dx may be dy, y may be x. */
-static void k_r_gelu_erf_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
+/* dx = dy gelu'(x), gelu'(x) = (1 + erf(x / sqrt 2)) / 2 + x e^(-x^2/2) / sqrt(2 pi); and y again,
+ * in the places that k_r_gelu_bwd has for them. */
+static void k_r_gelu_erf_bwd(int n, float *x, float *dy) {
     for (int i = 0; i < n; i++) {
         float u = x[i], e = v_exp1((u * -0.5f) * u), p = v_erf1(u * K_ROOT_HALF) + 1.0f;
-        dx[i] = fmaf(u * K_NORMAL, e, p * 0.5f) * dy[i];
-        y[i] = (u * 0.5f) * p;
+        dy[i] = fmaf(u * K_NORMAL, e, p * 0.5f) * dy[i];
+        x[i] = (u * 0.5f) * p;
     }
 }
 
@@ -1924,8 +1924,9 @@ static void k_r_geglu(int n, const float *gate, const float *up, float *y) {
  * k_r_glu_bwd has for them. */
 static void k_r_geglu_bwd(int n, float *gate, float *up, float *dy) {
     for (int i = 0; i < n; i++) {
-        float u = up[i], d = dy[i], gelu, dgelu = d * u;
-        k_r_gelu_bwd(1, gate + i, &dgelu, gate + i, &gelu);
+        float u = up[i], d = dy[i], gelu = gate[i];
+        gate[i] = d * u;
+        k_r_gelu_bwd(1, &gelu, gate + i);
         up[i] = gelu * d;
         dy[i] = gelu * u;
     }
@@ -2238,11 +2239,11 @@ V_OP v16 k_v_gelu_slope(v16 u, v16 *slope) {
     return v16_mul(x2, p);
 }
 
-K_FN void k_v_gelu_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
+K_FN void k_v_gelu_bwd(int n, float *x, float *dy) {
     for (int i = 0; i < n; i += RLHF_LANES) {
         v16 slope, gelu = k_v_gelu_slope(v16_get(x + i, n - i, 0), &slope);
-        v16_put(dx + i, n - i, v16_mul(slope, v16_get(dy + i, n - i, 0)));
-        v16_put(y + i, n - i, gelu);
+        v16_put(dy + i, n - i, v16_mul(slope, v16_get(dy + i, n - i, 0)));
+        v16_put(x + i, n - i, gelu);
     }
 }
 
@@ -2259,15 +2260,15 @@ K_FN void k_v_gelu_erf(int n, const float *x, float *y) {
     }
 }
 
-K_FN void k_v_gelu_erf_bwd(int n, const float *x, const float *dy, float *dx, float *y) {
+K_FN void k_v_gelu_erf_bwd(int n, float *x, float *dy) {
     v16 half = v16_set(0.5f), one = v16_set(1.0f), root = v16_set(K_ROOT_HALF);
     v16 normal = v16_set(K_NORMAL), minus = v16_set(-0.5f);
     for (int i = 0; i < n; i += RLHF_LANES) {
         v16 u = v16_get(x + i, n - i, 0), e = v16_exp(v16_mul(v16_mul(u, minus), u));
         v16 p = v16_add(v16_erf(v16_mul(u, root)), one);
         v16 d = v16_fma(v16_mul(u, normal), e, v16_mul(p, half));
-        v16_put(dx + i, n - i, v16_mul(d, v16_get(dy + i, n - i, 0)));
-        v16_put(y + i, n - i, v16_mul(v16_mul(u, half), p));
+        v16_put(dy + i, n - i, v16_mul(d, v16_get(dy + i, n - i, 0)));
+        v16_put(x + i, n - i, v16_mul(v16_mul(u, half), p));
     }
 }
 
@@ -4230,7 +4231,7 @@ static void op_gelu_bwd_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     (void)thread;
     size_t n = (size_t)o->n;
     for (size_t r = (size_t)lo; r < (size_t)hi; r++)
-        o->act_bwd(o->n, o->x + r * n, o->d + r * n, o->d + r * n, o->x + r * n);
+        o->act_bwd(o->n, o->x + r * n, o->d + r * n);
 }
 
 /* ---- attention ---- */

@@ -217,8 +217,7 @@ static void c_gelu_erf(const k_table *k, call *c) {
     k->gelu_erf(c->n, c->out[2], c->out[2]);
 }
 static void c_gelu_erf_bwd(const k_table *k, call *c) {
-    k->gelu_erf_bwd(c->n, c->in[0], c->in[1], c->out[1], c->out[0]);
-    k->gelu_erf_bwd(c->n, c->out[0], c->out[2], c->out[2], c->out[0]);
+    k->gelu_erf_bwd(c->n, c->out[1], c->out[2]);
 }
 static void c_geglu(const k_table *k, call *c) { k->geglu(c->n, c->in[0], c->in[1], c->out[1]); }
 static void c_geglu_bwd(const k_table *k, call *c) {
@@ -229,8 +228,7 @@ static void c_cap_bwd(const k_table *k, call *c) {
     k->cap_bwd(c->n, c->in[0], 0.3f, c->out[1]);
 }
 static void c_gelu_bwd(const k_table *k, call *c) {
-    k->gelu_bwd(c->n, c->in[0], c->in[1], c->out[1], c->out[0]);
-    k->gelu_bwd(c->n, c->out[0], c->out[2], c->out[2], c->out[0]);
+    k->gelu_bwd(c->n, c->out[1], c->out[2]);
 }
 static void c_glu(const k_table *k, call *c) { k->glu(c->n, c->in[0], c->in[1], c->out[1]); }
 static void c_glu_bwd(const k_table *k, call *c) {

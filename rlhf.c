@@ -2004,8 +2004,9 @@ static double k_r_kl(int n, const float *p, const float *q, float scale, float l
 static float k_r_softmax(int n, float *s, float scale, float *max, float *sum) {
     float m = *max, e[RLHF_LANES] = {0};
     for (int i = 0; i < n; i++) m = s[i] * scale > m ? s[i] * scale : m;
-    /* The old maximum is -inf in a row's first tile: fix is then 0, and so is what it scales. */
-    float fix = v_exp1(*max - m);
+    /* The old maximum is -inf in a row's first tile: fix is then 0, and so is what it scales. (The
+     * exponential would get there by way of a denormal, which takes a processor a long time.) */
+    float fix = *max == -INFINITY ? 0 : v_exp1(*max - m);
     for (int i = 0; i < n; i++) {
         s[i] = v_exp1(s[i] * scale - m);
         e[i % RLHF_LANES] += s[i];
@@ -2381,7 +2382,7 @@ K_FN float k_v_softmax(int n, float *s, float scale, float *max, float *sum) {
     v16 vs = v16_set(scale), vm = v16_set(*max), e = v16_set(0);
     for (int i = 0; i < n; i += RLHF_LANES)
         vm = v16_max(v16_mul(v16_get(s + i, n - i, -INFINITY), vs), vm);
-    float m = v16_top(vm), fix = v_exp1(*max - m);
+    float m = v16_top(vm), fix = *max == -INFINITY ? 0 : v_exp1(*max - m);
     vm = v16_set(m);
     for (int i = 0; i < n; i += RLHF_LANES) {
         v16 p = v16_exp(v16_sub(v16_mul(v16_get(s + i, n - i, 0), vs), vm));
@@ -8355,12 +8356,30 @@ static void model_adapt(rlhf_model *m, const model_lora *lora, uint64_t seed) {
     model_replace(m, &to);
 }
 
-/* A standard normal number (Box and Muller 1958): sqrt(-2 ln u) cos(2 pi v) with u in (0, 1]. The
- * functions of 06 make it the same bits everywhere. */
-static float model_normal(uint64_t seed, uint64_t stream, uint64_t index) {
-    float u = (float)(1.0 - rng_uniform(seed, stream, 2 * index)), s, c;
-    v_sincos1((float)(6.283185307179586 * rng_uniform(seed, stream, 2 * index + 1)), &s, &c);
-    return sqrtf(-2.0f * v_log1(u < FLT_MIN ? FLT_MIN : u)) * c;
+/* Standard normal numbers of a stream, times scale, into w: the first has number `from`. */
+typedef struct model_normals {
+    const k_table *k;
+    uint64_t seed, stream, from;
+    float scale, *w;
+} model_normals;
+
+/* Box and Muller (1958): sqrt(-2 ln u) cos(2 pi v) with u in (0, 1]. The kernels make it the same
+ * bits everywhere. */
+static void model_normals_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    const model_normals *g = arg;
+    (void)thread;
+    for (int64_t at = lo; at < hi; at += 256) {
+        float u[256], c[256], s[256];
+        int n = hi - at < 256 ? (int)(hi - at) : 256;
+        for (int i = 0; i < n; i++) {
+            uint64_t index = 2 * (g->from + (uint64_t)(at + i));
+            u[i] = (float)(1.0 - rng_uniform(g->seed, g->stream, index));
+            c[i] = (float)(6.283185307179586 * rng_uniform(g->seed, g->stream, index + 1));
+        }
+        g->k->log(n, u, u);
+        g->k->sincos(n, c, s, c);
+        for (int i = 0; i < n; i++) g->w[at + i] = g->scale * (sqrtf(-2.0f * u[i]) * c[i]);
+    }
 }
 
 /* Initial weights by the table: N(0, init_range), residual projections 'r' by sqrt(2 layers)
@@ -8371,13 +8390,12 @@ static void model_randomize(rlhf_model *m, uint64_t seed) {
         for (int layer = 0; layer < model_own_layers(m, p); layer++) {
             float *w = model_w(m, p, layer), std = m->c.init_range;
             int init = model_param_info[p].init;
+            size_t n = m->slot[p].n;
             if (init == 'r' && m->c.scaled_init) std /= sqrtf(2.0f * (float)m->c.layers);
-            for (size_t i = 0; i < m->slot[p].n; i++) {
-                uint64_t at = (uint64_t)(w - m->w) + i;
-                w[i] = init == '1'   ? 1.0f - m->c.norm_base
-                       : init == '0' ? 0.0f
-                                     : std * model_normal(seed, RNG_INIT, at);
-            }
+            model_normals g = {m->ctx->k, seed, RNG_INIT, (uint64_t)(w - m->w), std, w};
+            if (init == '1' || init == '0')
+                for (size_t i = 0; i < n; i++) w[i] = init == '1' ? 1.0f - m->c.norm_base : 0.0f;
+            else par_for(m->ctx, (int64_t)n, par_grain(16), model_normals_range, &g);
         }
     m->version++;
 }
@@ -8385,8 +8403,9 @@ static void model_randomize(rlhf_model *m, uint64_t seed) {
 /* The score head: N(0, 1 / (d + 1)), as in Stiennon et al. (2020), so that scores of normed states
  * begin near deviation 1. */
 static void model_init_score(rlhf_model *m, uint64_t seed) {
-    float *w = model_w(m, P_SCORE, 0), std = 1.0f / sqrtf((float)m->c.d + 1.0f);
-    for (int i = 0; i < m->c.d; i++) w[i] = std * model_normal(seed, RNG_HEAD, (uint64_t)i);
+    float std = 1.0f / sqrtf((float)m->c.d + 1.0f);
+    model_normals g = {m->ctx->k, seed, RNG_HEAD, 0, std, model_w(m, P_SCORE, 0)};
+    model_normals_range(&g, 0, m->c.d, 0);
     m->version++;
 }
 
@@ -12178,6 +12197,8 @@ typedef struct gen_rows {
     gen_item **item; /* of each live row */
     float *logits;   /* [live][vocab] */
     int vocab;
+    float *kept;    /* [threads][2][vocab], scratch; null: no token is left out */
+    int32_t *ids;   /* [threads][vocab], likewise */
     int32_t *token; /* [live] */
     float *logp;
 } gen_rows;
@@ -12188,48 +12209,101 @@ static int gen_greater(const void *a, const void *b) {
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
-/* Leaves only the top_k most likely tokens, of those only the fewest that hold the share top_p; the
- * others become -inf. Tokens as likely as the last one left are left too, so that the order of ids
- * decides nothing. x and sorted are [vocab]. */
-static void gen_truncate(const gen_rows *g, float *x, float *sorted) {
-    int n = g->vocab, keep = g->c->top_k > 0 ? base_min(g->c->top_k, n) : n;
-    float scale = 1.0f / g->c->temperature;
-    memcpy(sorted, x, (size_t)n * sizeof *x);
-    qsort(sorted, (size_t)n, sizeof *sorted, gen_greater);
-    if (g->c->top_p < 1) {
-        k_stats s = g->k->stats(keep, sorted, scale);
-        double mass = 0;
-        for (int i = 0; i < keep; i++) {
-            mass += (double)v_exp1(sorted[i] * scale - s.lse);
-            if (mass >= g->c->top_p) keep = i + 1;
-        }
+/* Buckets for the tokens of a row by how far they are behind the most likely one, so many to a nat:
+ * so fine that one bucket's tokens are soon sorted, so many that the last one's hardly weigh. */
+enum { GEN_BUCKETS = 2048, GEN_NAT = 64 };
+
+static int gen_bucket(float z, float max) {
+    float behind = (max - z) * GEN_NAT;
+    return behind < GEN_BUCKETS - 1 ? (int)behind : GEN_BUCKETS - 1; /* NaN: the last */
+}
+
+/* The smallest logit that is left when tokens are taken from the most likely one on until they are
+ * `need`: by number, or by the share that they hold. -inf: all are left. s: statistics of x [n];
+ * room [n] is scratch. Nothing is sorted but the bucket where need is reached. */
+static float gen_least(const k_table *k, int n, const float *x, float scale, k_stats s,
+                       int by_share, double need, float *room) {
+    double weight[GEN_BUCKETS] = {0}, sum = 0;
+    for (int i = 0; i < n; i += 256) {
+        float p[256];
+        int w = base_min(256, n - i);
+        memcpy(p, x + i, (size_t)w * sizeof *p);
+        if (by_share) k->ce(w, p, scale, s.lse, 1.0f);
+        for (int j = 0; j < w; j++)
+            weight[gen_bucket(x[i + j] * scale, s.max)] += by_share ? (double)p[j] : 1.0;
     }
-    /* Everything below the least likely token that is kept goes. */
-    float least = sorted[keep - 1];
+    int b = 0, m = 0;
+    while (b < GEN_BUCKETS - 1 && sum + weight[b] < need) sum += weight[b++];
     for (int i = 0; i < n; i++)
-        if (x[i] < least) x[i] = -INFINITY;
+        if (gen_bucket(x[i] * scale, s.max) == b) room[m++] = x[i];
+    qsort(room, (size_t)m, sizeof *room, gen_greater);
+    for (int i = 0; i < m; i++) {
+        sum += by_share ? (double)v_exp1(room[i] * scale - s.lse) : 1.0;
+        if (sum >= need) return room[i];
+    }
+    return m ? room[m - 1] : -INFINITY;
+}
+
+/* Keeps the tokens that are no less likely than `least`, in order; returns their number. */
+static int gen_keep(int n, float least, float *x, int32_t *id) {
+    int m = 0;
+    for (int i = 0; i < n; i++) {
+        x[m] = x[i];
+        id[m] = id[i];
+        m += !(x[i] < least);
+    }
+    return m;
+}
+
+/* Whether tokens may be left out. */
+static int gen_truncates(const gen_config *c, int vocab) {
+    return c->temperature > 0 && ((c->top_k > 0 && c->top_k < vocab) || c->top_p < 1);
+}
+
+/* Leaves of the logits x [n], whose statistics are *s, those of the top_k most likely tokens, and of
+ * these the fewest that hold the share top_p; their ids in id, the statistics of what is left in
+ * *s. Tokens as likely as the last one left are left too, so that the order of ids decides nothing.
+ * Returns how many. */
+static int gen_truncate(const gen_rows *g, int n, float *x, int32_t *id, float *room, k_stats *s) {
+    float scale = 1.0f / g->c->temperature;
+    int top_k = g->c->top_k > 0 && g->c->top_k < n;
+    for (int i = 0; i < n; i++) id[i] = i;
+    if (top_k) {
+        n = gen_keep(n, gen_least(g->k, n, x, scale, *s, 0, g->c->top_k, room), x, id);
+        *s = g->k->stats(n, x, scale);
+    }
+    if (g->c->top_p < 1) {
+        n = gen_keep(n, gen_least(g->k, n, x, scale, *s, 1, g->c->top_p, room), x, id);
+        *s = g->k->stats(n, x, scale);
+    }
+    return n;
 }
 
 /* Draws the next token of rows [lo, hi) by inversion (k_draw), or takes the first most likely
  * one. */
 static void gen_pick_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     gen_rows *g = arg;
-    (void)thread;
+    size_t vocab = (size_t)g->vocab, own = (size_t)thread * vocab;
+    float *kept = g->kept ? g->kept + 2 * own : NULL;
+    int32_t *ids = g->kept ? g->ids + own : NULL;
     for (int64_t r = lo; r < hi; r++) {
-        float *x = g->logits + (size_t)r * (size_t)g->vocab;
+        const float *x = g->logits + (size_t)r * vocab;
         const gen_item *it = g->item[r];
-        int greedy = g->c->temperature == 0, id = 0;
+        int greedy = g->c->temperature == 0, id = 0, n = g->vocab;
         float scale = greedy ? 1.0f : 1.0f / g->c->temperature;
-        k_stats s = g->k->stats(g->vocab, x, scale);
+        k_stats s = g->k->stats(n, x, scale);
+        if (kept) {
+            x = memcpy(kept, x, vocab * sizeof *x);
+            n = gen_truncate(g, n, kept, ids, kept + vocab, &s);
+        }
         if (greedy) {
-            for (int i = 1; i < g->vocab; i++)
+            for (int i = 1; i < n; i++)
                 if (x[i] > x[id]) id = i;
         } else {
             double u = rng_uniform(g->c->seed, RNG_SAMPLE + it->key, (uint64_t)it->n);
-            id = k_draw(g->k, g->vocab, x, scale, s.lse, u);
+            id = k_draw(g->k, n, x, scale, s.lse, u);
         }
-        /* Of the distribution that was drawn from: lse is that of the truncated logits. */
-        g->token[r] = id;
+        g->token[r] = kept ? ids[id] : id;
         g->logp[r] = x[id] * scale - s.lse;
     }
 }
@@ -12353,10 +12427,10 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
     g.token = arena_alloc(ws, (size_t)n * sizeof *g.token);
     g.logp = arena_floats(ws, (size_t)n, 1);
     op_logits(&e, &w, n, top.h, g.logits);
-    if (c->temperature > 0 && ((c->top_k > 0 && c->top_k < m->c.vocab) || c->top_p < 1)) {
-        float *sorted = arena_floats(ws, (size_t)m->c.vocab, 1);
-        for (int i = 0; i < n; i++)
-            gen_truncate(&g, g.logits + (size_t)i * (size_t)m->c.vocab, sorted);
+    if (gen_truncates(c, g.vocab)) {
+        size_t threads = (size_t)m->ctx->threads, vocab = (size_t)g.vocab;
+        g.kept = arena_floats(ws, 2 * vocab, threads);
+        g.ids = arena_alloc(ws, vocab * threads * sizeof *g.ids);
     }
     par_for(m->ctx, n, par_grain(4 * g.vocab), gen_pick_rows, &g);
     for (int i = 0; i < n; i++) {

@@ -17,6 +17,8 @@ enum { CONFIGS = 2, ITEMS = 23, PROMPTS = 5, ROOM = 9, WIDTH = 24 };
 /* All that a run gives, by item. */
 typedef struct answers {
     int config, batch, max_new, order; /* order 1: the same items the other way round */
+    int top_k;
+    double top_p;
     int32_t out[ITEMS][ROOM];
     float logp[ITEMS][ROOM], hidden[ITEMS][ROOM * WIDTH];
     int n[ITEMS], finished[ITEMS];
@@ -62,8 +64,8 @@ static void generate(rlhf_ctx *ctx, void *arg) {
     rlhf_model *m = model_open(ctx, configs[a->config]);
     gen_item item[ITEMS];
     set_items(a, item, (size_t)m->c.d);
-    gen_config c = {.max_new = a->max_new, .batch = a->batch, .temperature = 1, .top_p = 1,
-                    .seed = 3, .stop = -1};
+    gen_config c = {.max_new = a->max_new, .batch = a->batch, .temperature = 1,
+                    .top_k = a->top_k, .top_p = a->top_p, .seed = 3, .stop = -1};
     gen_run(m, &m->ws, &c, item, ITEMS, NULL);
     for (int i = 0; i < ITEMS; i++) {
         const gen_item *it = item + (a->order ? ITEMS - 1 - i : i);
@@ -99,14 +101,16 @@ TEST(company_changes_nothing) {
     for (int c = 0; c < CONFIGS; c++) {
         size_t d = c ? 16 : 24;
         for (int max_new = 1; max_new <= ROOM; max_new += ROOM - 1) {
-            int ended = 0;
-            alone = (answers){.config = c, .batch = 1, .max_new = max_new};
+            int ended = 0, top_k = c ? 20 : 0;
+            double top_p = c ? 0.9 : 1;
+            alone = (answers){.config = c, .batch = 1, .max_new = max_new, .top_k = top_k,
+                              .top_p = top_p};
             run_answers(&alone, 1);
             for (int i = 0; i < ITEMS; i++) ended += alone.n[i] < max_new;
             CHECK(max_new == 1 || (ended > 0 && ended < ITEMS));
             for (size_t k = 0; k < sizeof batches / sizeof *batches; k++) {
                 other = (answers){.config = c, .batch = batches[k], .max_new = max_new,
-                                  .order = k % 2};
+                                  .order = k % 2, .top_k = top_k, .top_p = top_p};
                 run_answers(&other, 1 + (int)k % 3);
                 same_answers(&alone, &other, d);
             }
@@ -157,4 +161,86 @@ TEST(equal_prompts_are_computed_once) {
     rlhf_close(ctx);
 }
 
-TEST_MAIN(CASE(company_changes_nothing), CASE(equal_prompts_are_computed_once))
+/* ---- what is left of a distribution ------------------------------------------------------------ */
+
+enum { VOCAB = 5000 };
+
+/* By definition, with all logits sorted: the tokens that are left are all those of at least one
+ * logit, which is among the top_k; those above it do not hold top_p of these yet, and with those as
+ * likely as it they do (but for single precision). */
+static void check_left(int n, const float *x, const gen_config *c, float least) {
+    static float sorted[VOCAB];
+    double scale = 1.0 / (double)c->temperature, all = 0, above = 0, with = 0;
+    memcpy(sorted, x, (size_t)n * sizeof *x);
+    qsort(sorted, (size_t)n, sizeof *sorted, gen_greater);
+    int keep = c->top_k > 0 && c->top_k < n ? c->top_k : n;
+    float last = sorted[keep - 1];
+    for (int i = 0; i < n; i++) {
+        double p = exp((double)(sorted[i] - sorted[0]) * scale);
+        if (sorted[i] >= last) all += p;
+        if (sorted[i] > least) above += p;
+        if (sorted[i] >= least) with += p;
+    }
+    CHECK(least >= last);
+    CHECK(with / all > c->top_p - 1e-6);
+    if (c->top_p == 1) CHECK(least == last);
+    else CHECK(above / all < c->top_p + 1e-6);
+}
+
+/* Flat, peaked and far logits, with ties; the same in every kernel set. */
+TEST(truncation_is_by_rank_and_share) {
+    static float x[VOCAB], kept[VOCAB], room[VOCAB];
+    static int32_t id[VOCAB];
+    static const int sizes[] = {1, 2, 97, 1000, VOCAB}, tops[] = {0, 1, 2, 50, 700};
+    static const float spreads[] = {0.01f, 1, 8, 300}, temperatures[] = {0.7f, 1, 1.9f};
+    static const double shares[] = {1, 1e-6, 0.2, 0.9, 0.995};
+    gen_rows g = {0};
+    for (int i = 0; i < 5 * 4 * 3 * 5 * 5; i++) {
+        int n = sizes[i % 5], left = 0;
+        float spread = spreads[i / 5 % 4], lse = 0;
+        gen_config c = {.temperature = temperatures[i / 20 % 3], .top_k = tops[i / 60 % 5],
+                        .top_p = shares[i / 300]};
+        test_fill(x, (size_t)n, -spread, spread);
+        for (int j = 0; j < n; j += 7) x[j] = x[j / 2]; /* ties */
+        for (int t = 0; t < K_TABLES && gen_truncates(&c, n); t++) {
+            if (!k_tables[t]->available()) continue;
+            g.k = k_tables[t], g.c = &c;
+            memcpy(kept, x, (size_t)n * sizeof *x);
+            k_stats s = g.k->stats(n, x, 1.0f / c.temperature);
+            int m = gen_truncate(&g, n, kept, id, room, &s), at = 0;
+            float least = INFINITY;
+            for (int j = 0; j < m; j++) least = kept[j] < least ? kept[j] : least;
+            for (int j = 0; j < n; j++) {
+                if (x[j] < least) continue;
+                CHECK(at < m && id[at] == j && kept[at] == x[j]);
+                at++;
+            }
+            CHECK_EQ_I(m, at);
+            check_left(n, x, &c, least);
+            k_stats want = g.k->stats(m, kept, 1.0f / c.temperature);
+            CHECK(s.lse == want.lse && s.max == want.max);
+            if (left) CHECK(m == left && s.lse == lse);
+            left = m, lse = s.lse;
+        }
+    }
+}
+
+/* A model that has diverged: no index leaves the arrays, and something is left. */
+TEST(truncation_of_no_numbers) {
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    float x[40], room[40];
+    int32_t id[40];
+    gen_config c = {.temperature = 1, .top_k = 5, .top_p = 0.5};
+    for (int i = 0; i < 3 * 2 * K_TABLES; i++) {
+        gen_rows g = {.k = k_tables[i / 6], .c = &c};
+        if (!g.k->available()) continue;
+        for (int j = 0; j < 40; j++) x[j] = i / 3 % 2 && j % 3 ? (float)j : bad[i % 3];
+        k_stats s = g.k->stats(40, x, 1);
+        int m = gen_truncate(&g, 40, x, id, room, &s);
+        CHECK(m > 0 && m <= 40);
+        for (int j = 0; j < m; j++) CHECK(id[j] >= 0 && id[j] < 40 && (!j || id[j] > id[j - 1]));
+    }
+}
+
+TEST_MAIN(CASE(company_changes_nothing), CASE(equal_prompts_are_computed_once),
+          CASE(truncation_is_by_rank_and_share), CASE(truncation_of_no_numbers))

@@ -839,6 +839,29 @@ TEST(initial_weights) {
     rlhf_close(ctx);
 }
 
+/* A weight is a function of seed and place: the formula in plain C gives its bits, in every kernel
+ * set, for any number of threads and wherever a piece begins. */
+TEST(initial_values_are_box_muller) {
+    enum { N = 3001, FROM = 12345 };
+    float *w = test_floats(N), *want = test_floats(N);
+    for (int i = 0; i < N; i++) {
+        uint64_t at = 2 * (uint64_t)(FROM + i);
+        float s, c, u = (float)(1.0 - rng_uniform(9, RNG_INIT, at));
+        v_sincos1((float)(6.283185307179586 * rng_uniform(9, RNG_INIT, at + 1)), &s, &c);
+        want[i] = 0.02f * (sqrtf(-2.0f * v_log1(u)) * c);
+    }
+    for (int t = 0; t < K_TABLES; t++) {
+        rlhf_ctx *ctx = k_tables[t]->available() ? test_context(k_tables[t]->name, 1 + t % 3) : NULL;
+        if (!ctx) continue;
+        model_normals g = {ctx->k, 9, RNG_INIT, FROM, 0.02f, w};
+        memset(w, 0, N * sizeof *w);
+        par_for(ctx, N, 100, model_normals_range, &g);
+        CHECK(!memcmp(w, want, N * sizeof *w));
+        rlhf_close(ctx);
+    }
+    test_floats_free(w), test_floats_free(want);
+}
+
 /* ---- errors ---------------------------------------------------------------------------------- */
 
 TEST(bad_batches) {
@@ -1002,5 +1025,5 @@ TEST_MAIN(CASE(gradients_gpt2), CASE(gradients_llama), CASE(gradients_families),
           CASE(gradients_scorers), CASE(kernels_and_threads), CASE(the_same_on_every_machine),
           CASE(alone_and_in_a_batch), CASE(micro_batches), CASE(token_by_token),
           CASE(hash_of_weights), CASE(pieces_of_a_batch), CASE(weights_that_change),
-          CASE(initial_weights), CASE(bad_batches), CASE(bad_configs), CASE(names_of_matrices),
-          CASE(out_of_memory))
+          CASE(initial_weights), CASE(initial_values_are_box_muller), CASE(bad_batches),
+          CASE(bad_configs), CASE(names_of_matrices), CASE(out_of_memory))

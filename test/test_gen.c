@@ -161,7 +161,7 @@ TEST(equal_prompts_are_computed_once) {
     rlhf_close(ctx);
 }
 
-/* ---- what is left of a distribution ------------------------------------------------------------ */
+/* ---- what is left of a distribution ---------------------------------------------------------- */
 
 enum { VOCAB = 5000 };
 

@@ -851,8 +851,8 @@ TEST(initial_values_are_box_muller) {
         want[i] = 0.02f * (sqrtf(-2.0f * v_log1(u)) * c);
     }
     for (int t = 0; t < K_TABLES; t++) {
-        rlhf_ctx *ctx = k_tables[t]->available() ? test_context(k_tables[t]->name, 1 + t % 3) : NULL;
-        if (!ctx) continue;
+        if (!k_tables[t]->available()) continue;
+        rlhf_ctx *ctx = test_context(k_tables[t]->name, 1 + t % 3);
         model_normals g = {ctx->k, 9, RNG_INIT, FROM, 0.02f, w};
         memset(w, 0, N * sizeof *w);
         par_for(ctx, N, 100, model_normals_range, &g);

@@ -6,8 +6,9 @@
 
 common.py tells of names and results. A GGUF file with random weights is written and read; names
 that end in /bf16 have matrices in bf16. Tokens go through llama_decode, all sequences of a batch in
-one call, and llama.cpp's own sampler draws them from the whole vocabulary at temperature 1. Cache
-(f16) and attention are its defaults, which are the fastest for this work.
+one call, and llama.cpp's own sampler draws them at temperature 1, from the whole vocabulary or, for
+sample/..., with top_k 50 and top_p 0.9. Cache (f16) and attention are its defaults, which are the
+fastest for this work.
 """
 
 import ctypes
@@ -97,9 +98,9 @@ def on_log(level, text, _):
 
 
 class Llama:
-    """A model and room for a batch of sequences."""
+    """A model and room for a batch of sequences; some: they draw from the likely tokens only."""
 
-    def __init__(self, path, s, batch, length, threads):
+    def __init__(self, path, s, batch, length, threads, some):
         self.vocab, self.count = s.vocab, batch
         self.model = lib.llama_model_load_from_file(bytes(path), lib.llama_model_default_params())
         c = lib.llama_context_default_params()
@@ -111,6 +112,9 @@ class Llama:
             sys.exit("llama.cpp does not take the model")
         self.tokens = lib.llama_batch_init(batch * length, 0, 1)
         self.sampler = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        if some:
+            lib.llama_sampler_chain_add(self.sampler, lib.llama_sampler_init_top_k(50))
+            lib.llama_sampler_chain_add(self.sampler, lib.llama_sampler_init_top_p(0.9, 1))
         lib.llama_sampler_chain_add(self.sampler, lib.llama_sampler_init_dist(1))
 
     def close(self):
@@ -158,13 +162,13 @@ class Llama:
 
 
 @contextmanager
-def model(s, w, bf16, batch, length, threads):
+def model(s, w, bf16, batch, length, threads, some=False):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.gguf"
         write(path, s, w, bf16)
         del w  # the peak of memory begins without them
         forget_peak()
-        m = Llama(path, s, batch, length, threads)
+        m = Llama(path, s, batch, length, threads, some)
         yield m
         m.close()
 
@@ -174,10 +178,10 @@ def random_ids(s, batch, length):
 
 
 def measure(work, name, numbers, bf16, a):
-    if work != "generate":
+    if work not in ("generate", "sample"):
         return None
     s, (batch,) = SHAPES[name], numbers
-    with model(s, weights(s), bf16, batch, 128, a.threads) as m:
+    with model(s, weights(s), bf16, batch, 128, a.threads, work == "sample") as m:
         prompts = random_ids(s, batch, 64)
         # The prompt and the first token are taken off.
         t = median_time(lambda: m.generate(prompts, 64), a.quick)

@@ -215,8 +215,16 @@ def draw(logits):
     return ids, p.gather(1, ids).log_()
 
 
+def draw_some(logits, top_k=50, top_p=0.9):
+    """The same from the top_k most likely tokens, of these the fewest that hold the share top_p."""
+    logits, ids = logits.topk(top_k)
+    p = F.softmax(logits, dim=-1)
+    chosen, logp = draw(logits.masked_fill_(p.cumsum(-1) - p >= top_p, -math.inf))
+    return ids.gather(1, chosen), logp
+
+
 @torch.inference_mode()
-def generate(model, prompts, new, temperature=1.0):
+def generate(model, prompts, new, temperature=1.0, draw=draw):
     """[batch][new] ids and their log-probabilities; temperature 0 takes the most likely ones."""
     batch, length = prompts.shape
     cache = Cache(model.shape, batch, length + new, model.tokens.weight.dtype)
@@ -337,14 +345,15 @@ def measure(work, model, numbers, bf16, a):
         batch, length = numbers
         training = Training(model, batch, length, bf16)
         return batch * length / median_time(training.step, a.quick), "tok/s"
-    if work == "generate":
+    if work in ("generate", "sample"):
         batch, = numbers
+        how = draw_some if work == "sample" else draw
         m = Model(model).requires_grad_(False)
         m = m.bfloat16() if bf16 else m
         prompts = random_ids(m, batch, 64)
         # The prompt and the first token are taken off.
-        s = median_time(lambda: generate(m, prompts, 64), a.quick)
-        s -= median_time(lambda: generate(m, prompts, 1), a.quick)
+        s = median_time(lambda: generate(m, prompts, 64, draw=how), a.quick)
+        s -= median_time(lambda: generate(m, prompts, 1, draw=how), a.quick)
         return batch * 63 / s, "tok/s"
     return 1e3 * median_time(Ppo(model, *numbers, bf16).step, a.quick), "ms"
 
@@ -410,6 +419,12 @@ def check(report, _):
     share = torch.bincount(ids[:, 0], minlength=6) / 40000
     report((share - logits.softmax(-1)[0]).abs().max() < 0.015, "draws follow the probabilities")
     report(torch.allclose(logp, logits.log_softmax(-1)[0][ids], atol=1e-5), "and say them")
+    few = torch.tensor([[0.05, 0.3, 0.1, 0.25, 0.2, 0.1]]).log()  # of five: 0.95, of it 0.8: three
+    ids, logp = draw_some(few.expand(40000, -1), 5, 0.8)
+    share = torch.bincount(ids[:, 0], minlength=6) / 40000
+    left = torch.tensor([0, 0.3, 0, 0.25, 0.2, 0]) / 0.75
+    report((share - left).abs().max() < 0.015, "draws of some tokens follow what is left")
+    report(torch.allclose(logp.exp(), left[ids], atol=1e-5), "and say it")
 
 
 def setup(threads):

@@ -1559,6 +1559,13 @@ V_OP v16 v16_load(const float *p) {
 
 V_OP void v16_store(float *p, v16 a) { V_EACH(v_store(p + i * V_WIDTH, a.r[i])); }
 
+/* Sixteen bfloat16 as floats. */
+V_OP v16 v16_widen(const uint16_t *p) {
+    v16 o;
+    V_EACH(o.r[i] = v_widen(p + i * V_WIDTH));
+    return o;
+}
+
 /* Whether every lane of the mask is set. */
 V_OP int v16_all(v16 a) {
     vf all = a.r[0];
@@ -1736,6 +1743,7 @@ typedef struct k_tiles {
     void (*begin)(void), (*end)(void); /* around a block of tiles; null: nothing to do */
     k_half_fn *half;                   /* for bfloat16: how operands are packed */
     k_pairs_fn *pairs;
+    k_tile_fn *narrow; /* the same on panels of bfloat16; null: there is none */
     double (*peak)(int64_t rounds, float *sink); /* does multiply-adds in registers alone; returns
                                                     how many operations; null: unknown */
 } k_tiles;
@@ -2586,6 +2594,14 @@ enum {
     GEMM_DEPTH = 1024 /* longest part of k that a block of A and a group of panels have */
 };
 
+/* What B's panels hold, sixteen for a step of k: floats, pairs, bfloat16 that count as floats. */
+enum { GEMM_FLOATS, GEMM_PAIRS, GEMM_NARROW };
+
+/* Floats that a step of a panel takes. */
+RLHF_INLINE size_t gemm_line(const int form) {
+    return form == GEMM_NARROW ? RLHF_LANES / 2 : RLHF_LANES;
+}
+
 /* One tile's operands; all strides count floats. The driver sets a, b, c and bias to the tile's
  * corner, the caller of the driver to the product's. */
 typedef struct gemm_tile_args {
@@ -2610,6 +2626,8 @@ typedef struct gemm_args {
     int half;         /* of bfloat16; t.b, if not null, is panels of pairs */
     const float *src; /* B element (k, n) is src[k * ks + n * ns], where t.b is null */
     size_t ks, ns;    /* one of them is 1 */
+    const uint16_t *narrow; /* or B is in panels of bfloat16, each [k][16], t.bs apart; or null.
+                               Where t.b is the same, tiles read them, and t.bs counts floats */
     size_t ms;        /* floats of A for each row from one tile to the next; 0: t.rs */
     k_map_fn *act;    /* y = act(c), row by row while the block is in cache; null = none */
     float *y;         /* [m][ldy] */
@@ -2664,12 +2682,18 @@ static void gemm_r_pair_tile(int rows, int panels, const gemm_tile_args *t) {
  * registers of 256 and of 512 bits. */
 enum { GEMM_LOW = 3, GEMM_LOW_512 = 4, GEMM_AHEAD = 40 };
 
+/* Sixteen columns of a step. */
+V_OP v16 gemm_v_column(const int form, const float *b) {
+    return form == GEMM_NARROW ? v16_widen((const uint16_t *)(const void *)b) : v16_load(b);
+}
+
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
  * v16 are twelve of AVX2's sixteen registers. What does not fit beside them is read by the fused
- * multiply-add itself. half and ask, constants too: pairs, as in gemm_r_pair_tile; whether the tile
- * asks for what is to come. */
-V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
+ * multiply-add itself. form and ask, constants too: of B's panels (pairs are added as in
+ * gemm_r_pair_tile); whether the tile asks for what is to come. */
+V_OP void gemm_v_body(const int R, const int P, const int form, const int ask,
                       const gemm_tile_args *t) {
+    const int half = form == GEMM_PAIRS;
     v16 sum[6][4];
     V_UNROLL
     for (int r = 0; r < R; r++) {
@@ -2684,15 +2708,15 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
             __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k: P loads, R broadcasts, R P fused multiply-adds. */
     const float *a = t->a, *b = t->b, *after = t->next ? t->next : b, *next = after;
-    const size_t step = R <= GEMM_LOW ? RLHF_LANES : t->step;
-    if (R <= GEMM_LOW && t->k > GEMM_AHEAD) next = b + GEMM_AHEAD * RLHF_LANES;
+    const size_t line = gemm_line(form), step = R <= GEMM_LOW ? line : t->step;
+    if (R <= GEMM_LOW && t->k > GEMM_AHEAD) next = b + GEMM_AHEAD * line;
     for (int k = t->k; k > 0; k--) {
         v16 col[4];
         if (R <= GEMM_LOW && k == GEMM_AHEAD) next = after;
         V_UNROLL
         for (int p = 0; p < P; p++) {
             if (R <= GEMM_LOW && ask) __builtin_prefetch(next + (size_t)p * t->bs);
-            col[p] = v16_load(b + (size_t)p * t->bs);
+            col[p] = gemm_v_column(form, b + (size_t)p * t->bs);
         }
         v16 high[4];
         V_UNROLL
@@ -2712,7 +2736,7 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
         }
         if (R > GEMM_LOW && ask) __builtin_prefetch(next);
         a += t->cs;
-        b += RLHF_LANES;
+        b += line;
         next += step;
     }
     V_UNROLL
@@ -2733,28 +2757,31 @@ V_OP void gemm_v_body(const int R, const int P, const int half, const int ask,
 #define GEMM_ASKS(R) (t->step || ((R) <= GEMM_LOW && t->k > 2 * GEMM_AHEAD))
 #define GEMM_V(R, P)                                                                               \
     case (R)*8 + (P):                                                                              \
-        if (GEMM_ASKS(R)) gemm_v_body(R, P, GEMM_HALF, 1, t);                                      \
-        else gemm_v_body(R, P, GEMM_HALF, 0, t);                                                   \
+        if (GEMM_ASKS(R)) gemm_v_body(R, P, GEMM_FORM, 1, t);                                      \
+        else gemm_v_body(R, P, GEMM_FORM, 0, t);                                                   \
         return;
-#define GEMM_HALF 0
-K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t) {
-    switch (rows * 8 + panels) {
-        GEMM_V(6, 1)
-        GEMM_V(5, 1)
-        GEMM_V(4, 1)
-        GEMM_V(3, 1)
-        GEMM_V(3, 2)
-        GEMM_V(2, 1)
-        GEMM_V(2, 2)
-        GEMM_V(2, 3)
-        GEMM_V(1, 1)
-        GEMM_V(1, 2)
-        GEMM_V(1, 3)
-        GEMM_V(1, 4)
+#define GEMM_V_SHAPES                                                                              \
+    switch (rows * 8 + panels) {                                                                   \
+        GEMM_V(6, 1)                                                                               \
+        GEMM_V(5, 1)                                                                               \
+        GEMM_V(4, 1)                                                                               \
+        GEMM_V(3, 1)                                                                               \
+        GEMM_V(3, 2)                                                                               \
+        GEMM_V(2, 1)                                                                               \
+        GEMM_V(2, 2)                                                                               \
+        GEMM_V(2, 3)                                                                               \
+        GEMM_V(1, 1)                                                                               \
+        GEMM_V(1, 2)                                                                               \
+        GEMM_V(1, 3)                                                                               \
+        GEMM_V(1, 4)                                                                               \
     }
-}
-#undef GEMM_HALF
-#define GEMM_HALF 1
+#define GEMM_FORM GEMM_FLOATS
+K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t){GEMM_V_SHAPES}
+#undef GEMM_FORM
+#define GEMM_FORM GEMM_NARROW
+K_FN void gemm_v_narrow(int rows, int panels, const gemm_tile_args *t){GEMM_V_SHAPES}
+#undef GEMM_FORM
+#define GEMM_FORM GEMM_PAIRS
 K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
     switch (rows * 8 + panels) {
         GEMM_V(4, 1)
@@ -2766,7 +2793,7 @@ K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
         GEMM_V(1, 3)
     }
 }
-#undef GEMM_HALF
+#undef GEMM_FORM
 #undef GEMM_V
 
 /* Six chains of sixteen lanes: as many registers as a tile has. Every lane begins at a value of its
@@ -2792,8 +2819,15 @@ K_FN double gemm_v_peak(int64_t rounds, float *sink) {
  * instructions of bfloat16 are used where `half` asks for them, and nowhere else. */
 #define GEMM_512 __attribute__((target("avx512f,avx512bw,avx512bf16,avx2,fma")))
 
+/* Sixteen columns of a step. */
+RLHF_INLINE GEMM_512 __m512 gemm_512_column(const int form, const float *b) {
+    if (form != GEMM_NARROW) return _mm512_loadu_ps(b);
+    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)b));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+}
+
 /* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. */
-RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half,
+RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int form,
                                         const gemm_tile_args *t) {
     __m512 sum[GEMM_SUMS][GEMM_MAX_PANELS];
     V_UNROLL
@@ -2809,8 +2843,8 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
             __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k, as in gemm_v_body; the blocks are sums, next rows, steps, results. */
     const float *a = t->a, *b = t->b, *after = t->next ? t->next : b, *next = after;
-    const size_t step = R <= GEMM_LOW_512 ? RLHF_LANES : t->step;
-    if (R <= GEMM_LOW_512 && t->k > GEMM_AHEAD) next = b + GEMM_AHEAD * RLHF_LANES;
+    const size_t line = gemm_line(form), step = R <= GEMM_LOW_512 ? line : t->step;
+    if (R <= GEMM_LOW_512 && t->k > GEMM_AHEAD) next = b + GEMM_AHEAD * line;
 #pragma GCC unroll 4
     for (int k = t->k; k > 0; k--) {
         __m512 col[GEMM_MAX_PANELS];
@@ -2818,19 +2852,20 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
         V_UNROLL
         for (int p = 0; p < P; p++) {
             if (R <= GEMM_LOW_512) __builtin_prefetch(next + (size_t)p * t->bs);
-            col[p] = _mm512_loadu_ps(b + (size_t)p * t->bs);
+            col[p] = gemm_512_column(form, b + (size_t)p * t->bs);
         }
         V_UNROLL
         for (int r = 0; r < R; r++) {
             __m512 x = _mm512_set1_ps(a[(size_t)r * t->rs]);
             V_UNROLL
             for (int p = 0; p < P; p++)
-                sum[r][p] = half ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
-                                 : _mm512_fmadd_ps(x, col[p], sum[r][p]);
+                sum[r][p] = form == GEMM_PAIRS
+                                ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
+                                : _mm512_fmadd_ps(x, col[p], sum[r][p]);
         }
         if (R > GEMM_LOW_512) __builtin_prefetch(next);
         a += t->cs;
-        b += RLHF_LANES;
+        b += line;
         next += step;
     }
     V_UNROLL
@@ -2850,7 +2885,7 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
  * for the columns of B and need the fewest loads for a multiply-add. */
 #define GEMM_P(R, P)                                                                               \
     case (R)*8 + (P):                                                                              \
-        gemm_512_body(R, P, GEMM_HALF, t);                                                         \
+        gemm_512_body(R, P, GEMM_FORM, t);                                                         \
         return;
 #define GEMM_P3(R) GEMM_P(R, 1) GEMM_P(R, 2) GEMM_P(R, 3)
 #define GEMM_P4(R) GEMM_P3(R) GEMM_P(R, 4)
@@ -2866,10 +2901,13 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int half
         GEMM_P6(2)                                                                                 \
         GEMM_P6(1)                                                                                 \
     }
-#define GEMM_HALF 0
+#define GEMM_FORM GEMM_FLOATS
 GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t){GEMM_512_SHAPES}
-#undef GEMM_HALF
-#define GEMM_HALF 1
+#undef GEMM_FORM
+#define GEMM_FORM GEMM_NARROW
+GEMM_512 static void gemm_512_narrow(int rows, int panels, const gemm_tile_args *t){GEMM_512_SHAPES}
+#undef GEMM_FORM
+#define GEMM_FORM GEMM_PAIRS
 GEMM_512
     static void gemm_512_pair_tile(int rows, int panels, const gemm_tile_args *t){GEMM_512_SHAPES}
 
@@ -3057,15 +3095,19 @@ static int gemm_yes(void) { return 1; }
 
 #define GEMM_PLAIN_KERNEL(name, type) .name = k_r_##name,
 #define GEMM_VECTOR_KERNEL(name, type) .name = k_v_##name,
-#define GEMM_V_SHAPES .rows = 6, .panels = {0, 4, 3, 2, 1, 1, 1}, .pack = 6
-#define GEMM_V_PAIR_SHAPES .rows = 4, .panels = {0, 3, 2, 1, 1}, .pack = 6
+#define GEMM_V_LIST .rows = 6, .panels = {0, 4, 3, 2, 1, 1, 1}, .pack = 6
+#define GEMM_V_PAIR_LIST .rows = 4, .panels = {0, 3, 2, 1, 1}, .pack = 6
 #define GEMM_512_LIST .rows = 8, .panels = {0, 6, 6, 6, 6, 4, 4, 3, 3}, .pack = 16
+#define GEMM_V_F32                                                                                 \
+    {.tile = gemm_v_tile, .narrow = gemm_v_narrow, .peak = gemm_v_peak, GEMM_V_LIST}
+#define GEMM_512_F32                                                                               \
+    {.tile = gemm_512_tile, .narrow = gemm_512_narrow, .peak = gemm_512_peak, GEMM_512_LIST}
 
 static const k_table k_ref = {
     .name = "ref",
     .available = gemm_yes,
-    .f32 = {.tile = gemm_r_tile, GEMM_V_SHAPES},
-    .bf16 = {.tile = gemm_r_pair_tile, GEMM_V_PAIR_SHAPES, .half = k_r_half, .pairs = k_r_pairs},
+    .f32 = {.tile = gemm_r_tile, GEMM_V_LIST},
+    .bf16 = {.tile = gemm_r_pair_tile, GEMM_V_PAIR_LIST, .half = k_r_half, .pairs = k_r_pairs},
     K_KERNELS(GEMM_PLAIN_KERNEL)};
 
 #if RLHF_X86
@@ -3098,19 +3140,19 @@ static int gemm_has_amx(void) {
 static const k_table k_avx2 = {
     .name = "avx2",
     .available = gemm_has_avx2,
-    .f32 = {.tile = gemm_v_tile, GEMM_V_SHAPES, .peak = gemm_v_peak},
-    .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, .half = k_v_half, .pairs = k_v_pairs},
+    .f32 = GEMM_V_F32,
+    .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_LIST, .half = k_v_half, .pairs = k_v_pairs},
     K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table k_avx512 = {
     .name = "avx512",
     .available = gemm_has_avx512,
-    .f32 = {.tile = gemm_512_tile, GEMM_512_LIST, .peak = gemm_512_peak},
-    .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, .half = k_v_half, .pairs = k_v_pairs},
+    .f32 = GEMM_512_F32,
+    .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_LIST, .half = k_v_half, .pairs = k_v_pairs},
     K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table k_avx512bf16 = {
     .name = "avx512bf16",
     .available = gemm_has_bf16,
-    .f32 = {.tile = gemm_512_tile, GEMM_512_LIST, .peak = gemm_512_peak},
+    .f32 = GEMM_512_F32,
     .bf16 = {.tile = gemm_512_pair_tile,
              GEMM_512_LIST,
              .half = gemm_512_half,
@@ -3119,7 +3161,7 @@ static const k_table k_avx512bf16 = {
     K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table k_amx = {.name = "amx",
                               .available = gemm_has_amx,
-                              .f32 = {.tile = gemm_512_tile, GEMM_512_LIST, .peak = gemm_512_peak},
+                              .f32 = GEMM_512_F32,
                               .bf16 = {.tile = gemm_amx_tile,
                                        .rows = 32,
                                        .panels = {0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
@@ -3137,8 +3179,8 @@ static const k_table *const k_tables[] = {&k_amx, &k_avx512bf16, &k_avx512, &k_a
 static const k_table k_neon = {
     .name = "neon",
     .available = gemm_yes,
-    .f32 = {.tile = gemm_v_tile, GEMM_V_SHAPES, .peak = gemm_v_peak},
-    .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_SHAPES, .half = k_v_half, .pairs = k_v_pairs},
+    .f32 = GEMM_V_F32,
+    .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_LIST, .half = k_v_half, .pairs = k_v_pairs},
     K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table *const k_tables[] = {&k_neon, &k_ref};
 #else
@@ -3191,6 +3233,8 @@ typedef struct gemm_pack_args {
     size_t ks, ns; /* B element (k, n) is b[k * ks + n * ns]; one of them is 1 */
     int k, n, half;
     float *out;
+    const uint16_t *narrow; /* not null: panels that are only widened, bs apart */
+    size_t bs;
 } gemm_pack_args;
 
 enum { GEMM_GROUP = 8 }; /* panels or tiles packed side by side */
@@ -3252,6 +3296,10 @@ static void gemm_pack_half(const gemm_pack_args *g, int lo, int hi) {
 static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
     const gemm_pack_args *g = arg;
     (void)thread;
+    size_t size = (size_t)g->k * RLHF_LANES;
+    for (size_t p = (size_t)lo; g->narrow && p < (size_t)hi; p++)
+        g->kt->wide((int)size, g->narrow + p * g->bs, g->out + p * size);
+    if (g->narrow) return;
     if (g->half) gemm_pack_half(g, (int)lo, (int)hi);
     else gemm_pack_plain(g, (int)lo, (int)hi);
 }
@@ -3260,7 +3308,7 @@ static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
  * as y = x W^T wants it: ks = 1, ns = k. */
 static void gemm_pack(rlhf_ctx *ctx, int half, const float *b, size_t ks, size_t ns, int k, int n,
                       float *out) {
-    gemm_pack_args g = {ctx->k, b, ks, ns, k, n, half, out};
+    gemm_pack_args g = {ctx->k, b, ks, ns, k, n, half, out, NULL, 0};
     int64_t panels = (int64_t)gemm_panels(n);
     par_for(ctx, panels, par_grain((int64_t)RLHF_LANES * k), gemm_pack_range, &g);
 }
@@ -3353,6 +3401,7 @@ static gemm_args gemm_part(const gemm_args *g, int m0, int m1, int p0, int p1) {
     s.n = base_min(g->n, p1 * RLHF_LANES) - (int)col;
     s.t.a += row * (g->ms ? g->ms : g->t.rs);
     if (s.t.b) s.t.b += (size_t)p0 * g->t.bs;
+    else if (s.narrow) s.narrow += (size_t)p0 * g->t.bs;
     else s.src += col * g->ns;
     s.t.c += row * g->t.ldc + col;
     if (s.t.bias) s.t.bias += col;
@@ -3363,7 +3412,7 @@ static gemm_args gemm_part(const gemm_args *g, int m0, int m1, int p0, int p1) {
 
 /* One tile whose last panel is n < 16 columns wide: computed in a full stack tile, from which the
  * valid columns are copied. The sums are the same chains, since the panel is padded with zeros. */
-static void gemm_edge(const k_tiles *tiles, int rows, int n, const gemm_tile_args *t) {
+static void gemm_edge(k_tile_fn *tile, int rows, int n, const gemm_tile_args *t) {
     float c[GEMM_MAX_ROWS * RLHF_LANES] = {0}, add[GEMM_MAX_ROWS * RLHF_LANES] = {0};
     float bias[RLHF_LANES] = {0};
     gemm_tile_args e = *t;
@@ -3378,7 +3427,7 @@ static void gemm_edge(const k_tiles *tiles, int rows, int n, const gemm_tile_arg
         if (t->add)
             memcpy(add + r * RLHF_LANES, t->add + (size_t)r * t->ldc, (size_t)n * sizeof *add);
     }
-    tiles->tile(rows, 1, &e);
+    tile(rows, 1, &e);
     for (int r = 0; r < rows; r++)
         memcpy(t->c + (size_t)r * t->ldc, c + r * RLHF_LANES, (size_t)n * sizeof *c);
 }
@@ -3395,8 +3444,9 @@ static const k_tiles *gemm_tiles(const k_table *kt, const gemm_args *g) {
     return g->half ? &kt->bf16 : &kt->f32;
 }
 
-/* Tiles one above the other that are few: the panels to come are then needed soon. */
-enum { GEMM_FEW_TILES = 8 };
+/* Tiles one above the other that are few: the panels to come are then needed soon. And so few that
+ * each of them may widen narrow panels. */
+enum { GEMM_FEW_TILES = 8, GEMM_NARROW_TILES = 4 };
 
 /* The product on the calling thread, B in panels (t.b); then act on what it wrote. Tiles of all
  * rows share their panels while these are near, and are of one height as nearly as they can be: a
@@ -3409,6 +3459,8 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
     int high = (g->m + height - 1) / height;
     int lies = !g->ms && g->t.cs == 1 && g->t.rs == (size_t)g->t.k; /* A, in the caller's rows */
     size_t ms = g->ms ? g->ms : g->t.rs;
+    size_t line = gemm_line(g->narrow ? GEMM_NARROW : GEMM_FLOATS);
+    k_tile_fn *fn = g->narrow ? tiles->narrow : tiles->tile;
     if (tiles->begin) tiles->begin();
     for (int p = 0, w; p < panels; p += w) {
         w = p < whole ? gemm_piece(whole - p, tiles->panels[base_min(height, g->m)]) : 1;
@@ -3419,8 +3471,8 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         /* While these panels are used, as many of the next ones are asked for: by all tiles in
          * equal parts, or by the first where there are so many that it is there in any case. */
         int after = base_min(w, panels - p - w), askers = high > GEMM_FEW_TILES ? after : high;
-        size_t panel = (size_t)base_max(1, g->t.k) * RLHF_LANES, part = RLHF_LANES;
-        if (askers > 1) part = (size_t)((after * RLHF_LANES + askers - 1) / askers);
+        size_t panel = (size_t)base_max(1, g->t.k) * line, part = line;
+        if (askers > 1) part = (size_t)((after * (int)line + askers - 1) / askers);
         for (int m = 0, tile = 0, rows; m < g->m; m += rows, tile++) {
             size_t row = (size_t)m * g->t.ldc + col, begin = (size_t)tile * (size_t)g->t.k * part;
             rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
@@ -3437,8 +3489,8 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
                 t.step = (size_t)rows;
                 t.next = t.a + (size_t)rows * t.rs;
             }
-            if (p < whole) tiles->tile(rows, w, &t);
-            else gemm_edge(tiles, rows, g->n - (int)col, &t);
+            if (p < whole) fn(rows, w, &t);
+            else gemm_edge(fn, rows, g->n - (int)col, &t);
         }
     }
     if (tiles->end) tiles->end();
@@ -3486,10 +3538,11 @@ static void gemm_job_part(const gemm_job *j, const gemm_args *s, int column, int
         w = gemm_piece(panels - p, j->group);
         gemm_args group = gemm_part(s, 0, s->m, p, p + w);
         if (!s->t.b) {
-            gemm_pack_args pack = {j->kt,   group.src, s->ks,   s->ns,
-                                   s->t.k,  group.n,   s->half, scratch + j->a};
+            gemm_pack_args pack = {j->kt,    group.src, s->ks,          s->ns,        s->t.k,
+                                   group.n,  s->half,   scratch + j->a, group.narrow, s->t.bs};
             if (!whole || j->held[thread] != column) gemm_pack_range(&pack, 0, w, 0);
             j->held[thread] = whole ? column : -1;
+            group.narrow = NULL;
             group.t.b = pack.out;
             group.t.bs = gemm_panel_size(j->kt, s->half, s->t.k);
         }
@@ -3514,6 +3567,7 @@ static void gemm_job_block(const gemm_job *j, const gemm_args *block, int column
         s.t.k = base_min(j->depth, k - k0);
         s.t.a += (size_t)k0 * part.t.cs;
         if (s.t.b) s.t.b += gemm_panel_size(j->kt, s.half, k0);
+        else if (s.narrow) s.narrow += (size_t)k0 * RLHF_LANES;
         else s.src += (size_t)k0 * part.ks;
         /* What follows the sum follows its last part. */
         if (k0) s.t.mode = GEMM_ACC;
@@ -3582,6 +3636,14 @@ static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
 /* The whole product, over the context's threads; scratch comes from ws. */
 static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     if (g->m <= 0 || g->n <= 0) return;
+    /* Few tiles read narrow panels themselves: what they wait for is B. Many would widen the same
+     * numbers again and again. */
+    gemm_args few = *g;
+    if (g->narrow && ctx->k->f32.narrow && g->m <= GEMM_NARROW_TILES * ctx->k->f32.rows) {
+        few.t.b = (const float *)(const void *)g->narrow;
+        few.t.bs /= 2;
+        g = &few;
+    }
     /* A fork costs more than the work; of few rows, the work is to read B. */
     int k = g->t.k, small = (double)base_max(g->m, 8) * g->n * k < 262144.0;
     gemm_job j = {.kt = ctx->k, .g = g, .rows = g->m, .panels = (int)gemm_panels(g->n), .down = 1};
@@ -3787,14 +3849,15 @@ typedef struct op_drop {
 
 /* y = x W^T + b with W [n][k], as PyTorch's Linear holds it, and adapters to it. W is floats w, or
  * pieces of a file one below the other. packed is W^T in panels [gemm_packed_size(k, n)], kept by
- * the model for products of few rows, or null; gw [n][k] and gb [n] are null where nothing is
- * trained. */
+ * the model for products of few rows, or narrow is, in panels of bfloat16 (op_narrow), or both are
+ * null; gw [n][k] and gb [n] are null where nothing is trained. */
 typedef struct op_weight {
     int n, k;
     int ld;    /* floats from one row of y or dy to the next; 0: n */
     int half;  /* products of bfloat16 */
     float cap; /* soft cap of the outputs, which op_logits applies; 0: none */
     const float *w, *b, *packed;
+    const uint16_t *narrow;
     float *gw, *gb;
     op_piece piece[OP_PIECES];
     op_lora lora[OP_PIECES];
@@ -3867,6 +3930,44 @@ static void op_pack(op_env *e, const op_weight *w, float *out) {
     }
     gemm_pack(e->ctx, w->half, b.w, b.cs, b.rs, w->k, w->n, out);
     arena_restore(e->ws, mark);
+}
+
+/* Whether W is bfloat16 in the file and its numbers are to be multiplied as floats: panels of it
+ * then are as exact in half of the memory, which is what a product of few rows waits for. */
+static int op_is_narrow(const op_weight *w) {
+    for (int i = 0; i < w->pieces; i++)
+        if (w->piece[i].kind != 'b') return 0;
+    return w->pieces && !w->half;
+}
+
+/* The panels to be made of such a W. */
+typedef struct op_narrow_job {
+    const op_weight *w;
+    uint16_t *out; /* [panels][k][16] */
+} op_narrow_job;
+
+static void op_narrow_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    const op_narrow_job *o = arg;
+    size_t k = (size_t)o->w->k;
+    (void)thread;
+    for (int at = (int)lo * RLHF_LANES; at < (int)hi * RLHF_LANES; at++) {
+        uint16_t *out = o->out + (size_t)(at / RLHF_LANES) * k * RLHF_LANES + at % RLHF_LANES;
+        const op_piece *p = o->w->piece;
+        int r = at;
+        while (at < o->w->n && r >= p->rows) r -= p++->rows;
+        const uint16_t *h = (const uint16_t *)(const void *)p->data;
+        size_t step = p->transposed ? (size_t)p->rows : 1;
+        size_t from = p->transposed ? (size_t)r : op_piece_row(p, (size_t)r) * k;
+        for (size_t j = 0; j < k; j++)
+            out[j * RLHF_LANES] = at < o->w->n ? h[from + j * step] : 0;
+    }
+}
+
+/* All of W^T in panels of bfloat16. */
+static void op_narrow(op_env *e, const op_weight *w, uint16_t *out) {
+    op_narrow_job o = {w, out};
+    int64_t panels = (int64_t)gemm_panels(w->n);
+    par_for(e->ctx, panels, par_grain((int64_t)RLHF_LANES * w->k), op_narrow_range, &o);
 }
 
 /* y [m][n] (rows ld apart) = or, with mode GEMM_ACC, += x [m][k] W^T for a small W of floats. */
@@ -3957,10 +4058,11 @@ static void op_linear(op_env *e, const op_weight *w, int m, const float *x, floa
     for (int at = 0; at < w->n; at += n) {
         arena_mark mark = arena_save(e->ws);
         op_block b = {NULL, w->n, 1, 1};
-        if (!w->packed) b = op_block_at(e, w, at);
+        if (!w->packed && !w->narrow) b = op_block_at(e, w, at);
         n = b.n;
         /* A is x as it lies, B is W^T: rows of W are columns of y. */
-        gemm_args g = {.m = m, .n = n, .half = w->half, .ldy = op_ld(w)};
+        gemm_args g = {
+            .m = m, .n = n, .half = w->half, .ldy = op_ld(w), .narrow = w->narrow};
         if (act && !w->loras) g.act = act, g.y = z + at;
         g.t = (gemm_tile_args){.k = w->k,
                                .a = x,
@@ -4522,7 +4624,7 @@ static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
 /* Packs B[k][n] on the calling thread. */
 static void op_pack_here(const k_table *kt, const float *b, size_t ks, size_t ns, int k, int n,
                          float *out) {
-    gemm_pack_args g = {kt, b, ks, ns, k, n, 0, out};
+    gemm_pack_args g = {kt, b, ks, ns, k, n, 0, out, NULL, 0};
     gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
 }
 
@@ -8441,22 +8543,34 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
  * the product. */
 enum { MODEL_MANY_ROWS = 96 };
 
-/* Panels of a matrix, or null: there are none yet and many rows, or keeping a copy would cost too
- * much memory. Own matrices are packed again when they have changed; pages of a file that have been
- * packed are given back, since it is panels that are read from then on. */
+/* Whether a matrix has narrow panels. */
+static int model_is_narrow(const rlhf_model *m, int p, int layer) {
+    size_t i = model_index(p, layer);
+    op_weight w = {.half = m->half};
+    if (m->slot[p].where != MODEL_FILE) return 0;
+    memcpy(w.piece, m->base->piece[i], sizeof w.piece);
+    w.pieces = m->base->pieces[i];
+    return op_is_narrow(&w);
+}
+
+/* Panels of a matrix, narrow ones where it has such, or null: there are none yet and many rows, or
+ * keeping a copy would cost too much memory. Own matrices are packed again when they have changed;
+ * pages of a file that have been packed are given back, since it is panels that are read from then
+ * on. */
 static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int layer, int rows) {
     size_t i = model_index(p, layer);
     int own = m->slot[p].where == MODEL_OWN;
     float **packed = own ? m->packed + i : m->base->packed + i, *to = *packed;
     if (to && (!own || m->packed_version[i] == m->version)) return to;
     if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
-    size_t size = gemm_packed_size(m->ctx->k, m->half, w->k, w->n);
+    size_t size = gemm_packed_size(m->ctx->k, m->half, w->k, w->n) >> op_is_narrow(w);
     if (!to && own && m->room_size - m->room_used >= size) {
         to = m->room + m->room_used;
         m->room_used += size;
     } else if (!to) to = arena_take(own ? &m->panels : &m->base->keep, size * sizeof *to, 0);
     op_env e = {m->ctx, &m->ws};
-    op_pack(&e, w, to);
+    if (op_is_narrow(w)) op_narrow(&e, w, (uint16_t *)(void *)to);
+    else op_pack(&e, w, to);
     /* Noted only now that they are whole: packing may fail. */
     if (own) m->packed_version[i] = m->version;
     else model_base_forget(m->base, i);
@@ -8486,7 +8600,9 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int row
         memcpy(o.piece, m->base->piece[i], sizeof o.piece);
         o.pieces = m->base->pieces[i];
     }
-    o.packed = model_panels(m, &o, p, layer, rows);
+    const float *panels = model_panels(m, &o, p, layer, rows);
+    if (op_is_narrow(&o)) o.narrow = (const uint16_t *)(const void *)panels;
+    else o.packed = panels;
     if (bias != P_COUNT) {
         o.b = model_w(m, bias, layer);
         o.gb = o.b ? model_g(m, bias, layer) : NULL;
@@ -9187,8 +9303,8 @@ static size_t model_panel_bytes(const rlhf_model *m, int base) {
             model_param_info[p].init == 'b' || p == P_SCORE)
             continue;
         if (p == P_WTE && (!m->c.tied || m->c.head != RLHF_HEAD_LM)) continue;
-        n += (size_t)layers *
-             gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows) * sizeof(float);
+        size_t one = gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows);
+        for (int l = 0; l < layers; l++) n += one * sizeof(float) >> model_is_narrow(m, p, l);
     }
     return n;
 }
@@ -9879,9 +9995,9 @@ static uint64_t ckpt_identity(rlhf_ctx *ctx, const char *dir) {
     return all;
 }
 
-/* Panels of a base are kept where they take no more than this: for the speed of decoding they take
- * the place of what the files hold, which may be half as large. */
-enum { CKPT_KEEP_FLOATS = 1 << 28 };
+/* Panels of a base are kept, for the speed of decoding, where they take no more bytes than this.
+ * They take the place of what the files hold; where they are larger, a quarter of it. */
+#define CKPT_KEEP_BYTES ((size_t)1 << 32)
 
 /* Whether a base has what a model reads: config.json may be another than that of the model that it
  * was opened for, or ask for a head that was left in the files. */
@@ -9917,11 +10033,13 @@ static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src
     memcpy(b->slot, m->slot, sizeof b->slot);
     b->layers = m->c.layers, b->hd = m->c.hd, b->tensors = m->family->tensors;
     memcpy(b->stored, m->stored, model_tensors(m) * (size_t)m->c.layers);
-    size_t floats = 0;
+    size_t held = 0, panels = 0;
     for (int p = 0; p < P_COUNT; p++)
-        if (m->slot[p].where == MODEL_FILE)
-            floats += m->slot[p].n * (size_t)model_param_layers(m, p);
-    b->keep_packed = floats <= CKPT_KEEP_FLOATS;
+        for (int l = 0; m->slot[p].where == MODEL_FILE && l < model_param_layers(m, p); l++) {
+            held += m->slot[p].n * (b->piece[model_index(p, l)]->kind == '4' ? 4 : 2);
+            panels += m->slot[p].n * (m->half || model_is_narrow(m, p, l) ? 2 : 4);
+        }
+    b->keep_packed = panels <= (panels > held ? CKPT_KEEP_BYTES / 4 : CKPT_KEEP_BYTES);
     b->next = ctx->bases;
     ctx->bases = b;
     return m;

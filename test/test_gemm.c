@@ -12,6 +12,7 @@ typedef struct prod {
     int m, n, k, mode; /* GEMM_STORE, GEMM_ACC or ADD */
     bool ta, tb; /* A is stored as [k][m], B as [n][k] */
     bool bias, act, half; /* half: of numbers rounded to bfloat16 */
+    bool narrow; /* B's numbers are bfloat16, exactly */
     size_t lda, ldb, ldc, ldy;
     float *a, *b, *c, *y, *v; /* v: the bias */
     float *want, *wanty;
@@ -57,13 +58,19 @@ static double prod_exact(const prod *p, int i, int j, double *size) {
 /* Draws the operands and computes what is to come out. */
 static prod prod_new(int m, int n, int k, int mode, unsigned flags) {
     prod p = {.m = m, .n = n, .k = k, .mode = mode, .ta = flags & 1, .tb = flags & 2,
-              .bias = flags & 4, .act = flags & 8, .half = flags & 16};
+              .bias = flags & 4, .act = flags & 8, .half = flags & 16,
+              .narrow = flags & 32};
     p.lda = (size_t)(p.ta ? m : k) + 3;
     p.ldb = (size_t)(p.tb ? k : n) + 2;
     p.ldc = (size_t)n + 5;
     p.ldy = (size_t)n + 1;
     p.a = p.ta ? matrix(k, m, p.lda) : matrix(m, k, p.lda);
     p.b = p.tb ? matrix(n, k, p.ldb) : matrix(k, n, p.ldb);
+    for (int i = 0; p.narrow && i < (p.tb ? n : k); i++)
+        for (int j = 0; j < (p.tb ? k : n); j++) {
+            float *x = p.b + (size_t)i * p.ldb + (size_t)j;
+            *x = v_wide1((i + j) % 19 ? v_half1(*x) : (uint16_t)(i % 128)); /* some are denormal */
+        }
     p.c = matrix(m, n, p.ldc);
     p.y = test_floats((size_t)m * p.ldy);
     p.v = matrix(1, n, (size_t)n);
@@ -119,13 +126,18 @@ static void run(rlhf_ctx *ctx, const gemm_args *g) {
 }
 
 /* Runs it in ctx and compares: the outputs, what lies between their rows, and around them. Once
- * with panels packed before, once with panels packed on the way. */
+ * with panels packed before, once with panels packed on the way, and with narrow ones. */
 static void prod_check(rlhf_ctx *ctx, const prod *p) {
     size_t nc = (size_t)p->m * p->ldc, ny = (size_t)p->m * p->ldy;
+    size_t np = gemm_packed_size(ctx->k, p->half, p->k, p->n);
     float *packed = prod_pack(ctx, p), *c = test_floats(nc), *y = test_floats(ny);
-    for (int ready = 0; ready < 2; ready++) {
+    float *room = test_floats(p->narrow ? (np + 1) / 2 : 0);
+    uint16_t *narrow = (uint16_t *)(void *)room;
+    for (size_t i = 0; p->narrow && i < np; i++) narrow[i] = v_half1(packed[i]);
+    for (int ready = 0; ready < (p->narrow ? 3 : 2); ready++) {
         memcpy(c, p->c, nc * sizeof *c);
-        gemm_args g = prod_args(ctx, p, ready ? packed : NULL, c, y);
+        gemm_args g = prod_args(ctx, p, ready == 1 ? packed : NULL, c, y);
+        if (ready == 2) g.src = NULL, g.narrow = narrow;
         int before = test_failures;
         run(ctx, &g);
         CHECK_BITS(c, p->want, nc);
@@ -136,9 +148,10 @@ static void prod_check(rlhf_ctx *ctx, const prod *p) {
                       "above: %s, %d threads, m %d n %d k %d, mode %d, %s%s%s%s%s", ctx->k->name,
                       ctx->threads, p->m, p->n, p->k, p->mode, p->ta ? "A' " : "",
                       p->tb ? "B' " : "", p->bias ? "bias " : "", p->act ? "gelu " : "",
-                      ready ? "packed" : "");
+                      ready == 2 ? "narrow" : ready ? "packed" : "");
     }
     test_floats_free(packed);
+    test_floats_free(room);
     test_floats_free(c);
     test_floats_free(y);
 }
@@ -210,7 +223,7 @@ TEST(every_k) {
         for (int mode = 0; mode < 3; mode++)
             for (unsigned flags = 0; flags < 16; flags++) {
                 prod p = prod_new(1 + (k * 5 + (int)flags) % 14, 1 + (k * 11 + mode) % 50, k, mode,
-                                  flags);
+                                  flags | (k % 2 ? 32 : 0));
                 for (int t = 0; t < c.n; t++) prod_check(c.ctx[t], &p);
                 prod_free(&p);
             }
@@ -223,7 +236,8 @@ TEST(every_tile) {
     contexts c = open_all(1);
     for (int m = 1; m <= 40; m += test_quick() ? 3 : 1)
         for (size_t i = 0; i < sizeof ns / sizeof *ns; i++) {
-            prod p = prod_new(m, ns[i], 9, (m + (int)i) % 3, (unsigned)(m * 7 + (int)i) % 16);
+            prod p = prod_new(m, ns[i], 9, (m + (int)i) % 3,
+                              (unsigned)(m * 7 + (int)i) % 16 | 32);
             for (int t = 0; t < c.n; t++) prod_check(c.ctx[t], &p);
             prod_free(&p);
         }
@@ -240,7 +254,7 @@ TEST(large_with_threads) {
     for (int i = 0; i < count; i++)
         for (int mode = 0; mode < 3; mode++) {
             prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode,
-                              (unsigned)(i * 5 + mode * 3) % 16);
+                              (unsigned)(i * 5 + mode * 3) % 16 | 32);
             for (int t = 0; t < 4; t++) {
                 contexts c = open_all(threads[t]);
                 for (int j = 0; j < c.n; j++) prod_check(c.ctx[j], &p);
@@ -345,7 +359,7 @@ TEST(long_sums) {
     for (int i = 0; i < (test_quick() ? 1 : 3); i++)
         for (int mode = 0; mode < 3; mode++)
             for (unsigned flags = 0; flags < 16; flags += 5) {
-                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode, flags);
+                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode, flags | 32);
                 for (int threads = 1; threads <= 3; threads += 2) {
                     contexts c = open_all(threads);
                     for (int t = 0; t < c.n; t++) {

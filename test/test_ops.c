@@ -241,6 +241,66 @@ TEST(linear) {
     linear_check(61, 70, 50, 1);
 }
 
+/* A matrix as a file of bfloat16 has it, in one of four forms: as it is, transposed, with the
+ * heads' queries, keys and values in turn, in three pieces whose rows share panels. */
+enum { NARROW_N = 66, NARROW_K = 37 };
+typedef struct narrow_case {
+    int m, form;
+    float *x;
+    uint16_t *h;
+} narrow_case;
+
+static void narrow_run(rlhf_ctx *ctx, const void *data, float *out) {
+    const narrow_case *c = data;
+    arena ws = {.ctx = ctx};
+    op_env e = {ctx, &ws};
+    op_weight w = {.n = NARROW_N, .k = NARROW_K, .pieces = c->form == 3 ? 3 : 1};
+    static const int rows[] = {30, 17, 19};
+    const uint16_t *at = c->h;
+    for (int i = 0; i < w.pieces; i++) {
+        w.piece[i] = (op_piece){.data = (const unsigned char *)at, .cols = NARROW_K, .kind = 'b',
+                                .rows = w.pieces > 1 ? rows[i] : NARROW_N,
+                                .transposed = c->form == 1, .hd = c->form == 2 ? 11 : 0};
+        at += w.piece[i].rows * NARROW_K;
+    }
+    CHECK(op_is_narrow(&w));
+    op_linear(&e, &w, c->m, c->x, out, NULL, NULL, NULL); /* from the file */
+    size_t size = gemm_packed_size(ctx->k, 0, w.k, w.n), n = (size_t)c->m * NARROW_N;
+    float *room = test_floats((size + 1) / 2), *y = test_floats(n);
+    op_narrow(&e, &w, (uint16_t *)(void *)room);
+    w.narrow = (const uint16_t *)(const void *)room;
+    op_linear(&e, &w, c->m, c->x, y, NULL, NULL, NULL);
+    CHECK_BITS(y, out, n);
+    CHECK(test_margins(y, n) && test_margins(room, (size + 1) / 2));
+    w.half = 1;
+    CHECK(!op_is_narrow(&w));
+    w.half = 0, w.piece[w.pieces - 1].kind = 'h';
+    CHECK(!op_is_narrow(&w));
+    arena_free(&ws);
+    test_floats_free(room), test_floats_free(y);
+}
+
+/* Panels of bfloat16 give the bits that the file gives, for few rows and for many. */
+TEST(linear_narrow) {
+    static const int ms[] = {1, 3, 6, 8, 9, 31, 40, 110};
+    static uint16_t h[NARROW_N * NARROW_K];
+    for (size_t i = 0; i < sizeof h / sizeof *h; i++)
+        h[i] = v_half1((float)test_int(-999, 999) / 999);
+    for (int form = 0; form < 4; form++)
+        for (size_t i = 0; i < sizeof ms / sizeof *ms; i++) {
+            narrow_case c = {ms[i], form, floats((size_t)(ms[i] * NARROW_K), -1, 1), h};
+            float *y = run_everywhere(narrow_run, &c, (size_t)(ms[i] * NARROW_N));
+            /* Row 5 of W, by definition: of the first head's queries where these come in turn. */
+            double want = 0;
+            for (int k = 0; k < NARROW_K; k++) {
+                size_t at = (size_t)(form == 1 ? k * NARROW_N + 5 : 5 * NARROW_K + k);
+                want += (double)c.x[k] * (double)v_wide1(h[at]);
+            }
+            CHECK_NEAR(y[5], want, 1e-5);
+            test_floats_free(y), test_floats_free(c.x);
+        }
+}
+
 /* ---- embedding ------------------------------------------------------------------------------- */
 
 typedef struct embed_case {
@@ -920,8 +980,9 @@ TEST(vocabulary_in_parts) {
     vocab_free(&c);
 }
 
-TEST_MAIN(CASE(layer_norm), CASE(rms_norm), CASE(linear), CASE(embedding),
-          CASE(embedding_of_few_tokens), CASE(gelu), CASE(gelu_exact), CASE(glu), CASE(geglu),
+TEST_MAIN(CASE(layer_norm), CASE(rms_norm), CASE(linear), CASE(linear_narrow),
+          CASE(embedding), CASE(embedding_of_few_tokens), CASE(gelu), CASE(gelu_exact), CASE(glu),
+          CASE(geglu),
           CASE(attention), CASE(attention_grouped), CASE(attention_odd_width),
           CASE(attention_wide), CASE(attention_many_heads), CASE(attention_part_rotated),
           CASE(attention_window), CASE(attention_capped), CASE(attention_extremes),

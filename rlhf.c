@@ -9286,6 +9286,8 @@ static model_need model_need_sampling(const rlhf_model *m, int slots, int prompt
     size_t kv = 2 * (size_t)m->c.layers * (size_t)(m->c.kv_heads * m->c.hd) * cap;
     int fresh = base_max(base_min(slots * prompt, model_batch_tokens(m)), prompt);
     model_need o = model_need_scoring(m, fresh + slots, 0);
+    /* Keys and values of a pass lie in the cache. */
+    o.acts -= 8 * (size_t)(fresh + slots) * (size_t)(m->c.kv_heads * m->c.hd);
     o.cache = 4 * n * kv;
     o.scratch += 4 * n * (size_t)m->c.vocab;
     return o;

@@ -17710,7 +17710,8 @@ static void bench_generate(bench *b, const char *work, const char *name, int bat
     rlhf_model *m = bench_model(b, name, 0);
     /* Each token reads all weights once for the whole batch. What is read to measure that is no
      * part of the peak of memory. */
-    double bytes = (m->half ? 2.0 : 4.0) * bench_macs(m, 0, 1), read = bench_read(b, bytes);
+    double each = m->half || model_is_narrow(m, P_QKV_W, 0) ? 2 : 4;
+    double bytes = each * bench_macs(m, 0, 1), read = bench_read(b, bytes);
     bench_forget();
     m->n_eos = 0;
     rlhf_dataset *d = bench_data(b, m, RLHF_DATA_PROMPT, batch, 64);

@@ -3566,7 +3566,8 @@ static void gemm_job_block(const gemm_job *j, const gemm_args *block, int column
         gemm_args s = part;
         s.t.k = base_min(j->depth, k - k0);
         s.t.a += (size_t)k0 * part.t.cs;
-        if (s.t.b) s.t.b += gemm_panel_size(j->kt, s.half, k0);
+        if (s.t.b && s.narrow) s.t.b += (size_t)k0 * gemm_line(GEMM_NARROW);
+        else if (s.t.b) s.t.b += gemm_panel_size(j->kt, s.half, k0);
         else if (s.narrow) s.narrow += (size_t)k0 * RLHF_LANES;
         else s.src += (size_t)k0 * part.ks;
         /* What follows the sum follows its last part. */

@@ -8063,6 +8063,7 @@ typedef struct model_base {
     char *stored;   /* as rlhf_model.stored */
     float **packed; /* panels of matrices in files, made when first used */
     arena keep;     /* they lie here */
+    size_t panels;  /* bytes of all of them */
     int keep_packed;
 } model_base;
 
@@ -9998,8 +9999,9 @@ static uint64_t ckpt_identity(rlhf_ctx *ctx, const char *dir) {
     return all;
 }
 
-/* Panels of a base are kept, for the speed of decoding, where they take no more bytes than this.
- * They take the place of what the files hold; where they are larger, a quarter of it. */
+/* Panels of a base are kept, for the speed of decoding, where they take no more bytes than this:
+ * the files' pages are given back. A quarter of it where they are larger than these, and in
+ * training, which reads both. */
 #define CKPT_KEEP_BYTES ((size_t)1 << 32)
 
 /* Whether a base has what a model reads: config.json may be another than that of the model that it
@@ -10036,13 +10038,13 @@ static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src
     memcpy(b->slot, m->slot, sizeof b->slot);
     b->layers = m->c.layers, b->hd = m->c.hd, b->tensors = m->family->tensors;
     memcpy(b->stored, m->stored, model_tensors(m) * (size_t)m->c.layers);
-    size_t held = 0, panels = 0;
+    size_t held = 0;
     for (int p = 0; p < P_COUNT; p++)
         for (int l = 0; m->slot[p].where == MODEL_FILE && l < model_param_layers(m, p); l++) {
             held += m->slot[p].n * (b->piece[model_index(p, l)]->kind == '4' ? 4 : 2);
-            panels += m->slot[p].n * (m->half || model_is_narrow(m, p, l) ? 2 : 4);
+            b->panels += m->slot[p].n * (m->half || model_is_narrow(m, p, l) ? 2 : 4);
         }
-    b->keep_packed = panels <= (panels > held ? CKPT_KEEP_BYTES / 4 : CKPT_KEEP_BYTES);
+    b->keep_packed = b->panels <= (b->panels > held ? CKPT_KEEP_BYTES / 4 : CKPT_KEEP_BYTES);
     b->next = ctx->bases;
     ctx->bases = b;
     return m;
@@ -13279,7 +13281,11 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
  * would help. */
 static void train_plan(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
+    rlhf_model *role[] = {t->model, t->value, t->start, t->reward};
     double limit = c->memory_limit * 1e9;
+    for (int i = 0; i < 4; i++)
+        if (role[i] && role[i]->base && role[i]->base->panels > CKPT_KEEP_BYTES / 4)
+            role[i]->base->keep_packed = 0;
     t->at_once = train_at_once(t->ctx);
     t->memory = train_memory(t);
     for (int again = 0; again < 2 && limit > 0; again++) {

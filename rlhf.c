@@ -13241,11 +13241,17 @@ static model_need train_stage(const rlhf_trainer *t, const train_size *z) {
     return train_larger(most, scoring);
 }
 
+/* The models of a run; null: it has none for this. */
+static void train_roles(const rlhf_trainer *t, rlhf_model *role[4]) {
+    role[0] = t->model, role[1] = t->value, role[2] = t->start, role[3] = t->reward;
+}
+
 /* What the run takes with the present at_once and recompute. */
 static rlhf_memory train_memory(const rlhf_trainer *t) {
-    rlhf_model *role[] = {t->model, t->value, t->start, t->reward};
+    rlhf_model *role[4];
     rlhf_memory o = {0};
     train_size z = {0};
+    train_roles(t, role);
     t->ops->size(t, &z);
     if (t->samples && t->tok && t->u.c.output_dir[0])
         train_add_sampler(t, &z, t->model,
@@ -13281,8 +13287,9 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
  * would help. */
 static void train_plan(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
-    rlhf_model *role[] = {t->model, t->value, t->start, t->reward};
+    rlhf_model *role[4];
     double limit = c->memory_limit * 1e9;
+    train_roles(t, role);
     for (int i = 0; i < 4; i++)
         if (role[i] && role[i]->base && role[i]->base->panels > CKPT_KEEP_BYTES / 4)
             role[i]->base->keep_packed = 0;

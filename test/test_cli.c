@@ -1260,9 +1260,9 @@ static int count_lines(const char *name) {
     return n;
 }
 
-/* Starts the program; its output goes to `to`, or if that is negative to $D/stdout, and to
+/* Starts the program; what it prints goes to these, or where they are negative to $D/stdout and
  * $D/stderr. */
-static pid_t start(char *const argv[], int in, int to) {
+static pid_t start(char *const argv[], int in, int to, int log) {
     char paths[2][1024];
     snprintf(paths[0], sizeof paths[0], "%s/stdout", test_dir());
     snprintf(paths[1], sizeof paths[1], "%s/stderr", test_dir());
@@ -1271,7 +1271,8 @@ static pid_t start(char *const argv[], int in, int to) {
     if (pid) return pid;
     for (int i = 0; i < 2; i++) {
         int fd = open(paths[i], O_WRONLY | O_CREAT | O_TRUNC, 0666);
-        if (fd < 0 || dup2(i == 0 && to >= 0 ? to : fd, i + 1) < 0) _exit(99);
+        int given = i ? log : to;
+        if (fd < 0 || dup2(given < 0 ? fd : given, i + 1) < 0) _exit(99);
     }
     if (dup2(in, 0) < 0) _exit(99);
     execv(program(), argv);
@@ -1291,8 +1292,9 @@ static int wait_for(pid_t pid) {
     return -1;
 }
 
-/* Interrupts a run when its metrics have some lines, twice, resumes it each time, and compares with
- * a run that was left alone. */
+/* Interrupts a run when its metrics have five more lines, twice, resumes it each time, and compares
+ * with a run that was left alone. What it says goes into a pipe of one page that is read only after
+ * the signal: however late that comes, the run waits for it long before its end. */
 static void interrupt(const char *command, const char *extra) {
     REQUIRE(setup_rm());
     char here[600], line[2048];
@@ -1302,7 +1304,7 @@ static void interrupt(const char *command, const char *extra) {
     char args[2048], *argv[64];
     int null = open("/dev/null", O_RDONLY);
     for (int round = 0; round < 2; round++) {
-        int argc = 0, code = -1, lines = 0;
+        int argc = 0, had = count_lines("cut/metrics.jsonl"), said[2];
         snprintf(args, sizeof args, "rlhf %s %s --out $D/cut%s", command, extra,
                  round ? " --resume" : "");
         static char words[64][700];
@@ -1314,14 +1316,15 @@ static void interrupt(const char *command, const char *extra) {
             argc++;
         }
         argv[argc] = NULL;
-        pid_t pid = start(argv, null, -1);
-        for (int i = 0; i < 60000 && lines < 5 + 10 * round; i++) {
-            usleep(1000);
-            lines = count_lines("cut/metrics.jsonl");
-        }
+        REQUIRE(pipe2(said, O_CLOEXEC) == 0 && fcntl(said[1], F_SETPIPE_SZ, 4096) > 0);
+        pid_t pid = start(argv, null, -1, said[1]);
+        close(said[1]);
+        for (int i = 0; i < 60000 && count_lines("cut/metrics.jsonl") < had + 5; i++) usleep(1000);
         kill(pid, SIGINT);
-        code = wait_for(pid);
-        keep("stderr", err, sizeof err);
+        FILE *f = fdopen(said[0], "r");
+        err[fread(err, 1, sizeof err - 1, f)] = 0;
+        fclose(f);
+        int code = wait_for(pid);
         if (code != 130) test_fail(__FILE__, __LINE__, "exit code %d: %.300s", code, err);
         CHECK(strstr(err, "interrupted") && strstr(err, "--resume"));
         CHECK(exists("cut/checkpoint/trainer_state.json"));
@@ -1386,7 +1389,7 @@ TEST(interrupted_while_it_reads) {
     char *argv[] = {"rlhf", "tokenize", "--tokenizer", tok, NULL};
     int ends[2];
     REQUIRE(pipe(ends) == 0);
-    pid_t pid = start(argv, ends[0], -1);
+    pid_t pid = start(argv, ends[0], -1, -1);
     usleep(500000);
     kill(pid, SIGINT);
     int code = wait_for(pid);
@@ -1519,7 +1522,7 @@ TEST(answers_come_as_they_are_made) {
     struct timeval patience = {.tv_sec = 60};
     fcntl(in[1], F_SETFD, FD_CLOEXEC);
     setsockopt(to[0], SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    pid_t pid = start(argv, in[0], to[1]);
+    pid_t pid = start(argv, in[0], to[1], -1);
     CHECK(write(in[1], "a\n", 2) == 2);
     while (!strchr(whole, '\n')) {
         ssize_t n = recv(to[0], part, sizeof part - 1, 0);
@@ -1571,7 +1574,7 @@ TEST(interrupted_answers) {
     for (int quit = 0; quit < 2; quit++) {
         int in[2];
         REQUIRE(pipe(in) == 0);
-        pid_t pid = start(argv, in[0], -1);
+        pid_t pid = start(argv, in[0], -1, -1);
         CHECK(write(in[1], "one\n", 4) == 4);
         bool begun = false;
         for (int i = 0; i < 60000 && !begun; i++) {

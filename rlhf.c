@@ -520,6 +520,7 @@ typedef struct arena_block {
 typedef struct arena {
     rlhf_ctx *ctx;
     arena_block *top;   /* newest first */
+    arena_block *spare; /* the largest that was given back, since memory of the system's is slow */
     size_t peak, total; /* bytes handed out: most since the last arena_free, and now */
     size_t high;        /* most since somebody set it to total */
 } arena;
@@ -546,7 +547,10 @@ static char *arena_base(arena_block *b) {
 /* Makes room for size bytes in one block: one of at least `least` bytes follows a full one. */
 static void arena_reserve(arena *a, size_t size, size_t least) {
     if (a->top && a->top->used + size <= a->top->size) return;
-    arena_block *b = arena_block_new(a, size > least ? size : least);
+    arena_block *b = a->spare;
+    a->spare = NULL;
+    if (b && b->size < size) mem_free(b), b = NULL;
+    if (!b) b = arena_block_new(a, size > least ? size : least);
     b->next = a->top;
     a->top = b;
 }
@@ -586,13 +590,23 @@ static void arena_restore(arena *a, arena_mark mark) {
         arena_block *b = a->top;
         a->top = b->next;
         a->total -= b->used;
-        /* The largest block may be the next step's only one: arena_reset decides. */
-        mem_free(b);
+        b->used = 0;
+        arena_block *less = a->spare && a->spare->size >= b->size ? b : a->spare;
+        if (less != b) a->spare = b;
+        mem_free(less);
     }
     if (a->top) {
         a->total -= a->top->used - mark.used;
         a->top->used = mark.used;
     }
+}
+
+/* Gives all memory back. The arena is empty and may be used again. */
+static void arena_free(arena *a) {
+    arena_restore(a, (arena_mark){NULL, 0});
+    mem_free(a->spare);
+    a->spare = NULL;
+    a->peak = 0;
 }
 
 /* Empties the arena and makes it one block of the largest size seen, so that the next step
@@ -603,15 +617,10 @@ static void arena_reset(arena *a) {
         a->total = 0;
         return;
     }
-    arena_restore(a, (arena_mark){NULL, 0});
-    if (a->peak) a->top = arena_block_new(a, a->peak);
-    if (a->top) a->top->next = NULL;
-}
-
-/* Gives all memory back. The arena is empty and may be used again. */
-static void arena_free(arena *a) {
-    arena_restore(a, (arena_mark){NULL, 0});
-    a->peak = 0;
+    size_t peak = a->peak;
+    arena_free(a);
+    if (peak) arena_reserve(a, peak, 0);
+    a->peak = peak;
 }
 
 /* ============================================================================================

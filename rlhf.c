@@ -2634,9 +2634,8 @@ typedef struct gemm_args {
     gemm_tile_args t;
     int half;         /* of bfloat16; t.b, if not null, is panels of pairs */
     const float *src; /* B element (k, n) is src[k * ks + n * ns], where t.b is null */
-    size_t ks, ns;    /* one of them is 1 */
-    const uint16_t *narrow; /* or B is in panels of bfloat16, each [k][16], t.bs apart; or null.
-                               Where t.b is the same, tiles read them, and t.bs counts floats */
+    const uint16_t *narrow; /* or it is the bfloat16 narrow[k * ks + n * ns]; or null */
+    size_t ks, ns;    /* one of them is 1; or narrow is in panels (gemm_is_panels) */
     size_t ms;        /* floats of A for each row from one tile to the next; 0: t.rs */
     k_map_fn *act;    /* y = act(c), row by row while the block is in cache; null = none */
     float *y;         /* [m][ldy] */
@@ -3239,14 +3238,16 @@ static size_t gemm_packed_size(const k_table *kt, int half, int k, int n) {
 typedef struct gemm_pack_args {
     const k_table *kt;
     const float *b;
-    size_t ks, ns; /* B element (k, n) is b[k * ks + n * ns]; one of them is 1 */
+    const uint16_t *narrow; /* b, if that is bfloat16; or null */
+    size_t ks, ns;          /* B element (k, n) is b[k * ks + n * ns] */
     int k, n, half;
     float *out;
-    const uint16_t *narrow; /* not null: panels that are only widened, bs apart */
-    size_t bs;
 } gemm_pack_args;
 
 enum { GEMM_GROUP = 8 }; /* panels or tiles packed side by side */
+
+/* Whether B's numbers of bfloat16 are in panels [k][16], ns * 16 apart: ks is 16. */
+static int gemm_is_panels(size_t ks, size_t ns) { return ks != 1 && ns != 1; }
 
 /* Packs panels [lo, hi). A source whose rows are contiguous (ns 1) is copied by rows of sixteen,
  * one whose columns are (ks 1) is transposed. */
@@ -3302,22 +3303,56 @@ static void gemm_pack_half(const gemm_pack_args *g, int lo, int hi) {
     }
 }
 
+/* The same from numbers of bfloat16: a square of them at a time becomes floats near the core, which
+ * are packed as others are. Lines of the next square are asked for. */
+static void gemm_pack_wide(const gemm_pack_args *g, int lo, int hi) {
+    enum { DEEP = 64, WIDE = GEMM_GROUP * RLHF_LANES };
+    float square[DEEP * WIDE] __attribute__((aligned(RLHF_ALIGN)));
+    size_t size = gemm_panel_size(g->kt, g->half, g->k);
+    int rows = g->ks != 1; /* of the source: of k */
+    gemm_pack_args s = *g;
+    s.narrow = NULL;
+    for (int p = lo; p < hi; p += GEMM_GROUP)
+        for (int k = 0; k < g->k; k += DEEP) {
+            int deep = base_min(DEEP, g->k - k), n0 = p * RLHF_LANES;
+            int wide = base_min(g->n, base_min(hi, p + GEMM_GROUP) * RLHF_LANES) - n0;
+            int count = rows ? deep : wide, len = rows ? wide : deep, ld = rows ? WIDE : DEEP;
+            size_t step = rows ? g->ks : g->ns;
+            const uint16_t *x = g->narrow + (size_t)k * g->ks + (size_t)n0 * g->ns;
+            for (int i = 0; i < count; i++, x += step) {
+                const uint16_t *ahead = x + (rows ? DEEP * g->ks : DEEP);
+                for (int c = 0; c < len; c += 2 * RLHF_LANES) __builtin_prefetch(ahead + c);
+                g->kt->wide(len, x, square + i * ld);
+            }
+            s.ks = rows ? WIDE : 1, s.ns = rows ? 1 : DEEP, s.k = deep;
+            for (int c = 0; c < wide; c += RLHF_LANES) {
+                s.b = square + (size_t)c * s.ns;
+                s.n = base_min(RLHF_LANES, wide - c);
+                s.out = g->out + (size_t)(n0 + c) / RLHF_LANES * size +
+                        gemm_panel_size(g->kt, g->half, k);
+                if (g->half) gemm_pack_half(&s, 0, 1);
+                else gemm_pack_plain(&s, 0, 1);
+            }
+        }
+}
+
 static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
     const gemm_pack_args *g = arg;
     (void)thread;
     size_t size = (size_t)g->k * RLHF_LANES;
-    for (size_t p = (size_t)lo; g->narrow && p < (size_t)hi; p++)
-        g->kt->wide((int)size, g->narrow + p * g->bs, g->out + p * size);
-    if (g->narrow) return;
-    if (g->half) gemm_pack_half(g, (int)lo, (int)hi);
+    if (g->narrow && gemm_is_panels(g->ks, g->ns))
+        for (size_t p = (size_t)lo; p < (size_t)hi; p++)
+            g->kt->wide((int)size, g->narrow + p * RLHF_LANES * g->ns, g->out + p * size);
+    else if (g->narrow) gemm_pack_wide(g, (int)lo, (int)hi);
+    else if (g->half) gemm_pack_half(g, (int)lo, (int)hi);
     else gemm_pack_plain(g, (int)lo, (int)hi);
 }
 
-/* Packs B[k][n] into panels at out[gemm_packed_size(...)], over the context's threads. For W [n][k]
- * as y = x W^T wants it: ks = 1, ns = k. */
-static void gemm_pack(rlhf_ctx *ctx, int half, const float *b, size_t ks, size_t ns, int k, int n,
-                      float *out) {
-    gemm_pack_args g = {ctx->k, b, ks, ns, k, n, half, out, NULL, 0};
+/* Packs B[k][n], of bfloat16 if narrow is not null, into panels at out[gemm_packed_size(...)], over
+ * the context's threads. For W [n][k] as y = x W^T wants it: ks = 1, ns = k. */
+static void gemm_pack(rlhf_ctx *ctx, int half, const float *b, const uint16_t *narrow, size_t ks,
+                      size_t ns, int k, int n, float *out) {
+    gemm_pack_args g = {ctx->k, b, narrow, ks, ns, k, n, half, out};
     int64_t panels = (int64_t)gemm_panels(n);
     par_for(ctx, panels, par_grain((int64_t)RLHF_LANES * k), gemm_pack_range, &g);
 }
@@ -3410,7 +3445,7 @@ static gemm_args gemm_part(const gemm_args *g, int m0, int m1, int p0, int p1) {
     s.n = base_min(g->n, p1 * RLHF_LANES) - (int)col;
     s.t.a += row * (g->ms ? g->ms : g->t.rs);
     if (s.t.b) s.t.b += (size_t)p0 * g->t.bs;
-    else if (s.narrow) s.narrow += (size_t)p0 * g->t.bs;
+    else if (s.narrow) s.narrow += col * g->ns;
     else s.src += col * g->ns;
     s.t.c += row * g->t.ldc + col;
     if (s.t.bias) s.t.bias += col;
@@ -3547,8 +3582,8 @@ static void gemm_job_part(const gemm_job *j, const gemm_args *s, int column, int
         w = gemm_piece(panels - p, j->group);
         gemm_args group = gemm_part(s, 0, s->m, p, p + w);
         if (!s->t.b) {
-            gemm_pack_args pack = {j->kt,    group.src, s->ks,          s->ns,        s->t.k,
-                                   group.n,  s->half,   scratch + j->a, group.narrow, s->t.bs};
+            gemm_pack_args pack = {j->kt, group.src, group.narrow, s->ks,         s->ns,
+                                   s->t.k, group.n,  s->half,      scratch + j->a};
             if (!whole || j->held[thread] != column) gemm_pack_range(&pack, 0, w, 0);
             j->held[thread] = whole ? column : -1;
             group.narrow = NULL;
@@ -3577,7 +3612,7 @@ static void gemm_job_block(const gemm_job *j, const gemm_args *block, int column
         s.t.a += (size_t)k0 * part.t.cs;
         if (s.t.b && s.narrow) s.t.b += (size_t)k0 * gemm_line(GEMM_NARROW);
         else if (s.t.b) s.t.b += gemm_panel_size(j->kt, s.half, k0);
-        else if (s.narrow) s.narrow += (size_t)k0 * RLHF_LANES;
+        else if (s.narrow) s.narrow += (size_t)k0 * part.ks;
         else s.src += (size_t)k0 * part.ks;
         /* What follows the sum follows its last part. */
         if (k0) s.t.mode = GEMM_ACC;
@@ -3649,9 +3684,10 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     /* Few tiles read narrow panels themselves: what they wait for is B. Many would widen the same
      * numbers again and again. */
     gemm_args few = *g;
-    if (g->narrow && ctx->k->f32.narrow && g->m <= GEMM_NARROW_TILES * ctx->k->f32.rows) {
+    if (g->narrow && gemm_is_panels(g->ks, g->ns) && ctx->k->f32.narrow &&
+        g->m <= GEMM_NARROW_TILES * ctx->k->f32.rows) {
         few.t.b = (const float *)(const void *)g->narrow;
-        few.t.bs /= 2;
+        few.t.bs = g->ns * gemm_line(GEMM_NARROW);
         g = &few;
     }
     /* A fork costs more than the work; of few rows, the work is to read B. */
@@ -3877,9 +3913,11 @@ typedef struct op_weight {
 
 static size_t op_ld(const op_weight *w) { return (size_t)(w->ld ? w->ld : w->n); }
 
-/* Some rows of W in memory: element (at + i, j) is w[i * rs + j * cs], one of them 1. */
+/* Some rows of W in memory: element (at + i, j) is w[i * rs + j * cs], or the bfloat16 narrow[...];
+ * one of rs and cs is 1, unless narrow is in panels. */
 typedef struct op_block {
     const float *w;
+    const uint16_t *narrow;
     int n;
     size_t rs, cs;
 } op_block;
@@ -3911,18 +3949,20 @@ static int op_widen_count(int cols) { return base_max(64, OP_WIDEN / cols / 64 *
 /* The block that begins at row `at`: all of W where it is floats, the rest of a piece that can be
  * used as it lies, else some of its rows as floats in ws. */
 static op_block op_block_at(op_env *e, const op_weight *w, int at) {
-    if (!w->pieces) return (op_block){w->w, w->n, (size_t)w->k, 1};
+    if (!w->pieces) return (op_block){w->w, NULL, w->n, (size_t)w->k, 1};
     const op_piece *p = w->piece;
     while (at >= p->rows) at -= p++->rows;
-    if (p->kind == '4' && !p->hd) {
-        const float *f = (const float *)(const void *)p->data;
-        if (p->transposed) return (op_block){f + at, p->rows - at, 1, (size_t)p->rows};
-        return (op_block){f + (size_t)at * (size_t)p->cols, p->rows - at, (size_t)p->cols, 1};
+    if (p->kind != 'h' && !p->hd) {
+        op_block b = {NULL, NULL, p->rows - at, (size_t)p->cols, 1};
+        if (p->transposed) b.rs = 1, b.cs = (size_t)p->rows;
+        if (p->kind == 'b') b.narrow = (const uint16_t *)(const void *)p->data + (size_t)at * b.rs;
+        else b.w = (const float *)(const void *)p->data + (size_t)at * b.rs;
+        return b;
     }
     int n = base_min(op_widen_count(p->cols), p->rows - at);
     op_widen o = {e->ctx->k, p, at, arena_floats(e->ws, (size_t)n, (size_t)p->cols)};
     par_for(e->ctx, n, par_grain(p->cols), op_widen_rows, &o);
-    return (op_block){o.out, n, (size_t)p->cols, 1};
+    return (op_block){o.out, NULL, n, (size_t)p->cols, 1};
 }
 
 /* All of W^T in panels (gemm_pack). */
@@ -3936,9 +3976,9 @@ static void op_pack(op_env *e, const op_weight *w, float *out) {
             par_for(e->ctx, w->piece[i].rows, par_grain(w->k), op_widen_rows, &o);
             to += (size_t)w->piece[i].rows * (size_t)w->k;
         }
-        b = (op_block){whole, w->n, (size_t)w->k, 1};
+        b = (op_block){whole, NULL, w->n, (size_t)w->k, 1};
     }
-    gemm_pack(e->ctx, w->half, b.w, b.cs, b.rs, w->k, w->n, out);
+    gemm_pack(e->ctx, w->half, b.w, b.narrow, b.cs, b.rs, w->k, w->n, out);
     arena_restore(e->ws, mark);
 }
 
@@ -4067,12 +4107,11 @@ static void op_linear(op_env *e, const op_weight *w, int m, const float *x, floa
     int n;
     for (int at = 0; at < w->n; at += n) {
         arena_mark mark = arena_save(e->ws);
-        op_block b = {NULL, w->n, 1, 1};
+        op_block b = {NULL, w->narrow, w->n, (size_t)w->k, RLHF_LANES};
         if (!w->packed && !w->narrow) b = op_block_at(e, w, at);
         n = b.n;
         /* A is x as it lies, B is W^T: rows of W are columns of y. */
-        gemm_args g = {
-            .m = m, .n = n, .half = w->half, .ldy = op_ld(w), .narrow = w->narrow};
+        gemm_args g = {.m = m, .n = n, .half = w->half, .ldy = op_ld(w)};
         if (act && !w->loras) g.act = act, g.y = z + at;
         g.t = (gemm_tile_args){.k = w->k,
                                .a = x,
@@ -4084,7 +4123,7 @@ static void op_linear(op_env *e, const op_weight *w, int m, const float *x, floa
                                .ldc = op_ld(w),
                                .bias = w->b ? w->b + at : NULL,
                                .add = add ? add + at : NULL};
-        g.src = b.w, g.ks = b.cs, g.ns = b.rs;
+        g.src = b.w, g.narrow = b.narrow, g.ks = b.cs, g.ns = b.rs;
         gemm_run(e->ctx, e->ws, &g);
         arena_restore(e->ws, mark);
     }
@@ -4121,7 +4160,8 @@ static void op_outer(op_env *e, int half, int m, int n, int k, const float *dy, 
  * as it lies, B is W. */
 static void op_back(op_env *e, int half, int m, int k, const float *dy, size_t ld,
                     const op_block *b, int mode, float *dx) {
-    gemm_args g = {.m = m, .n = k, .half = half, .src = b->w, .ks = b->rs, .ns = b->cs};
+    gemm_args g = {.m = m, .n = k, .half = half, .src = b->w, .narrow = b->narrow};
+    g.ks = b->rs, g.ns = b->cs;
     g.t = (gemm_tile_args){
         .k = b->n, .a = dy, .rs = ld, .cs = 1, .c = dx, .ldc = (size_t)k, .mode = mode};
     gemm_run(e->ctx, e->ws, &g);
@@ -4131,7 +4171,7 @@ static void op_back(op_env *e, int half, int m, int k, const float *dy, size_t l
 static float *op_lora_back(op_env *e, const op_weight *w, const op_lora *l, int m,
                            const float *dy) {
     float *t = arena_floats(e->ws, (size_t)m, (size_t)l->r);
-    op_block b = {l->b, l->n, (size_t)l->r, 1};
+    op_block b = {l->b, NULL, l->n, (size_t)l->r, 1};
     op_back(e, 0, m, l->r, dy + l->from, op_ld(w), &b, GEMM_STORE, t);
     e->ctx->k->scale(m * l->r, t, l->scale);
     return t;
@@ -4168,7 +4208,7 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
     /* The mask of the forward pass, applied to what comes back, needs a place of its own. */
     float *part = w->drop.p > 0 && w->loras ? arena_floats(e->ws, (size_t)m, (size_t)w->k) : dx;
     for (const op_lora *l = w->lora; l < w->lora + w->loras; l++) {
-        op_block a = {l->a, l->r, (size_t)w->k, 1};
+        op_block a = {l->a, NULL, l->r, (size_t)w->k, 1};
         float *dt = op_lora_back(e, w, l, m, dy);
         op_back(e, 0, m, w->k, dt, (size_t)l->r, &a,
                 l == w->lora && part != dx ? GEMM_STORE : GEMM_ACC, part);
@@ -4634,7 +4674,7 @@ static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
 /* Packs B[k][n] on the calling thread. */
 static void op_pack_here(const k_table *kt, const float *b, size_t ks, size_t ns, int k, int n,
                          float *out) {
-    gemm_pack_args g = {kt, b, ks, ns, k, n, 0, out, NULL, 0};
+    gemm_pack_args g = {kt, b, NULL, ks, ns, k, n, 0, out};
     gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
 }
 
@@ -17582,7 +17622,7 @@ static void bench_gemm(bench *b) {
                 float *packed = arena_floats(&ws, gemm_packed_size(b->ctx->k, half, k, n), 1);
                 g.w = (op_weight){.n = n, .k = k, .w = w, .packed = packed, .half = half};
                 if (what == 2) g.w.gw = w;
-                gemm_pack(b->ctx, half, w, 1, (size_t)k, k, n, packed);
+                gemm_pack(b->ctx, half, w, NULL, 1, (size_t)k, k, n, packed);
                 g.x = arena_zeros(&ws, (size_t)m, (size_t)k);
                 g.y = arena_zeros(&ws, (size_t)m, (size_t)n);
                 /* Scratch in one block, as trainers have it after their first step. */

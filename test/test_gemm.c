@@ -96,7 +96,7 @@ static void prod_free(prod *p) {
 static float *prod_pack(rlhf_ctx *ctx, const prod *p) {
     size_t size = gemm_packed_size(ctx->k, p->half, p->k, p->n);
     float *packed = test_floats(size);
-    gemm_pack(ctx, p->half, p->b, p->tb ? 1 : p->ldb, p->tb ? p->ldb : 1, p->k, p->n, packed);
+    gemm_pack(ctx, p->half, p->b, NULL, p->tb ? 1 : p->ldb, p->tb ? p->ldb : 1, p->k, p->n, packed);
     CHECK(test_margins(packed, size));
     return packed;
 }
@@ -126,18 +126,23 @@ static void run(rlhf_ctx *ctx, const gemm_args *g) {
 }
 
 /* Runs it in ctx and compares: the outputs, what lies between their rows, and around them. Once
- * with panels packed before, once with panels packed on the way, and with narrow ones. */
+ * with panels packed on the way, once with panels packed before, and from bfloat16 in rows and, for
+ * products of floats, in panels. */
 static void prod_check(rlhf_ctx *ctx, const prod *p) {
     size_t nc = (size_t)p->m * p->ldc, ny = (size_t)p->m * p->ldy;
     size_t np = gemm_packed_size(ctx->k, p->half, p->k, p->n);
     float *packed = prod_pack(ctx, p), *c = test_floats(nc), *y = test_floats(ny);
-    float *room = test_floats(p->narrow ? (np + 1) / 2 : 0);
-    uint16_t *narrow = (uint16_t *)(void *)room;
-    for (size_t i = 0; p->narrow && i < np; i++) narrow[i] = v_half1(packed[i]);
-    for (int ready = 0; ready < (p->narrow ? 3 : 2); ready++) {
+    static const char *const forms[] = {"", "packed", "rows of bfloat16", "panels of bfloat16"};
+    size_t nb = p->narrow ? (size_t)(p->tb ? p->n : p->k) * p->ldb : 0;
+    float *room = test_floats((nb + 1) / 2), *room2 = test_floats(p->narrow ? (np + 1) / 2 : 0);
+    uint16_t *rows = (uint16_t *)(void *)room, *panels = (uint16_t *)(void *)room2;
+    for (size_t i = 0; i < nb; i++) rows[i] = v_half1(p->b[i]);
+    for (size_t i = 0; p->narrow && i < np; i++) panels[i] = v_half1(packed[i]);
+    for (int form = 0; form < (!p->narrow ? 2 : p->half ? 3 : 4); form++) {
         memcpy(c, p->c, nc * sizeof *c);
-        gemm_args g = prod_args(ctx, p, ready == 1 ? packed : NULL, c, y);
-        if (ready == 2) g.src = NULL, g.narrow = narrow;
+        gemm_args g = prod_args(ctx, p, form == 1 ? packed : NULL, c, y);
+        if (form == 2) g.src = NULL, g.narrow = rows;
+        if (form == 3) g.src = NULL, g.narrow = panels, g.ks = RLHF_LANES, g.ns = (size_t)p->k;
         int before = test_failures;
         run(ctx, &g);
         CHECK_BITS(c, p->want, nc);
@@ -148,10 +153,11 @@ static void prod_check(rlhf_ctx *ctx, const prod *p) {
                       "above: %s, %d threads, m %d n %d k %d, mode %d, %s%s%s%s%s", ctx->k->name,
                       ctx->threads, p->m, p->n, p->k, p->mode, p->ta ? "A' " : "",
                       p->tb ? "B' " : "", p->bias ? "bias " : "", p->act ? "gelu " : "",
-                      ready == 2 ? "narrow" : ready ? "packed" : "");
+                      forms[form]);
     }
     test_floats_free(packed);
     test_floats_free(room);
+    test_floats_free(room2);
     test_floats_free(c);
     test_floats_free(y);
 }
@@ -429,12 +435,12 @@ TEST(half_products) {
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += test_quick() ? 2 : 1)
         for (int mode = 0; mode < 3; mode++)
             for (unsigned flags = 0; flags < (test_quick() ? 4u : 8u); flags++) {
-                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode, flags | 16);
+                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode, flags | 48);
                 half_check(&c, &more, &p);
                 prod_free(&p);
             }
     /* Sums that are cut. */
-    for (unsigned flags = 16; flags < 20; flags++)
+    for (unsigned flags = 48; flags < 52; flags++)
         for (int mode = 0; mode < 3; mode++) {
             prod p = prod_new(19, 40, 2 * GEMM_DEPTH + 35, mode, flags);
             half_check(&c, &more, &p);

@@ -3244,7 +3244,8 @@ typedef struct gemm_pack_args {
     float *out;
 } gemm_pack_args;
 
-enum { GEMM_GROUP = 8 }; /* panels or tiles packed side by side */
+/* Panels or tiles packed side by side; of bfloat16, whose rows are shorter. */
+enum { GEMM_GROUP = 8, GEMM_ZIP = 4 * GEMM_GROUP };
 
 /* Whether B's numbers of bfloat16 are in panels [k][16], ns * 16 apart: ks is 16. */
 static int gemm_is_panels(size_t ks, size_t ns) { return ks != 1 && ns != 1; }
@@ -3303,37 +3304,70 @@ static void gemm_pack_half(const gemm_pack_args *g, int lo, int hi) {
     }
 }
 
-/* The same from numbers of bfloat16: a square of them at a time becomes floats near the core, which
- * are packed as others are. Lines of the next square are asked for. */
-static void gemm_pack_wide(const gemm_pack_args *g, int lo, int hi) {
-    enum { DEEP = 64, WIDE = GEMM_GROUP * RLHF_LANES };
-    float square[DEEP * WIDE] __attribute__((aligned(RLHF_ALIGN)));
-    size_t size = gemm_panel_size(g->kt, g->half, g->k);
-    int rows = g->ks != 1; /* of the source: of k */
-    gemm_pack_args s = *g;
-    s.narrow = NULL;
-    for (int p = lo; p < hi; p += GEMM_GROUP)
-        for (int k = 0; k < g->k; k += DEEP) {
-            int deep = base_min(DEEP, g->k - k), n0 = p * RLHF_LANES;
-            int wide = base_min(g->n, base_min(hi, p + GEMM_GROUP) * RLHF_LANES) - n0;
-            int count = rows ? deep : wide, len = rows ? wide : deep, ld = rows ? WIDE : DEEP;
-            size_t step = rows ? g->ks : g->ns;
-            const uint16_t *x = g->narrow + (size_t)k * g->ks + (size_t)n0 * g->ns;
-            for (int i = 0; i < count; i++, x += step) {
-                const uint16_t *ahead = x + (rows ? DEEP * g->ks : DEEP);
-                for (int c = 0; c < len; c += 2 * RLHF_LANES) __builtin_prefetch(ahead + c);
-                g->kt->wide(len, x, square + i * ld);
-            }
-            s.ks = rows ? WIDE : 1, s.ns = rows ? 1 : DEEP, s.k = deep;
-            for (int c = 0; c < wide; c += RLHF_LANES) {
-                s.b = square + (size_t)c * s.ns;
-                s.n = base_min(RLHF_LANES, wide - c);
-                s.out = g->out + (size_t)(n0 + c) / RLHF_LANES * size +
-                        gemm_panel_size(g->kt, g->half, k);
-                if (g->half) gemm_pack_half(&s, 0, 1);
-                else gemm_pack_plain(&s, 0, 1);
-            }
+typedef uint16_t gemm_u16 __attribute__((vector_size(RLHF_LANES * sizeof(uint16_t))));
+typedef uint32_t gemm_u32 __attribute__((vector_size(RLHF_LANES * sizeof(uint32_t))));
+
+/* Panels of a source of bfloat16 whose rows are contiguous: y[strips][steps][16], each element two
+ * numbers below one another, the first in the lower half, or with pairs 0 one in the upper half: a
+ * float. Zeros stand for what lies behind n. */
+static void gemm_zip(int n, int steps, int strips, int pairs, const uint16_t *x, size_t ld,
+                     float *y) {
+    static const uint16_t none[GEMM_ZIP * RLHF_LANES];
+    for (int i = 0; i < steps; i++, y += RLHF_LANES) {
+        int r = pairs ? 2 * i + 1 : i;
+        const uint16_t *hi = r < n ? x + (size_t)r * ld : none;
+        const uint16_t *lo = pairs && r <= n ? x + (size_t)(r - 1) * ld : none;
+        for (int c = 0; c < strips * RLHF_LANES && r < n; c += 2 * RLHF_LANES) {
+            __builtin_prefetch(hi + K_ROWS_AHEAD * ld + c);
+            if (pairs) __builtin_prefetch(lo + K_ROWS_AHEAD * ld + c);
         }
+        for (int s = 0; s < strips; s++) {
+            gemm_u16 a, b;
+            memcpy(&a, lo + s * RLHF_LANES, sizeof a);
+            memcpy(&b, hi + s * RLHF_LANES, sizeof b);
+            gemm_u32 both = __builtin_convertvector(a, gemm_u32) |
+                            __builtin_convertvector(b, gemm_u32) << 16;
+            memcpy(y + (size_t)s * (size_t)steps * RLHF_LANES, &both, sizeof both);
+        }
+    }
+}
+
+/* One panel of w <= 16 columns of a source of bfloat16: of pairs that lie side by side as they are,
+ * else by floats near the core, which are packed like others. */
+static void gemm_pack_wide_panel(const gemm_pack_args *g, const uint16_t *b, int w, float *out) {
+    enum { DEEP = 256 };
+    float wide[DEEP * RLHF_LANES] __attribute__((aligned(RLHF_ALIGN)));
+    if (g->half && g->ks == 1 && w == RLHF_LANES && g->k % 32 == 0 && g->ns % 2 == 0 &&
+        (uintptr_t)b % sizeof *out == 0) {
+        g->kt->panel(g->k / 2, (const float *)(const void *)b, g->ns / 2, out);
+        return;
+    }
+    gemm_pack_args s = {.kt = g->kt, .b = wide, .n = w, .half = g->half};
+    s.ks = g->ks == 1 ? 1 : RLHF_LANES, s.ns = g->ks == 1 ? DEEP : 1;
+    for (int k = 0; k < g->k; k += DEEP, b += DEEP * g->ks) {
+        s.k = base_min(DEEP, g->k - k);
+        s.out = out + gemm_panel_size(g->kt, g->half, k);
+        for (int i = 0; i < (g->ks == 1 ? w : s.k); i++)
+            g->kt->wide(g->ks == 1 ? s.k : w, b + (size_t)i * (g->ks == 1 ? g->ns : g->ks),
+                        wide + (size_t)i * (g->ks == 1 ? DEEP : RLHF_LANES));
+        if (g->half) gemm_pack_half(&s, 0, 1);
+        else gemm_pack_plain(&s, 0, 1);
+    }
+}
+
+/* The same from numbers of bfloat16. */
+static void gemm_pack_wide(const gemm_pack_args *g, int lo, int hi) {
+    int steps = gemm_steps(g->kt, g->half, g->k);
+    size_t size = (size_t)steps * RLHF_LANES;
+    int whole = g->ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
+    for (int p = lo; p < whole; p += GEMM_ZIP)
+        gemm_zip(g->k, steps, base_min(GEMM_ZIP, whole - p), g->half, g->narrow + p * RLHF_LANES,
+                 g->ks, g->out + (size_t)p * size);
+    for (int p = base_max(lo, whole); p < hi; p++) {
+        int n0 = p * RLHF_LANES;
+        gemm_pack_wide_panel(g, g->narrow + (size_t)n0 * g->ns, base_min(RLHF_LANES, g->n - n0),
+                             g->out + (size_t)p * size);
+    }
 }
 
 static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -4870,11 +4904,12 @@ typedef struct op_vocab {
     float *lse, *coef, *kl, *other_logp; /* [rows of the chunk] */
 } op_vocab;
 
-/* Rows of logits held at once, in one array or two: at most 64 MiB and 512 rows, in equal chunks. A
- * chunk reads W and its gradient once, from memory; more rows share that. Part of no result: a
- * row's numbers do not depend on its neighbours. */
-static int op_vocab_chunk(int vocab, int rows, int arrays) {
-    int most = base_max(24, base_min((1 << 24) / vocab, 512) / arrays);
+/* Rows of logits held at once, in one array or two: at most 64 MiB, or a quarter of W as floats if
+ * that is more, and 512 rows, in equal chunks. A chunk packs W and reads its gradient once, from
+ * memory; more rows share that. Part of no result: a row's numbers do not depend on its neighbours. */
+static int op_vocab_chunk(int vocab, int d, int rows, int arrays) {
+    int most = base_max((1 << 24) / vocab, d / 4);
+    most = base_max(24, base_min(most, 512) / arrays);
     int chunks = (rows + most - 1) / most;
     return chunks ? (int)base_round_up((size_t)((rows + chunks - 1) / chunks), 8) : 1;
 }
@@ -4940,7 +4975,7 @@ static void op_vocab_run(op_env *e, const op_weight *w, int rows, const float *x
                          const int32_t *target, float scale, const op_rows *out, op_coef_fn *coef,
                          void *user, float *dx) {
     arena_mark mark = arena_save(e->ws);
-    int chunk = op_vocab_chunk(w->n, rows, 1);
+    int chunk = op_vocab_chunk(w->n, w->k, rows, 1);
     op_weight lw = op_vocab_weight(w);
     op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale, .cap = w->cap};
     v.logits = arena_floats(e->ws, (size_t)chunk, v.ld);
@@ -4970,7 +5005,7 @@ static void op_vocab_compare(op_env *e, const op_weight *w, const float *x, cons
                              const float *x2, int rows, const int32_t *target, float scale,
                              const op_rows *out, float *kl, float *other_logp) {
     arena_mark mark = arena_save(e->ws);
-    int chunk = op_vocab_chunk(w->n, rows, 2);
+    int chunk = op_vocab_chunk(w->n, w->k, rows, 2);
     op_weight lw = op_vocab_weight(w), lw2 = op_vocab_weight(w2);
     op_vocab v = {.k = e->ctx->k, .n = w->n, .ld = op_ld(&lw), .scale = scale};
     v.logits = arena_floats(e->ws, (size_t)chunk, v.ld);
@@ -9283,7 +9318,7 @@ static size_t model_row_back(const rlhf_model *m) {
 /* Floats of logits that a chunk of n scored rows takes, by one model or two. */
 static size_t model_head_floats(const rlhf_model *m, int n, int models) {
     if (m->c.head != RLHF_HEAD_LM) return 0;
-    return (size_t)(models * op_vocab_chunk(m->c.vocab, n, models)) *
+    return (size_t)(models * op_vocab_chunk(m->c.vocab, m->c.d, n, models)) *
            (size_t)(m->c.vocab + 2 * RLHF_LANES);
 }
 

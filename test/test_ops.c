@@ -945,12 +945,13 @@ TEST(vocabulary_capped) {
 
 /* More rows than a chunk holds. */
 TEST(vocabulary_chunks) {
-    CHECK_EQ_I(op_vocab_chunk(130, 600, 1), 304);
+    CHECK_EQ_I(op_vocab_chunk(130, 64, 600, 1), 304);
     vocab_check(test_quick() ? 520 : 1100, 130, 12, 1.25f);
-    CHECK_EQ_I(op_vocab_chunk(200000, 1000, 1), 80);
-    CHECK(op_vocab_chunk(1 << 24, 100, 1) == 24 && op_vocab_chunk(1, 512, 1) == 512);
-    CHECK(op_vocab_chunk(130, 600, 2) == 200 && op_vocab_chunk(1 << 24, 100, 2) == 24);
-    CHECK(op_vocab_chunk(100, 1, 1) == 8 && op_vocab_chunk(100, 0, 1) == 1);
+    CHECK_EQ_I(op_vocab_chunk(200000, 64, 1000, 1), 80);
+    CHECK_EQ_I(op_vocab_chunk(200000, 1600, 1000, 1), 336); /* at most d / 4 */
+    CHECK(op_vocab_chunk(1 << 24, 64, 100, 1) == 24 && op_vocab_chunk(1, 64, 512, 1) == 512);
+    CHECK(op_vocab_chunk(130, 64, 600, 2) == 200 && op_vocab_chunk(1 << 24, 64, 100, 2) == 24);
+    CHECK(op_vocab_chunk(100, 64, 1, 1) == 8 && op_vocab_chunk(100, 64, 0, 1) == 1);
 }
 
 /* The parts of a batch give what the batch gives; gradients of weights continue each other. The

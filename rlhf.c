@@ -4906,7 +4906,8 @@ typedef struct op_vocab {
 
 /* Rows of logits held at once, in one array or two: at most 64 MiB, or a quarter of W as floats if
  * that is more, and 512 rows, in equal chunks. A chunk packs W and reads its gradient once, from
- * memory; more rows share that. Part of no result: a row's numbers do not depend on its neighbours. */
+ * memory; more rows share that. Part of no result: a row's numbers do not depend on its neighbours.
+ */
 static int op_vocab_chunk(int vocab, int d, int rows, int arrays) {
     int most = base_max((1 << 24) / vocab, d / 4);
     most = base_max(24, base_min(most, 512) / arrays);

@@ -1063,6 +1063,15 @@ RLHF_INLINE uint16_t v_half1(float f) {
 /* The float that a bfloat16 is. */
 RLHF_INLINE float v_wide1(uint16_t h) { return v_bits1((int32_t)((uint32_t)h << 16)); }
 
+/* A number of IEEE's half precision, exactly; denormals by value, NaN as a quiet one. */
+RLHF_INLINE float v_ieee1(uint16_t h) {
+    uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, m = h & 1023;
+    if (e == 31) return v_bits1((int32_t)(sign | (m ? 0x7fc00000u : 0x7f800000u) | m << 13));
+    if (e) return v_bits1((int32_t)(sign | (e + 112) << 23 | m << 13));
+    float f = (float)m * 0x1p-24f;
+    return sign ? -f : f;
+}
+
 /* e^x: x = n ln 2 + r, |r| <= ln 2 / 2; 2^n in two factors, so that results go down to the smallest
  * denormal and up to infinity without a branch. NaN stays NaN: both bounds are written so that the
  * comparison fails on it. */
@@ -1222,9 +1231,12 @@ V_OP vi vi_shl(vi a, int n) { return _mm256_slli_epi32(a, n); }
 V_OP vi vi_round(vf a) { return _mm256_cvtps_epi32(a); } /* to nearest, ties to even */
 V_OP vf v_from(vi a) { return _mm256_cvtepi32_ps(a); }   /* the same number */
 V_OP vi vi_equal(vi a, vi b) { return _mm256_cmpeq_epi32(a, b); }
-/* V_WIDTH bfloat16 as floats; the upper halves of V_WIDTH numbers. */
+/* V_WIDTH bfloat16 as floats, and such of IEEE's; the upper halves of V_WIDTH numbers. */
 V_OP vf v_widen(const uint16_t *p) {
     return v_of(vi_shl(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+V_OP vf v_ieee(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
 V_OP void v_store_upper(uint16_t *p, vi a) {
     __m256i x = _mm256_srli_epi32(a, 16);
@@ -1336,6 +1348,9 @@ V_OP vf v_from(vi a) { return vcvtq_f32_s32(a); }
 V_OP vi vi_equal(vi a, vi b) { return vreinterpretq_s32_u32(vceqq_s32(a, b)); }
 V_OP vf v_widen(const uint16_t *p) {
     return v_of(vshll_n_s16(vreinterpret_s16_u16(vld1_u16(p)), 16));
+}
+V_OP vf v_ieee(const uint16_t *p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 }
 V_OP void v_store_upper(uint16_t *p, vi a) {
     vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_s32(a), 16));
@@ -1740,6 +1755,7 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(ds, k_ds_fn)                                                                                 \
     X(panel, k_panel_fn)                                                                           \
     X(wide, k_wide_fn)                                                                             \
+    X(ieee, k_wide_fn)                                                                             \
     X(sumsq, k_sumsq_fn)                                                                           \
     X(adam, k_adam_fn)
 
@@ -2082,6 +2098,11 @@ static void k_r_half(int n, const float *x, size_t step, uint16_t *y) {
 /* n numbers of bfloat16 as floats. */
 static void k_r_wide(int n, const uint16_t *x, float *y) {
     for (int i = 0; i < n; i++) y[i] = v_wide1(x[i]);
+}
+
+/* The same for IEEE's half precision. */
+static void k_r_ieee(int n, const uint16_t *x, float *y) {
+    for (int i = 0; i < n; i++) y[i] = v_ieee1(x[i]);
 }
 
 /* w columns of n numbers, element (k, l) at b[k ld + l], as bfloat16 in pairs (k, k + 1), the first
@@ -2472,6 +2493,12 @@ K_FN void k_v_wide(int n, const uint16_t *x, float *y) {
     k_r_wide(n - i, x + i, y + i);
 }
 
+K_FN void k_v_ieee(int n, const uint16_t *x, float *y) {
+    int i = 0;
+    for (; i + V_WIDTH <= n; i += V_WIDTH) v_store(y + i, v_ieee(x + i));
+    k_r_ieee(n - i, x + i, y + i);
+}
+
 K_FN void k_v_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y) {
     if (w % V_WIDTH) {
         k_r_pairs(n, pairs, strips, w, x, ld, y);
@@ -2635,7 +2662,8 @@ typedef struct gemm_args {
     int half;         /* of bfloat16; t.b, if not null, is panels of pairs */
     const float *src; /* B element (k, n) is src[k * ks + n * ns], where t.b is null */
     const uint16_t *narrow; /* or it is the bfloat16 narrow[k * ks + n * ns]; or null */
-    size_t ks, ns;    /* one of them is 1; or narrow is in panels (gemm_is_panels) */
+    int ieee;         /* narrow is of IEEE's half precision */
+    size_t ks, ns;    /* one of them is 1; or narrow is in panels (gemm_is_panels) of bfloat16 */
     size_t ms;        /* floats of A for each row from one tile to the next; 0: t.rs */
     k_map_fn *act;    /* y = act(c), row by row while the block is in cache; null = none */
     float *y;         /* [m][ldy] */
@@ -3121,7 +3149,8 @@ static const k_table k_ref = {
 #if RLHF_X86
 /* The compiler's run-time test also asks whether the system saves the wide registers. */
 static int gemm_has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
 }
 
 static int gemm_has_avx512(void) { return gemm_has_avx2() && __builtin_cpu_supports("avx512f"); }
@@ -3238,9 +3267,9 @@ static size_t gemm_packed_size(const k_table *kt, int half, int k, int n) {
 typedef struct gemm_pack_args {
     const k_table *kt;
     const float *b;
-    const uint16_t *narrow; /* b, if that is bfloat16; or null */
+    const uint16_t *narrow; /* b, if that is bfloat16, or with ieee of that kind; or null */
     size_t ks, ns;          /* B element (k, n) is b[k * ks + n * ns] */
-    int k, n, half;
+    int k, n, half, ieee;
     float *out;
 } gemm_pack_args;
 
@@ -3332,42 +3361,56 @@ static void gemm_zip(int n, int steps, int strips, int pairs, const uint16_t *x,
     }
 }
 
-/* One panel of w <= 16 columns of a source of bfloat16: of pairs that lie side by side as they are,
- * else by floats near the core, which are packed like others. */
-static void gemm_pack_wide_panel(const gemm_pack_args *g, const uint16_t *b, int w, float *out) {
-    enum { DEEP = 256 };
-    float wide[DEEP * RLHF_LANES] __attribute__((aligned(RLHF_ALIGN)));
-    if (g->half && g->ks == 1 && w == RLHF_LANES && g->k % 32 == 0 && g->ns % 2 == 0 &&
-        (uintptr_t)b % sizeof *out == 0) {
-        g->kt->panel(g->k / 2, (const float *)(const void *)b, g->ns / 2, out);
-        return;
-    }
-    gemm_pack_args s = {.kt = g->kt, .b = wide, .n = w, .half = g->half};
-    s.ks = g->ks == 1 ? 1 : RLHF_LANES, s.ns = g->ks == 1 ? DEEP : 1;
-    for (int k = 0; k < g->k; k += DEEP, b += DEEP * g->ks) {
-        s.k = base_min(DEEP, g->k - k);
-        s.out = out + gemm_panel_size(g->kt, g->half, k);
-        for (int i = 0; i < (g->ks == 1 ? w : s.k); i++)
-            g->kt->wide(g->ks == 1 ? s.k : w, b + (size_t)i * (g->ks == 1 ? g->ns : g->ks),
-                        wide + (size_t)i * (g->ks == 1 ? DEEP : RLHF_LANES));
-        if (g->half) gemm_pack_half(&s, 0, 1);
-        else gemm_pack_plain(&s, 0, 1);
-    }
+/* Panels [lo, hi) of a source of sixteen bits by floats near the core, which are packed like
+ * others. */
+static void gemm_pack_staged(const gemm_pack_args *g, int lo, int hi) {
+    enum { ROOM = 256 * RLHF_LANES };
+    float wide[ROOM] __attribute__((aligned(RLHF_ALIGN)));
+    k_wide_fn *widen = g->ieee ? g->kt->ieee : g->kt->wide;
+    /* Contiguous rows are read for some panels at a time, columns one panel after the other. */
+    int rows = g->ks != 1, group = rows ? GEMM_GROUP : 1;
+    int ld = rows ? group * RLHF_LANES : ROOM / RLHF_LANES, deep = ROOM / RLHF_LANES / group;
+    size_t step = rows ? g->ks : g->ns, size = gemm_panel_size(g->kt, g->half, g->k);
+    gemm_pack_args s = {.kt = g->kt, .half = g->half};
+    s.ks = rows ? (size_t)ld : 1, s.ns = rows ? 1 : (size_t)ld;
+    for (int p = lo; p < hi; p += group)
+        for (int k = 0; k < g->k; k += deep) {
+            int n0 = p * RLHF_LANES;
+            int w = base_min(g->n, base_min(hi, p + group) * RLHF_LANES) - n0;
+            const uint16_t *x = g->narrow + (size_t)k * g->ks + (size_t)n0 * g->ns;
+            s.k = base_min(deep, g->k - k);
+            for (int i = 0; i < (rows ? s.k : w); i++, x += step) {
+                for (int c = 0; rows && c < w; c += 2 * RLHF_LANES)
+                    __builtin_prefetch(x + K_ROWS_AHEAD * step + c);
+                widen(rows ? w : s.k, x, wide + i * ld);
+            }
+            for (int c = 0; c < w; c += RLHF_LANES) {
+                s.b = wide + (size_t)c * s.ns;
+                s.n = base_min(RLHF_LANES, w - c);
+                s.out = g->out + (size_t)((n0 + c) / RLHF_LANES) * size +
+                        gemm_panel_size(g->kt, g->half, k);
+                if (g->half) gemm_pack_half(&s, 0, 1);
+                else gemm_pack_plain(&s, 0, 1);
+            }
+        }
 }
 
-/* The same from numbers of bfloat16. */
+/* The same from numbers of sixteen bits: whole panels of bfloat16 as they lie, where they can be. */
 static void gemm_pack_wide(const gemm_pack_args *g, int lo, int hi) {
-    int steps = gemm_steps(g->kt, g->half, g->k);
+    int steps = gemm_steps(g->kt, g->half, g->k), p = lo, whole = base_min(hi, g->n / RLHF_LANES);
     size_t size = (size_t)steps * RLHF_LANES;
-    int whole = g->ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
-    for (int p = lo; p < whole; p += GEMM_ZIP)
-        gemm_zip(g->k, steps, base_min(GEMM_ZIP, whole - p), g->half, g->narrow + p * RLHF_LANES,
-                 g->ks, g->out + (size_t)p * size);
-    for (int p = base_max(lo, whole); p < hi; p++) {
-        int n0 = p * RLHF_LANES;
-        gemm_pack_wide_panel(g, g->narrow + (size_t)n0 * g->ns, base_min(RLHF_LANES, g->n - n0),
-                             g->out + (size_t)p * size);
-    }
+    if (!g->ieee && g->ns == 1)
+        for (; p < whole; p = base_min(whole, p + GEMM_ZIP))
+            gemm_zip(g->k, steps, base_min(GEMM_ZIP, whole - p), g->half,
+                     g->narrow + p * RLHF_LANES, g->ks, g->out + (size_t)p * size);
+    /* Pairs that lie side by side are elements of the panel. */
+    int pairs = !g->ieee && g->half && g->ks == 1 && g->k % 32 == 0 && g->ns % 2 == 0 &&
+                (uintptr_t)g->narrow % sizeof *g->out == 0;
+    for (; pairs && p < whole; p++)
+        g->kt->panel(g->k / 2,
+                     (const float *)(const void *)(g->narrow + (size_t)p * RLHF_LANES * g->ns),
+                     g->ns / 2, g->out + (size_t)p * size);
+    gemm_pack_staged(g, p, hi);
 }
 
 static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
@@ -3382,13 +3425,13 @@ static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
     else gemm_pack_plain(g, (int)lo, (int)hi);
 }
 
-/* Packs B[k][n], of bfloat16 if narrow is not null, into panels at out[gemm_packed_size(...)], over
- * the context's threads. For W [n][k] as y = x W^T wants it: ks = 1, ns = k. */
-static void gemm_pack(rlhf_ctx *ctx, int half, const float *b, const uint16_t *narrow, size_t ks,
-                      size_t ns, int k, int n, float *out) {
-    gemm_pack_args g = {ctx->k, b, narrow, ks, ns, k, n, half, out};
-    int64_t panels = (int64_t)gemm_panels(n);
-    par_for(ctx, panels, par_grain((int64_t)RLHF_LANES * k), gemm_pack_range, &g);
+/* Packs B into panels at out[gemm_packed_size(...)], over the context's threads. For W [n][k] as
+ * y = x W^T wants it: ks = 1, ns = k. */
+static void gemm_pack(rlhf_ctx *ctx, const gemm_pack_args *b) {
+    gemm_pack_args g = *b;
+    g.kt = ctx->k;
+    int64_t panels = (int64_t)gemm_panels(g.n);
+    par_for(ctx, panels, par_grain((int64_t)RLHF_LANES * g.k), gemm_pack_range, &g);
 }
 
 /* Packs A, whose m rows run fastest (element (m, k) is a[k * ks + m]), into tiles out[m /
@@ -3616,8 +3659,8 @@ static void gemm_job_part(const gemm_job *j, const gemm_args *s, int column, int
         w = gemm_piece(panels - p, j->group);
         gemm_args group = gemm_part(s, 0, s->m, p, p + w);
         if (!s->t.b) {
-            gemm_pack_args pack = {j->kt, group.src, group.narrow, s->ks,         s->ns,
-                                   s->t.k, group.n,  s->half,      scratch + j->a};
+            gemm_pack_args pack = {j->kt,   group.src, group.narrow, s->ks,   s->ns,
+                                   s->t.k,  group.n,   s->half,      s->ieee, scratch + j->a};
             if (!whole || j->held[thread] != column) gemm_pack_range(&pack, 0, w, 0);
             j->held[thread] = whole ? column : -1;
             group.narrow = NULL;
@@ -3865,15 +3908,6 @@ static void op_norm_bwd(op_env *e, op_norm *o) {
 
 /* ---- linear ---- */
 
-/* A half-precision number, exactly; denormals by value, NaN with its payload. */
-static float op_half(uint16_t h) {
-    uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, m = h & 1023;
-    if (e == 31) return v_bits1((int32_t)(sign | 0x7f800000u | m << 13));
-    if (e) return v_bits1((int32_t)(sign | (e + 112) << 23 | m << 13));
-    float f = (float)m * 0x1p-24f;
-    return sign ? -f : f;
-}
-
 /* Rows of a matrix W [n][k] as a file has them, read in place: rows [0, rows) of the piece, k =
  * cols each. kind: '4' F32, 'h' F16, 'b' BF16, whose addresses are multiples of their size. */
 typedef struct op_piece {
@@ -3902,12 +3936,13 @@ static void op_piece_read(const k_table *k, const op_piece *p, size_t r, int fro
     const uint16_t *h = (const uint16_t *)(const void *)p->data + (p->kind == '4' ? 0 : at);
     const float *f = (const float *)(const void *)p->data + (p->kind == '4' ? at : 0);
     if (p->kind == 'b' && step == 1) k->wide(n, h, out);
+    else if (p->kind == 'h' && step == 1) k->ieee(n, h, out);
     else if (p->kind == '4' && step == 1) memcpy(out, f, (size_t)n * sizeof *out);
     else
         for (size_t i = 0; i < (size_t)n; i++)
             out[i] = p->kind == '4'   ? f[i * step]
                      : p->kind == 'b' ? v_wide1(h[i * step])
-                                      : op_half(h[i * step]);
+                                      : v_ieee1(h[i * step]);
 }
 
 /* An adapter (Hu et al. 2021) to rows [from, from + n) of W: y += scale B (A x), A [r][k], B
@@ -3947,12 +3982,12 @@ typedef struct op_weight {
 
 static size_t op_ld(const op_weight *w) { return (size_t)(w->ld ? w->ld : w->n); }
 
-/* Some rows of W in memory: element (at + i, j) is w[i * rs + j * cs], or the bfloat16 narrow[...];
- * one of rs and cs is 1, unless narrow is in panels. */
+/* Some rows of W in memory: element (at + i, j) is w[i * rs + j * cs], or the bfloat16 (with ieee,
+ * half-precision number) narrow[...]; one of rs and cs is 1, unless narrow is in panels. */
 typedef struct op_block {
     const float *w;
     const uint16_t *narrow;
-    int n;
+    int ieee, n;
     size_t rs, cs;
 } op_block;
 
@@ -3983,20 +4018,20 @@ static int op_widen_count(int cols) { return base_max(64, OP_WIDEN / cols / 64 *
 /* The block that begins at row `at`: all of W where it is floats, the rest of a piece that can be
  * used as it lies, else some of its rows as floats in ws. */
 static op_block op_block_at(op_env *e, const op_weight *w, int at) {
-    if (!w->pieces) return (op_block){w->w, NULL, w->n, (size_t)w->k, 1};
+    if (!w->pieces) return (op_block){w->w, NULL, 0, w->n, (size_t)w->k, 1};
     const op_piece *p = w->piece;
     while (at >= p->rows) at -= p++->rows;
-    if (p->kind != 'h' && !p->hd) {
-        op_block b = {NULL, NULL, p->rows - at, (size_t)p->cols, 1};
+    if (!p->hd) {
+        op_block b = {NULL, NULL, p->kind == 'h', p->rows - at, (size_t)p->cols, 1};
         if (p->transposed) b.rs = 1, b.cs = (size_t)p->rows;
-        if (p->kind == 'b') b.narrow = (const uint16_t *)(const void *)p->data + (size_t)at * b.rs;
-        else b.w = (const float *)(const void *)p->data + (size_t)at * b.rs;
+        if (p->kind == '4') b.w = (const float *)(const void *)p->data + (size_t)at * b.rs;
+        else b.narrow = (const uint16_t *)(const void *)p->data + (size_t)at * b.rs;
         return b;
     }
     int n = base_min(op_widen_count(p->cols), p->rows - at);
     op_widen o = {e->ctx->k, p, at, arena_floats(e->ws, (size_t)n, (size_t)p->cols)};
     par_for(e->ctx, n, par_grain(p->cols), op_widen_rows, &o);
-    return (op_block){o.out, NULL, n, (size_t)p->cols, 1};
+    return (op_block){o.out, NULL, 0, n, (size_t)p->cols, 1};
 }
 
 /* All of W^T in panels (gemm_pack). */
@@ -4010,9 +4045,11 @@ static void op_pack(op_env *e, const op_weight *w, float *out) {
             par_for(e->ctx, w->piece[i].rows, par_grain(w->k), op_widen_rows, &o);
             to += (size_t)w->piece[i].rows * (size_t)w->k;
         }
-        b = (op_block){whole, NULL, w->n, (size_t)w->k, 1};
+        b = (op_block){whole, NULL, 0, w->n, (size_t)w->k, 1};
     }
-    gemm_pack(e->ctx, w->half, b.w, b.narrow, b.cs, b.rs, w->k, w->n, out);
+    gemm_pack_args g = {.b = b.w, .narrow = b.narrow, .ieee = b.ieee, .ks = b.cs, .ns = b.rs};
+    g.k = w->k, g.n = w->n, g.half = w->half, g.out = out;
+    gemm_pack(e->ctx, &g);
     arena_restore(e->ws, mark);
 }
 
@@ -4141,7 +4178,7 @@ static void op_linear(op_env *e, const op_weight *w, int m, const float *x, floa
     int n;
     for (int at = 0; at < w->n; at += n) {
         arena_mark mark = arena_save(e->ws);
-        op_block b = {NULL, w->narrow, w->n, (size_t)w->k, RLHF_LANES};
+        op_block b = {NULL, w->narrow, 0, w->n, (size_t)w->k, RLHF_LANES};
         if (!w->packed && !w->narrow) b = op_block_at(e, w, at);
         n = b.n;
         /* A is x as it lies, B is W^T: rows of W are columns of y. */
@@ -4157,7 +4194,7 @@ static void op_linear(op_env *e, const op_weight *w, int m, const float *x, floa
                                .ldc = op_ld(w),
                                .bias = w->b ? w->b + at : NULL,
                                .add = add ? add + at : NULL};
-        g.src = b.w, g.narrow = b.narrow, g.ks = b.cs, g.ns = b.rs;
+        g.src = b.w, g.narrow = b.narrow, g.ieee = b.ieee, g.ks = b.cs, g.ns = b.rs;
         gemm_run(e->ctx, e->ws, &g);
         arena_restore(e->ws, mark);
     }
@@ -4195,7 +4232,7 @@ static void op_outer(op_env *e, int half, int m, int n, int k, const float *dy, 
 static void op_back(op_env *e, int half, int m, int k, const float *dy, size_t ld,
                     const op_block *b, int mode, float *dx) {
     gemm_args g = {.m = m, .n = k, .half = half, .src = b->w, .narrow = b->narrow};
-    g.ks = b->rs, g.ns = b->cs;
+    g.ieee = b->ieee, g.ks = b->rs, g.ns = b->cs;
     g.t = (gemm_tile_args){
         .k = b->n, .a = dy, .rs = ld, .cs = 1, .c = dx, .ldc = (size_t)k, .mode = mode};
     gemm_run(e->ctx, e->ws, &g);
@@ -4205,7 +4242,7 @@ static void op_back(op_env *e, int half, int m, int k, const float *dy, size_t l
 static float *op_lora_back(op_env *e, const op_weight *w, const op_lora *l, int m,
                            const float *dy) {
     float *t = arena_floats(e->ws, (size_t)m, (size_t)l->r);
-    op_block b = {l->b, NULL, l->n, (size_t)l->r, 1};
+    op_block b = {l->b, NULL, 0, l->n, (size_t)l->r, 1};
     op_back(e, 0, m, l->r, dy + l->from, op_ld(w), &b, GEMM_STORE, t);
     e->ctx->k->scale(m * l->r, t, l->scale);
     return t;
@@ -4242,7 +4279,7 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
     /* The mask of the forward pass, applied to what comes back, needs a place of its own. */
     float *part = w->drop.p > 0 && w->loras ? arena_floats(e->ws, (size_t)m, (size_t)w->k) : dx;
     for (const op_lora *l = w->lora; l < w->lora + w->loras; l++) {
-        op_block a = {l->a, NULL, l->r, (size_t)w->k, 1};
+        op_block a = {l->a, NULL, 0, l->r, (size_t)w->k, 1};
         float *dt = op_lora_back(e, w, l, m, dy);
         op_back(e, 0, m, w->k, dt, (size_t)l->r, &a,
                 l == w->lora && part != dx ? GEMM_STORE : GEMM_ACC, part);
@@ -4708,7 +4745,7 @@ static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
 /* Packs B[k][n] on the calling thread. */
 static void op_pack_here(const k_table *kt, const float *b, size_t ks, size_t ns, int k, int n,
                          float *out) {
-    gemm_pack_args g = {kt, b, NULL, ks, ns, k, n, 0, out};
+    gemm_pack_args g = {kt, b, NULL, ks, ns, k, n, 0, 0, out};
     gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
 }
 
@@ -9714,7 +9751,7 @@ static void ckpt_load(const ckpt_file *f, const json_t *entry, const ckpt_tensor
 /* Whether n numbers are the same again when they have been stored in a dtype. */
 static int ckpt_fits(const float *x, size_t n, char kind) {
     for (size_t i = 0; i < n; i++) {
-        float back = kind == 'h' ? op_half(ckpt_to_half(x[i])) : v_wide1(v_half1(x[i]));
+        float back = kind == 'h' ? v_ieee1(ckpt_to_half(x[i])) : v_wide1(v_half1(x[i]));
         if (v_int1(back) != v_int1(x[i])) return 0;
     }
     return 1;
@@ -17658,7 +17695,7 @@ static void bench_gemm(bench *b) {
                 float *packed = arena_floats(&ws, gemm_packed_size(b->ctx->k, half, k, n), 1);
                 g.w = (op_weight){.n = n, .k = k, .w = w, .packed = packed, .half = half};
                 if (what == 2) g.w.gw = w;
-                gemm_pack(b->ctx, half, w, NULL, 1, (size_t)k, k, n, packed);
+                gemm_pack(b->ctx, &(gemm_pack_args){.b = w, .ks = 1, .ns = (size_t)k, .k = k, .n = n, .half = half, .out = packed});
                 g.x = arena_zeros(&ws, (size_t)m, (size_t)k);
                 g.y = arena_zeros(&ws, (size_t)m, (size_t)n);
                 /* Scratch in one block, as trainers have it after their first step. */

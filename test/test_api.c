@@ -1503,10 +1503,10 @@ TEST(half_precision_is_read_exactly) {
     CHECK(half_value(0x7bff) == 65504.0f && half_value(1) == 0x1p-24f);
     for (int h = 0; h < 0x7c00; h++) { /* every finite half */
         CHECK(to_half(half_value((uint16_t)h)) == h);
-        CHECK(op_half((uint16_t)h) == half_value((uint16_t)h));
-        CHECK(op_half((uint16_t)(h | 0x8000)) == -half_value((uint16_t)h));
+        CHECK(v_ieee1((uint16_t)h) == half_value((uint16_t)h));
+        CHECK(v_ieee1((uint16_t)(h | 0x8000)) == -half_value((uint16_t)h));
     }
-    CHECK(isinf(op_half(0x7c00)) && isnan(op_half(0x7c01)));
+    CHECK(isinf(v_ieee1(0x7c00)) && isnan(v_ieee1(0x7c01)));
 }
 
 /* Every tensor of the file that was read is, byte for byte, in the file that is written. */

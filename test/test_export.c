@@ -190,13 +190,13 @@ static void check_rows(int line, const unsigned char *p, const float *w, int row
 
 TEST(half_precision) {
     for (uint32_t h = 0; h < 0x10000; h++) {
-        float f = op_half((uint16_t)h);
+        float f = v_ieee1((uint16_t)h);
         if (isnan(f)) CHECK((ckpt_to_half(f) & 0x7fff) > 0x7c00);
         else if (ckpt_to_half(f) != h)
             test_fail(__FILE__, __LINE__, "%04x: %04x", h, ckpt_to_half(f));
         /* Halfway to the next: the even one; a bit more or less: the nearer one. */
         if ((h & 0x7fff) >= 0x7bff) continue;
-        float up = op_half((uint16_t)(h + 1)), mid = 0.5f * (f + up);
+        float up = v_ieee1((uint16_t)(h + 1)), mid = 0.5f * (f + up);
         uint16_t even = (uint16_t)(h + (h & 1));
         if (ckpt_to_half(mid) != even || ckpt_to_half(nextafterf(mid, up)) != h + 1 ||
             ckpt_to_half(nextafterf(mid, f)) != h)

@@ -12,7 +12,7 @@ typedef struct prod {
     int m, n, k, mode; /* GEMM_STORE, GEMM_ACC or ADD */
     bool ta, tb; /* A is stored as [k][m], B as [n][k] */
     bool bias, act, half; /* half: of numbers rounded to bfloat16 */
-    bool narrow; /* B's numbers are bfloat16, exactly */
+    bool narrow, ieee; /* B's numbers are bfloat16, or of IEEE's half precision, exactly */
     size_t lda, ldb, ldc, ldy;
     float *a, *b, *c, *y, *v; /* v: the bias */
     float *want, *wanty;
@@ -23,6 +23,10 @@ static float *matrix(int rows, int cols, size_t ld) {
     for (int r = 0; r < rows; r++) test_fill(x + (size_t)r * ld, (size_t)cols, -1, 1);
     return x;
 }
+
+/* Sixteen bits of a number that is one of p's kind, and back. */
+static uint16_t prod_short(const prod *p, float x) { return p->ieee ? ckpt_to_half(x) : v_half1(x); }
+static float prod_long(const prod *p, uint16_t h) { return p->ieee ? v_ieee1(h) : v_wide1(h); }
 
 static float prod_a(const prod *p, int i, int k) {
     float x = p->ta ? p->a[(size_t)k * p->lda + (size_t)i] : p->a[(size_t)i * p->lda + (size_t)k];
@@ -59,17 +63,18 @@ static double prod_exact(const prod *p, int i, int j, double *size) {
 static prod prod_new(int m, int n, int k, int mode, unsigned flags) {
     prod p = {.m = m, .n = n, .k = k, .mode = mode, .ta = flags & 1, .tb = flags & 2,
               .bias = flags & 4, .act = flags & 8, .half = flags & 16,
-              .narrow = flags & 32};
+              .narrow = flags & 32, .ieee = flags & 64};
     p.lda = (size_t)(p.ta ? m : k) + 3;
     p.ldb = (size_t)(p.tb ? k : n) + 2;
     p.ldc = (size_t)n + 5;
     p.ldy = (size_t)n + 1;
     p.a = p.ta ? matrix(k, m, p.lda) : matrix(m, k, p.lda);
     p.b = p.tb ? matrix(n, k, p.ldb) : matrix(k, n, p.ldb);
-    for (int i = 0; p.narrow && i < (p.tb ? n : k); i++)
+    for (int i = 0; (p.narrow || p.ieee) && i < (p.tb ? n : k); i++)
         for (int j = 0; j < (p.tb ? k : n); j++) {
             float *x = p.b + (size_t)i * p.ldb + (size_t)j;
-            *x = v_wide1((i + j) % 19 ? v_half1(*x) : (uint16_t)(i % 128)); /* some are denormal */
+            *x = prod_long(&p, (i + j) % 19 ? prod_short(&p, *x) : (uint16_t)(i % 128));
+            /* some are denormal */
         }
     p.c = matrix(m, n, p.ldc);
     p.y = test_floats((size_t)m * p.ldy);
@@ -96,7 +101,9 @@ static void prod_free(prod *p) {
 static float *prod_pack(rlhf_ctx *ctx, const prod *p) {
     size_t size = gemm_packed_size(ctx->k, p->half, p->k, p->n);
     float *packed = test_floats(size);
-    gemm_pack(ctx, p->half, p->b, NULL, p->tb ? 1 : p->ldb, p->tb ? p->ldb : 1, p->k, p->n, packed);
+    gemm_pack_args g = {.b = p->b, .ks = p->tb ? 1 : p->ldb, .ns = p->tb ? p->ldb : 1, .k = p->k,
+                        .n = p->n, .half = p->half, .out = packed};
+    gemm_pack(ctx, &g);
     CHECK(test_margins(packed, size));
     return packed;
 }
@@ -126,22 +133,23 @@ static void run(rlhf_ctx *ctx, const gemm_args *g) {
 }
 
 /* Runs it in ctx and compares: the outputs, what lies between their rows, and around them. Once
- * with panels packed on the way, once with panels packed before, and from bfloat16 in rows and, for
- * products of floats, in panels. */
+ * with panels packed on the way, once with panels packed before, and from numbers of sixteen bits in
+ * rows and, if bfloat16 and for products of floats, in panels. */
 static void prod_check(rlhf_ctx *ctx, const prod *p) {
     size_t nc = (size_t)p->m * p->ldc, ny = (size_t)p->m * p->ldy;
     size_t np = gemm_packed_size(ctx->k, p->half, p->k, p->n);
     float *packed = prod_pack(ctx, p), *c = test_floats(nc), *y = test_floats(ny);
-    static const char *const forms[] = {"", "packed", "rows of bfloat16", "panels of bfloat16"};
-    size_t nb = p->narrow ? (size_t)(p->tb ? p->n : p->k) * p->ldb : 0;
+    static const char *const forms[] = {"", "packed", "rows of bits", "panels of bits"};
+    size_t nb = p->narrow || p->ieee ? (size_t)(p->tb ? p->n : p->k) * p->ldb : 0;
+    int last = nb == 0 ? 1 : p->half || p->ieee ? 2 : 3;
     float *room = test_floats((nb + 1) / 2), *room2 = test_floats(p->narrow ? (np + 1) / 2 : 0);
     uint16_t *rows = (uint16_t *)(void *)room, *panels = (uint16_t *)(void *)room2;
-    for (size_t i = 0; i < nb; i++) rows[i] = v_half1(p->b[i]);
+    for (size_t i = 0; i < nb; i++) rows[i] = prod_short(p, p->b[i]);
     for (size_t i = 0; p->narrow && i < np; i++) panels[i] = v_half1(packed[i]);
-    for (int form = 0; form < (!p->narrow ? 2 : p->half ? 3 : 4); form++) {
+    for (int form = 0; form <= last; form++) {
         memcpy(c, p->c, nc * sizeof *c);
         gemm_args g = prod_args(ctx, p, form == 1 ? packed : NULL, c, y);
-        if (form == 2) g.src = NULL, g.narrow = rows;
+        if (form == 2) g.src = NULL, g.narrow = rows, g.ieee = p->ieee;
         if (form == 3) g.src = NULL, g.narrow = panels, g.ks = RLHF_LANES, g.ns = (size_t)p->k;
         int before = test_failures;
         run(ctx, &g);
@@ -229,7 +237,7 @@ TEST(every_k) {
         for (int mode = 0; mode < 3; mode++)
             for (unsigned flags = 0; flags < 16; flags++) {
                 prod p = prod_new(1 + (k * 5 + (int)flags) % 14, 1 + (k * 11 + mode) % 50, k, mode,
-                                  flags | (k % 2 ? 32 : 0));
+                                  flags | (k % 2 ? 32 : 64));
                 for (int t = 0; t < c.n; t++) prod_check(c.ctx[t], &p);
                 prod_free(&p);
             }
@@ -366,7 +374,8 @@ TEST(long_sums) {
     for (int i = 0; i < (test_quick() ? 1 : 4); i++)
         for (int mode = 0; mode < 3; mode++)
             for (unsigned flags = 0; flags < 16; flags += 5) {
-                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode, flags | 32);
+                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode,
+                                  flags | (mode ? 32 : 64));
                 for (int threads = 1; threads <= 3; threads += 2) {
                     contexts c = open_all(threads);
                     for (int t = 0; t < c.n; t++) {
@@ -435,7 +444,8 @@ TEST(half_products) {
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += test_quick() ? 2 : 1)
         for (int mode = 0; mode < 3; mode++)
             for (unsigned flags = 0; flags < (test_quick() ? 4u : 8u); flags++) {
-                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode, flags | 48);
+                prod p = prod_new(shapes[i].m, shapes[i].n, shapes[i].k, mode,
+                                  flags | (mode ? 48 : 80));
                 half_check(&c, &more, &p);
                 prod_free(&p);
             }

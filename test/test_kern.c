@@ -314,6 +314,22 @@ static void c_wide(const k_table *k, call *c) {
     for (int i = 0; i < n; i++) CHECK((uint32_t)v_int1(y[i]) == (uint32_t)h[i] << 16);
     CHECK(y[n] == 7);
 }
+static void c_ieee(const k_table *k, call *c) {
+    uint16_t h[2000];
+    float y[2001] = {0};
+    int n = c->n < 2000 ? c->n : 2000;
+    memcpy(h, c->in[0], (size_t)n * sizeof *h);
+    y[n] = 7;
+    k->ieee(n, h, y);
+    for (int i = 0; i < n; i++) {
+        double f = ldexp(h[i] & 1023, -24), e = (h[i] >> 10 & 31);
+        if (e > 0) f = ldexp(1024 + (h[i] & 1023), (int)e - 25);
+        if (e == 31) f = h[i] & 1023 ? (double)NAN : (double)INFINITY;
+        CHECK(isnan(f) ? isnan(y[i]) : (double)y[i] == (h[i] >> 15 ? -f : f));
+        CHECK(v_int1(y[i]) == v_int1(v_ieee1(h[i])));
+    }
+    CHECK(y[n] == 7);
+}
 static void c_pairs(const k_table *k, call *c) {
     static const int widths[] = {RLHF_LANES, 8, 5};
     int w = widths[c->n % 3], strips = 1 + c->n % 2, rows = c->n / (w * strips);
@@ -341,7 +357,7 @@ static const struct { const char *name; call_fn *run; } calls[] = {
     {"geglu", c_geglu},     {"geglu_bwd", c_geglu_bwd}, {"cap", c_cap},     {"cap_bwd", c_cap_bwd},
     {"adam", c_adam},       {"panel", c_panel},   {"strips", c_strips},
     {"half", c_half},       {"pairs", c_pairs},   {"sumsq", c_sumsq},
-    {"wide", c_wide}};
+    {"wide", c_wide},       {"ieee", c_ieee}};
 
 /* Every kernel has a line above: the table's functions (gelu twice), strips, which has one for all
  * tables, and what packs bfloat16. Tiles are test_gemm.c's. */

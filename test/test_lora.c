@@ -74,7 +74,7 @@ static void new_run(rlhf_ctx *ctx, void *arg) {
 /* A number as a file of a dtype holds it. */
 static float as_stored(float x, char kind) {
     if (kind == '4') return x;
-    return kind == 'h' ? op_half(ckpt_to_half(x)) : v_wide1(v_half1(x));
+    return kind == 'h' ? v_ieee1(ckpt_to_half(x)) : v_wide1(v_half1(x));
 }
 
 /* A model with weights of its own, all of them random and exact in the dtype, in which it is

@@ -191,7 +191,7 @@ static void linear_run(rlhf_ctx *ctx, const void *data, float *out) {
     op_env e = {ctx, &ws};
     op_weight w = {.n = c->n, .k = c->k, .w = c->w, .b = c->b, .packed = packed,
                    .gw = gw, .gb = gb};
-    gemm_pack(ctx, 0, c->w, NULL, 1, k, c->k, c->n, packed);
+    gemm_pack(ctx, &(gemm_pack_args){.b = c->w, .ks = 1, .ns = k, .k = c->k, .n = c->n, .out = packed});
     op_linear(&e, &w, c->m, c->x, y, c->add ? y : NULL, NULL, NULL);
     op_linear_bwd_w(&e, &w, c->m, c->x, c->dy);
     op_linear_bwd_x(&e, &w, c->m, c->dy, dx);
@@ -814,7 +814,8 @@ static void vocab_coef(void *user, int row, int n, const op_rows *found, float *
 
 static op_weight vocab_weight(rlhf_ctx *ctx, const vocab_case *c, const float *w, float *packed,
                               float *gw) {
-    gemm_pack(ctx, 0, w, NULL, 1, (size_t)c->d, c->d, c->n, packed);
+    gemm_pack_args g = {.b = w, .ks = 1, .ns = (size_t)c->d, .k = c->d, .n = c->n, .out = packed};
+    gemm_pack(ctx, &g);
     return (op_weight){.n = c->n, .k = c->d, .cap = c->cap, .w = w, .packed = packed, .gw = gw};
 }
 

@@ -3395,7 +3395,7 @@ static void gemm_pack_staged(const gemm_pack_args *g, int lo, int hi) {
         }
 }
 
-/* The same from numbers of sixteen bits: whole panels of bfloat16 as they lie, where they can be. */
+/* The same from numbers of sixteen bits: whole panels of bfloat16 as they lie, where possible. */
 static void gemm_pack_wide(const gemm_pack_args *g, int lo, int hi) {
     int steps = gemm_steps(g->kt, g->half, g->k), p = lo, whole = base_min(hi, g->n / RLHF_LANES);
     size_t size = (size_t)steps * RLHF_LANES;
@@ -17695,7 +17695,7 @@ static void bench_gemm(bench *b) {
                 float *packed = arena_floats(&ws, gemm_packed_size(b->ctx->k, half, k, n), 1);
                 g.w = (op_weight){.n = n, .k = k, .w = w, .packed = packed, .half = half};
                 if (what == 2) g.w.gw = w;
-                gemm_pack(b->ctx, &(gemm_pack_args){.b = w, .ks = 1, .ns = (size_t)k, .k = k, .n = n, .half = half, .out = packed});
+                op_pack(&g.e, &g.w, packed);
                 g.x = arena_zeros(&ws, (size_t)m, (size_t)k);
                 g.y = arena_zeros(&ws, (size_t)m, (size_t)n);
                 /* Scratch in one block, as trainers have it after their first step. */

@@ -25,7 +25,9 @@ static float *matrix(int rows, int cols, size_t ld) {
 }
 
 /* Sixteen bits of a number that is one of p's kind, and back. */
-static uint16_t prod_short(const prod *p, float x) { return p->ieee ? ckpt_to_half(x) : v_half1(x); }
+static uint16_t prod_short(const prod *p, float x) {
+    return p->ieee ? ckpt_to_half(x) : v_half1(x);
+}
 static float prod_long(const prod *p, uint16_t h) { return p->ieee ? v_ieee1(h) : v_wide1(h); }
 
 static float prod_a(const prod *p, int i, int k) {
@@ -133,8 +135,8 @@ static void run(rlhf_ctx *ctx, const gemm_args *g) {
 }
 
 /* Runs it in ctx and compares: the outputs, what lies between their rows, and around them. Once
- * with panels packed on the way, once with panels packed before, and from numbers of sixteen bits in
- * rows and, if bfloat16 and for products of floats, in panels. */
+ * with panels packed on the way, once with panels packed before, and from numbers of sixteen bits
+ * in rows and, if bfloat16 and for products of floats, in panels. */
 static void prod_check(rlhf_ctx *ctx, const prod *p) {
     size_t nc = (size_t)p->m * p->ldc, ny = (size_t)p->m * p->ldy;
     size_t np = gemm_packed_size(ctx->k, p->half, p->k, p->n);

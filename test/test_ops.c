@@ -191,7 +191,8 @@ static void linear_run(rlhf_ctx *ctx, const void *data, float *out) {
     op_env e = {ctx, &ws};
     op_weight w = {.n = c->n, .k = c->k, .w = c->w, .b = c->b, .packed = packed,
                    .gw = gw, .gb = gb};
-    gemm_pack(ctx, &(gemm_pack_args){.b = c->w, .ks = 1, .ns = k, .k = c->k, .n = c->n, .out = packed});
+    gemm_pack_args g = {.b = c->w, .ks = 1, .ns = k, .k = c->k, .n = c->n, .out = packed};
+    gemm_pack(ctx, &g);
     op_linear(&e, &w, c->m, c->x, y, c->add ? y : NULL, NULL, NULL);
     op_linear_bwd_w(&e, &w, c->m, c->x, c->dy);
     op_linear_bwd_x(&e, &w, c->m, c->dy, dx);

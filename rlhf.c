@@ -657,12 +657,20 @@ static uint64_t rng_mix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
+/* What all indices of a stream have in common. */
+static uint64_t rng_key(uint64_t seed, uint64_t stream) {
+    uint64_t x = rng_mix(seed + 0x9e3779b97f4a7c15u);
+    return rng_mix(x ^ (stream * 0xd1342543de82ef95u + 0x632be59bd9b4e019u));
+}
+
+static uint64_t rng_at(uint64_t key, uint64_t index) {
+    return rng_mix(key ^ (index * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du));
+}
+
 /* 64 random bits. Three rounds of the finaliser, one for each part of the key; odd constants keep
  * small seeds, streams and indices, the usual ones, from looking alike to it. */
 static uint64_t rng_u64(uint64_t seed, uint64_t stream, uint64_t index) {
-    uint64_t x = rng_mix(seed + 0x9e3779b97f4a7c15u);
-    x = rng_mix(x ^ (stream * 0xd1342543de82ef95u + 0x632be59bd9b4e019u));
-    return rng_mix(x ^ (index * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du));
+    return rng_at(rng_key(seed, stream), index);
 }
 
 /* Uniform in [0, 1), a multiple of 2^-53: the 53 high bits, exact in a double. */
@@ -3149,8 +3157,9 @@ static const k_table k_ref = {
 #if RLHF_X86
 /* The compiler's run-time test also asks whether the system saves the wide registers. */
 static int gemm_has_avx2(void) {
+    unsigned a, b, c, d;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+           __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
 }
 
 static int gemm_has_avx512(void) { return gemm_has_avx2() && __builtin_cpu_supports("avx512f"); }
@@ -3335,6 +3344,7 @@ static void gemm_pack_half(const gemm_pack_args *g, int lo, int hi) {
 
 typedef uint16_t gemm_u16 __attribute__((vector_size(RLHF_LANES * sizeof(uint16_t))));
 typedef uint32_t gemm_u32 __attribute__((vector_size(RLHF_LANES * sizeof(uint32_t))));
+typedef int32_t gemm_i32 __attribute__((vector_size(RLHF_LANES * sizeof(int32_t))));
 
 /* Panels of a source of bfloat16 whose rows are contiguous: y[strips][steps][16], each element two
  * numbers below one another, the first in the lower half, or with pairs 0 one in the upper half: a
@@ -4100,36 +4110,57 @@ static void op_small(op_env *e, int m, int n, int k, const float *x, const float
     gemm_run(e->ctx, e->ws, &g);
 }
 
-/* Rows [lo, hi) of what adapters see of x, in place. */
+/* What adapters see of x [rows][k]: y becomes it, or with add has it added. */
 typedef struct op_drop_job {
+    const k_table *kt;
     const op_drop *d;
-    int k;
-    float *x;
+    int k, add;
+    const float *x;
+    float *y;
 } op_drop_job;
 
 static void op_drop_rows(void *arg, int64_t lo, int64_t hi, int thread) {
+    enum { PIECE = 256 };
     const op_drop_job *o = arg;
-    float keep = 1.0f / (1.0f - o->d->p);
-    uint64_t bound = (uint64_t)((double)o->d->p * 65536.0);
+    float keep = 1.0f / (1.0f - o->d->p), seen[PIECE] = {0};
+    int bound = (int)((double)o->d->p * 65536.0);
+    uint64_t key = rng_key(o->d->seed, RNG_DROPOUT);
+    uint16_t draw[PIECE] = {0};
     (void)thread;
-    for (int64_t r = lo; r < hi; r++) {
-        float *x = o->x + (size_t)r * (size_t)o->k;
+    for (int64_t i = lo * o->k, n; i < hi * o->k; i += n) {
+        int64_t r = i / o->k, at = i % o->k;
+        n = o->k - at < PIECE ? o->k - at : PIECE;
         /* One number decides on four elements, by sixteen bits each. */
-        for (int j = 0; j < o->k; j += 4) {
-            uint64_t bits = rng_u64(o->d->seed, RNG_DROPOUT, o->d->key[r] + (uint64_t)j);
-            for (int i = j; i < base_min(j + 4, o->k); i++, bits >>= 16)
-                x[i] = (bits & 65535) < bound ? 0 : x[i] * keep;
+        for (int j = 0; j < n; j += 4) {
+            uint64_t bits = rng_at(key, o->d->key[r] + (uint64_t)(at + j));
+            for (int l = 0; l < 4; l++) draw[j + l] = (uint16_t)(bits >> 16 * l);
         }
+        memcpy(seen, o->x + i, (size_t)n * sizeof *seen);
+        for (int j = 0; j < n; j += RLHF_LANES) {
+            gemm_u16 h;
+            gemm_u32 bits;
+            memcpy(&h, draw + j, sizeof h);
+            for (int l = 0; l < RLHF_LANES; l++) seen[j + l] *= keep;
+            memcpy(&bits, seen + j, sizeof bits);
+            bits &= (gemm_u32)(__builtin_convertvector(h, gemm_i32) >= bound);
+            memcpy(seen + j, &bits, sizeof bits);
+        }
+        if (o->add) o->kt->add((int)n, seen, o->y + i);
+        else memcpy(o->y + i, seen, (size_t)n * sizeof *seen);
     }
+}
+
+static void op_drop_run(op_env *e, const op_weight *w, int m, const float *x, float *y, int add) {
+    op_drop_job o = {e->ctx->k, &w->drop, w->k, add, x, y};
+    par_for(e->ctx, m, par_grain(4 * w->k), op_drop_rows, &o);
 }
 
 /* x as the adapters see it: x itself, or a copy in ws with elements dropped. */
 static const float *op_dropped(op_env *e, const op_weight *w, int m, const float *x) {
     if (w->drop.p <= 0) return x;
-    size_t n = (size_t)m * (size_t)w->k;
-    op_drop_job o = {&w->drop, w->k, memcpy(arena_floats(e->ws, n, 1), x, n * sizeof *x)};
-    par_for(e->ctx, m, par_grain(4 * w->k), op_drop_rows, &o);
-    return o.x;
+    float *y = arena_floats(e->ws, (size_t)m, (size_t)w->k);
+    op_drop_run(e, w, m, x, y, 0);
+    return y;
 }
 
 /* scale A x for each row, [m][r] in ws. */
@@ -4284,11 +4315,7 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
         op_back(e, 0, m, w->k, dt, (size_t)l->r, &a,
                 l == w->lora && part != dx ? GEMM_STORE : GEMM_ACC, part);
     }
-    if (part != dx) {
-        op_drop_job o = {&w->drop, w->k, part};
-        par_for(e->ctx, m, par_grain(4 * w->k), op_drop_rows, &o);
-        e->ctx->k->add(m * w->k, part, dx);
-    }
+    if (part != dx) op_drop_run(e, w, m, part, dx, 1);
     arena_restore(e->ws, mark);
 }
 

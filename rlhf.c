@@ -4968,12 +4968,12 @@ typedef struct op_vocab {
     float *lse, *coef, *kl, *other_logp; /* [rows of the chunk] */
 } op_vocab;
 
-/* Rows of logits held at once, in one array or two: at most 64 MiB, or a quarter of W as floats if
- * that is more, and 512 rows, in equal chunks. A chunk packs W and reads its gradient once, from
- * memory; more rows share that. Part of no result: a row's numbers do not depend on its neighbours.
- */
+/* Rows of logits held at once, in one array or two: at most 64 MiB, or up to 128 where that is less
+ * than a quarter of W as floats, and 512 rows, in equal chunks. A chunk packs W and reads its
+ * gradient once, from memory; more rows share that. Part of no result: a row's numbers do not
+ * depend on its neighbours. */
 static int op_vocab_chunk(int vocab, int d, int rows, int arrays) {
-    int most = base_max((1 << 24) / vocab, d / 4);
+    int most = base_max((1 << 24) / vocab, base_min(d / 4, (1 << 25) / vocab));
     most = base_max(24, base_min(most, 512) / arrays);
     int chunks = (rows + most - 1) / most;
     return chunks ? (int)base_round_up((size_t)((rows + chunks - 1) / chunks), 8) : 1;

@@ -950,7 +950,8 @@ TEST(vocabulary_chunks) {
     CHECK_EQ_I(op_vocab_chunk(130, 64, 600, 1), 304);
     vocab_check(test_quick() ? 520 : 1100, 130, 12, 1.25f);
     CHECK_EQ_I(op_vocab_chunk(200000, 64, 1000, 1), 80);
-    CHECK_EQ_I(op_vocab_chunk(200000, 1600, 1000, 1), 336); /* at most d / 4 */
+    CHECK_EQ_I(op_vocab_chunk(200000, 480, 1000, 1), 112);  /* d / 4 */
+    CHECK_EQ_I(op_vocab_chunk(200000, 1600, 1000, 1), 168); /* 128 MiB */
     CHECK(op_vocab_chunk(1 << 24, 64, 100, 1) == 24 && op_vocab_chunk(1, 64, 512, 1) == 512);
     CHECK(op_vocab_chunk(130, 64, 600, 2) == 200 && op_vocab_chunk(1 << 24, 64, 100, 2) == 24);
     CHECK(op_vocab_chunk(100, 64, 1, 1) == 8 && op_vocab_chunk(100, 64, 0, 1) == 1);

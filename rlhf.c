@@ -1239,7 +1239,7 @@ V_OP vi vi_shl(vi a, int n) { return _mm256_slli_epi32(a, n); }
 V_OP vi vi_round(vf a) { return _mm256_cvtps_epi32(a); } /* to nearest, ties to even */
 V_OP vf v_from(vi a) { return _mm256_cvtepi32_ps(a); }   /* the same number */
 V_OP vi vi_equal(vi a, vi b) { return _mm256_cmpeq_epi32(a, b); }
-/* V_WIDTH bfloat16 as floats, and such of IEEE's; the upper halves of V_WIDTH numbers. */
+/* V_WIDTH bfloat16, or numbers of half precision, as floats; the upper halves of as many. */
 V_OP vf v_widen(const uint16_t *p) {
     return v_of(vi_shl(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
@@ -3276,7 +3276,7 @@ static size_t gemm_packed_size(const k_table *kt, int half, int k, int n) {
 typedef struct gemm_pack_args {
     const k_table *kt;
     const float *b;
-    const uint16_t *narrow; /* b, if that is bfloat16, or with ieee of that kind; or null */
+    const uint16_t *narrow; /* b, if that is bfloat16, or with ieee half precision; or null */
     size_t ks, ns;          /* B element (k, n) is b[k * ks + n * ns] */
     int k, n, half, ieee;
     float *out;

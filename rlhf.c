@@ -1172,6 +1172,11 @@ static void v_sincos1(float x, float *sine, float *cosine) {
 /* 1 / (1 + e^-x). For very negative x the exponential is infinite and the result 0. */
 static float v_sigmoid1(float x) { return 1.0f / (1.0f + v_exp1(-x)); }
 
+/* Sixteen integers, which the compiler puts into what registers there are. */
+typedef uint16_t v_u16 __attribute__((vector_size(RLHF_LANES * sizeof(uint16_t))));
+typedef uint32_t v_u32 __attribute__((vector_size(RLHF_LANES * sizeof(uint32_t))));
+typedef int32_t v_i32 __attribute__((vector_size(RLHF_LANES * sizeof(int32_t))));
+
 /* x, or 0 where it is a denormal: what is computed with one takes a processor fifty times as
  * long. */
 static float v_normal1(float x) { return fabsf(x) < FLT_MIN ? 0 : x; }
@@ -3342,10 +3347,6 @@ static void gemm_pack_half(const gemm_pack_args *g, int lo, int hi) {
     }
 }
 
-typedef uint16_t gemm_u16 __attribute__((vector_size(RLHF_LANES * sizeof(uint16_t))));
-typedef uint32_t gemm_u32 __attribute__((vector_size(RLHF_LANES * sizeof(uint32_t))));
-typedef int32_t gemm_i32 __attribute__((vector_size(RLHF_LANES * sizeof(int32_t))));
-
 /* Panels of a source of bfloat16 whose rows are contiguous: y[strips][steps][16], each element two
  * numbers below one another, the first in the lower half, or with pairs 0 one in the upper half: a
  * float. Zeros stand for what lies behind n. */
@@ -3361,11 +3362,11 @@ static void gemm_zip(int n, int steps, int strips, int pairs, const uint16_t *x,
             if (pairs) __builtin_prefetch(lo + K_ROWS_AHEAD * ld + c);
         }
         for (int s = 0; s < strips; s++) {
-            gemm_u16 a, b;
+            v_u16 a, b;
             memcpy(&a, lo + s * RLHF_LANES, sizeof a);
             memcpy(&b, hi + s * RLHF_LANES, sizeof b);
-            gemm_u32 both = __builtin_convertvector(a, gemm_u32) |
-                            __builtin_convertvector(b, gemm_u32) << 16;
+            v_u32 both = __builtin_convertvector(a, v_u32) |
+                         __builtin_convertvector(b, v_u32) << 16;
             memcpy(y + (size_t)s * (size_t)steps * RLHF_LANES, &both, sizeof both);
         }
     }
@@ -4137,12 +4138,12 @@ static void op_drop_rows(void *arg, int64_t lo, int64_t hi, int thread) {
         }
         memcpy(seen, o->x + i, (size_t)n * sizeof *seen);
         for (int j = 0; j < n; j += RLHF_LANES) {
-            gemm_u16 h;
-            gemm_u32 bits;
+            v_u16 h;
+            v_u32 bits;
             memcpy(&h, draw + j, sizeof h);
             for (int l = 0; l < RLHF_LANES; l++) seen[j + l] *= keep;
             memcpy(&bits, seen + j, sizeof bits);
-            bits &= (gemm_u32)(__builtin_convertvector(h, gemm_i32) >= bound);
+            bits &= (v_u32)(__builtin_convertvector(h, v_i32) >= bound);
             memcpy(seen + j, &bits, sizeof bits);
         }
         if (o->add) o->kt->add((int)n, seen, o->y + i);

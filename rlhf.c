@@ -1767,6 +1767,7 @@ typedef void k_tile_fn(int rows, int panels, const struct gemm_tile_args *t);
     X(prob, k_prob_fn)                                                                             \
     X(ds, k_ds_fn)                                                                                 \
     X(panel, k_panel_fn)                                                                           \
+    X(apart, k_panel_fn)                                                                           \
     X(wide, k_wide_fn)                                                                             \
     X(ieee, k_wide_fn)                                                                             \
     X(sumsq, k_sumsq_fn)                                                                           \
@@ -2099,6 +2100,17 @@ static void k_panel_part(int w, int n, const float *b, size_t ks, size_t ns, flo
 /* Sixteen rows of n numbers, ld apart, become a panel [n][16]: their transpose. */
 static void k_r_panel(int n, const float *x, size_t ld, float *y) {
     k_panel_part(RLHF_LANES, n, x, 1, ld, y);
+}
+
+/* The same of rows of n pairs of bfloat16, which become floats: a panel [2 n][16]. */
+static void k_r_apart(int n, const float *x, size_t ld, float *y) {
+    for (int l = 0; l < RLHF_LANES; l++)
+        for (int i = 0; i < n; i++) {
+            uint32_t pair = (uint32_t)v_int1(x[(size_t)l * ld + (size_t)i]);
+            float *out = y + (size_t)(2 * i * RLHF_LANES + l);
+            out[0] = v_wide1((uint16_t)pair);
+            out[RLHF_LANES] = v_wide1((uint16_t)(pair >> 16));
+        }
 }
 
 /* n floats as bfloat16. Every 32 of them, the output goes on `step` halves behind where those
@@ -2478,8 +2490,10 @@ K_FN void k_v_scale(int n, float *x, float a) {
 
 /* The sixteen rows of a panel are more streams than a processor follows: the next panel's are asked
  * for. */
-K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
-    int whole = n / V_WIDTH * V_WIDTH;
+/* Columns of the first `whole` steps: as they are, or apart, a pair as two steps. */
+V_OP void k_v_columns(const int apart, int whole, const float *x, size_t ld, float *y) {
+    const size_t step = apart ? 2 * RLHF_LANES : RLHF_LANES;
+    const vf high = v_of(vi_set((int32_t)0xffff0000));
     for (int i = 0; i < whole; i += V_WIDTH)
         for (int row = 0; row < RLHF_LANES; row += V_WIDTH) {
             vf r[V_WIDTH];
@@ -2487,9 +2501,24 @@ K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
                 __builtin_prefetch(x + (size_t)(RLHF_LANES + j) * ld + i);
             v_columns(x + (size_t)row * ld + i, ld, r);
             V_UNROLL
-            for (int j = 0; j < V_WIDTH; j++) v_store(y + (size_t)(i + j) * RLHF_LANES + row, r[j]);
+            for (int j = 0; j < V_WIDTH; j++) {
+                float *out = y + (size_t)(i + j) * step + row;
+                v_store(out, apart ? v_of(vi_shl(vi_of(r[j]), 16)) : r[j]);
+                if (apart) v_store(out + RLHF_LANES, v_and(r[j], high));
+            }
         }
-    k_panel_part(RLHF_LANES, n - whole, x + whole, 1, ld, y + (size_t)whole * RLHF_LANES);
+}
+
+K_FN void k_v_panel(int n, const float *x, size_t ld, float *y) {
+    int whole = n / V_WIDTH * V_WIDTH;
+    k_v_columns(0, whole, x, ld, y);
+    k_r_panel(n - whole, x + whole, ld, y + (size_t)whole * RLHF_LANES);
+}
+
+K_FN void k_v_apart(int n, const float *x, size_t ld, float *y) {
+    int whole = n / V_WIDTH * V_WIDTH;
+    k_v_columns(1, whole, x, ld, y);
+    k_r_apart(n - whole, x + whole, ld, y + 2 * (size_t)whole * RLHF_LANES);
 }
 
 K_FN void k_v_half(int n, const float *x, size_t step, uint16_t *y) {
@@ -3391,8 +3420,8 @@ static void gemm_pack_staged(const gemm_pack_args *g, int lo, int hi) {
             const uint16_t *x = g->narrow + (size_t)k * g->ks + (size_t)n0 * g->ns;
             s.k = base_min(deep, g->k - k);
             for (int i = 0; i < (rows ? s.k : w); i++, x += step) {
-                for (int c = 0; rows && c < w; c += 2 * RLHF_LANES)
-                    __builtin_prefetch(x + K_ROWS_AHEAD * step + c);
+                for (int c = 0; c < (rows ? w : s.k); c += 2 * RLHF_LANES)
+                    __builtin_prefetch(x + (rows ? K_ROWS_AHEAD : RLHF_LANES) * step + c);
                 widen(rows ? w : s.k, x, wide + i * ld);
             }
             for (int c = 0; c < w; c += RLHF_LANES) {
@@ -3414,13 +3443,14 @@ static void gemm_pack_wide(const gemm_pack_args *g, int lo, int hi) {
         for (; p < whole; p = base_min(whole, p + GEMM_ZIP))
             gemm_zip(g->k, steps, base_min(GEMM_ZIP, whole - p), g->half,
                      g->narrow + p * RLHF_LANES, g->ks, g->out + (size_t)p * size);
-    /* Pairs that lie side by side are elements of the panel. */
-    int pairs = !g->ieee && g->half && g->ks == 1 && g->k % 32 == 0 && g->ns % 2 == 0 &&
+    /* Pairs that lie side by side are elements of the panel, or two steps of it. */
+    int pairs = !g->ieee && g->ks == 1 && g->k % (g->half ? 32 : 2) == 0 && g->ns % 2 == 0 &&
                 (uintptr_t)g->narrow % sizeof *g->out == 0;
+    k_panel_fn *columns = g->half ? g->kt->panel : g->kt->apart;
     for (; pairs && p < whole; p++)
-        g->kt->panel(g->k / 2,
-                     (const float *)(const void *)(g->narrow + (size_t)p * RLHF_LANES * g->ns),
-                     g->ns / 2, g->out + (size_t)p * size);
+        columns(g->k / 2,
+                (const float *)(const void *)(g->narrow + (size_t)p * RLHF_LANES * g->ns),
+                g->ns / 2, g->out + (size_t)p * size);
     gemm_pack_staged(g, p, hi);
 }
 

@@ -1596,10 +1596,15 @@ V_OP v16 v16_load(const float *p) {
 
 V_OP void v16_store(float *p, v16 a) { V_EACH(v_store(p + i * V_WIDTH, a.r[i])); }
 
-/* Sixteen bfloat16 as floats. */
+/* Sixteen bfloat16, or numbers of half precision, as floats. */
 V_OP v16 v16_widen(const uint16_t *p) {
     v16 o;
     V_EACH(o.r[i] = v_widen(p + i * V_WIDTH));
+    return o;
+}
+V_OP v16 v16_ieee(const uint16_t *p) {
+    v16 o;
+    V_EACH(o.r[i] = v_ieee(p + i * V_WIDTH));
     return o;
 }
 
@@ -1782,7 +1787,7 @@ typedef struct k_tiles {
     void (*begin)(void), (*end)(void); /* around a block of tiles; null: nothing to do */
     k_half_fn *half;                   /* for bfloat16: how operands are packed */
     k_pairs_fn *pairs;
-    k_tile_fn *narrow; /* the same on panels of bfloat16; null: there is none */
+    k_tile_fn *narrow, *ieee; /* the same on panels of bfloat16 and of half precision; null: none */
     double (*peak)(int64_t rounds, float *sink); /* does multiply-adds in registers alone; returns
                                                     how many operations; null: unknown */
 } k_tiles;
@@ -2672,12 +2677,13 @@ enum {
     GEMM_DEPTH = 1024 /* longest part of k that a block of A and a group of panels have */
 };
 
-/* What B's panels hold, sixteen for a step of k: floats, pairs, bfloat16 that count as floats. */
-enum { GEMM_FLOATS, GEMM_PAIRS, GEMM_NARROW };
+/* What B's panels hold, sixteen for a step of k: floats, pairs, or what counts as floats, bfloat16
+ * and half precision. */
+enum { GEMM_FLOATS, GEMM_PAIRS, GEMM_NARROW, GEMM_IEEE };
 
 /* Floats that a step of a panel takes. */
 RLHF_INLINE size_t gemm_line(const int form) {
-    return form == GEMM_NARROW ? RLHF_LANES / 2 : RLHF_LANES;
+    return form >= GEMM_NARROW ? RLHF_LANES / 2 : RLHF_LANES;
 }
 
 /* One tile's operands; all strides count floats. The driver sets a, b, c and bias to the tile's
@@ -2697,15 +2703,25 @@ typedef struct gemm_tile_args {
     const float *add;  /* [rows][ldc], added after that, a residual connection; may be c; or null */
 } gemm_tile_args;
 
+/* Where B lies: in rows, one of ks and ns being 1; in the panels that a tile reads; in panels of
+ * B's transpose, whose blocks of sixteen by sixteen are to be turned. */
+enum { GEMM_ROWS, GEMM_PANELS, GEMM_TURNED };
+
+/* What B is packed from. Element (k, n) is number k * ks + n * ns; in panels only that of multiples
+ * of sixteen, and of a product of bfloat16 these hold pairs. */
+typedef struct gemm_source {
+    const float *w;
+    const uint16_t *narrow; /* in place of w, bfloat16 or, with ieee, half precision; or null */
+    int ieee, layout;
+    size_t ks, ns;
+} gemm_source;
+
 /* A whole product, its epilogue and its size. */
 typedef struct gemm_args {
     int m, n; /* rows and columns of C */
     gemm_tile_args t;
-    int half;         /* of bfloat16; t.b, if not null, is panels of pairs */
-    const float *src; /* B element (k, n) is src[k * ks + n * ns], where t.b is null */
-    const uint16_t *narrow; /* or it is the bfloat16 narrow[k * ks + n * ns]; or null */
-    int ieee;         /* narrow is of IEEE's half precision */
-    size_t ks, ns;    /* one of them is 1; or narrow is in panels (gemm_is_panels) of bfloat16 */
+    int half;        /* of bfloat16; t.b, if not null, is panels of pairs */
+    gemm_source src; /* B, where t.b is null */
     size_t ms;        /* floats of A for each row from one tile to the next; 0: t.rs */
     k_map_fn *act;    /* y = act(c), row by row while the block is in cache; null = none */
     float *y;         /* [m][ldy] */
@@ -2762,7 +2778,8 @@ enum { GEMM_LOW = 3, GEMM_LOW_512 = 4, GEMM_AHEAD = 40 };
 
 /* Sixteen columns of a step. */
 V_OP v16 gemm_v_column(const int form, const float *b) {
-    return form == GEMM_NARROW ? v16_widen((const uint16_t *)(const void *)b) : v16_load(b);
+    const uint16_t *h = (const uint16_t *)(const void *)b;
+    return form == GEMM_NARROW ? v16_widen(h) : form == GEMM_IEEE ? v16_ieee(h) : v16_load(b);
 }
 
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
@@ -2859,6 +2876,9 @@ K_FN void gemm_v_tile(int rows, int panels, const gemm_tile_args *t){GEMM_V_SHAP
 #define GEMM_FORM GEMM_NARROW
 K_FN void gemm_v_narrow(int rows, int panels, const gemm_tile_args *t){GEMM_V_SHAPES}
 #undef GEMM_FORM
+#define GEMM_FORM GEMM_IEEE
+K_FN void gemm_v_ieee(int rows, int panels, const gemm_tile_args *t){GEMM_V_SHAPES}
+#undef GEMM_FORM
 #define GEMM_FORM GEMM_PAIRS
 K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
     switch (rows * 8 + panels) {
@@ -2899,9 +2919,10 @@ K_FN double gemm_v_peak(int64_t rounds, float *sink) {
 
 /* Sixteen columns of a step. */
 RLHF_INLINE GEMM_512 __m512 gemm_512_column(const int form, const float *b) {
-    if (form != GEMM_NARROW) return _mm512_loadu_ps(b);
-    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)b));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    if (form < GEMM_NARROW) return _mm512_loadu_ps(b);
+    __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)b);
+    if (form == GEMM_IEEE) return _mm512_cvtph_ps(h);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
 /* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. */
@@ -2984,6 +3005,9 @@ GEMM_512 static void gemm_512_tile(int rows, int panels, const gemm_tile_args *t
 #undef GEMM_FORM
 #define GEMM_FORM GEMM_NARROW
 GEMM_512 static void gemm_512_narrow(int rows, int panels, const gemm_tile_args *t){GEMM_512_SHAPES}
+#undef GEMM_FORM
+#define GEMM_FORM GEMM_IEEE
+GEMM_512 static void gemm_512_ieee(int rows, int panels, const gemm_tile_args *t){GEMM_512_SHAPES}
 #undef GEMM_FORM
 #define GEMM_FORM GEMM_PAIRS
 GEMM_512
@@ -3177,9 +3201,17 @@ static int gemm_yes(void) { return 1; }
 #define GEMM_V_PAIR_LIST .rows = 4, .panels = {0, 3, 2, 1, 1}, .pack = 6
 #define GEMM_512_LIST .rows = 8, .panels = {0, 6, 6, 6, 6, 4, 4, 3, 3}, .pack = 16
 #define GEMM_V_F32                                                                                 \
-    {.tile = gemm_v_tile, .narrow = gemm_v_narrow, .peak = gemm_v_peak, GEMM_V_LIST}
+    {.tile = gemm_v_tile,                                                                          \
+     .narrow = gemm_v_narrow,                                                                      \
+     .ieee = gemm_v_ieee,                                                                          \
+     .peak = gemm_v_peak,                                                                          \
+     GEMM_V_LIST}
 #define GEMM_512_F32                                                                               \
-    {.tile = gemm_512_tile, .narrow = gemm_512_narrow, .peak = gemm_512_peak, GEMM_512_LIST}
+    {.tile = gemm_512_tile,                                                                        \
+     .narrow = gemm_512_narrow,                                                                    \
+     .ieee = gemm_512_ieee,                                                                        \
+     .peak = gemm_512_peak,                                                                        \
+     GEMM_512_LIST}
 
 static const k_table k_ref = {
     .name = "ref",
@@ -3309,18 +3341,13 @@ static size_t gemm_packed_size(const k_table *kt, int half, int k, int n) {
 /* What is packed from where. */
 typedef struct gemm_pack_args {
     const k_table *kt;
-    const float *b;
-    const uint16_t *narrow; /* b, if that is bfloat16, or with ieee half precision; or null */
-    size_t ks, ns;          /* B element (k, n) is b[k * ks + n * ns] */
-    int k, n, half, ieee;
+    gemm_source s;
+    int k, n, half;
     float *out;
 } gemm_pack_args;
 
 /* Panels or tiles packed side by side; of bfloat16, whose rows are shorter. */
 enum { GEMM_GROUP = 8, GEMM_ZIP = 4 * GEMM_GROUP };
-
-/* Whether B's numbers of bfloat16 are in panels [k][16], ns * 16 apart: ks is 16. */
-static int gemm_is_panels(size_t ks, size_t ns) { return ks != 1 && ns != 1; }
 
 /* Packs panels [lo, hi). A source whose rows are contiguous (ns 1) is copied by rows of sixteen,
  * one whose columns are (ks 1) is transposed. */
@@ -3328,16 +3355,16 @@ static void gemm_pack_plain(const gemm_pack_args *g, int lo, int hi) {
     if (hi == (int)gemm_panels(g->n) && g->n % RLHF_LANES) /* missing columns are zeros */
         memset(g->out + (size_t)(hi - 1) * RLHF_LANES * (size_t)g->k, 0,
                (size_t)g->k * RLHF_LANES * sizeof *g->out);
-    int whole = g->ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
+    int whole = g->s.ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
     for (int p = lo; p < whole; p += GEMM_GROUP)
-        k_strips(g->k, base_min(GEMM_GROUP, whole - p), RLHF_LANES, g->b + p * RLHF_LANES,
-                 g->ks, g->out + (size_t)p * RLHF_LANES * (size_t)g->k);
+        k_strips(g->k, base_min(GEMM_GROUP, whole - p), RLHF_LANES, g->s.w + p * RLHF_LANES,
+                 g->s.ks, g->out + (size_t)p * RLHF_LANES * (size_t)g->k);
     for (int p = base_max(lo, whole); p < hi; p++) {
         int n0 = p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
-        const float *b = g->b + (size_t)n0 * g->ns;
+        const float *b = g->s.w + (size_t)n0 * g->s.ns;
         float *out = g->out + (size_t)n0 * (size_t)g->k;
-        if (w == RLHF_LANES && g->ks == 1) g->kt->panel(g->k, b, g->ns, out);
-        else k_panel_part(w, g->k, b, g->ks, g->ns, out);
+        if (w == RLHF_LANES && g->s.ks == 1) g->kt->panel(g->k, b, g->s.ns, out);
+        else k_panel_part(w, g->k, b, g->s.ks, g->s.ns, out);
     }
 }
 
@@ -3351,7 +3378,7 @@ static void gemm_pack_pair_panel(const gemm_pack_args *g, const float *b, int w,
         int n = base_min(PIECE, g->k - k);
         if (n < PIECE || w < RLHF_LANES) memset(rows, 0, sizeof rows);
         for (int l = 0; l < w; l++)
-            g->kt->bf16.half(n, b + (size_t)l * g->ns + k, 32, rows + l * PIECE);
+            g->kt->bf16.half(n, b + (size_t)l * g->s.ns + k, 32, rows + l * PIECE);
         g->kt->panel(base_min(PIECE / 2, steps - k / 2), (const float *)(const void *)rows,
                      PIECE / 2, out + (size_t)k / 2 * RLHF_LANES);
     }
@@ -3361,26 +3388,26 @@ static void gemm_pack_pair_panel(const gemm_pack_args *g, const float *b, int w,
 static void gemm_pack_half(const gemm_pack_args *g, int lo, int hi) {
     int steps = gemm_steps(g->kt, 1, g->k);
     size_t size = (size_t)steps * RLHF_LANES;
-    int whole = g->ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
+    int whole = g->s.ns == 1 ? base_min(hi, g->n / RLHF_LANES) : lo;
     for (int p = lo; p < whole; p += GEMM_GROUP)
         g->kt->bf16.pairs(g->k, steps, base_min(GEMM_GROUP, whole - p), RLHF_LANES,
-                          g->b + p * RLHF_LANES, g->ks, g->out + (size_t)p * size);
+                          g->s.w + p * RLHF_LANES, g->s.ks, g->out + (size_t)p * size);
     for (int p = base_max(lo, whole); p < hi; p++) {
         int n0 = p * RLHF_LANES, w = base_min(RLHF_LANES, g->n - n0);
         float *out = g->out + (size_t)p * size;
-        if (g->ks == 1) gemm_pack_pair_panel(g, g->b + (size_t)n0 * g->ns, w, out);
+        if (g->s.ks == 1) gemm_pack_pair_panel(g, g->s.w + (size_t)n0 * g->s.ns, w, out);
         else {
             memset(out, 0, size * sizeof *out);
-            k_pairs_part(g->k, steps, w, g->b + n0, g->ks, out, RLHF_LANES);
+            k_pairs_part(g->k, steps, w, g->s.w + n0, g->s.ks, out, RLHF_LANES);
         }
     }
 }
 
 /* Panels of a source of bfloat16 whose rows are contiguous: y[strips][steps][16], each element two
  * numbers below one another, the first in the lower half, or with pairs 0 one in the upper half: a
- * float. Zeros stand for what lies behind n. */
+ * float. Strips are `size` apart; zeros stand for what lies behind n. */
 static void gemm_zip(int n, int steps, int strips, int pairs, const uint16_t *x, size_t ld,
-                     float *y) {
+                     float *y, size_t size) {
     static const uint16_t none[GEMM_ZIP * RLHF_LANES];
     for (int i = 0; i < steps; i++, y += RLHF_LANES) {
         int r = pairs ? 2 * i + 1 : i;
@@ -3396,7 +3423,7 @@ static void gemm_zip(int n, int steps, int strips, int pairs, const uint16_t *x,
             memcpy(&b, hi + s * RLHF_LANES, sizeof b);
             v_u32 both = __builtin_convertvector(a, v_u32) |
                          __builtin_convertvector(b, v_u32) << 16;
-            memcpy(y + (size_t)s * (size_t)steps * RLHF_LANES, &both, sizeof both);
+            memcpy(y + (size_t)s * size, &both, sizeof both);
         }
     }
 }
@@ -3406,18 +3433,18 @@ static void gemm_zip(int n, int steps, int strips, int pairs, const uint16_t *x,
 static void gemm_pack_staged(const gemm_pack_args *g, int lo, int hi) {
     enum { ROOM = 256 * RLHF_LANES };
     float wide[ROOM] __attribute__((aligned(RLHF_ALIGN)));
-    k_wide_fn *widen = g->ieee ? g->kt->ieee : g->kt->wide;
+    k_wide_fn *widen = g->s.ieee ? g->kt->ieee : g->kt->wide;
     /* Contiguous rows are read for some panels at a time, columns one panel after the other. */
-    int rows = g->ks != 1, group = rows ? GEMM_GROUP : 1;
+    int rows = g->s.ks != 1, group = rows ? GEMM_GROUP : 1;
     int ld = rows ? group * RLHF_LANES : ROOM / RLHF_LANES, deep = ROOM / RLHF_LANES / group;
-    size_t step = rows ? g->ks : g->ns, size = gemm_panel_size(g->kt, g->half, g->k);
+    size_t step = rows ? g->s.ks : g->s.ns, size = gemm_panel_size(g->kt, g->half, g->k);
     gemm_pack_args s = {.kt = g->kt, .half = g->half};
-    s.ks = rows ? (size_t)ld : 1, s.ns = rows ? 1 : (size_t)ld;
+    s.s.ks = rows ? (size_t)ld : 1, s.s.ns = rows ? 1 : (size_t)ld;
     for (int p = lo; p < hi; p += group)
         for (int k = 0; k < g->k; k += deep) {
             int n0 = p * RLHF_LANES;
             int w = base_min(g->n, base_min(hi, p + group) * RLHF_LANES) - n0;
-            const uint16_t *x = g->narrow + (size_t)k * g->ks + (size_t)n0 * g->ns;
+            const uint16_t *x = g->s.narrow + (size_t)k * g->s.ks + (size_t)n0 * g->s.ns;
             s.k = base_min(deep, g->k - k);
             for (int i = 0; i < (rows ? s.k : w); i++, x += step) {
                 for (int c = 0; c < (rows ? w : s.k); c += 2 * RLHF_LANES)
@@ -3425,7 +3452,7 @@ static void gemm_pack_staged(const gemm_pack_args *g, int lo, int hi) {
                 widen(rows ? w : s.k, x, wide + i * ld);
             }
             for (int c = 0; c < w; c += RLHF_LANES) {
-                s.b = wide + (size_t)c * s.ns;
+                s.s.w = wide + (size_t)c * s.s.ns;
                 s.n = base_min(RLHF_LANES, w - c);
                 s.out = g->out + (size_t)((n0 + c) / RLHF_LANES) * size +
                         gemm_panel_size(g->kt, g->half, k);
@@ -3439,29 +3466,84 @@ static void gemm_pack_staged(const gemm_pack_args *g, int lo, int hi) {
 static void gemm_pack_wide(const gemm_pack_args *g, int lo, int hi) {
     int steps = gemm_steps(g->kt, g->half, g->k), p = lo, whole = base_min(hi, g->n / RLHF_LANES);
     size_t size = (size_t)steps * RLHF_LANES;
-    if (!g->ieee && g->ns == 1)
+    if (!g->s.ieee && g->s.ns == 1)
         for (; p < whole; p = base_min(whole, p + GEMM_ZIP))
             gemm_zip(g->k, steps, base_min(GEMM_ZIP, whole - p), g->half,
-                     g->narrow + p * RLHF_LANES, g->ks, g->out + (size_t)p * size);
+                     g->s.narrow + p * RLHF_LANES, g->s.ks, g->out + (size_t)p * size, size);
     /* Pairs that lie side by side are elements of the panel, or two steps of it. */
-    int pairs = !g->ieee && g->ks == 1 && g->k % (g->half ? 32 : 2) == 0 && g->ns % 2 == 0 &&
-                (uintptr_t)g->narrow % sizeof *g->out == 0;
+    int pairs = !g->s.ieee && g->s.ks == 1 && g->k % (g->half ? 32 : 2) == 0 && g->s.ns % 2 == 0 &&
+                (uintptr_t)g->s.narrow % sizeof *g->out == 0;
     k_panel_fn *columns = g->half ? g->kt->panel : g->kt->apart;
     for (; pairs && p < whole; p++)
         columns(g->k / 2,
-                (const float *)(const void *)(g->narrow + (size_t)p * RLHF_LANES * g->ns),
-                g->ns / 2, g->out + (size_t)p * size);
+                (const float *)(const void *)(g->s.narrow + (size_t)p * RLHF_LANES * g->s.ns),
+                g->s.ns / 2, g->out + (size_t)p * size);
     gemm_pack_staged(g, p, hi);
+}
+
+/* Pairs of sixteen rows of W by w <= 32 columns from a panel of W^T: y[strips][steps][16], strips
+ * `size` apart. */
+static void gemm_turn_pairs(const k_table *kt, const float *x, int w, int strips, int steps,
+                            float *y, size_t size) {
+    float some[RLHF_LANES * RLHF_LANES] = {0}, rows[RLHF_LANES * RLHF_LANES];
+    size_t pairs = (size_t)(w + 1) / 2 * RLHF_LANES;
+    if (pairs < RLHF_LANES * RLHF_LANES) x = memcpy(some, x, pairs * sizeof *x);
+    kt->panel(RLHF_LANES, x, RLHF_LANES, rows);
+    gemm_zip(RLHF_LANES, steps, strips, 1, (const uint16_t *)(const void *)rows, 2 * RLHF_LANES, y,
+             size);
+}
+
+/* Sixteen rows of W by sixteen columns as floats, from a block of panels of W^T. */
+static void gemm_turn_block(const k_table *kt, const gemm_source *s, size_t at, float *y) {
+    float wide[RLHF_LANES * RLHF_LANES];
+    if (s->narrow && !s->ieee)
+        kt->apart(RLHF_LANES / 2, (const float *)(const void *)(s->narrow + at), RLHF_LANES / 2, y);
+    else if (s->narrow) kt->ieee(RLHF_LANES * RLHF_LANES, s->narrow + at, wide);
+    if (!s->narrow || s->ieee) kt->panel(RLHF_LANES, s->narrow ? wide : s->w + at, RLHF_LANES, y);
+}
+
+/* The same of n rows and w columns; the others are zeros, or not there. */
+static void gemm_turn_edge(const gemm_pack_args *g, size_t at, int n, int w, float *out) {
+    float y[RLHF_LANES * RLHF_LANES], some[RLHF_LANES * RLHF_LANES] = {0};
+    gemm_source s = g->s;
+    size_t numbers = (size_t)w * RLHF_LANES;
+    if (s.narrow) s.narrow = memcpy(some, s.narrow + at, numbers * sizeof *s.narrow);
+    else s.w = memcpy(some, s.w + at, numbers * sizeof *s.w);
+    gemm_turn_block(g->kt, &s, 0, y);
+    memcpy(out, y, (size_t)n * RLHF_LANES * sizeof *y);
+}
+
+/* Panels [lo, hi) of W from panels of W^T, sixteen rows of W after the other: what lies there is
+ * read as it lies. */
+static void gemm_pack_turned(const gemm_pack_args *g, int lo, int hi) {
+    int steps = gemm_steps(g->kt, g->half, g->k), deep = g->half ? RLHF_LANES / 2 : RLHF_LANES;
+    size_t size = (size_t)steps * RLHF_LANES;
+    for (int k = 0; k < steps; k += deep)
+        for (int p = lo; p < hi; p++) {
+            float *out = g->out + (size_t)p * size + (size_t)k * RLHF_LANES;
+            size_t row = (size_t)(k / deep * RLHF_LANES), col = (size_t)p * RLHF_LANES;
+            int n = base_min(deep, steps - k), strips = g->half ? base_min(2, hi - p) : 1;
+            int w = base_min(strips * RLHF_LANES, g->n - (int)col);
+            size_t at = row * g->s.ks + col * g->s.ns;
+            if ((int)row >= g->k) memset(out, 0, (size_t)n * RLHF_LANES * sizeof *out);
+            else if (g->half) {
+                gemm_turn_pairs(g->kt, g->s.w + at, w, strips, n, out, size);
+                p += strips - 1;
+            } else if (n == RLHF_LANES && w == RLHF_LANES) gemm_turn_block(g->kt, &g->s, at, out);
+            else gemm_turn_edge(g, at, n, w, out);
+        }
 }
 
 static void gemm_pack_range(void *arg, int64_t lo, int64_t hi, int thread) {
     const gemm_pack_args *g = arg;
     (void)thread;
     size_t size = (size_t)g->k * RLHF_LANES;
-    if (g->narrow && gemm_is_panels(g->ks, g->ns))
+    if (g->s.layout == GEMM_TURNED) gemm_pack_turned(g, (int)lo, (int)hi);
+    else if (g->s.layout == GEMM_PANELS)
         for (size_t p = (size_t)lo; p < (size_t)hi; p++)
-            g->kt->wide((int)size, g->narrow + p * RLHF_LANES * g->ns, g->out + p * size);
-    else if (g->narrow) gemm_pack_wide(g, (int)lo, (int)hi);
+            (g->s.ieee ? g->kt->ieee : g->kt->wide)(
+                (int)size, g->s.narrow + p * RLHF_LANES * g->s.ns, g->out + p * size);
+    else if (g->s.narrow) gemm_pack_wide(g, (int)lo, (int)hi);
     else if (g->half) gemm_pack_half(g, (int)lo, (int)hi);
     else gemm_pack_plain(g, (int)lo, (int)hi);
 }
@@ -3563,8 +3645,8 @@ static gemm_args gemm_part(const gemm_args *g, int m0, int m1, int p0, int p1) {
     s.n = base_min(g->n, p1 * RLHF_LANES) - (int)col;
     s.t.a += row * (g->ms ? g->ms : g->t.rs);
     if (s.t.b) s.t.b += (size_t)p0 * g->t.bs;
-    else if (s.narrow) s.narrow += col * g->ns;
-    else s.src += col * g->ns;
+    else if (s.src.narrow) s.src.narrow += col * g->src.ns;
+    else s.src.w += col * g->src.ns;
     s.t.c += row * g->t.ldc + col;
     if (s.t.bias) s.t.bias += col;
     if (s.t.add) s.t.add += row * g->t.ldc + col;
@@ -3606,6 +3688,11 @@ static const k_tiles *gemm_tiles(const k_table *kt, const gemm_args *g) {
     return g->half ? &kt->bf16 : &kt->f32;
 }
 
+/* The tile that reads B where it lies. */
+static k_tile_fn *gemm_tile_of(const k_tiles *tiles, const gemm_source *s) {
+    return !s->narrow ? tiles->tile : s->ieee ? tiles->ieee : tiles->narrow;
+}
+
 /* Tiles one above the other that are few: the panels to come are then needed soon. And so few that
  * each of them may widen narrow panels. */
 enum { GEMM_FEW_TILES = 8, GEMM_NARROW_TILES = 4 };
@@ -3621,8 +3708,8 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
     int high = (g->m + height - 1) / height;
     int lies = !g->ms && g->t.cs == 1 && g->t.rs == (size_t)g->t.k; /* A, in the caller's rows */
     size_t ms = g->ms ? g->ms : g->t.rs;
-    size_t line = gemm_line(g->narrow ? GEMM_NARROW : GEMM_FLOATS);
-    k_tile_fn *fn = g->narrow ? tiles->narrow : tiles->tile;
+    size_t line = gemm_line(g->src.narrow ? GEMM_NARROW : GEMM_FLOATS);
+    k_tile_fn *fn = gemm_tile_of(tiles, &g->src);
     if (tiles->begin) tiles->begin();
     for (int p = 0, w; p < panels; p += w) {
         w = p < whole ? gemm_piece(whole - p, tiles->panels[base_min(height, g->m)]) : 1;
@@ -3700,11 +3787,10 @@ static void gemm_job_part(const gemm_job *j, const gemm_args *s, int column, int
         w = gemm_piece(panels - p, j->group);
         gemm_args group = gemm_part(s, 0, s->m, p, p + w);
         if (!s->t.b) {
-            gemm_pack_args pack = {j->kt,   group.src, group.narrow, s->ks,   s->ns,
-                                   s->t.k,  group.n,   s->half,      s->ieee, scratch + j->a};
+            gemm_pack_args pack = {j->kt, group.src, s->t.k, group.n, s->half, scratch + j->a};
             if (!whole || j->held[thread] != column) gemm_pack_range(&pack, 0, w, 0);
             j->held[thread] = whole ? column : -1;
-            group.narrow = NULL;
+            group.src.narrow = NULL;
             group.t.b = pack.out;
             group.t.bs = gemm_panel_size(j->kt, s->half, s->t.k);
         }
@@ -3728,10 +3814,10 @@ static void gemm_job_block(const gemm_job *j, const gemm_args *block, int column
         gemm_args s = part;
         s.t.k = base_min(j->depth, k - k0);
         s.t.a += (size_t)k0 * part.t.cs;
-        if (s.t.b && s.narrow) s.t.b += (size_t)k0 * gemm_line(GEMM_NARROW);
+        if (s.t.b && s.src.narrow) s.t.b += (size_t)k0 * gemm_line(GEMM_NARROW);
         else if (s.t.b) s.t.b += gemm_panel_size(j->kt, s.half, k0);
-        else if (s.narrow) s.narrow += (size_t)k0 * part.ks;
-        else s.src += (size_t)k0 * part.ks;
+        else if (s.src.narrow) s.src.narrow += (size_t)k0 * s.src.ks;
+        else s.src.w += (size_t)k0 * s.src.ks;
         /* What follows the sum follows its last part. */
         if (k0) s.t.mode = GEMM_ACC;
         if (k0 + j->depth < k) s.t.bias = NULL;
@@ -3801,12 +3887,14 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     if (g->m <= 0 || g->n <= 0) return;
     /* Few tiles read narrow panels themselves: what they wait for is B. Many would widen the same
      * numbers again and again. */
-    gemm_args few = *g;
-    if (g->narrow && gemm_is_panels(g->ks, g->ns) && ctx->k->f32.narrow &&
-        g->m <= GEMM_NARROW_TILES * ctx->k->f32.rows) {
-        few.t.b = (const float *)(const void *)g->narrow;
-        few.t.bs = g->ns * gemm_line(GEMM_NARROW);
-        g = &few;
+    gemm_args in_place = *g;
+    const gemm_source *src = &in_place.src;
+    int few = g->m <= GEMM_NARROW_TILES * ctx->k->f32.rows;
+    if (src->layout == GEMM_PANELS &&
+        (!src->narrow || (few && gemm_tile_of(&ctx->k->f32, src)))) {
+        in_place.t.b = src->narrow ? (const float *)(const void *)src->narrow : src->w;
+        in_place.t.bs = src->ns * gemm_line(src->narrow ? GEMM_NARROW : GEMM_FLOATS);
+        g = &in_place;
     }
     /* A fork costs more than the work; of few rows, the work is to read B. */
     int k = g->t.k, small = (double)base_max(g->m, 8) * g->n * k < 262144.0;
@@ -3819,7 +3907,7 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
     if (j.a && !g->half) deep = base_max(256, deep / 2);
     int parts = g->m < 2 * tile ? 1 : base_max(1, (k + deep / 2) / deep);
-    j.depth = (int)base_round_up((size_t)base_max(1, (k + parts - 1) / parts), g->half ? 32 : 1);
+    j.depth = (int)base_round_up((size_t)base_max(1, (k + parts - 1) / parts), g->half ? 32 : RLHF_LANES);
     j.group = base_max(GEMM_MAX_PANELS, floats / j.depth / RLHF_LANES);
     int blocks = small ? 1 : gemm_cut(ctx, &j), threads = blocks > 1 ? ctx->threads : 1;
     size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth);
@@ -4005,8 +4093,7 @@ typedef struct op_drop {
 
 /* y = x W^T + b with W [n][k], as PyTorch's Linear holds it, and adapters to it. W is floats w, or
  * pieces of a file one below the other. packed is W^T in panels [gemm_packed_size(k, n)], kept by
- * the model for products of few rows, or narrow is, in panels of bfloat16 (op_narrow), or both are
- * null; gw [n][k] and gb [n] are null where nothing is trained. */
+ * the model, or narrow is, in panels of the file's numbers (op_narrow), or both are null; gw [n][k] and gb [n] are null where nothing is trained. */
 typedef struct op_weight {
     int n, k;
     int ld;    /* floats from one row of y or dy to the next; 0: n */
@@ -4023,14 +4110,16 @@ typedef struct op_weight {
 
 static size_t op_ld(const op_weight *w) { return (size_t)(w->ld ? w->ld : w->n); }
 
-/* Some rows of W in memory: element (at + i, j) is w[i * rs + j * cs], or the bfloat16 (with ieee,
- * half-precision number) narrow[...]; one of rs and cs is 1, unless narrow is in panels. */
+/* Some rows of W in memory, n of them, as B of x W^T. */
 typedef struct op_block {
-    const float *w;
-    const uint16_t *narrow;
-    int ieee, n;
-    size_t rs, cs;
+    gemm_source src;
+    int n;
 } op_block;
+
+/* All of W, or other rows [n][k], in floats that lie together. */
+static op_block op_block_floats(const float *w, int n, int k) {
+    return (op_block){{.w = w, .ks = 1, .ns = (size_t)k}, n};
+}
 
 /* Rows of a piece that become floats. */
 typedef struct op_widen {
@@ -4056,49 +4145,67 @@ enum { OP_WIDEN = 1 << 19 };
 /* Rows that are widened at a time: whole panels and whole steps of a sum over them. */
 static int op_widen_count(int cols) { return base_max(64, OP_WIDEN / cols / 64 * 64); }
 
-/* The block that begins at row `at`: all of W where it is floats, the rest of a piece that can be
- * used as it lies, else some of its rows as floats in ws. */
+/* All of W as floats in ws. */
+static op_block op_block_whole(op_env *e, const op_weight *w) {
+    float *whole = arena_floats(e->ws, (size_t)w->n, (size_t)w->k), *to = whole;
+    for (int i = 0; i < w->pieces; i++) {
+        op_widen o = {e->ctx->k, w->piece + i, 0, to};
+        par_for(e->ctx, w->piece[i].rows, par_grain(w->k), op_widen_rows, &o);
+        to += (size_t)w->piece[i].rows * (size_t)w->k;
+    }
+    return op_block_floats(whole, w->n, w->k);
+}
+
+/* Whether sums over the rows of W can go on from one piece to the next with the bits of one sum:
+ * those of bfloat16 take up to 32 rows at a time. */
+static int op_pieces_join(const op_weight *w) {
+    int join = 1;
+    for (int i = 0; i + 1 < w->pieces; i++) join &= w->piece[i].rows % 32 == 0;
+    return join || !w->half;
+}
+
+/* The block that begins at row `at`: all of W where it is in panels or floats, the rest of a piece
+ * that can be used as it lies, else some of its rows as floats in ws. */
 static op_block op_block_at(op_env *e, const op_weight *w, int at) {
-    if (!w->pieces) return (op_block){w->w, NULL, 0, w->n, (size_t)w->k, 1};
     const op_piece *p = w->piece;
+    if (w->narrow || w->packed) {
+        gemm_source src = {w->packed, w->narrow, p->kind == 'h', GEMM_PANELS, RLHF_LANES, 0};
+        src.ns = gemm_panel_size(e->ctx->k, w->half, w->k) / RLHF_LANES;
+        if (w->half) src.ks = RLHF_LANES / 2;
+        return (op_block){src, w->n};
+    }
+    if (!w->pieces) return op_block_floats(w->w, w->n, w->k);
+    if (!op_pieces_join(w)) return op_block_whole(e, w);
     while (at >= p->rows) at -= p++->rows;
     if (!p->hd) {
-        op_block b = {NULL, NULL, p->kind == 'h', p->rows - at, (size_t)p->cols, 1};
-        if (p->transposed) b.rs = 1, b.cs = (size_t)p->rows;
-        if (p->kind == '4') b.w = (const float *)(const void *)p->data + (size_t)at * b.rs;
-        else b.narrow = (const uint16_t *)(const void *)p->data + (size_t)at * b.rs;
-        return b;
+        gemm_source src = {.ieee = p->kind == 'h', .ks = 1, .ns = (size_t)p->cols};
+        if (p->transposed) src.ks = (size_t)p->rows, src.ns = 1;
+        if (p->kind == '4') src.w = (const float *)(const void *)p->data + (size_t)at * src.ns;
+        else src.narrow = (const uint16_t *)(const void *)p->data + (size_t)at * src.ns;
+        return (op_block){src, p->rows - at};
     }
     int n = base_min(op_widen_count(p->cols), p->rows - at);
     op_widen o = {e->ctx->k, p, at, arena_floats(e->ws, (size_t)n, (size_t)p->cols)};
     par_for(e->ctx, n, par_grain(p->cols), op_widen_rows, &o);
-    return (op_block){o.out, NULL, 0, n, (size_t)p->cols, 1};
+    return op_block_floats(o.out, n, p->cols);
 }
 
 /* All of W^T in panels (gemm_pack). */
 static void op_pack(op_env *e, const op_weight *w, float *out) {
     arena_mark mark = arena_save(e->ws);
     op_block b = op_block_at(e, w, 0);
-    if (b.n < w->n) { /* panels may span pieces: W as floats first */
-        float *whole = arena_floats(e->ws, (size_t)w->n, (size_t)w->k), *to = whole;
-        for (int i = 0; i < w->pieces; i++) {
-            op_widen o = {e->ctx->k, w->piece + i, 0, to};
-            par_for(e->ctx, w->piece[i].rows, par_grain(w->k), op_widen_rows, &o);
-            to += (size_t)w->piece[i].rows * (size_t)w->k;
-        }
-        b = (op_block){whole, NULL, 0, w->n, (size_t)w->k, 1};
-    }
-    gemm_pack_args g = {.b = b.w, .narrow = b.narrow, .ieee = b.ieee, .ks = b.cs, .ns = b.rs};
-    g.k = w->k, g.n = w->n, g.half = w->half, g.out = out;
+    if (b.n < w->n) b = op_block_whole(e, w); /* panels may span pieces */
+    gemm_pack_args g = {.s = b.src, .k = w->k, .n = w->n, .half = w->half, .out = out};
     gemm_pack(e->ctx, &g);
     arena_restore(e->ws, mark);
 }
 
-/* Whether W is bfloat16 in the file and its numbers are to be multiplied as floats: panels of it
- * then are as exact in half of the memory, which is what a product of few rows waits for. */
+/* Whether W has sixteen bits a number in the file, all of one kind, and its numbers are to be
+ * multiplied as floats: panels of these bits then are as exact in half of the memory, which is what
+ * a product of few rows waits for. */
 static int op_is_narrow(const op_weight *w) {
     for (int i = 0; i < w->pieces; i++)
-        if (w->piece[i].kind != 'b') return 0;
+        if (w->piece[i].kind == '4' || w->piece[i].kind != w->piece->kind) return 0;
     return w->pieces && !w->half;
 }
 
@@ -4108,24 +4215,32 @@ typedef struct op_narrow_job {
     uint16_t *out; /* [panels][k][16] */
 } op_narrow_job;
 
-static void op_narrow_range(void *arg, int64_t lo, int64_t hi, int thread) {
-    const op_narrow_job *o = arg;
+/* Columns [from, to) of row `at` as a lane of its panel; of a row behind the last one, zeros. */
+static void op_narrow_lane(const op_narrow_job *o, int at, int from, int to) {
     size_t k = (size_t)o->w->k;
-    (void)thread;
-    for (int at = (int)lo * RLHF_LANES; at < (int)hi * RLHF_LANES; at++) {
-        uint16_t *out = o->out + (size_t)(at / RLHF_LANES) * k * RLHF_LANES + at % RLHF_LANES;
-        const op_piece *p = o->w->piece;
-        int r = at;
-        while (at < o->w->n && r >= p->rows) r -= p++->rows;
-        const uint16_t *h = (const uint16_t *)(const void *)p->data;
-        size_t step = p->transposed ? (size_t)p->rows : 1;
-        size_t from = p->transposed ? (size_t)r : op_piece_row(p, (size_t)r) * k;
-        for (size_t j = 0; j < k; j++)
-            out[j * RLHF_LANES] = at < o->w->n ? h[from + j * step] : 0;
-    }
+    uint16_t *out = o->out + (size_t)(at / RLHF_LANES) * k * RLHF_LANES + at % RLHF_LANES;
+    const op_piece *p = o->w->piece;
+    int r = at;
+    while (at < o->w->n && r >= p->rows) r -= p++->rows;
+    const uint16_t *h = (const uint16_t *)(const void *)p->data;
+    size_t step = p->transposed ? (size_t)p->rows : 1;
+    h += p->transposed ? (size_t)r : op_piece_row(p, (size_t)r) * k;
+    for (size_t j = (size_t)from; j < (size_t)to; j++)
+        out[j * RLHF_LANES] = at < o->w->n ? h[j * step] : 0;
 }
 
-/* All of W^T in panels of bfloat16. */
+/* Panels [lo, hi), some columns at a time, which the first-level cache holds meanwhile. */
+static void op_narrow_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    enum { PIECE = 256 };
+    const op_narrow_job *o = arg;
+    (void)thread;
+    for (int at = (int)lo * RLHF_LANES; at < (int)hi * RLHF_LANES; at += RLHF_LANES)
+        for (int j = 0; j < o->w->k; j += PIECE)
+            for (int l = 0; l < RLHF_LANES; l++)
+                op_narrow_lane(o, at + l, j, base_min(j + PIECE, o->w->k));
+}
+
+/* All of W^T in panels of the numbers that the file has. */
 static void op_narrow(op_env *e, const op_weight *w, uint16_t *out) {
     op_narrow_job o = {w, out};
     int64_t panels = (int64_t)gemm_panels(w->n);
@@ -4135,7 +4250,7 @@ static void op_narrow(op_env *e, const op_weight *w, uint16_t *out) {
 /* y [m][n] (rows ld apart) = or, with mode GEMM_ACC, += x [m][k] W^T for a small W of floats. */
 static void op_small(op_env *e, int m, int n, int k, const float *x, const float *w, int mode,
                      float *y, size_t ld) {
-    gemm_args g = {.m = m, .n = n, .src = w, .ks = 1, .ns = (size_t)k};
+    gemm_args g = {.m = m, .n = n, .src = op_block_floats(w, n, k).src};
     g.t = (gemm_tile_args){
         .k = k, .a = x, .rs = (size_t)k, .cs = 1, .c = y, .ldc = ld, .mode = mode};
     gemm_run(e->ctx, e->ws, &g);
@@ -4240,23 +4355,19 @@ static void op_linear(op_env *e, const op_weight *w, int m, const float *x, floa
     int n;
     for (int at = 0; at < w->n; at += n) {
         arena_mark mark = arena_save(e->ws);
-        op_block b = {NULL, w->narrow, 0, w->n, (size_t)w->k, RLHF_LANES};
-        if (!w->packed && !w->narrow) b = op_block_at(e, w, at);
+        op_block b = op_block_at(e, w, at);
         n = b.n;
         /* A is x as it lies, B is W^T: rows of W are columns of y. */
-        gemm_args g = {.m = m, .n = n, .half = w->half, .ldy = op_ld(w)};
+        gemm_args g = {.m = m, .n = n, .half = w->half, .src = b.src, .ldy = op_ld(w)};
         if (act && !w->loras) g.act = act, g.y = z + at;
         g.t = (gemm_tile_args){.k = w->k,
                                .a = x,
                                .rs = (size_t)w->k,
                                .cs = 1,
-                               .b = w->packed,
-                               .bs = gemm_panel_size(e->ctx->k, w->half, w->k),
                                .c = y + at,
                                .ldc = op_ld(w),
                                .bias = w->b ? w->b + at : NULL,
                                .add = add ? add + at : NULL};
-        g.src = b.w, g.narrow = b.narrow, g.ieee = b.ieee, g.ks = b.cs, g.ns = b.rs;
         gemm_run(e->ctx, e->ws, &g);
         arena_restore(e->ws, mark);
     }
@@ -4283,7 +4394,7 @@ static void op_cols_range(void *arg, int64_t lo, int64_t hi, int thread) {
  * sum over rows a GEMM_ACC chain that continues what gw holds. */
 static void op_outer(op_env *e, int half, int m, int n, int k, const float *dy, size_t ld,
                      const float *x, float *gw) {
-    gemm_args g = {.m = n, .n = k, .half = half, .src = x, .ks = (size_t)k, .ns = 1};
+    gemm_args g = {.m = n, .n = k, .half = half, .src = {.w = x, .ks = (size_t)k, .ns = 1}};
     g.t = (gemm_tile_args){
         .k = m, .a = dy, .rs = 1, .cs = ld, .c = gw, .ldc = (size_t)k, .mode = GEMM_ACC};
     gemm_run(e->ctx, e->ws, &g);
@@ -4293,8 +4404,9 @@ static void op_outer(op_env *e, int half, int m, int n, int k, const float *dy, 
  * as it lies, B is W. */
 static void op_back(op_env *e, int half, int m, int k, const float *dy, size_t ld,
                     const op_block *b, int mode, float *dx) {
-    gemm_args g = {.m = m, .n = k, .half = half, .src = b->w, .narrow = b->narrow};
-    g.ieee = b->ieee, g.ks = b->rs, g.ns = b->cs;
+    gemm_args g = {.m = m, .n = k, .half = half, .src = b->src};
+    g.src.ks = b->src.ns, g.src.ns = b->src.ks;
+    if (b->src.layout == GEMM_PANELS) g.src.layout = GEMM_TURNED;
     g.t = (gemm_tile_args){
         .k = b->n, .a = dy, .rs = ld, .cs = 1, .c = dx, .ldc = (size_t)k, .mode = mode};
     gemm_run(e->ctx, e->ws, &g);
@@ -4304,7 +4416,7 @@ static void op_back(op_env *e, int half, int m, int k, const float *dy, size_t l
 static float *op_lora_back(op_env *e, const op_weight *w, const op_lora *l, int m,
                            const float *dy) {
     float *t = arena_floats(e->ws, (size_t)m, (size_t)l->r);
-    op_block b = {l->b, NULL, 0, l->n, (size_t)l->r, 1};
+    op_block b = op_block_floats(l->b, l->n, l->r);
     op_back(e, 0, m, l->r, dy + l->from, op_ld(w), &b, GEMM_STORE, t);
     e->ctx->k->scale(m * l->r, t, l->scale);
     return t;
@@ -4333,7 +4445,7 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
     arena_mark mark = arena_save(e->ws);
     int n;
     for (int at = 0; at < w->n; at += n) {
-        op_block b = op_block_at(e, w, at);
+        op_block b = w->w ? op_block_floats(w->w, w->n, w->k) : op_block_at(e, w, at);
         n = b.n;
         op_back(e, w->half, m, w->k, dy + at, op_ld(w), &b, at ? GEMM_ACC : GEMM_STORE, dx);
         arena_restore(e->ws, mark);
@@ -4341,7 +4453,7 @@ static void op_linear_bwd_x(op_env *e, const op_weight *w, int m, const float *d
     /* The mask of the forward pass, applied to what comes back, needs a place of its own. */
     float *part = w->drop.p > 0 && w->loras ? arena_floats(e->ws, (size_t)m, (size_t)w->k) : dx;
     for (const op_lora *l = w->lora; l < w->lora + w->loras; l++) {
-        op_block a = {l->a, NULL, 0, l->r, (size_t)w->k, 1};
+        op_block a = op_block_floats(l->a, l->r, w->k);
         float *dt = op_lora_back(e, w, l, m, dy);
         op_back(e, 0, m, w->k, dt, (size_t)l->r, &a,
                 l == w->lora && part != dx ? GEMM_STORE : GEMM_ACC, part);
@@ -4803,7 +4915,7 @@ static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
 /* Packs B[k][n] on the calling thread. */
 static void op_pack_here(const k_table *kt, const float *b, size_t ks, size_t ns, int k, int n,
                          float *out) {
-    gemm_pack_args g = {kt, b, NULL, ks, ns, k, n, 0, 0, out};
+    gemm_pack_args g = {kt, {.w = b, .ks = ks, .ns = ns}, k, n, 0, out};
     gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
 }
 
@@ -8243,7 +8355,6 @@ typedef struct model_base {
     char *stored;   /* as rlhf_model.stored */
     float **packed; /* panels of matrices in files, made when first used */
     arena keep;     /* they lie here */
-    size_t panels;  /* bytes of all of them */
     int keep_packed;
 } model_base;
 
@@ -8720,9 +8831,9 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
 
 /* ---- pieces of a pass ---- */
 
-/* From so many rows on, a product without panels packs what it reads of W itself: that costs a few
- * percent of its time. Below, panels of W are made and kept, since packing would cost as much as
- * the product. */
+/* From so many rows on, a product without panels packs what it reads of an own W itself: that costs
+ * a few percent of its time. Below, panels of W are made and kept, since packing would cost as much
+ * as the product. */
 enum { MODEL_MANY_ROWS = 96 };
 
 /* Whether a matrix has narrow panels. */
@@ -8735,16 +8846,16 @@ static int model_is_narrow(const rlhf_model *m, int p, int layer) {
     return op_is_narrow(&w);
 }
 
-/* Panels of a matrix, narrow ones where it has such, or null: there are none yet and many rows, or
- * keeping a copy would cost too much memory. Own matrices are packed again when they have changed;
- * pages of a file that have been packed are given back, since it is panels that are read from then
- * on. */
+/* Panels of a matrix, narrow ones where it has such, or null: an own one has none yet and many
+ * rows, or those of the base would take too much memory. Own matrices are packed again when they
+ * have changed; pages of a file that have been packed are given back, since it is panels that are
+ * read from then on, in both directions. */
 static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int layer, int rows) {
     size_t i = model_index(p, layer);
     int own = m->slot[p].where == MODEL_OWN;
     float **packed = own ? m->packed + i : m->base->packed + i, *to = *packed;
     if (to && (!own || m->packed_version[i] == m->version)) return to;
-    if (rows >= MODEL_MANY_ROWS || (!own && !m->base->keep_packed)) return NULL;
+    if (own ? rows >= MODEL_MANY_ROWS : !m->base->keep_packed) return NULL;
     size_t size = gemm_packed_size(m->ctx->k, m->half, w->k, w->n) >> op_is_narrow(w);
     if (!to && own && m->room_size - m->room_used >= size) {
         to = m->room + m->room_used;
@@ -9475,20 +9586,17 @@ static model_need model_need_sampling(const rlhf_model *m, int slots, int prompt
     return o;
 }
 
-/* Bytes of panels that products of few rows leave behind, for matrices that the model owns or for
- * those of its base. */
-static size_t model_panel_bytes(const rlhf_model *m, int base) {
+/* Bytes of panels that products of few rows leave behind for matrices that the model owns. */
+static size_t model_panel_bytes(const rlhf_model *m) {
     size_t n = 0;
-    if (base && !(m->base && m->base->keep_packed)) return 0;
     for (int p = 0; p < P_COUNT; p++) {
-        model_where where = base ? MODEL_FILE : MODEL_OWN;
-        int layers = m->slot[p].where == where ? model_param_layers(m, p) : 0;
+        int layers = m->slot[p].where == MODEL_OWN ? model_param_layers(m, p) : 0;
         if (m->slot[p].cols == 1 || p == P_WPE || model_param_info[p].init == 'a' ||
             model_param_info[p].init == 'b' || p == P_SCORE)
             continue;
         if (p == P_WTE && (!m->c.tied || m->c.head != RLHF_HEAD_LM)) continue;
-        size_t one = gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows);
-        for (int l = 0; l < layers; l++) n += one * sizeof(float) >> model_is_narrow(m, p, l);
+        n += (size_t)layers * sizeof(float) *
+             gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows);
     }
     return n;
 }
@@ -10179,10 +10287,13 @@ static uint64_t ckpt_identity(rlhf_ctx *ctx, const char *dir) {
     return all;
 }
 
-/* Panels of a base are kept, for the speed of decoding, where they take no more bytes than this:
- * the files' pages are given back. A quarter of it where they are larger than these, and in
- * training, which reads both. */
-#define CKPT_KEEP_BYTES ((size_t)1 << 32)
+/* Panels of a base are kept where they take no more bytes than this, half of the machine's memory:
+ * the files' pages are given back, but other than these the system cannot drop panels and read them
+ * again. */
+static size_t ckpt_keep_bytes(void) {
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    return pages > 0 && size > 0 ? (size_t)pages * (size_t)size / 2 : (size_t)1 << 32;
+}
 
 /* Whether a base has what a model reads: config.json may be another than that of the model that it
  * was opened for, or ask for a head that was left in the files. */
@@ -10218,13 +10329,11 @@ static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src
     memcpy(b->slot, m->slot, sizeof b->slot);
     b->layers = m->c.layers, b->hd = m->c.hd, b->tensors = m->family->tensors;
     memcpy(b->stored, m->stored, model_tensors(m) * (size_t)m->c.layers);
-    size_t held = 0;
+    size_t panels = 0;
     for (int p = 0; p < P_COUNT; p++)
-        for (int l = 0; m->slot[p].where == MODEL_FILE && l < model_param_layers(m, p); l++) {
-            held += m->slot[p].n * (b->piece[model_index(p, l)]->kind == '4' ? 4 : 2);
-            b->panels += m->slot[p].n * (m->half || model_is_narrow(m, p, l) ? 2 : 4);
-        }
-    b->keep_packed = b->panels <= (b->panels > held ? CKPT_KEEP_BYTES / 4 : CKPT_KEEP_BYTES);
+        for (int l = 0; m->slot[p].where == MODEL_FILE && l < model_param_layers(m, p); l++)
+            panels += m->slot[p].n * (m->half || model_is_narrow(m, p, l) ? 2 : 4);
+    b->keep_packed = panels <= ckpt_keep_bytes();
     b->next = ctx->bases;
     ctx->bases = b;
     return m;
@@ -11423,7 +11532,7 @@ static void opt_lend(opt *o) {
     for (int i = 0; i < o->models; i++) {
         /* At the end, where gradients are; padding may want more. */
         size_t n = o->model[i]->n, skip = opt_untouched(o->model[i]);
-        size_t want = model_panel_bytes(o->model[i], 0) / sizeof(float);
+        size_t want = model_panel_bytes(o->model[i]) / sizeof(float);
         if (skip + want > n) skip = want < n ? n - want : 0;
         model_place_panels(o->model[i], o->g[i] + skip, n - skip);
     }
@@ -13379,23 +13488,14 @@ static model_need train_larger(model_need a, model_need b) {
     return b.acts + b.cache + b.scratch > a.acts + a.cache + a.scratch ? b : a;
 }
 
-/* Bytes of panels that outlive a stage: those of the bases of what is trained on few rows at once
- * and, if sampling, of what samples; of a sampler's own matrices, too, unless the optimizer's
- * gradients lend the memory. */
-static size_t train_panels(const rlhf_trainer *t, const train_size *z, int sampling) {
-    const rlhf_model *few[2 + OPT_MODELS] = {0};
-    int n = 0, trained;
+/* Bytes of panels that samplers leave behind, unless the optimizer's gradients lend the memory.
+ * (Those of a base take the place of its files' pages.) */
+static size_t train_panels(const rlhf_trainer *t, const train_size *z) {
     size_t bytes = 0;
-    for (int i = 0; i < t->opt->models && z->rows < MODEL_MANY_ROWS; i++)
-        few[n++] = t->opt->model[i];
-    for (trained = n; sampling && n < trained + z->samplers; n++)
-        few[n] = z->sampler[n - trained].m;
-    for (int i = 0; i < n; i++) {
-        int own = i >= trained, base = 1;
-        for (int k = 0; k < t->opt->models; k++) own &= t->opt->model[k] != few[i];
-        for (int k = 0; k < i; k++) base &= few[k]->base != few[i]->base;
-        if (own) bytes += model_panel_bytes(few[i], 0);
-        if (base) bytes += model_panel_bytes(few[i], 1);
+    for (int i = 0; i < z->samplers; i++) {
+        int own = 1;
+        for (int k = 0; k < t->opt->models; k++) own &= t->opt->model[k] != z->sampler[i].m;
+        if (own) bytes += model_panel_bytes(z->sampler[i].m);
     }
     return bytes;
 }
@@ -13404,7 +13504,7 @@ static size_t train_panels(const rlhf_trainer *t, const train_size *z, int sampl
 static model_need train_stage(const rlhf_trainer *t, const train_size *z) {
     model_need most = {0, 0, 0};
     /* What else there is by then. */
-    size_t later = z->after ? train_panels(t, z, 1) - train_panels(t, z, 0) : 0;
+    size_t later = z->after ? train_panels(t, z) : 0;
     for (int i = 0; i < t->opt->models; i++)
         most = train_larger(most, model_need_training(t->opt->model[i], z->rows));
     for (const train_sampler *s = z->sampler; s < z->sampler + z->samplers; s++) {
@@ -13457,7 +13557,7 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
     o.activations = (int64_t)(most.acts + z.rollout);
     o.cache = (int64_t)most.cache;
     o.scratch = (int64_t)most.scratch;
-    o.scratch += (int64_t)train_panels(t, &z, !z.after);
+    if (!z.after) o.scratch += (int64_t)train_panels(t, &z);
     o.total = o.weights + o.adapters + o.optimizer + o.activations + o.cache + o.scratch + o.other;
     return o;
 }
@@ -13467,12 +13567,7 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
  * would help. */
 static void train_plan(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
-    rlhf_model *role[4];
     double limit = c->memory_limit * 1e9;
-    train_roles(t, role);
-    for (int i = 0; i < 4; i++)
-        if (role[i] && role[i]->base && role[i]->base->panels > CKPT_KEEP_BYTES / 4)
-            role[i]->base->keep_packed = 0;
     t->at_once = train_at_once(t->ctx);
     t->memory = train_memory(t);
     for (int again = 0; again < 2 && limit > 0; again++) {

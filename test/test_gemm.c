@@ -100,15 +100,25 @@ static void prod_free(prod *p) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) test_floats_free(all[i]);
 }
 
-static float *prod_pack(rlhf_ctx *ctx, const prod *p) {
-    size_t size = gemm_packed_size(ctx->k, p->half, p->k, p->n);
+/* B as it lies; turned: its transpose. */
+static gemm_source prod_source(const prod *p, bool turned) {
+    gemm_source s = {.w = p->b, .ks = p->ldb, .ns = 1};
+    if (p->tb != turned) s.ks = 1, s.ns = p->ldb;
+    return s;
+}
+
+static float *prod_pack_as(rlhf_ctx *ctx, const prod *p, bool turned) {
+    int k = turned ? p->n : p->k, n = turned ? p->k : p->n;
+    size_t size = gemm_packed_size(ctx->k, p->half, k, n);
     float *packed = test_floats(size);
-    gemm_pack_args g = {.b = p->b, .ks = p->tb ? 1 : p->ldb, .ns = p->tb ? p->ldb : 1, .k = p->k,
-                        .n = p->n, .half = p->half, .out = packed};
+    gemm_pack_args g = {.s = prod_source(p, turned), .k = k, .n = n, .half = p->half,
+                        .out = packed};
     gemm_pack(ctx, &g);
     CHECK(test_margins(packed, size));
     return packed;
 }
+
+static float *prod_pack(rlhf_ctx *ctx, const prod *p) { return prod_pack_as(ctx, p, false); }
 
 static gemm_args prod_args(rlhf_ctx *ctx, const prod *p, const float *packed, float *c, float *y) {
     gemm_args g = {.m = p->m, .n = p->n, .half = p->half};
@@ -117,9 +127,7 @@ static gemm_args prod_args(rlhf_ctx *ctx, const prod *p, const float *packed, fl
                            .bs = gemm_panel_size(ctx->k, p->half, p->k), .c = c, .ldc = p->ldc,
                            .mode = p->mode == GEMM_ACC, .bias = p->bias ? p->v : NULL,
                            .add = p->mode == ADD ? c : NULL};
-    g.src = p->b;
-    g.ks = p->tb ? 1 : p->ldb;
-    g.ns = p->tb ? p->ldb : 1;
+    g.src = prod_source(p, false);
     if (p->act) {
         g.act = ctx->k->gelu;
         g.y = y;
@@ -134,25 +142,47 @@ static void run(rlhf_ctx *ctx, const gemm_args *g) {
     arena_free(&ws);
 }
 
-/* Runs it in ctx and compares: the outputs, what lies between their rows, and around them. Once
- * with panels packed on the way, once with panels packed before, and from numbers of sixteen bits
- * in rows and, if bfloat16 and for products of floats, in panels. */
+/* Where B may lie: in rows, packed before, in panels, in panels of its transpose; the last two and
+ * rows once more with sixteen bits a number. */
+static const char *const forms[] = {"",           "packed",      "panels",        "turned",
+                                    "short rows", "short panels", "turned shorts"};
+enum { FORMS = sizeof forms / sizeof *forms };
+
+/* B in such a form; *mem becomes memory behind it, or null. false: there is none. */
+static bool prod_form(rlhf_ctx *ctx, const prod *p, int form, gemm_args *g, float **mem) {
+    bool shorts = form > 3, turned = form == 3 || form == 6;
+    size_t n = shorts && form == 4 ? (size_t)(p->tb ? p->n : p->k) * p->ldb : 0;
+    *mem = NULL;
+    if (form == 0) return true;
+    /* Products of bfloat16 have panels of pairs. */
+    if (shorts && ((!p->narrow && !p->ieee) || (p->half && form > 4))) return false;
+    float *from = form == 4 ? p->b : prod_pack_as(ctx, p, turned);
+    int steps = (int)gemm_panel_size(ctx->k, p->half, turned ? p->n : p->k) / RLHF_LANES;
+    if (form == 1) g->t.b = from;
+    else if (form != 4) {
+        size_t line = p->half ? RLHF_LANES / 2 : RLHF_LANES, next = (size_t)steps;
+        g->src = (gemm_source){.w = from, .layout = turned ? GEMM_TURNED : GEMM_PANELS,
+                               .ks = turned ? next : line, .ns = turned ? line : next};
+    }
+    *mem = from;
+    if (!shorts) return true;
+    if (form != 4) n = gemm_packed_size(ctx->k, 0, turned ? p->n : p->k, turned ? p->k : p->n);
+    *mem = test_floats((n + 1) / 2);
+    uint16_t *bits = (uint16_t *)(void *)*mem;
+    for (size_t i = 0; i < n; i++) bits[i] = prod_short(p, from[i]);
+    g->src.w = NULL, g->src.narrow = bits, g->src.ieee = p->ieee;
+    if (form != 4) test_floats_free(from);
+    return true;
+}
+
+/* Runs it in ctx and compares: the outputs, what lies between their rows, and around them. */
 static void prod_check(rlhf_ctx *ctx, const prod *p) {
     size_t nc = (size_t)p->m * p->ldc, ny = (size_t)p->m * p->ldy;
-    size_t np = gemm_packed_size(ctx->k, p->half, p->k, p->n);
-    float *packed = prod_pack(ctx, p), *c = test_floats(nc), *y = test_floats(ny);
-    static const char *const forms[] = {"", "packed", "rows of bits", "panels of bits"};
-    size_t nb = p->narrow || p->ieee ? (size_t)(p->tb ? p->n : p->k) * p->ldb : 0;
-    int last = nb == 0 ? 1 : p->half || p->ieee ? 2 : 3;
-    float *room = test_floats((nb + 1) / 2), *room2 = test_floats(p->narrow ? (np + 1) / 2 : 0);
-    uint16_t *rows = (uint16_t *)(void *)room, *panels = (uint16_t *)(void *)room2;
-    for (size_t i = 0; i < nb; i++) rows[i] = prod_short(p, p->b[i]);
-    for (size_t i = 0; p->narrow && i < np; i++) panels[i] = v_half1(packed[i]);
-    for (int form = 0; form <= last; form++) {
+    float *c = test_floats(nc), *y = test_floats(ny), *mem;
+    for (int form = 0; form < FORMS; form++) {
         memcpy(c, p->c, nc * sizeof *c);
-        gemm_args g = prod_args(ctx, p, form == 1 ? packed : NULL, c, y);
-        if (form == 2) g.src = NULL, g.narrow = rows, g.ieee = p->ieee;
-        if (form == 3) g.src = NULL, g.narrow = panels, g.ks = RLHF_LANES, g.ns = (size_t)p->k;
+        gemm_args g = prod_args(ctx, p, NULL, c, y);
+        if (!prod_form(ctx, p, form, &g, &mem)) continue;
         int before = test_failures;
         run(ctx, &g);
         CHECK_BITS(c, p->want, nc);
@@ -164,10 +194,8 @@ static void prod_check(rlhf_ctx *ctx, const prod *p) {
                       ctx->threads, p->m, p->n, p->k, p->mode, p->ta ? "A' " : "",
                       p->tb ? "B' " : "", p->bias ? "bias " : "", p->act ? "gelu " : "",
                       forms[form]);
+        test_floats_free(mem);
     }
-    test_floats_free(packed);
-    test_floats_free(room);
-    test_floats_free(room2);
     test_floats_free(c);
     test_floats_free(y);
 }

@@ -274,6 +274,18 @@ static void c_panel(const k_table *k, call *c) {
         for (int l = 0; l < RLHF_LANES; l++)
             CHECK(c->out[1][i * RLHF_LANES + l] == c->in[0][l * n + i]);
 }
+/* Rows of pairs, any bits. */
+static void c_apart(const k_table *k, call *c) {
+    float y[RLHF_LANES * 2 * 41];
+    int n = c->n / RLHF_LANES < 41 ? c->n / RLHF_LANES : 41;
+    k->apart(n, c->in[0], (size_t)n, y);
+    for (int i = 0; i < 2 * n; i++)
+        for (int l = 0; l < RLHF_LANES; l++) {
+            uint32_t pair = (uint32_t)v_int1(c->in[0][l * n + i / 2]);
+            uint32_t want = i % 2 ? pair & 0xffff0000u : pair << 16;
+            CHECK((uint32_t)v_int1(y[i * RLHF_LANES + l]) == want);
+        }
+}
 static void c_strips(const k_table *k, call *c) {
     (void)k;
     static const int widths[] = {RLHF_LANES, 8, 6, 5};
@@ -350,7 +362,7 @@ static const struct { const char *name; call_fn *run; } calls[] = {
     {"softmax", c_softmax}, {"prob", c_prob},     {"ds", c_ds},             {"scale", c_scale},
     {"erf", c_erf},         {"gelu_erf", c_gelu_erf}, {"gelu_erf_bwd", c_gelu_erf_bwd},
     {"geglu", c_geglu},     {"geglu_bwd", c_geglu_bwd}, {"cap", c_cap},     {"cap_bwd", c_cap_bwd},
-    {"adam", c_adam},       {"panel", c_panel},   {"strips", c_strips},
+    {"adam", c_adam},       {"panel", c_panel},   {"strips", c_strips}, {"apart", c_apart},
     {"half", c_half},       {"pairs", c_pairs},   {"sumsq", c_sumsq},
     {"wide", c_wide},       {"ieee", c_ieee}};
 

@@ -92,11 +92,16 @@ static rlhf_status run_open(rlhf_ctx *ctx, const run *r, rlhf_tokenizer *tok, rl
     return rlhf_ppo_open(m[0], tok, d, m[1], NULL, NULL, &u.ppo, t);
 }
 
-/* Bytes that the files of open bases take. */
+/* Bytes that the files of open bases take: all but matrices whose panels are there instead. */
 static int64_t mapped(const rlhf_ctx *ctx) {
     int64_t bytes = 0;
-    for (const model_base *b = ctx->bases; b; b = b->next)
+    for (const model_base *b = ctx->bases; b; b = b->next) {
         for (int i = 0; i < b->n_maps; i++) bytes += (int64_t)b->maps[i]->size;
+        for (int i = 0; i < b->layers * P_COUNT; i++)
+            for (int q = 0; b->packed[i] && q < b->pieces[i]; q++)
+                bytes -= (int64_t)b->piece[i][q].rows * b->piece[i][q].cols *
+                         (b->piece[i][q].kind == '4' ? 4 : 2);
+    }
     return bytes;
 }
 

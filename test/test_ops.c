@@ -191,7 +191,7 @@ static void linear_run(rlhf_ctx *ctx, const void *data, float *out) {
     op_env e = {ctx, &ws};
     op_weight w = {.n = c->n, .k = c->k, .w = c->w, .b = c->b, .packed = packed,
                    .gw = gw, .gb = gb};
-    gemm_pack_args g = {.b = c->w, .ks = 1, .ns = k, .k = c->k, .n = c->n, .out = packed};
+    gemm_pack_args g = {.s = {.w = c->w, .ks = 1, .ns = k}, .k = c->k, .n = c->n, .out = packed};
     gemm_pack(ctx, &g);
     op_linear(&e, &w, c->m, c->x, y, c->add ? y : NULL, NULL, NULL);
     op_linear_bwd_w(&e, &w, c->m, c->x, c->dy);
@@ -242,12 +242,14 @@ TEST(linear) {
     linear_check(61, 70, 50, 1);
 }
 
-/* A matrix as a file of bfloat16 has it, in one of four forms: as it is, transposed, with the
- * heads' queries, keys and values in turn, in three pieces whose rows share panels. */
+/* A matrix as a file of bfloat16 or half precision has it, in one of four forms: as it is,
+ * transposed, with the heads' queries, keys and values in turn, in three pieces whose rows share
+ * panels. */
 enum { NARROW_N = 66, NARROW_K = 37 };
 typedef struct narrow_case {
-    int m, form;
-    float *x;
+    int m, form, half;
+    char kind;
+    float *x, *dy;
     uint16_t *h;
 } narrow_case;
 
@@ -255,50 +257,74 @@ static void narrow_run(rlhf_ctx *ctx, const void *data, float *out) {
     const narrow_case *c = data;
     arena ws = {.ctx = ctx};
     op_env e = {ctx, &ws};
-    op_weight w = {.n = NARROW_N, .k = NARROW_K, .pieces = c->form == 3 ? 3 : 1};
+    op_weight w = {.n = NARROW_N, .k = NARROW_K, .half = c->half,
+                   .pieces = c->form == 3 ? 3 : 1};
     static const int rows[] = {30, 17, 19};
     const uint16_t *at = c->h;
     for (int i = 0; i < w.pieces; i++) {
-        w.piece[i] = (op_piece){.data = (const unsigned char *)at, .cols = NARROW_K, .kind = 'b',
+        w.piece[i] = (op_piece){.data = (const unsigned char *)at, .cols = NARROW_K,
+                                .kind = c->kind,
                                 .rows = w.pieces > 1 ? rows[i] : NARROW_N,
                                 .transposed = c->form == 1, .hd = c->form == 2 ? 11 : 0};
         at += w.piece[i].rows * NARROW_K;
     }
-    CHECK(op_is_narrow(&w));
-    op_linear(&e, &w, c->m, c->x, out, NULL, NULL, NULL); /* from the file */
-    size_t size = gemm_packed_size(ctx->k, 0, w.k, w.n), n = (size_t)c->m * NARROW_N;
-    float *room = test_floats((size + 1) / 2), *y = test_floats(n);
-    op_narrow(&e, &w, (uint16_t *)(void *)room);
-    w.narrow = (const uint16_t *)(const void *)room;
+    CHECK(op_is_narrow(&w) == !c->half);
+    /* From the file: y, then dx. */
+    size_t n = (size_t)c->m * NARROW_N, all = n + (size_t)c->m * NARROW_K;
+    op_linear(&e, &w, c->m, c->x, out, NULL, NULL, NULL);
+    op_linear_bwd_x(&e, &w, c->m, c->dy, out + n);
+    size_t size = gemm_packed_size(ctx->k, c->half, w.k, w.n);
+    float *room = test_floats(c->half ? size : (size + 1) / 2), *y = test_floats(all);
+    if (c->half) op_pack(&e, &w, room), w.packed = room;
+    else op_narrow(&e, &w, (uint16_t *)(void *)room), w.narrow = (uint16_t *)(void *)room;
     op_linear(&e, &w, c->m, c->x, y, NULL, NULL, NULL);
-    CHECK_BITS(y, out, n);
-    CHECK(test_margins(y, n) && test_margins(room, (size + 1) / 2));
-    w.half = 1;
+    op_linear_bwd_x(&e, &w, c->m, c->dy, y + n);
+    CHECK_BITS(y, out, all);
+    CHECK(test_margins(y, all) && test_margins(room, c->half ? size : (size + 1) / 2));
+    /* Sums of bfloat16 are those of the instruction set. */
+    if (c->half) memset(out, 0, all * sizeof *out);
+    w.half = 0, w.piece[w.pieces - 1].kind = '4';
     CHECK(!op_is_narrow(&w));
-    w.half = 0, w.piece[w.pieces - 1].kind = 'h';
-    CHECK(!op_is_narrow(&w));
+    w.piece[w.pieces - 1].kind = c->kind == 'h' ? 'b' : 'h';
+    CHECK(op_is_narrow(&w) == (w.pieces == 1));
     arena_free(&ws);
     test_floats_free(room), test_floats_free(y);
 }
 
-/* Panels of bfloat16 give the bits that the file gives, for few rows and for many. */
+/* Row 5 of W and its column 5, by definition: of the first head's queries where these come in turn,
+ * whose other rows are elsewhere. */
+static void narrow_by_hand(const narrow_case *c, const float *y) {
+    double want = 0, back = 0;
+    const float *dx = y + c->m * NARROW_N;
+    for (int k = 0; k < NARROW_K; k++) {
+        uint16_t h = c->h[c->form == 1 ? k * NARROW_N + 5 : 5 * NARROW_K + k];
+        want += (double)c->x[k] * (double)(c->kind == 'h' ? v_ieee1(h) : v_wide1(h));
+    }
+    CHECK_NEAR(y[5], want, 1e-5);
+    for (int r = 0; r < NARROW_N; r++) {
+        uint16_t h = c->h[c->form == 1 ? 5 * NARROW_N + r : r * NARROW_K + 5];
+        back += (double)c->dy[r] * (double)(c->kind == 'h' ? v_ieee1(h) : v_wide1(h));
+    }
+    if (c->form != 2) CHECK_NEAR(dx[5], back, 2e-5);
+}
+
+/* Panels give the bits that the file gives, for few rows and for many, in both directions. */
 TEST(linear_narrow) {
     static const int ms[] = {1, 3, 6, 8, 9, 31, 40, 110};
     static uint16_t h[NARROW_N * NARROW_K];
-    for (size_t i = 0; i < sizeof h / sizeof *h; i++)
-        h[i] = v_half1((float)test_int(-999, 999) / 999);
-    for (int form = 0; form < 4; form++)
+    for (int form = 0; form < 16; form++)
         for (size_t i = 0; i < sizeof ms / sizeof *ms; i++) {
-            narrow_case c = {ms[i], form, floats((size_t)(ms[i] * NARROW_K), -1, 1), h};
-            float *y = run_everywhere(narrow_run, &c, (size_t)(ms[i] * NARROW_N));
-            /* Row 5 of W, by definition: of the first head's queries where these come in turn. */
-            double want = 0;
-            for (int k = 0; k < NARROW_K; k++) {
-                size_t at = (size_t)(form == 1 ? k * NARROW_N + 5 : 5 * NARROW_K + k);
-                want += (double)c.x[k] * (double)v_wide1(h[at]);
+            narrow_case c = {.m = ms[i], .form = form % 4, .half = form / 4 % 2, .h = h,
+                             .kind = form / 8 ? 'h' : 'b'};
+            for (size_t j = 0; j < sizeof h / sizeof *h; j++) {
+                float x = (float)test_int(-999, 999) / 999;
+                h[j] = c.kind == 'h' ? ckpt_to_half(x) : v_half1(x);
             }
-            CHECK_NEAR(y[5], want, 1e-5);
-            test_floats_free(y), test_floats_free(c.x);
+            c.x = floats((size_t)(c.m * NARROW_K), -1, 1);
+            c.dy = floats((size_t)(c.m * NARROW_N), -1, 1);
+            float *y = run_everywhere(narrow_run, &c, (size_t)(c.m * (NARROW_N + NARROW_K)));
+            if (!c.half) narrow_by_hand(&c, y);
+            test_floats_free(y), test_floats_free(c.x), test_floats_free(c.dy);
         }
 }
 
@@ -815,7 +841,8 @@ static void vocab_coef(void *user, int row, int n, const op_rows *found, float *
 
 static op_weight vocab_weight(rlhf_ctx *ctx, const vocab_case *c, const float *w, float *packed,
                               float *gw) {
-    gemm_pack_args g = {.b = w, .ks = 1, .ns = (size_t)c->d, .k = c->d, .n = c->n, .out = packed};
+    gemm_pack_args g = {.s = {.w = w, .ks = 1, .ns = (size_t)c->d}, .k = c->d, .n = c->n,
+                        .out = packed};
     gemm_pack(ctx, &g);
     return (op_weight){.n = c->n, .k = c->d, .cap = c->cap, .w = w, .packed = packed, .gw = gw};
 }

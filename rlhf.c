@@ -8846,6 +8846,12 @@ static int model_is_narrow(const rlhf_model *m, int p, int layer) {
     return op_is_narrow(&w);
 }
 
+/* Bytes of a matrix in panels. */
+static size_t model_panel_size(const rlhf_model *m, int p, int layer) {
+    size_t n = gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows);
+    return n * sizeof(float) >> model_is_narrow(m, p, layer);
+}
+
 /* Panels of a matrix, narrow ones where it has such, or null: an own one has none yet and many
  * rows, or those of the base would take too much memory. Own matrices are packed again when they
  * have changed; pages of a file that have been packed are given back, since it is panels that are
@@ -8856,11 +8862,11 @@ static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int l
     float **packed = own ? m->packed + i : m->base->packed + i, *to = *packed;
     if (to && (!own || m->packed_version[i] == m->version)) return to;
     if (own ? rows >= MODEL_MANY_ROWS : !m->base->keep_packed) return NULL;
-    size_t size = gemm_packed_size(m->ctx->k, m->half, w->k, w->n) >> op_is_narrow(w);
+    size_t bytes = model_panel_size(m, p, layer), size = bytes / sizeof *to;
     if (!to && own && m->room_size - m->room_used >= size) {
         to = m->room + m->room_used;
         m->room_used += size;
-    } else if (!to) to = arena_take(own ? &m->panels : &m->base->keep, size * sizeof *to, 0);
+    } else if (!to) to = arena_take(own ? &m->panels : &m->base->keep, bytes, 0);
     op_env e = {m->ctx, &m->ws};
     if (op_is_narrow(w)) op_narrow(&e, w, (uint16_t *)(void *)to);
     else op_pack(&e, w, to);
@@ -8882,8 +8888,8 @@ static void model_place_panels(rlhf_model *m, float *room, size_t size) {
     m->room_used = 0;
 }
 
-/* A matrix ready for op_linear on `rows` rows, with its adapters. bias P_COUNT: none. */
-static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int rows) {
+/* A matrix without panels, with its adapters. bias P_COUNT: none. */
+static op_weight model_matrix(rlhf_model *m, int p, int bias, int layer) {
     const model_slot *s = m->slot + p;
     op_weight o = {.n = s->rows, .k = s->cols, .half = m->half};
     o.w = model_w(m, p, layer);
@@ -8893,9 +8899,6 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int row
         memcpy(o.piece, m->base->piece[i], sizeof o.piece);
         o.pieces = m->base->pieces[i];
     }
-    const float *panels = model_panels(m, &o, p, layer, rows);
-    if (op_is_narrow(&o)) o.narrow = (const uint16_t *)(const void *)panels;
-    else o.packed = panels;
     if (bias != P_COUNT) {
         o.b = model_w(m, bias, layer);
         o.gb = o.b ? model_g(m, bias, layer) : NULL;
@@ -8909,13 +8912,37 @@ static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int row
     return o;
 }
 
+/* The same ready for op_linear on `rows` rows. */
+static op_weight model_weight(rlhf_model *m, int p, int bias, int layer, int rows) {
+    op_weight o = model_matrix(m, p, bias, layer);
+    const float *panels = model_panels(m, &o, p, layer, rows);
+    if (op_is_narrow(&o)) o.narrow = (const uint16_t *)(const void *)panels;
+    else o.packed = panels;
+    return o;
+}
+
 /* The matrix from normed states to logits [vocab][d] (op_logits), or to the score [1][d], of which
  * no panels are kept: they would be sixteen times as large. */
 static op_weight model_head_weight(rlhf_model *m, int rows) {
-    if (m->c.head == RLHF_HEAD_SCORE) return model_weight(m, P_SCORE, P_COUNT, 0, INT_MAX);
+    if (m->c.head == RLHF_HEAD_SCORE) return model_matrix(m, P_SCORE, P_COUNT, 0);
     op_weight o = model_weight(m, m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0, rows);
     o.cap = m->c.logit_cap;
     return o;
+}
+
+/* Panels of a base before its first pass, in one block: made later, the files' pages that they are
+ * made from would stand beside what the pass takes. */
+static void model_settle(rlhf_model *m) {
+    static const int matrices[] = {P_QKV_W, P_O_W, P_UP_W, P_DOWN_W};
+    int layers = m->c.layers, lm = m->c.head == RLHF_HEAD_LM, head = m->c.tied ? P_WTE : P_HEAD;
+    model_base *b = m->base;
+    if (!b || !b->keep_packed || !layers || b->packed[model_index(P_QKV_W, 0)]) return;
+    size_t size = lm ? model_panel_size(m, head, 0) : 0;
+    for (int i = 0; i < 4 * layers; i++)
+        size += model_panel_size(m, matrices[i % 4], i / 4) + RLHF_ALIGN;
+    arena_reserve(&b->keep, size, 0);
+    for (int i = 0; i < 4 * layers; i++) model_weight(m, matrices[i % 4], P_COUNT, i / 4, INT_MAX);
+    if (lm) model_weight(m, head, P_COUNT, 0, INT_MAX);
 }
 
 /* The norm whose weight is p, for rows; the caller sets x, y and the like. */
@@ -9239,13 +9266,14 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
     for (int i = 0; i < run->seqs; i++)
         longest = base_max(longest, run->seq[i].past + run->seq[i].n);
     model_rope_tables(m, longest);
+    model_settle(m);
     op_env e = {m->ctx, ws};
     size_t rows = (size_t)run->rows, d = (size_t)c->d;
     run->acts = arena_alloc(ws, (size_t)c->layers * sizeof *run->acts);
     float *x = arena_floats(ws, rows, d);
     m->drop = run->save && run->drop.p > 0 ? &run->drop : NULL;
     /* Embedding. */
-    op_weight wte = model_weight(m, P_WTE, P_COUNT, 0, INT_MAX);
+    op_weight wte = model_matrix(m, P_WTE, P_COUNT, 0);
     op_embed em = {.k = m->ctx->k,
                    .rows = run->rows,
                    .d = c->d,
@@ -9595,8 +9623,7 @@ static size_t model_panel_bytes(const rlhf_model *m) {
             model_param_info[p].init == 'b' || p == P_SCORE)
             continue;
         if (p == P_WTE && (!m->c.tied || m->c.head != RLHF_HEAD_LM)) continue;
-        n += (size_t)layers * sizeof(float) *
-             gemm_packed_size(m->ctx->k, m->half, m->slot[p].cols, m->slot[p].rows);
+        for (int l = 0; l < layers; l++) n += model_panel_size(m, p, l);
     }
     return n;
 }
@@ -9672,11 +9699,17 @@ static uint64_t model_hash(const rlhf_model *m) {
     for (int p = 0; p < P_COUNT; p++)
         for (int l = 0; l < model_param_layers(m, p); l++) {
             int cols = m->slot[p].cols;
-            for (size_t i = 0; i < m->slot[p].n;) {
+            size_t at = model_index(p, l), end = m->slot[p].n, held = 0;
+            int beside = m->slot[p].where == MODEL_FILE && m->base->packed[at];
+            for (size_t i = 0; i < end;) {
                 int from = (int)(i % (size_t)cols), n = base_min(256, cols - from);
                 model_read(m, p, l, i / (size_t)cols, from, n, w);
                 for (int j = 0; j < n; j++) h = (h ^ (uint32_t)v_int1(w[j])) * 1099511628211u;
-                i += (size_t)n;
+                i += (size_t)n, held += (size_t)n;
+                /* Pages of files are not to pile up beside panels. */
+                if (!beside || (held < 1 << 20 && i < end)) continue;
+                model_base_forget(m->base, at);
+                held = 0;
             }
         }
     return h;
@@ -10332,7 +10365,7 @@ static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src
     size_t panels = 0;
     for (int p = 0; p < P_COUNT; p++)
         for (int l = 0; m->slot[p].where == MODEL_FILE && l < model_param_layers(m, p); l++)
-            panels += m->slot[p].n * (m->half || model_is_narrow(m, p, l) ? 2 : 4);
+            panels += model_panel_size(m, p, l);
     b->keep_packed = panels <= ckpt_keep_bytes();
     b->next = ctx->bases;
     ctx->bases = b;

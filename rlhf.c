@@ -3907,7 +3907,8 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     j.a = g->half || (g->t.rs == 1 && g->t.cs > 1 && j.panels >= 4);
     if (j.a && !g->half) deep = base_max(256, deep / 2);
     int parts = g->m < 2 * tile ? 1 : base_max(1, (k + deep / 2) / deep);
-    j.depth = (int)base_round_up((size_t)base_max(1, (k + parts - 1) / parts), g->half ? 32 : RLHF_LANES);
+    int depth = base_max(1, (k + parts - 1) / parts);
+    j.depth = (int)base_round_up((size_t)depth, g->half ? 32 : RLHF_LANES);
     j.group = base_max(GEMM_MAX_PANELS, floats / j.depth / RLHF_LANES);
     int blocks = small ? 1 : gemm_cut(ctx, &j), threads = blocks > 1 ? ctx->threads : 1;
     size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth);
@@ -4093,7 +4094,8 @@ typedef struct op_drop {
 
 /* y = x W^T + b with W [n][k], as PyTorch's Linear holds it, and adapters to it. W is floats w, or
  * pieces of a file one below the other. packed is W^T in panels [gemm_packed_size(k, n)], kept by
- * the model, or narrow is, in panels of the file's numbers (op_narrow), or both are null; gw [n][k] and gb [n] are null where nothing is trained. */
+ * the model, or narrow is, in panels of the file's numbers (op_narrow), or both are null; gw [n][k]
+ * and gb [n] are null where nothing is trained. */
 typedef struct op_weight {
     int n, k;
     int ld;    /* floats from one row of y or dy to the next; 0: n */

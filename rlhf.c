@@ -4192,12 +4192,17 @@ static op_block op_block_at(op_env *e, const op_weight *w, int at) {
     return op_block_floats(o.out, n, p->cols);
 }
 
-/* All of W^T in panels (gemm_pack). */
-static void op_pack(op_env *e, const op_weight *w, float *out) {
+/* Panels [lo, hi) of W^T (gemm_pack), into their places in out. */
+static void op_pack(op_env *e, const op_weight *w, int lo, int hi, float *out) {
     arena_mark mark = arena_save(e->ws);
     op_block b = op_block_at(e, w, 0);
     if (b.n < w->n) b = op_block_whole(e, w); /* panels may span pieces */
-    gemm_pack_args g = {.s = b.src, .k = w->k, .n = w->n, .half = w->half, .out = out};
+    size_t row = (size_t)lo * RLHF_LANES;
+    gemm_pack_args g = {.s = b.src, .k = w->k, .half = w->half};
+    g.n = base_min(w->n, hi * RLHF_LANES) - (int)row;
+    g.out = out + row / RLHF_LANES * gemm_panel_size(e->ctx->k, w->half, w->k);
+    if (b.src.narrow) g.s.narrow += row * b.src.ns;
+    else g.s.w += row * b.src.ns;
     gemm_pack(e->ctx, &g);
     arena_restore(e->ws, mark);
 }
@@ -4214,6 +4219,7 @@ static int op_is_narrow(const op_weight *w) {
 /* The panels to be made of such a W. */
 typedef struct op_narrow_job {
     const op_weight *w;
+    int from;      /* the first panel */
     uint16_t *out; /* [panels][k][16] */
 } op_narrow_job;
 
@@ -4231,22 +4237,21 @@ static void op_narrow_lane(const op_narrow_job *o, int at, int from, int to) {
         out[j * RLHF_LANES] = at < o->w->n ? h[j * step] : 0;
 }
 
-/* Panels [lo, hi), some columns at a time, which the first-level cache holds meanwhile. */
+/* Panels from + [lo, hi), some columns at a time, which the first-level cache holds meanwhile. */
 static void op_narrow_range(void *arg, int64_t lo, int64_t hi, int thread) {
     enum { PIECE = 256 };
     const op_narrow_job *o = arg;
     (void)thread;
-    for (int at = (int)lo * RLHF_LANES; at < (int)hi * RLHF_LANES; at += RLHF_LANES)
+    for (int at = o->from + (int)lo; at < o->from + (int)hi; at++)
         for (int j = 0; j < o->w->k; j += PIECE)
             for (int l = 0; l < RLHF_LANES; l++)
-                op_narrow_lane(o, at + l, j, base_min(j + PIECE, o->w->k));
+                op_narrow_lane(o, at * RLHF_LANES + l, j, base_min(j + PIECE, o->w->k));
 }
 
-/* All of W^T in panels of the numbers that the file has. */
-static void op_narrow(op_env *e, const op_weight *w, uint16_t *out) {
-    op_narrow_job o = {w, out};
-    int64_t panels = (int64_t)gemm_panels(w->n);
-    par_for(e->ctx, panels, par_grain((int64_t)RLHF_LANES * w->k), op_narrow_range, &o);
+/* Panels [lo, hi) of W^T with the numbers that the file has, into their places in out. */
+static void op_narrow(op_env *e, const op_weight *w, int lo, int hi, uint16_t *out) {
+    op_narrow_job o = {w, lo, out};
+    par_for(e->ctx, hi - lo, par_grain((int64_t)RLHF_LANES * w->k), op_narrow_range, &o);
 }
 
 /* y [m][n] (rows ld apart) = or, with mode GEMM_ACC, += x [m][k] W^T for a small W of floats. */
@@ -8838,6 +8843,10 @@ static void model_init_score(rlhf_model *m, uint64_t seed) {
  * as the product. */
 enum { MODEL_MANY_ROWS = 96 };
 
+/* Steps of panels, sixteen numbers each, that are made before the files' pages that hold them are
+ * given back. */
+enum { MODEL_PIECE = 1 << 20 };
+
 /* Whether a matrix has narrow panels. */
 static int model_is_narrow(const rlhf_model *m, int p, int layer) {
     size_t i = model_index(p, layer);
@@ -8870,11 +8879,15 @@ static const float *model_panels(rlhf_model *m, const op_weight *w, int p, int l
         m->room_used += size;
     } else if (!to) to = arena_take(own ? &m->panels : &m->base->keep, bytes, 0);
     op_env e = {m->ctx, &m->ws};
-    if (op_is_narrow(w)) op_narrow(&e, w, (uint16_t *)(void *)to);
-    else op_pack(&e, w, to);
+    int panels = (int)gemm_panels(w->n), piece = own ? panels : MODEL_PIECE / w->k + 1;
+    for (int lo = 0; lo < panels; lo += piece) {
+        int hi = base_min(panels, lo + piece);
+        if (op_is_narrow(w)) op_narrow(&e, w, lo, hi, (uint16_t *)(void *)to);
+        else op_pack(&e, w, lo, hi, to);
+        if (!own) model_base_forget(m->base, i);
+    }
     /* Noted only now that they are whole: packing may fail. */
     if (own) m->packed_version[i] = m->version;
-    else model_base_forget(m->base, i);
     *packed = to;
     return to;
 }
@@ -8930,21 +8943,6 @@ static op_weight model_head_weight(rlhf_model *m, int rows) {
     op_weight o = model_weight(m, m->c.tied ? P_WTE : P_HEAD, P_COUNT, 0, rows);
     o.cap = m->c.logit_cap;
     return o;
-}
-
-/* Panels of a base before its first pass, in one block: made later, the files' pages that they are
- * made from would stand beside what the pass takes. */
-static void model_settle(rlhf_model *m) {
-    static const int matrices[] = {P_QKV_W, P_O_W, P_UP_W, P_DOWN_W};
-    int layers = m->c.layers, lm = m->c.head == RLHF_HEAD_LM, head = m->c.tied ? P_WTE : P_HEAD;
-    model_base *b = m->base;
-    if (!b || !b->keep_packed || !layers || b->packed[model_index(P_QKV_W, 0)]) return;
-    size_t size = lm ? model_panel_size(m, head, 0) : 0;
-    for (int i = 0; i < 4 * layers; i++)
-        size += model_panel_size(m, matrices[i % 4], i / 4) + RLHF_ALIGN;
-    arena_reserve(&b->keep, size, 0);
-    for (int i = 0; i < 4 * layers; i++) model_weight(m, matrices[i % 4], P_COUNT, i / 4, INT_MAX);
-    if (lm) model_weight(m, head, P_COUNT, 0, INT_MAX);
 }
 
 /* The norm whose weight is p, for rows; the caller sets x, y and the like. */
@@ -9268,7 +9266,6 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
     for (int i = 0; i < run->seqs; i++)
         longest = base_max(longest, run->seq[i].past + run->seq[i].n);
     model_rope_tables(m, longest);
-    model_settle(m);
     op_env e = {m->ctx, ws};
     size_t rows = (size_t)run->rows, d = (size_t)c->d;
     run->acts = arena_alloc(ws, (size_t)c->layers * sizeof *run->acts);
@@ -17883,7 +17880,7 @@ static void bench_gemm(bench *b) {
                 float *packed = arena_floats(&ws, gemm_packed_size(b->ctx->k, half, k, n), 1);
                 g.w = (op_weight){.n = n, .k = k, .w = w, .packed = packed, .half = half};
                 if (what == 2) g.w.gw = w;
-                op_pack(&g.e, &g.w, packed);
+                op_pack(&g.e, &g.w, 0, (int)gemm_panels(g.w.n), packed);
                 g.x = arena_zeros(&ws, (size_t)m, (size_t)k);
                 g.y = arena_zeros(&ws, (size_t)m, (size_t)n);
                 /* Scratch in one block, as trainers have it after their first step. */

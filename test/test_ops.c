@@ -275,8 +275,15 @@ static void narrow_run(rlhf_ctx *ctx, const void *data, float *out) {
     op_linear_bwd_x(&e, &w, c->m, c->dy, out + n);
     size_t size = gemm_packed_size(ctx->k, c->half, w.k, w.n);
     float *room = test_floats(c->half ? size : (size + 1) / 2), *y = test_floats(all);
-    if (c->half) op_pack(&e, &w, room), w.packed = room;
-    else op_narrow(&e, &w, (uint16_t *)(void *)room), w.narrow = (uint16_t *)(void *)room;
+    uint16_t *bits = (uint16_t *)(void *)room;
+    int panels = (int)gemm_panels(w.n);
+    for (int lo = 0, hi; lo < panels; lo = hi) {
+        hi = lo + 2 < panels ? lo + 2 : panels;
+        if (c->half) op_pack(&e, &w, lo, hi, room);
+        else op_narrow(&e, &w, lo, hi, bits);
+    }
+    if (c->half) w.packed = room;
+    else w.narrow = bits;
     op_linear(&e, &w, c->m, c->x, y, NULL, NULL, NULL);
     op_linear_bwd_x(&e, &w, c->m, c->dy, y + n);
     CHECK_BITS(y, out, all);

@@ -4192,7 +4192,7 @@ static op_block op_block_at(op_env *e, const op_weight *w, int at) {
     return op_block_floats(o.out, n, p->cols);
 }
 
-/* Panels [lo, hi) of W^T (gemm_pack), into their places in out. */
+/* Panels [lo, hi) of W^T (gemm_pack), into their places in out; W has none yet. */
 static void op_pack(op_env *e, const op_weight *w, int lo, int hi, float *out) {
     arena_mark mark = arena_save(e->ws);
     op_block b = op_block_at(e, w, 0);
@@ -17878,9 +17878,10 @@ static void bench_gemm(bench *b) {
                 bench_gemm_arg g = {.e = {b->ctx, &ws}, .m = m, .what = what};
                 float *w = arena_zeros(&ws, (size_t)n, (size_t)k);
                 float *packed = arena_floats(&ws, gemm_packed_size(b->ctx->k, half, k, n), 1);
-                g.w = (op_weight){.n = n, .k = k, .w = w, .packed = packed, .half = half};
+                g.w = (op_weight){.n = n, .k = k, .w = w, .half = half};
                 if (what == 2) g.w.gw = w;
-                op_pack(&g.e, &g.w, 0, (int)gemm_panels(g.w.n), packed);
+                op_pack(&g.e, &g.w, 0, (int)gemm_panels(n), packed);
+                g.w.packed = packed;
                 g.x = arena_zeros(&ws, (size_t)m, (size_t)k);
                 g.y = arena_zeros(&ws, (size_t)m, (size_t)n);
                 /* Scratch in one block, as trainers have it after their first step. */

@@ -8342,8 +8342,8 @@ typedef struct model_slot {
 } model_slot;
 
 /* Weights that nobody trains, shared by the models of one directory. Matrices are read where the
- * files are mapped; vectors and the table of positions are copied as floats. Arrays [layers *
- * P_COUNT] by layer and parameter. */
+ * files are mapped, or become panels that take the place of these pages; vectors and the table of
+ * positions are copied as floats. Arrays [layers * P_COUNT] by layer and parameter. */
 typedef struct model_base {
     rlhf_ctx *ctx;
     struct model_base *next; /* of the context's */

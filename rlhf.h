@@ -255,10 +255,10 @@ typedef struct rlhf_model_shape {
 /* Opens a Hugging Face directory: config.json, model.safetensors or the files of its index (f32,
  * f16, bf16; computed in f32), generation_config.json if present; or an adapter in PEFT's layout
  * (adapter_config.json, adapter_model.safetensors) and the directory of its base. Matrices stay in
- * the files, mapped, and are shared by all models that are opened from the same ones, until a
- * trainer makes them floats of its model's own; the files must not be written to meanwhile (to be
- * replaced by others is fine). RLHF_ERR_IO for a file that is
- * missing, RLHF_ERR_FORMAT for tensors that do not fit config.json, RLHF_ERR_UNSUPPORTED for a
+ * the files, mapped, or take their place in memory once they are used, where that is no more than
+ * half of the machine's; they are shared by all models that are opened from the same files, until a
+ * trainer makes them floats of its model's own. The files must not be written to meanwhile (to be
+ * replaced by others is fine). RLHF_ERR_IO for a file that is missing, RLHF_ERR_FORMAT for tensors that do not fit config.json, RLHF_ERR_UNSUPPORTED for a
  * model_type or option not computed here; *model is then null. */
 rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model);
 

@@ -2493,9 +2493,8 @@ K_FN void k_v_scale(int n, float *x, float a) {
         v16_put(x + i, n - i, v16_mul(v16_get(x + i, n - i, 0), va));
 }
 
-/* The sixteen rows of a panel are more streams than a processor follows: the next panel's are asked
- * for. */
-/* Columns of the first `whole` steps: as they are, or apart, a pair as two steps. */
+/* Columns of the first `whole` steps: as they are, or apart, a pair as two steps. The sixteen rows
+ * of a panel are more streams than a processor follows: the next panel's are asked for. */
 V_OP void k_v_columns(const int apart, int whole, const float *x, size_t ld, float *y) {
     const size_t step = apart ? 2 * RLHF_LANES : RLHF_LANES;
     const vf high = v_of(vi_set((int32_t)0xffff0000));
@@ -2722,9 +2721,9 @@ typedef struct gemm_args {
     gemm_tile_args t;
     int half;        /* of bfloat16; t.b, if not null, is panels of pairs */
     gemm_source src; /* B, where t.b is null */
-    size_t ms;        /* floats of A for each row from one tile to the next; 0: t.rs */
-    k_map_fn *act;    /* y = act(c), row by row while the block is in cache; null = none */
-    float *y;         /* [m][ldy] */
+    size_t ms;       /* floats of A for each row from one tile to the next; 0: t.rs */
+    k_map_fn *act;   /* y = act(c), row by row while the block is in cache; null = none */
+    float *y;        /* [m][ldy] */
     size_t ldy;
 } gemm_args;
 
@@ -3495,11 +3494,13 @@ static void gemm_turn_pairs(const k_table *kt, const float *x, int w, int strips
 
 /* Sixteen rows of W by sixteen columns as floats, from a block of panels of W^T. */
 static void gemm_turn_block(const k_table *kt, const gemm_source *s, size_t at, float *y) {
+    enum { HALF = RLHF_LANES / 2 };
     float wide[RLHF_LANES * RLHF_LANES];
-    if (s->narrow && !s->ieee)
-        kt->apart(RLHF_LANES / 2, (const float *)(const void *)(s->narrow + at), RLHF_LANES / 2, y);
-    else if (s->narrow) kt->ieee(RLHF_LANES * RLHF_LANES, s->narrow + at, wide);
-    if (!s->narrow || s->ieee) kt->panel(RLHF_LANES, s->narrow ? wide : s->w + at, RLHF_LANES, y);
+    if (s->narrow && s->ieee) {
+        kt->ieee(RLHF_LANES * RLHF_LANES, s->narrow + at, wide);
+        kt->panel(RLHF_LANES, wide, RLHF_LANES, y);
+    } else if (s->narrow) kt->apart(HALF, (const float *)(const void *)(s->narrow + at), HALF, y);
+    else kt->panel(RLHF_LANES, s->w + at, RLHF_LANES, y);
 }
 
 /* The same of n rows and w columns; the others are zeros, or not there. */
@@ -13454,13 +13455,20 @@ static int train_at_once(const rlhf_ctx *ctx) {
     return base_max(base_max(320, 32 * pack), base_min(512, 64 * ctx->threads));
 }
 
-/* Bytes mapped of a role's base, unless a role before it has the same. */
+/* Bytes of a role's base, unless a role before it has the same: what is mapped, or panels in place
+ * of it. */
 static int64_t train_mapped(rlhf_model *const *role, int i) {
-    const model_base *b = role[i] ? role[i]->base : NULL;
+    const rlhf_model *m = role[i];
+    const model_base *b = m ? m->base : NULL;
     int64_t bytes = 0;
     for (int k = 0; k < i; k++)
         if (role[k] && role[k]->base == b) return 0;
     for (int k = 0; b && k < b->n_maps; k++) bytes += (int64_t)b->maps[k]->size;
+    for (int p = 0; b && b->keep_packed && p < P_COUNT; p++)
+        for (int l = 0; m->slot[p].where == MODEL_FILE && l < model_param_layers(m, p); l++)
+            if (p != P_WTE || (m->c.tied && m->c.head == RLHF_HEAD_LM))
+                bytes += (int64_t)model_panel_size(m, p, l) -
+                         (int64_t)m->slot[p].n * (b->piece[model_index(p, l)]->kind == '4' ? 4 : 2);
     return bytes;
 }
 

@@ -258,8 +258,9 @@ typedef struct rlhf_model_shape {
  * the files, mapped, or take their place in memory once they are used, where that is no more than
  * half of the machine's; they are shared by all models that are opened from the same files, until a
  * trainer makes them floats of its model's own. The files must not be written to meanwhile (to be
- * replaced by others is fine). RLHF_ERR_IO for a file that is missing, RLHF_ERR_FORMAT for tensors that do not fit config.json, RLHF_ERR_UNSUPPORTED for a
- * model_type or option not computed here; *model is then null. */
+ * replaced by others is fine). RLHF_ERR_IO for a file that is missing, RLHF_ERR_FORMAT for tensors
+ * that do not fit config.json, RLHF_ERR_UNSUPPORTED for a model_type or option not computed here;
+ * *model is then null. */
 rlhf_status rlhf_model_open(rlhf_ctx *ctx, const char *dir, rlhf_model **model);
 
 /* A new model with random weights from the config.json at the path config_json. vocab_size > 0

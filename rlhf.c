@@ -8363,7 +8363,7 @@ typedef struct model_base {
     char *stored;   /* as rlhf_model.stored */
     float **packed; /* panels of matrices in files, made when first used */
     arena keep;     /* they lie here */
-    int keep_packed;
+    int keep_packed, looked_up; /* looked_up: rows of embeddings since its pages were given back */
 } model_base;
 
 /* A model: configuration, weights, and what is derived from them. */
@@ -8946,6 +8946,18 @@ static op_weight model_head_weight(rlhf_model *m, int rows) {
     return o;
 }
 
+/* After rows of embeddings have been read: beside panels, where the head is that matrix too, pages
+ * of the file are not to pile up. The system maps some 64 KiB for each row. */
+static void model_looked_up(rlhf_model *m, int rows) {
+    enum { MOST = 256 };
+    size_t i = model_index(P_WTE, 0);
+    if (m->slot[P_WTE].where != MODEL_FILE || !m->base->packed[i]) return;
+    m->base->looked_up += base_min(rows, MOST);
+    if (m->base->looked_up < MOST) return;
+    model_base_forget(m->base, i);
+    m->base->looked_up = 0;
+}
+
 /* The norm whose weight is p, for rows; the caller sets x, y and the like. */
 static op_norm model_norm(rlhf_model *m, int p, int layer, int rows) {
     op_norm o = {.k = m->ctx->k, .n = m->c.d, .eps = m->c.eps, .base = m->c.norm_base};
@@ -9284,6 +9296,7 @@ static void model_forward(rlhf_model *m, arena *ws, model_run *run) {
                    .scale = c->embed_scale,
                    .x = x};
     op_embed_fwd(&e, &em);
+    model_looked_up(m, run->rows);
     run->x = x;
     /* With save every layer has its own buffers and every state of x its own copy, or only its
      * input has. */

@@ -302,6 +302,13 @@ static size_t base_round_up(size_t n, size_t unit) { return (n + unit - 1) / uni
 RLHF_INLINE int base_min(int a, int b) { return a < b ? a : b; }
 RLHF_INLINE int base_max(int a, int b) { return a > b ? a : b; }
 
+/* How many of the first n numbers of two arrays are equal, up to the first that are not. */
+static int base_alike(const int32_t *a, const int32_t *b, int n) {
+    int i = 0;
+    while (i < n && a[i] == b[i]) i++;
+    return i;
+}
+
 /* 1 if value is one of the words that '|' separates in choices. */
 static int base_is_choice(const char *choices, const char *value) {
     size_t n = strlen(value);
@@ -4667,9 +4674,12 @@ typedef struct op_kv {
     int cap; /* positions, a multiple of 16 */
 } op_kv;
 
-/* Rows [row, row + n) of a batch, which continue a sequence of `past` positions. */
+/* Rows [row, row + n) of a batch, which continue a sequence of `past` positions. The last `led` of
+ * these are rows of the batch, too, from `lead` on: those of another sequence that begins with the
+ * same tokens, which are computed once for both. Those before are in kv. Where a backward pass
+ * follows, past is all led, and sequences follow the one that leads them. */
 typedef struct op_seq {
-    int row, n, past;
+    int row, n, past, lead, led;
     op_kv kv;
 } op_seq;
 
@@ -4707,6 +4717,17 @@ static size_t op_kv_v_size(int kv_heads, int hd, int cap) {
     return (size_t)kv_heads * gemm_panels(hd) * RLHF_LANES * (size_t)cap;
 }
 
+/* Copies the first n positions of a cache into another one. */
+static void op_kv_copy(int kv_heads, int hd, const op_kv *from, const op_kv *to, int n) {
+    size_t a = (size_t)from->cap, b = (size_t)to->cap, keys = base_round_up((size_t)n, RLHF_LANES);
+    for (size_t g = 0; g < (size_t)kv_heads; g++)
+        memcpy(to->k + g * (size_t)hd * b, from->k + g * (size_t)hd * a,
+               keys * (size_t)hd * sizeof *to->k);
+    for (size_t p = 0; p < (size_t)kv_heads * gemm_panels(hd); p++)
+        memcpy(to->v + p * b * RLHF_LANES, from->v + p * a * RLHF_LANES,
+               (size_t)n * RLHF_LANES * sizeof *to->v);
+}
+
 /* Floats in a row of qkv: queries of all heads, then keys, then values. */
 static int op_attn_width(const op_attn *a) { return (a->heads + 2 * a->kv_heads) * a->hd; }
 
@@ -4738,33 +4759,48 @@ static int op_attn_first(const op_attn *a, int pos) {
 /* What is left for the softmax to multiply scores by: a soft cap takes the scale in. */
 static float op_attn_scale(const op_attn *a) { return a->cap != 0 ? 1.0f : a->scale; }
 
-/* Copies one sequence's new keys and values of group g into its panels, behind its past. */
-static void op_kv_append(const op_attn *a, const op_seq *s, int g) {
-    size_t hd = (size_t)a->hd, cap = (size_t)s->kv.cap, ld = (size_t)op_attn_width(a);
-    float *kp = s->kv.k + (size_t)g * hd * cap;
-    float *vp = s->kv.v + (size_t)g * gemm_panels(a->hd) * RLHF_LANES * cap;
-    const float *k = a->qkv + (size_t)s->row * ld + (size_t)(a->heads + g) * hd;
-    const float *v = k + (size_t)a->kv_heads * hd;
-    /* K is transposed on the way, by whole panels where they are there. */
-    for (int r = 0, n; r < s->n; r += n) {
-        int pos = s->past + r, in = pos % RLHF_LANES;
-        float *out = kp + (size_t)(pos - in) * hd;
-        n = base_min(s->n - r, RLHF_LANES - in);
-        if (n == RLHF_LANES) {
-            a->kt->panel(a->hd, k + (size_t)r * ld, ld, out);
+/* n rows x of head_dim numbers, ld apart, as columns of panels [positions/16][hd][16], from
+ * position pos on: by whole panels where they are there. */
+static void op_put_columns(const k_table *kt, int hd, const float *x, size_t ld, int n, int pos,
+                           float *panels) {
+    for (int r = 0, k; r < n; r += k) {
+        int in = (pos + r) % RLHF_LANES;
+        float *out = panels + (size_t)(pos + r - in) * (size_t)hd;
+        k = base_min(n - r, RLHF_LANES - in);
+        if (k == RLHF_LANES) {
+            kt->panel(hd, x + (size_t)r * ld, ld, out);
             continue;
         }
-        /* A product reads whole panels of keys: those to come are zeros, and take no part. */
-        if (!in) memset(out, 0, hd * RLHF_LANES * sizeof *out);
-        for (int i = 0; i < n; i++)
-            for (size_t j = 0; j < hd; j++)
-                out[j * RLHF_LANES + (size_t)(in + i)] = k[(size_t)(r + i) * ld + j];
+        /* A product reads whole panels: columns to come are zeros, and take no part. */
+        if (!in) memset(out, 0, (size_t)hd * RLHF_LANES * sizeof *out);
+        for (int i = 0; i < k; i++)
+            for (int j = 0; j < hd; j++)
+                out[j * RLHF_LANES + in + i] = x[(size_t)(r + i) * ld + (size_t)j];
     }
-    /* V keeps its rows, cut into panels. */
-    for (int p = 0; p < a->hd; p += RLHF_LANES, vp += cap * RLHF_LANES)
-        for (int r = 0; r < s->n; r++)
-            memcpy(vp + (size_t)(s->past + r) * RLHF_LANES, v + (size_t)r * ld + p,
-                   (size_t)base_min(RLHF_LANES, a->hd - p) * sizeof *vp);
+}
+
+/* The same as rows of panels [hd16/16][cap][16]. */
+static void op_put_rows(int hd, const float *x, size_t ld, int n, int pos, size_t cap,
+                        float *panels) {
+    for (int p = 0; p < hd; p += RLHF_LANES, panels += cap * RLHF_LANES) {
+        int w = base_min(RLHF_LANES, hd - p);
+        float *out = panels + (size_t)pos * RLHF_LANES;
+        for (int r = 0; r < n; r++, out += RLHF_LANES) {
+            memcpy(out, x + (size_t)r * ld + p, (size_t)w * sizeof *out);
+            if (w < RLHF_LANES) memset(out + w, 0, (size_t)(RLHF_LANES - w) * sizeof *out);
+        }
+    }
+}
+
+/* Copies keys and values of group g of rows [row, row + n) into one sequence's panels, from
+ * position pos on. */
+static void op_kv_put(const op_attn *a, const op_seq *s, int g, int row, int n, int pos) {
+    size_t hd = (size_t)a->hd, cap = (size_t)s->kv.cap, ld = (size_t)op_attn_width(a);
+    const float *k = a->qkv + (size_t)row * ld + (size_t)(a->heads + g) * hd;
+    const float *v = k + (size_t)a->kv_heads * hd;
+    op_put_columns(a->kt, a->hd, k, ld, n, pos, s->kv.k + (size_t)g * hd * cap);
+    op_put_rows(a->hd, v, ld, n, pos, cap,
+                s->kv.v + (size_t)g * gemm_panels(a->hd) * RLHF_LANES * cap);
 }
 
 /* A product for each of the heads [h0, h1). g is the first head's, but for B, which is that of
@@ -4866,7 +4902,10 @@ static void op_attn_groups(void *arg, int64_t lo, int64_t hi, int thread) {
         int g0 = (int)(i % a->kv_heads);
         int g1 = hi - i < a->kv_heads - g0 ? g0 + (int)(hi - i) : a->kv_heads;
         i += g1 - g0;
-        for (int g = g0; g < g1; g++) op_kv_append(a, s, g);
+        for (int g = g0; g < g1; g++) {
+            op_kv_put(a, s, g, s->lead, s->led, s->past - s->led);
+            op_kv_put(a, s, g, s->row, s->n, s->past);
+        }
         int rows = base_min(OP_QUERIES, s->n), heads = OP_QUERIES / rows;
         for (int h = g0 * of, to; h < g1 * of; h = to) {
             to = base_min(h + heads, g1 * of);
@@ -4895,7 +4934,7 @@ static void op_attn_fwd(op_env *e, op_attn *a) {
     arena_restore(e->ws, mark);
 }
 
-/* Where the pieces of one thread's backward scratch lie; n is the longest sequence. */
+/* Where the pieces of one thread's backward scratch lie; n is the longest sequence, with its past. */
 typedef struct op_attn_bwd_scratch {
     float *p, *dp, *kk, *vk, *kv, *q, *dout, *d;
     size_t size;
@@ -4920,20 +4959,13 @@ static op_attn_bwd_scratch op_attn_bwd_layout(int n, int hd, float *base) {
     return s;
 }
 
-/* Packs B[k][n] on the calling thread. */
-static void op_pack_here(const k_table *kt, const float *b, size_t ks, size_t ns, int k, int n,
-                         float *out) {
-    gemm_pack_args g = {kt, {.w = b, .ks = ks, .ns = ns}, k, n, 0, out};
-    gemm_pack_range(&g, 0, (int64_t)gemm_panels(n), 0);
-}
-
 /* P and dS of a tile [nq][nk] from its scores and dP, in place; 0 where the query does not see the
  * key. */
 static void op_attn_bwd_scores(const op_attn *a, const op_seq *s, int h, int q0, int k0, int nq,
                                int nk, const op_attn_bwd_scratch *b) {
     for (int r = 0; r < nq; r++) {
-        int see = base_max(0, base_min(nk, q0 + r + 1 - k0));
-        int skip = base_min(see, base_max(0, op_attn_first(a, q0 + r) - k0)), n = see - skip;
+        int pos = s->past + q0 + r, see = base_max(0, base_min(nk, pos + 1 - k0));
+        int skip = base_min(see, base_max(0, op_attn_first(a, pos) - k0)), n = see - skip;
         float *p = b->p + (size_t)r * OP_KEYS, *dp = b->dp + (size_t)r * OP_KEYS, capped[OP_KEYS];
         if (a->cap != 0) {
             a->kt->cap(n, p + skip, a->scale / a->cap, a->cap);
@@ -4950,6 +4982,34 @@ static void op_attn_bwd_scores(const op_attn *a, const op_seq *s, int h, int q0,
     }
 }
 
+/* dK += dS^T Q and dV += P^T dO of a tile, into the rows of its keys: those that another sequence
+ * leads with, and its own. */
+static void op_attn_bwd_keys(const op_attn *a, const op_seq *s, int g, int q0, int k0, int nq,
+                             int nk, const op_attn_bwd_scratch *b) {
+    size_t ldq = (size_t)op_attn_width(a), col = (size_t)((a->heads + g) * a->hd);
+    size_t rows = base_round_up((size_t)(s->past + s->n), RLHF_LANES);
+    for (int j = 0, to; j < nk; j = to) {
+        int led = k0 + j < s->past;
+        int row = led ? s->lead + k0 + j : s->row + k0 + j - s->past;
+        to = led ? base_min(nk, s->past - k0) : nk;
+        gemm_args gk = {.m = to - j, .n = a->hd};
+        gk.t = (gemm_tile_args){.k = nq,
+                                .a = b->dp + j,
+                                .rs = 1,
+                                .cs = OP_KEYS,
+                                .b = b->q + (size_t)q0 * RLHF_LANES,
+                                .bs = rows * RLHF_LANES,
+                                .c = a->dqkv + (size_t)row * ldq + col,
+                                .ldc = ldq,
+                                .mode = GEMM_ACC};
+        gemm_block(a->kt, &gk);
+        gk.t.a = b->p + j;
+        gk.t.b = b->dout + (size_t)q0 * RLHF_LANES;
+        gk.t.c += a->kv_heads * a->hd;
+        gemm_block(a->kt, &gk);
+    }
+}
+
 /* One tile of queries from q0 and of keys from k0 (Dao 2023, FlashAttention-2, without a T x T
  * matrix). P comes back from the scores and the saved lse; D is the row sum of dO O:
  *     P = e^(scale Q K^T - lse)        dP = dO V^T        dS = P (dP - D) scale
@@ -4959,10 +5019,9 @@ static void op_attn_bwd_scores(const op_attn *a, const op_seq *s, int h, int q0,
 static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, int k0,
                              const op_attn_bwd_scratch *b) {
     int g = h / (a->heads / a->kv_heads), hd = a->hd, nq = base_min(OP_QUERIES, s->n - q0);
-    int nk = base_min(OP_KEYS, base_min(s->n, q0 + nq) - k0), np = (int)gemm_panels(nk);
-    size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd);
-    size_t qcol = (size_t)(h * hd), kcol = (size_t)((a->heads + g) * hd);
-    size_t vcol = kcol + (size_t)(a->kv_heads * hd), rows = base_round_up((size_t)s->n, RLHF_LANES);
+    int nk = base_min(OP_KEYS, s->past + q0 + nq - k0), np = (int)gemm_panels(nk);
+    size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd), qcol = (size_t)(h * hd);
+    size_t rows = base_round_up((size_t)(s->past + s->n), RLHF_LANES);
     /* S = Q K^T */
     gemm_args ga = {.m = nq, .n = np * RLHF_LANES};
     ga.t = (gemm_tile_args){.k = hd,
@@ -4991,78 +5050,66 @@ static void op_attn_bwd_tile(const op_attn *a, const op_seq *s, int h, int q0, i
                             .c = a->dqkv + (size_t)(s->row + q0) * ldq + qcol,
                             .ldc = ldq,
                             .mode = GEMM_ACC};
-    gemm_block(a->kt, &gq);            /* dQ += dS K */
-    gemm_args gk = {.m = nk, .n = hd}; /* for dK, then dV */
-    gk.t = (gemm_tile_args){.k = nq,
-                            .a = b->dp,
-                            .rs = 1,
-                            .cs = OP_KEYS,
-                            .b = b->q + (size_t)q0 * RLHF_LANES,
-                            .bs = rows * RLHF_LANES,
-                            .c = a->dqkv + (size_t)(s->row + k0) * ldq + kcol,
-                            .ldc = ldq,
-                            .mode = GEMM_ACC};
-    gemm_block(a->kt, &gk); /* dK += dS^T Q */
-    gk.t.a = b->p;
-    gk.t.b = b->dout + (size_t)q0 * RLHF_LANES;
-    gk.t.c = a->dqkv + (size_t)(s->row + k0) * ldq + vcol;
-    gemm_block(a->kt, &gk); /* dV += P^T dO */
+    gemm_block(a->kt, &gq); /* dQ += dS K */
+    op_attn_bwd_keys(a, s, g, q0, k0, nq, nk, b);
 }
 
-/* Packs B[k][n] whose panels are `rows` long rather than k. */
-static void op_pack_rows(const k_table *kt, const float *b, size_t ks, int k, int n, size_t rows,
-                         float *out) {
-    for (int p = 0; p < (int)gemm_panels(n); p++)
-        op_pack_here(kt, b + p * RLHF_LANES, ks, 1, k, base_min(RLHF_LANES, n - p * RLHF_LANES),
-                     out + (size_t)p * rows * RLHF_LANES);
-}
-
-/* Pairs (sequence, key/value head) [lo, hi). A group's dK and dV sum over its query heads, in
- * order, so a group is the smallest unit of work. */
-static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
-    op_attn *a = arg;
+/* One sequence and key/value head: a group's dK and dV sum over its query heads, in order. What
+ * they are of rows that lead the sequence is added to what these have. */
+static void op_attn_bwd_group(const op_attn *a, const op_seq *s, int g, float *scratch) {
     int of = a->heads / a->kv_heads, hd = a->hd;
     size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd);
-    for (int64_t i = lo; i < hi; i++) {
-        const op_seq *s = a->seq + i / a->kv_heads;
-        int g = (int)(i % a->kv_heads);
-        size_t rows = base_round_up((size_t)s->n, RLHF_LANES);
-        op_attn_bwd_scratch b =
-            op_attn_bwd_layout(s->n, hd, a->scratch + (size_t)thread * a->scratch_size);
-        const float *x = a->qkv + (size_t)s->row * ldq, *k = x + (a->heads + g) * hd;
-        /* The group's columns of the gradient, which the tiles add to. */
-        for (int r = 0; r < s->n; r++) {
-            float *d = a->dqkv + (size_t)(s->row + r) * ldq;
-            memset(d + g * of * hd, 0, (size_t)(of * hd) * sizeof *d);
-            memset(d + (a->heads + g) * hd, 0, (size_t)hd * sizeof *d);
-            memset(d + (a->heads + a->kv_heads + g) * hd, 0, (size_t)hd * sizeof *d);
-        }
-        /* K^T, V^T and K, once for the group; then Q, dO and D for each of its heads. */
-        op_pack_here(a->kt, k, 1, ldq, hd, s->n, b.kk);
-        op_pack_here(a->kt, k + a->kv_heads * hd, 1, ldq, hd, s->n, b.vk);
-        op_pack_rows(a->kt, k, ldq, s->n, hd, rows, b.kv);
-        for (int h = g * of; h < (g + 1) * of; h++) {
-            const float *dout = a->dout + (size_t)s->row * ldo + h * hd;
-            const float *o = a->o + (size_t)s->row * ldo + h * hd;
-            op_pack_rows(a->kt, x + h * hd, ldq, s->n, hd, rows, b.q);
-            op_pack_rows(a->kt, dout, ldo, s->n, hd, rows, b.dout);
-            for (int r = 0; r < s->n; r++)
-                b.d[r] = a->kt->dot(hd, dout + (size_t)r * ldo, o + (size_t)r * ldo);
-            for (int q = 0; q < s->n; q += OP_QUERIES)
-                for (int t = op_attn_first(a, q) / OP_KEYS * OP_KEYS;
-                     t < base_min(s->n, q + OP_QUERIES); t += OP_KEYS)
-                    op_attn_bwd_tile(a, s, h, q, t, &b);
-        }
+    size_t rows = base_round_up((size_t)(s->past + s->n), RLHF_LANES);
+    op_attn_bwd_scratch b = op_attn_bwd_layout(s->past + s->n, hd, scratch);
+    /* The group's columns of the gradient, which the tiles add to. */
+    for (int r = 0; r < s->n; r++) {
+        float *d = a->dqkv + (size_t)(s->row + r) * ldq;
+        memset(d + g * of * hd, 0, (size_t)(of * hd) * sizeof *d);
+        memset(d + (a->heads + g) * hd, 0, (size_t)hd * sizeof *d);
+        memset(d + (a->heads + a->kv_heads + g) * hd, 0, (size_t)hd * sizeof *d);
+    }
+    /* K^T, V^T and K, once for the group; then Q, dO and D for each of its heads. */
+    for (int own = 0; own < 2; own++) {
+        int n = own ? s->n : s->past, pos = own ? s->past : 0;
+        const float *k = a->qkv + (size_t)(own ? s->row : s->lead) * ldq + (a->heads + g) * hd;
+        op_put_columns(a->kt, hd, k, ldq, n, pos, b.kk);
+        op_put_columns(a->kt, hd, k + a->kv_heads * hd, ldq, n, pos, b.vk);
+        op_put_rows(hd, k, ldq, n, pos, rows, b.kv);
+    }
+    for (int h = g * of; h < (g + 1) * of; h++) {
+        const float *dout = a->dout + (size_t)s->row * ldo + h * hd;
+        const float *o = a->o + (size_t)s->row * ldo + h * hd;
+        op_put_rows(hd, a->qkv + (size_t)s->row * ldq + h * hd, ldq, s->n, 0, rows, b.q);
+        op_put_rows(hd, dout, ldo, s->n, 0, rows, b.dout);
+        for (int r = 0; r < s->n; r++)
+            b.d[r] = a->kt->dot(hd, dout + (size_t)r * ldo, o + (size_t)r * ldo);
+        for (int q = 0; q < s->n; q += OP_QUERIES)
+            for (int t = op_attn_first(a, s->past + q) / OP_KEYS * OP_KEYS;
+                 t < s->past + base_min(s->n, q + OP_QUERIES); t += OP_KEYS)
+                op_attn_bwd_tile(a, s, h, q, t, &b);
     }
 }
 
-/* dqkv from dout, for whole sequences (past 0) whose forward pass kept qkv, o and lse; before
+/* Pairs (sequence, key/value head) [lo, hi), each with the sequences that it leads: these add to
+ * its rows. */
+static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
+    op_attn *a = arg;
+    float *scratch = a->scratch + (size_t)thread * a->scratch_size;
+    for (int64_t i = lo; i < hi; i++) {
+        int s = (int)(i / a->kv_heads);
+        if (a->seq[s].led) continue;
+        do op_attn_bwd_group(a, a->seq + s, (int)(i % a->kv_heads), scratch);
+        while (++s < a->seqs && a->seq[s].led);
+    }
+}
+
+/* dqkv from dout, for whole sequences whose forward pass kept qkv, o and lse; before
  * op_rope with sign -1. Scratch grows with the longest sequence, not with its square. */
 static void op_attn_bwd(op_env *e, op_attn *a) {
     arena_mark mark = arena_save(e->ws);
     /* One layout for all sequences, hence for the longest. */
     int longest = 1;
-    for (int i = 0; i < a->seqs; i++) longest = base_max(longest, a->seq[i].n);
+    for (int i = 0; i < a->seqs; i++) longest = base_max(longest, a->seq[i].past + a->seq[i].n);
     a->scratch_size = op_attn_bwd_layout(longest, a->hd, NULL).size;
     a->scratch = arena_floats(e->ws, a->scratch_size, (size_t)e->ctx->threads);
     par_for(e->ctx, (int64_t)a->seqs * a->kv_heads, op_attn_grain(a), op_attn_bwd_groups, a);
@@ -9218,7 +9265,8 @@ static void model_layer_fwd(rlhf_model *m, op_env *e, model_run *run, int layer,
     /* Keys and values: the caller's caches, or one set for all layers. */
     for (int s = 0; s < run->seqs; s++) {
         if (run->kv) a->seq[s].kv = run->kv[(size_t)layer * (size_t)run->seqs + (size_t)s];
-        else if (!a->seq[s].kv.k) a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].n);
+        else if (!a->seq[s].kv.k)
+            a->seq[s].kv = model_kv_new(m, e->ws, a->seq[s].past + a->seq[s].n);
     }
     /* Attention: norm, queries keys values, their norms, rotation, attention. */
     op_norm n1 = model_layer_norm(m, P_LN1_W, layer, n, a);
@@ -9265,7 +9313,8 @@ static void model_for_training(const rlhf_model *m, arena *ws, model_run *run, u
     uint64_t *key = arena_alloc(ws, (size_t)run->rows * sizeof *key);
     for (int s = 0; s < run->seqs; s++)
         for (int i = 0; i < run->seq[s].n; i++)
-            key[run->seq[s].row + i] = (uint64_t)(first + s) << 44 | (uint64_t)i << 22;
+            key[run->seq[s].row + i] =
+                (uint64_t)(first + s) << 44 | (uint64_t)(run->seq[s].past + i) << 22;
     run->drop = (op_drop){m->c.lora.dropout, seed, key};
 }
 
@@ -9515,19 +9564,28 @@ static void model_scores_bwd(rlhf_model *m, arena *ws, const model_top *t, const
 
 /* ---- batches ---- */
 
-/* Token sequences ids[i][len[i]] as one ragged batch that starts at position 0. Arrays lie in
- * ws. */
-static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, const int *len) {
+/* How many tokens two sequences begin with alike, but for one that each keeps for itself. */
+static int model_alike(const int32_t *a, int na, const int32_t *b, int nb) {
+    return base_alike(a, b, base_min(na, nb) - 1);
+}
+
+/* Token sequences ids[i][len[i]] as one ragged batch that starts at position 0. Of sequence i the
+ * first shared[i] tokens are those of the last sequence before it that shares none, and are
+ * computed there, once; null: no sequence shares any. Arrays lie in ws. */
+static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, const int *len,
+                             const int *shared) {
     model_run run = {.seqs = seqs};
-    for (int i = 0; i < seqs; i++) run.rows += len[i];
+    for (int i = 0; i < seqs; i++) run.rows += len[i] - (shared ? shared[i] : 0);
     int32_t *id = arena_alloc(ws, (size_t)run.rows * sizeof *id);
     int32_t *pos = arena_alloc(ws, (size_t)run.rows * sizeof *pos);
     op_seq *seq = arena_alloc(ws, (size_t)seqs * sizeof *seq);
     /* Positions begin at 0 in each sequence: nothing of a sequence depends on its neighbours. */
-    int row = 0;
+    int row = 0, lead = 0;
     for (int i = 0; i < seqs; i++) {
-        seq[i] = (op_seq){.row = row, .n = len[i]};
-        for (int t = 0; t < len[i]; t++, row++) {
+        int past = shared ? shared[i] : 0;
+        if (!past) lead = row;
+        seq[i] = (op_seq){.row = row, .n = len[i] - past, .past = past, .lead = lead, .led = past};
+        for (int t = past; t < len[i]; t++, row++) {
             id[row] = ids[i][t];
             pos[row] = t;
         }
@@ -9536,6 +9594,30 @@ static model_run model_batch(arena *ws, int seqs, const int32_t *const *ids, con
     run.pos = pos;
     run.seq = seq;
     return run;
+}
+
+/* shared[i], as model_batch has it, of n sequences from which nothing is trained: many in a row may
+ * begin alike, answers to one prompt, say, or pairs of answers behind the same system text. One
+ * that has more in common with its successor than both have with what leads them leads anew. */
+static void model_share(int n, const int32_t *const *ids, const int *len, int *shared) {
+    for (int i = 0, lead = 0; i < n; i++) {
+        int next = i + 1 < n ? model_alike(ids[i], len[i], ids[i + 1], len[i + 1]) : 0;
+        shared[i] = i ? model_alike(ids[lead], len[lead], ids[i], len[i]) : 0;
+        if (2 * shared[i] < next) shared[i] = 0;
+        if (!shared[i]) lead = i;
+    }
+}
+
+/* Has sequence `at` lead those that shared with what led it: a batch begins here. own: tokens that
+ * each computes for itself. */
+static void model_share_from(int at, int n, const int32_t *const *ids, const int *len, int *shared,
+                             int *own) {
+    for (int i = at + 1; shared[at] && i < n && shared[i]; i++) {
+        shared[i] = model_alike(ids[at], len[at], ids[i], len[i]);
+        own[i] = len[i] - shared[i];
+    }
+    shared[at] = 0;
+    own[at] = len[at];
 }
 
 /* ---- memory ---- */
@@ -9549,7 +9631,8 @@ static size_t model_row_floats(const rlhf_model *m, int save, size_t layers) {
     if (save) n += 2 * d + (size_t)c->heads;
     if (c->qk_norm) n += (save ? q + 2 * kv : 0) + 2 * (size_t)(c->heads + c->kv_heads);
     if (c->post_norms) n += d * (save ? 2 : 1) + 4;
-    return n * (save ? layers : 1) + d + ff + 2 * kv;
+    /* Keys and values; scored answers have those of what they share once more. */
+    return n * (save ? layers : 1) + d + ff + (c->head == RLHF_HEAD_SCORE ? 4 : 2) * kv;
 }
 
 /* Floats that the backward pass of a layer takes for each row. */
@@ -9661,10 +9744,15 @@ static int model_batch_count(const rlhf_model *m, const int *len, int from, int 
 /* Raw scores at the last token of n sequences, in batches; len[i] >= 1. */
 static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *const *ids,
                              const int *len, float *score) {
+    arena_mark list = arena_save(ws);
+    int *shared = arena_alloc(ws, 2 * (size_t)n * sizeof *shared), *own = shared + n;
+    model_share(n, ids, len, shared);
+    for (int i = 0; i < n; i++) own[i] = len[i] - shared[i];
     for (int at = 0, k; at < n; at += k) {
-        k = model_batch_count(m, len, at, n);
+        model_share_from(at, n, ids, len, shared, own);
+        k = model_batch_count(m, own, at, n);
         arena_mark mark = arena_save(ws);
-        model_run run = model_batch(ws, k, ids + at, len + at);
+        model_run run = model_batch(ws, k, ids + at, len + at, shared + at);
         int *row = arena_alloc(ws, (size_t)k * sizeof *row);
         /* The last token's state has seen the whole sequence. */
         for (int i = 0; i < k; i++) row[i] = run.seq[i].row + run.seq[i].n - 1;
@@ -9673,6 +9761,7 @@ static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *con
         model_scores(m, ws, &top, score + at);
         arena_restore(ws, mark);
     }
+    arena_restore(ws, list);
 }
 
 /* The reward of a raw score: the normalisation that rm_normalize measured. */
@@ -11744,6 +11833,14 @@ typedef struct data_record {
     data_seq a, b;         /* the sequence, or the prompt; PREFERENCE: chosen and rejected */
 } data_record;
 
+/* Tokens that both answers of a pair begin with: the prompt, nearly always. */
+static int data_alike(const data_record *r) {
+    return model_alike(r->a.ids, r->a.n, r->b.ids, r->b.n);
+}
+
+/* Tokens of a record that a model computes. */
+static int data_tokens(const data_record *r) { return r->a.n + r->b.n - data_alike(r); }
+
 /* Why a record is left out. */
 enum {
     DATA_LONG,
@@ -11835,9 +11932,7 @@ __attribute__((noreturn)) static void data_bad(const data_reader *r, const char 
 
 /* Length of the longest common prefix. */
 static int data_common(const tok_ids *a, const tok_ids *b) {
-    int n = base_min(a->n, b->n), i = 0;
-    while (i < n && a->ids[i] == b->ids[i]) i++;
-    return i;
+    return base_alike(a->ids, b->ids, base_min(a->n, b->n));
 }
 
 /* Marks the tokens of text[from, to) in s, whose ids are those of the whole text: from the first
@@ -12622,13 +12717,14 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
  * MARK: - 25 GEN (gen_)
  * Sampling and batched generation. All live rows go through the model as one ragged batch: a row
  * that was just admitted brings its whole prompt, the others one token; a finished row leaves at
- * once and a waiting prompt takes its slot. A prompt that a live row has too is not computed again:
- * its row copies what the other's cache holds and feeds the last token. A sample depends on the
- * weights, its prompt, the seed and its key alone, and its log-probabilities are those that
- * training computes, bit for bit.
+ * once and a waiting prompt takes its slot. What a prompt begins with is computed once: a row whose
+ * prompt begins like what a slot holds copies that, and one that begins like another new row's
+ * reads keys and values there. A sample depends on the weights, its prompt, the seed and its key
+ * alone, and its log-probabilities are those that training computes, bit for bit.
  *
  * A slot is the cache of one row: keys and values of every layer, with room for the longest item.
- * Its next owner starts at position 0 and overwrites what is there before a result depends on it.
+ * Its next owner goes on behind the tokens that its prompt shares with what is there, and overwrites
+ * the rest before a result depends on it.
  * Memory is slots x layers x 2 kv_heads hd x positions floats; logits are held for the live rows
  * only.
  *
@@ -12793,40 +12889,77 @@ static int gen_longest(const rlhf_model *m, const gen_item *items, int n, int ma
     return base_min(longest, m->c.positions);
 }
 
-/* A row of the batch; its cache is slot `slot`. past: tokens of the prompt that are in the cache
- * before the row's first step. lead, of a held row: the slot where its prompt will be. */
+/* A row of the batch; its cache is slot `slot`. past: tokens of the prompt that the row's first step
+ * does not compute for it: they are in the cache, the last `led` of them only after that step, in
+ * which the row number `lead`, which begins alike, computes them. */
 typedef struct gen_row {
     gen_item *item;
-    int slot, past, lead;
+    int slot, past, lead, led;
 } gen_row;
 
-/* The rows that have a slot: live ones, and held ones, whose prompt goes through the model in the
- * coming step as that of a live row. */
+/* Slots, each with room for cap tokens, and the rows that have one. A slot's cache stays as it is
+ * when its row is finished: another prompt may begin like what it holds. */
 typedef struct gen_live {
-    int n, held, slots;
-    gen_row *row, *hold;
-    op_kv *kv; /* [layers][slots] */
+    int n, slots, cap;
+    gen_row *row;
+    op_kv *kv;     /* [layers][slots] */
+    int32_t *text; /* [slots][cap], the tokens whose keys and values a slot holds */
+    int *held;     /* [slots], how many */
     uint8_t *busy;
 } gen_live;
 
-/* A live row with the same prompt, or null. */
-static const gen_row *gen_same_prompt(const gen_live *live, const gen_item *it) {
-    for (const gen_row *r = live->row; r < live->row + live->n; r++)
-        if (r->item->n_prompt == it->n_prompt &&
-            !memcmp(r->item->prompt, it->prompt, (size_t)it->n_prompt * sizeof *it->prompt))
-            return r;
-    return NULL;
+/* Empty slots in ws. */
+static gen_live gen_open(const rlhf_model *m, arena *ws, int slots, int cap) {
+    gen_live live = {.slots = slots, .cap = cap};
+    size_t n = (size_t)slots, caches = (size_t)m->c.layers * n, size = model_kv_size(m, cap);
+    live.row = arena_alloc(ws, n * sizeof *live.row);
+    live.kv = arena_alloc(ws, caches * sizeof *live.kv);
+    live.text = arena_alloc(ws, n * (size_t)cap * sizeof *live.text);
+    live.held = arena_alloc(ws, n * sizeof *live.held);
+    live.busy = arena_alloc(ws, n);
+    memset(live.held, 0, n * sizeof *live.held);
+    memset(live.busy, 0, n);
+    float *kv = arena_floats(ws, caches, size); /* one block, of large pages where there are any */
+    for (size_t i = 0; i < caches; i++) live.kv[i] = model_kv_at(m, kv + i * size, cap);
+    return live;
 }
 
-/* Makes a row live whose prompt is in another slot: all but the last token need not be computed. */
-static void gen_join(const rlhf_model *m, gen_live *live, gen_row row, int from) {
-    for (int l = 0; l < m->c.layers; l++) {
-        const op_kv *kv = live->kv + l * live->slots, *a = kv + from, *b = kv + row.slot;
-        memcpy(b->k, a->k, op_kv_k_size(m->c.kv_heads, m->c.hd, a->cap) * sizeof *a->k);
-        memcpy(b->v, a->v, op_kv_v_size(m->c.kv_heads, m->c.hd, a->cap) * sizeof *a->v);
+/* Copies the first n tokens that a slot holds, with keys and values, to another one, which may be
+ * of other slots. */
+static void gen_copy(const rlhf_model *m, const gen_live *a, int from, const gen_live *b, int to,
+                     int n) {
+    for (int l = 0; l < m->c.layers; l++)
+        op_kv_copy(m->c.kv_heads, m->c.hd, a->kv + l * a->slots + from, b->kv + l * b->slots + to,
+                   n);
+    memcpy(b->text + (size_t)to * (size_t)b->cap, a->text + (size_t)from * (size_t)a->cap,
+           (size_t)n * sizeof *b->text);
+    b->held[to] = n;
+}
+
+/* Finds for a new row who has most of its prompt's beginning: a slot, first of all its own, or
+ * another new row that is led by none. Returns the slot from which what is cached can be copied. */
+static int gen_lead(const gen_live *live, gen_row *row) {
+    const gen_item *it = row->item;
+    int from = row->slot;
+    for (int i = -1; i < live->slots; i++) {
+        int s = i < 0 ? row->slot : i;
+        int n = base_alike(live->text + (size_t)s * (size_t)live->cap, it->prompt,
+                           base_min(live->held[s], it->n_prompt - 1));
+        if (n > row->past) from = s, row->past = n;
     }
-    row.past = row.item->n_prompt - 1;
-    live->row[live->n++] = row;
+    for (int i = 0; i < live->n; i++) {
+        const gen_row *r = live->row + i;
+        if (r->item->n || r->led) continue;
+        int n = base_alike(r->item->prompt, it->prompt,
+                           base_min(r->item->n_prompt, it->n_prompt - 1));
+        if (n > row->past) {
+            from = r->slot;
+            row->past = n;
+            row->lead = i;
+            row->led = n - r->past;
+        }
+    }
+    return from;
 }
 
 /* Gives free slots to the items from `next` on, as long as the prompts to be computed have no more
@@ -12836,20 +12969,15 @@ static int gen_admit(const rlhf_model *m, gen_live *live, gen_item *items, int n
     for (int s = 0; s < live->slots && next < n; s++) {
         if (live->busy[s]) continue;
         gen_row row = {.item = items + next, .slot = s};
-        const gen_row *same = gen_same_prompt(live, row.item);
-        if (!same && fresh && fresh + row.item->n_prompt > most) break;
+        int from = gen_lead(live, &row), own = row.item->n_prompt - row.past;
+        if (fresh && fresh + own > most) break;
+        if (from != s) gen_copy(m, live, from, live, s, row.past - row.led);
+        live->held[s] = row.past - row.led;
         row.item->n = row.item->finished = 0;
         live->busy[s] = 1;
+        live->row[live->n++] = row;
+        fresh += own;
         next++;
-        if (!same) {
-            fresh += row.item->n_prompt;
-            live->row[live->n++] = row;
-        } else if (same->item->n) {
-            gen_join(m, live, row, same->slot);
-        } else {
-            row.lead = same->slot;
-            live->hold[live->held++] = row;
-        }
     }
     return next;
 }
@@ -12869,6 +12997,10 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
         const gen_item *it = item[i] = live->row[i].item;
         int past = it->n ? it->n_prompt + it->n - 1 : live->row[i].past;
         seq[i] = (op_seq){.row = rows, .n = it->n ? 1 : it->n_prompt - past, .past = past};
+        if (!it->n && live->row[i].led) {
+            seq[i].lead = seq[live->row[i].lead].row;
+            seq[i].led = live->row[i].led;
+        }
         rows += seq[i].n;
         last[i] = rows - 1;
     }
@@ -12880,7 +13012,7 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
             ids[seq[i].row + t] = item[i]->n ? item[i]->out[item[i]->n - 1] : item[i]->prompt[at];
             pos[seq[i].row + t] = at;
         }
-    /* The caches of the live rows, in the order of the batch. */
+    /* The caches of the live rows, in the order of the batch, and what they will hold. */
     run.rows = rows, run.ids = ids, run.pos = pos, run.seq = seq;
     run.kv = arena_alloc(ws, (size_t)(m->c.layers * n) * sizeof *run.kv);
     for (int l = 0; l < m->c.layers; l++)
@@ -12888,6 +13020,13 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
             run.kv[l * n + i] = live->kv[l * live->slots + live->row[i].slot];
     /* Only the last row of each sequence meets the vocabulary. */
     model_forward(m, ws, &run);
+    for (int i = 0; i < n; i++) {
+        int s = live->row[i].slot, at = seq[i].past - seq[i].led;
+        int32_t *text = live->text + (size_t)s * (size_t)live->cap;
+        for (; at < seq[i].past; at++) text[at] = item[i]->prompt[at];
+        memcpy(text + at, ids + seq[i].row, (size_t)seq[i].n * sizeof *text);
+        live->held[s] = at + seq[i].n;
+    }
     model_top top = model_top_fwd(m, ws, run.x, last, n);
     op_weight w = model_head_weight(m, n);
     op_env e = {m->ctx, ws};
@@ -12916,56 +13055,55 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
     arena_restore(ws, mark);
 }
 
-/* Generates all n items, at most c->batch at a time, in order of admission. Returns 0 if the
- * progress hook asked to stop; items not finished by then hold what they have. what: the name of
- * the work for the hook, null: it is not called. Caches lie in ws until the end. */
-static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *items, int n,
-                   const char *what) {
-    if (n == 0) return 1;
-    arena_mark mark = arena_save(ws);
-    int slots = base_min(c->batch, n), longest = gen_longest(m, items, n, c->max_new);
-    gen_live live = {.slots = slots};
-    live.row = arena_alloc(ws, (size_t)slots * sizeof *live.row);
-    live.hold = arena_alloc(ws, (size_t)slots * sizeof *live.hold);
-    size_t caches = (size_t)(m->c.layers * slots), size = model_kv_size(m, longest);
-    live.kv = arena_alloc(ws, caches * sizeof *live.kv);
-    float *kv = arena_floats(ws, caches, size); /* one block, of large pages where there are any */
-    for (size_t i = 0; i < caches; i++) live.kv[i] = model_kv_at(m, kv + i * size, longest);
-    live.busy = arena_alloc(ws, (size_t)slots);
-    memset(live.busy, 0, (size_t)slots);
+/* Generates all n items in these slots, which have room for each, in order of admission. Returns 0
+ * if the progress hook asked to stop; items not finished by then hold what they have. what: the name
+ * of the work for the hook, null: it is not called. */
+static int gen_continue(rlhf_model *m, arena *ws, const gen_config *c, gen_live *live,
+                        gen_item *items, int n, const char *what) {
     int next = 0, done = 0, go_on = 1;
     double begun = base_now();
     int64_t tokens = 0;
     size_t most = 0; /* bytes that a step without new prompts has taken so far */
+    live->n = 0;
+    memset(live->busy, 0, (size_t)live->slots);
     while (done < n && go_on) {
         int admitted = next;
-        next = gen_admit(m, &live, items, next, n);
+        next = gen_admit(m, live, items, next, n);
         /* In one block: new pages for each product of each step would take much of its time. */
         if (next == admitted) arena_reserve(ws, most, 0);
         ws->high = ws->total;
-        gen_step(m, ws, c, &live);
+        gen_step(m, ws, c, live);
         if (next == admitted && ws->high - ws->total > most) most = ws->high - ws->total;
-        tokens += live.n;
-        int stepped = live.n, kept = 0;
-        for (int i = 0; i < live.held; i++) gen_join(m, &live, live.hold[i], live.hold[i].lead);
-        live.held = 0;
+        tokens += live->n;
+        int kept = 0;
         /* Finished rows leave; the others close up, each with its slot. */
-        for (int i = 0; i < live.n; i++) {
-            const gen_item *it = live.row[i].item;
+        for (int i = 0; i < live->n; i++) {
+            const gen_item *it = live->row[i].item;
             int full = it->n == c->max_new || it->n_prompt + it->n == m->c.positions;
-            if (i < stepped && (it->finished || full)) {
-                live.busy[live.row[i].slot] = 0;
+            if (it->finished || full) {
+                live->busy[live->row[i].slot] = 0;
                 done++;
                 continue;
             }
-            live.row[kept++] = live.row[i];
+            live->row[kept++] = live->row[i];
         }
-        live.n = kept;
+        live->n = kept;
         if (what && m->ctx->hooks.progress) {
             rlhf_progress p = {what, done, n, tokens, base_now() - begun, NULL};
             go_on = !m->ctx->hooks.progress(m->ctx->hooks.user, &p);
         }
     }
+    return go_on;
+}
+
+/* The same, at most c->batch at a time, in slots that lie in ws until the end. */
+static int gen_run(rlhf_model *m, arena *ws, const gen_config *c, gen_item *items, int n,
+                   const char *what) {
+    if (n == 0) return 1;
+    arena_mark mark = arena_save(ws);
+    int longest = gen_longest(m, items, n, c->max_new);
+    gen_live live = gen_open(m, ws, base_min(c->batch, n), longest);
+    int go_on = gen_continue(m, ws, c, &live, items, n, what);
     arena_restore(ws, mark);
     return go_on;
 }
@@ -13521,7 +13659,7 @@ static void train_record_size(const rlhf_trainer *t, train_size *z) {
     for (int64_t epoch = 0; epoch < 3 && epoch * t->per_epoch < t->total; epoch++) {
         data_order((uint64_t)c->seed, epoch, c->shuffle_dataset, n, order);
         for (int i = 0; i < n; i++)
-            len[i] = t->train->record[order[i]].a.n + t->train->record[order[i]].b.n;
+            len[i] = data_tokens(t->train->record + order[i]);
         int64_t steps = t->total - epoch * t->per_epoch, step = 0;
         for (int i = 0, k; i < n && i / window < steps; i += k) {
             int64_t end = (i / window + 1) * window;
@@ -14232,7 +14370,7 @@ static model_run sft_batch(arena *ws, const data_seq *const *seq, int n, sft_row
         len[i] = seq[i]->n;
         count += sft_count(seq[i]);
     }
-    model_run run = model_batch(ws, n, ids, len);
+    model_run run = model_batch(ws, n, ids, len, NULL);
     rows->row = arena_alloc(ws, (size_t)(count + 1) * sizeof *rows->row);
     rows->target = arena_alloc(ws, (size_t)(count + 1) * sizeof *rows->target);
     /* The state before token t predicts it: row t - 1 of the sequence. */
@@ -14449,7 +14587,8 @@ static int rm_annotator(const rlhf_trainer *t, const data_record *rec) {
 }
 
 /* One micro-batch, pairs first to first + n out of `of` in the step: gradients and sums. Both
- * answers of a pair are sequences of one batch, chosen at even places. */
+ * answers of a pair are sequences of one batch, chosen at even places; what they begin with alike
+ * is computed once, and its gradient is the sum of both answers'. */
 static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int first, int n, int of,
                     rm_sums *sums) {
     arena *ws = &t->ws;
@@ -14458,11 +14597,13 @@ static void rm_pass(rlhf_trainer *t, const data_record *const *rec, int first, i
     const int32_t **ids = arena_alloc(ws, (size_t)(2 * n) * sizeof *ids);
     int *len = arena_alloc(ws, (size_t)(2 * n) * sizeof *len);
     int *row = arena_alloc(ws, (size_t)(2 * n) * sizeof *row);
+    int *shared = arena_alloc(ws, (size_t)(2 * n) * sizeof *shared);
     for (int i = 0; i < n; i++) {
-        ids[2 * i] = rec[i]->a.ids, len[2 * i] = rec[i]->a.n;
+        ids[2 * i] = rec[i]->a.ids, len[2 * i] = rec[i]->a.n, shared[2 * i] = 0;
         ids[2 * i + 1] = rec[i]->b.ids, len[2 * i + 1] = rec[i]->b.n;
+        shared[2 * i + 1] = data_alike(rec[i]);
     }
-    model_run run = model_batch(ws, 2 * n, ids, len);
+    model_run run = model_batch(ws, 2 * n, ids, len, shared);
     /* The score is read where the sequence ends. */
     for (int i = 0; i < 2 * n; i++) row[i] = run.seq[i].row + run.seq[i].n - 1;
     model_for_training(t->model, ws, &run, train_seed(t), 2 * first);
@@ -14517,7 +14658,8 @@ static void rm_step(rlhf_trainer *t) {
     int64_t tokens = 0;
     for (int i = 0; i < n; i++) {
         rec[i] = t->train->record + t->order[from + i];
-        tokens += len[i] = rec[i]->a.n + rec[i]->b.n;
+        tokens += rec[i]->a.n + rec[i]->b.n;
+        len[i] = data_tokens(rec[i]);
     }
     rm_sums sums = {0};
     double lr = train_lr(t);
@@ -14821,7 +14963,7 @@ static model_run ppo_batch(arena *ws, roll_row *const *row, int n) {
         ids[i] = row[i]->ids;
         len[i] = row[i]->n_prompt + row[i]->n;
     }
-    return model_batch(ws, n, ids, len);
+    return model_batch(ws, n, ids, len, NULL);
 }
 
 /* Batch rows of the states before each of the answers' tokens, *count of them: state s of a row is
@@ -17261,7 +17403,7 @@ rlhf_status rlhf_model_hash(rlhf_model *model, char hash[17]) {
 /* Runs one sequence; the states of its first n - drop tokens, normed. */
 static model_top api_states(rlhf_model *m, const int32_t *ids, int n, int drop) {
     arena_reset(&m->ws);
-    model_run run = model_batch(&m->ws, 1, &ids, &n);
+    model_run run = model_batch(&m->ws, 1, &ids, &n, NULL);
     int *row = arena_alloc(&m->ws, (size_t)n * sizeof *row);
     for (int i = 0; i < n; i++) row[i] = i;
     model_forward(m, &m->ws, &run);

@@ -108,7 +108,7 @@ static void tool_backward(rlhf_ctx *ctx, tool *t, rlhf_model *m) {
     m->g = mem_zalloc(ctx, m->n, sizeof *m->g);
     arena_reset(ws);
     op_env e = {ctx, ws};
-    model_run run = model_batch(ws, t->n, t->ids, t->len);
+    model_run run = model_batch(ws, t->n, t->ids, t->len, NULL);
     run.save = 1;
     int *row = arena_alloc(ws, (size_t)run.rows * sizeof *row);
     int32_t *target = arena_alloc(ws, (size_t)run.rows * sizeof *target);

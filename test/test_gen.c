@@ -122,34 +122,46 @@ TEST(company_changes_nothing) {
     CHECK(differ != 0);
 }
 
-/* Six rows of one prompt and two of another: two rows are computed, the others take what those
- * leave, and only their last tokens go through the model. */
+/* Rows of prompts that begin alike: who computes what, and from where the others have it. */
 static void admit(rlhf_ctx *ctx, void *arg) {
     (void)arg;
     static answers a;
     rlhf_model *m = model_open(ctx, configs[0]);
     gen_item item[ITEMS];
-    gen_row rows[8], hold[8];
-    op_kv kv[2 * 8];
-    uint8_t busy[8] = {0};
     set_items(&a, item, 24);
-    for (int i = 0; i < 8; i++) {
-        item[i].prompt = prompts[i % 4 == 3 ? 0 : 4];
-        item[i].n_prompt = i % 4 == 3 ? 8 : 12;
-    }
-    for (int i = 0; i < 16; i++) kv[i] = model_kv_new(m, &m->ws, 32);
-    gen_live live = {.slots = 8, .row = rows, .hold = hold, .kv = kv, .busy = busy};
+    static const int of[10] = {4, 4, 4, 0, 4, 2, 3, 4, 0, 1};
+    for (int i = 0; i < 10; i++) item[i].prompt = prompts[of[i]], item[i].n_prompt = lengths[of[i]];
+    gen_live live = gen_open(m, &m->ws, 8, 32);
+    /* Prompts 0, 2 and 3 begin with the same three tokens, 0 and 2 with seven. */
+    static const int past[8] = {0, 11, 11, 0, 11, 7, 2, 11}, lead[8] = {0, 0, 0, 0, 0, 3, 3, 0};
     CHECK_EQ_I(gen_admit(m, &live, item, 0, 7), 7);
-    CHECK_EQ_I(live.n, 2);
-    CHECK_EQ_I(live.held, 5);
-    CHECK_EQ_I(rows[0].past + rows[1].past, 0);
-    for (int i = 0; i < 5; i++) CHECK_EQ_I(hold[i].lead, 0);
-    /* A row that comes later finds the prompt in the cache of one that has begun to answer. */
-    item[0].n = item[3].n = 1;
-    CHECK_EQ_I(gen_admit(m, &live, item, 7, 8), 8);
-    CHECK_EQ_I(live.n, 3);
-    CHECK_EQ_I(rows[2].past, 7);
-    CHECK_EQ_I(rows[2].slot, 7);
+    CHECK_EQ_I(live.n, 7);
+    gen_config c = {.max_new = 4, .batch = 8, .temperature = 1, .top_p = 1, .seed = 3, .stop = 99};
+    for (int i = 0; i < 7; i++) {
+        CHECK_EQ_I(live.row[i].past, past[i]);
+        CHECK_EQ_I(live.row[i].led, past[i]);
+        CHECK_EQ_I(live.row[i].lead, lead[i]);
+        CHECK_EQ_I(live.held[i], 0);
+    }
+    gen_step(m, &m->ws, &c, &live);
+    for (int i = 0; i < 7; i++) {
+        CHECK_EQ_I(live.held[i], item[i].n_prompt);
+        CHECK(!memcmp(live.text + 32 * i, item[i].prompt, (size_t)item[i].n_prompt * 4));
+    }
+    gen_step(m, &m->ws, &c, &live);
+    CHECK_EQ_I(live.held[6], 4);
+    CHECK_EQ_I(live.text[32 * 6 + 3], item[6].out[0]);
+    /* A row that comes later finds its prompt in a cache; in a slot whose row is gone, its own. */
+    live.busy[3] = 0;
+    live.row[3] = live.row[--live.n];
+    CHECK_EQ_I(gen_admit(m, &live, item, 7, 10), 9);
+    CHECK_EQ_I(live.n, 8);
+    CHECK_EQ_I(live.row[6].slot, 3);
+    CHECK_EQ_I(live.row[6].past, 11);
+    CHECK_EQ_I(live.row[6].led, 0);
+    CHECK_EQ_I(live.held[3], 11);
+    CHECK_EQ_I(live.row[7].slot, 7);
+    CHECK_EQ_I(live.row[7].past, 7);
     model_free(m);
 }
 

@@ -285,7 +285,7 @@ static void further_run(rlhf_ctx *ctx, void *arg) {
     m->g = mem_zalloc(ctx, m->n, sizeof *m->g);
     arena_reset(&m->ws);
     op_env e = {ctx, &m->ws};
-    model_run run = model_batch(&m->ws, 1, &seq, &n);
+    model_run run = model_batch(&m->ws, 1, &seq, &n, NULL);
     run.save = 1;
     model_forward(m, &m->ws, &run);
     model_top top = model_top_fwd(m, &m->ws, run.x, row, labels);

@@ -207,7 +207,7 @@ static void pass_run(rlhf_ctx *ctx, void *arg) {
             target[n++] = id[at + t + 1 - score];
         }
     }
-    model_run run = model_batch(ws, SEQS, ids, seq_len);
+    model_run run = model_batch(ws, SEQS, ids, seq_len, NULL);
     model_for_training(m, ws, &run, p->seed, p->first);
     model_forward(m, ws, &run);
     model_top top = model_top_fwd(m, ws, run.x, row, n);

@@ -228,7 +228,7 @@ static void pass_run(rlhf_ctx *ctx, void *arg) {
     (void)ctx;
     arena *ws = &p->m->ws;
     arena_reset(ws);
-    model_run run = model_batch(ws, p->b->seqs, p->b->ids, p->b->len);
+    model_run run = model_batch(ws, p->b->seqs, p->b->ids, p->b->len, NULL);
     run.save = p->save;
     model_forward(p->m, ws, &run);
     memcpy(p->x, run.x, (size_t)run.rows * (size_t)p->m->c.d * sizeof *p->x);

@@ -559,7 +559,7 @@ static void attn_run(rlhf_ctx *ctx, const void *data, float *out) {
     op_env e = {ctx, &ws};
     op_seq *seq = malloc((size_t)c->seqs * sizeof *seq);
     for (int s = 0, row = 0; s < c->seqs; row += c->len[s++])
-        seq[s] = (op_seq){row, c->len[s], 0, kv_new(c, c->len[s])};
+        seq[s] = (op_seq){.row = row, .n = c->len[s], .kv = kv_new(c, c->len[s])};
     op_attn a = attn_args(ctx, c);
     a.seqs = c->seqs, a.seq = seq, a.rows = c->rows, a.pos = c->pos;
     a.qkv = qkv, a.o = out, a.lse = lse, a.dout = c->dout;
@@ -726,7 +726,7 @@ static void attn_check_steps(const attn_case *c, const float *out, int step) {
             int n = base_min(step, c->len[s] - past);
             if (n <= 0) continue;
             from[live] = at[s] + past;
-            seq[live++] = (op_seq){a.rows, n, past, kv[s]};
+            seq[live++] = (op_seq){.row = a.rows, .n = n, .past = past, .kv = kv[s]};
             for (int t = 0; t < n; t++) pos[a.rows + t] = past + t;
             memcpy(qkv + (size_t)a.rows * wide, c->qkv + (size_t)(at[s] + past) * wide,
                    (size_t)n * wide * sizeof *qkv);

@@ -21341,8 +21341,9 @@ static int cli_parse(cli *c, int argc, char **argv) {
 /* ============================================================================================
  * MARK: - 42 TALK (talk_)
  * A conversation in the terminal. A line of standard input is a turn of the user; the answer is
- * shown as its tokens come. Between turns only texts are kept: each answer starts from the whole
- * conversation anew, as `rlhf generate` would from a record of it.
+ * shown as its tokens come. It is what `rlhf generate` gives for a record of the conversation: each
+ * turn renders all of it anew. Keys and values of the last answer are kept, so that only what the
+ * new text does not begin with is computed.
  *
  * Entry: talk_open, talk_run.
  * Tests: test/test_cli.c
@@ -21360,7 +21361,10 @@ typedef struct talk {
     int n;
     int64_t answers, tokens;
     gen_item item;
-    size_t shown; /* bytes of the answer that are on the screen */
+    arena keep[2]; /* live lies in one of them, and moves to the other one to grow */
+    int kept;
+    gen_live live; /* one slot: the conversation so far */
+    size_t shown;  /* bytes of the answer that are on the screen */
 } talk;
 
 /* Appends a copy of a message; 0: out of memory. */
@@ -21436,6 +21440,21 @@ static rlhf_status talk_open(talk *t) {
     API_LEAVE();
 }
 
+/* Room for so many tokens in the slot, with what it holds. It grows by doubling, up to the model's
+ * positions. */
+static void talk_reserve(talk *t, int tokens) {
+    if (tokens <= t->live.cap) return;
+    arena *to = t->keep + !t->kept;
+    int cap = base_max(tokens, base_min(2 * t->live.cap, t->m->c.positions));
+    to->ctx = t->m->ctx;
+    arena_free(to); /* what an error has left there */
+    gen_live live = gen_open(t->m, to, 1, cap);
+    if (t->live.cap) gen_copy(t->m, &t->live, 0, &live, 0, t->live.held[0]);
+    arena_free(t->keep + t->kept);
+    t->kept = !t->kept;
+    t->live = live;
+}
+
 /* Answers the conversation so far, on the screen and as a block. */
 static rlhf_status talk_answer(talk *t, char **answer) {
     const rlhf_generate_config *c = &t->c->config.gen;
@@ -21458,7 +21477,8 @@ static rlhf_status talk_answer(talk *t, char **answer) {
                     .top_p = c->top_p,
                     .seed = (uint64_t)c->seed,
                     .stop = -1};
-    gen_run(t->m, &t->m->ws, &g, &t->item, 1, "chat");
+    talk_reserve(t, gen_longest(t->m, &t->item, 1, room));
+    gen_continue(t->m, &t->m->ws, &g, &t->live, &t->item, 1, "chat");
     /* What is left over where an answer was cut, half a character say, is none of it. */
     *answer = talk_show(t, !t->item.finished, &ended);
     t->item.finished |= ended;
@@ -21534,6 +21554,7 @@ static int talk_run(talk *t, long long most) {
     free(line);
     talk_forget(t, 0);
     free(t->message);
+    for (int i = 0; i < 2; i++) arena_free(t->keep + i);
     return code;
 }
 

@@ -181,6 +181,7 @@ typedef struct pass {
     double coef; /* d loss / d logp of every token; the loss of a scorer is sum_s weight(s) score */
     float *x;    /* out: residual stream [rows][d] */
     float *out;  /* out: log-probabilities [tokens], or scores [seqs] */
+    const int *shared; /* as in model_batch */
 } pass;
 
 static float score_weight(int s) { return s % 2 ? -0.7f : 1.0f + 0.1f * (float)s; }
@@ -228,8 +229,9 @@ static void pass_run(rlhf_ctx *ctx, void *arg) {
     (void)ctx;
     arena *ws = &p->m->ws;
     arena_reset(ws);
-    model_run run = model_batch(ws, p->b->seqs, p->b->ids, p->b->len, NULL);
+    model_run run = model_batch(ws, p->b->seqs, p->b->ids, p->b->len, p->shared);
     run.save = p->save;
+    run.recompute = p->m->recompute;
     model_forward(p->m, ws, &run);
     memcpy(p->x, run.x, (size_t)run.rows * (size_t)p->m->c.d * sizeof *p->x);
     if (p->m->c.head == RLHF_HEAD_SCORE) pass_score(p, ws, &run);
@@ -258,7 +260,7 @@ static void result_free(result *r) {
 
 /* Forward and, if back, gradients on top of those that are there. */
 static void go(rlhf_model *m, const batch *b, double coef, int back, result *r) {
-    pass p = {m, b, back, back, coef, r->x, r->out};
+    pass p = {m, b, back, back, coef, r->x, r->out, NULL};
     CHECK_EQ_I(test_call(m->ctx, pass_run, &p), RLHF_OK);
 }
 
@@ -659,6 +661,107 @@ TEST(micro_batches) {
     for (int i = 0; i < LANGUAGE_MODELS; i++) check_parts(language_models[i]);
 }
 
+/* ---- sequences that begin alike -------------------------------------------------------------- */
+
+/* Scores of sequences that share their beginnings have the bits of whole ones; the gradients are
+ * the same sums, added in another order. */
+static void check_shared(const char *config, int recompute) {
+    static const int len[MAX_SEQS] = {30, 24, 8, 50, 51, 2};
+    int shared[MAX_SEQS] = {0, 23, 3, 0, 40, 1};
+    rlhf_ctx *ctx = test_context("auto", 2);
+    rlhf_model *m = model_make(ctx, config);
+    m->recompute = recompute;
+    batch b;
+    batch_fill(&b, m, len, MAX_SEQS);
+    for (int s = 0, lead = 0; s < MAX_SEQS; s++) {
+        if (!shared[s]) lead = s;
+        memcpy(b.id[s], b.id[lead], (size_t)shared[s] * sizeof *b.id[s]);
+    }
+    result whole = result_new(m, &b), part = result_new(m, &b);
+    go(m, &b, 1, 1, &whole);
+    float *g = m->g;
+    m->g = mem_zalloc(ctx, m->n, sizeof *m->g);
+    pass p = {m, &b, 1, 1, 1, part.x, part.out, shared};
+    CHECK_EQ_I(test_call(ctx, pass_run, &p), RLHF_OK);
+    CHECK_BITS(part.out, whole.out, MAX_SEQS);
+    for (int k = 0; k < P_COUNT; k++)
+        for (int l = 0; l < model_param_layers(m, k); l++) {
+            double off = 0, norm = 0;
+            for (size_t i = 0; i < m->slot[k].n; i++) {
+                double x = (double)m->g[model_at(m, k, l) + i], y = (double)g[model_at(m, k, l) + i];
+                off += (x - y) * (x - y), norm += y * y;
+            }
+            CHECK(off <= 1e-10 * norm);
+        }
+    mem_free(g);
+    result_free(&whole), result_free(&part);
+    model_drop(m);
+    rlhf_close(ctx);
+}
+
+TEST(shared_beginnings) {
+    for (int i = 0; i < SCORERS; i++) check_shared(scorers[i], i % 2);
+}
+
+static void score_list(rlhf_ctx *ctx, void *arg) {
+    enum { N = 40, LEN = 30 };
+    (void)ctx;
+    rlhf_model *m = arg;
+    int32_t id[N][LEN];
+    const int32_t *ids[N];
+    int len[N], shared[N];
+    /* Pairs behind a beginning that all have, some of which have more in common. */
+    for (int i = 0; i < N; i++) {
+        len[i] = 9 + (i * 7) % (LEN - 9);
+        ids[i] = id[i];
+        for (int t = 0; t < LEN; t++) {
+            int same = t < 3 ? 0 : t < 8 ? i / 2 : t < 20 && i / 2 % 3 == 1 ? 1 + i / 2 : 100 + i;
+            id[i][t] = (int32_t)(rng_u64(3, 5, (uint64_t)(same * 100 + t)) % (uint64_t)m->c.vocab);
+        }
+    }
+    model_share(N, ids, len, shared);
+    float score[N], alone;
+    model_score_list(m, &m->ws, N, ids, len, score);
+    for (int i = 0; i < N; i++) {
+        model_score_list(m, &m->ws, 1, ids + i, len + i, &alone);
+        CHECK_BITS(&alone, score + i, 1);
+    }
+    /* A batch that begins in the middle. */
+    for (int at = 1; at < N; at++) {
+        int mine[N], left[N];
+        memcpy(mine, shared, sizeof mine);
+        for (int i = 0; i < N; i++) left[i] = len[i] - mine[i];
+        model_share_from(at, N, ids, len, mine, left);
+        CHECK_EQ_I(mine[at], 0);
+        for (int i = at, first = at; i < N; i++) {
+            if (!mine[i]) first = i;
+            CHECK_EQ_I(left[i], len[i] - mine[i]);
+            CHECK(!memcmp(id[first], id[i], (size_t)mine[i] * sizeof *id[i]));
+            CHECK(i == at || !mine[i] == !shared[i]);
+        }
+    }
+}
+
+TEST(who_leads) {
+    static const int32_t a[] = {1, 2, 3, 4, 5}, b[] = {1, 2, 3, 4, 6, 7}, c[] = {1, 9, 9, 9, 9, 9, 9},
+                         d[] = {1, 9, 9, 9, 9, 9, 8}, e[] = {1, 7}, f[] = {2, 7}, g[] = {2, 7};
+    static const int32_t *const ids[] = {a, b, c, d, e, f, g};
+    static const int len[] = {5, 6, 7, 7, 2, 2, 2}, want[] = {0, 4, 0, 6, 1, 0, 1};
+    int shared[7];
+    model_share(7, ids, len, shared);
+    for (int i = 0; i < 7; i++) CHECK_EQ_I(shared[i], want[i]);
+}
+
+TEST(scores_of_a_list) {
+    for (int i = 0; i < SCORERS; i++) {
+        rlhf_ctx *ctx = test_context("auto", 2);
+        rlhf_model *m = model_make(ctx, scorers[i]);
+        CHECK_EQ_I(test_call(ctx, score_list, m), RLHF_OK);
+        model_drop(m);
+        rlhf_close(ctx);
+    }
+}
+
 /* ---- decoding -------------------------------------------------------------------------------- */
 
 typedef struct decode {
@@ -876,7 +979,7 @@ TEST(bad_batches) {
         ids[cases[i].len - 1] = cases[i].id;
         batch b = {.seqs = 1, .rows = cases[i].len, .tokens = cases[i].len - 1,
                    .len = {cases[i].len}, .ids = {ids}};
-        pass p = {m, &b, 0, 0, 1, x, out};
+        pass p = {m, &b, 0, 0, 1, x, out, NULL};
         CHECK_EQ_I(test_call(ctx, pass_run, &p), cases[i].status);
         CHECK(strstr(rlhf_error(ctx), cases[i].text));
     }
@@ -960,7 +1063,7 @@ TEST(out_of_memory) {
         }
         m = model_make(ctx, configs[i]);
         for (int64_t n = 0; test_next_oom(&n);) {
-            pass p = {m, &b, 1, 1, 1, r.x, r.out};
+            pass p = {m, &b, 1, 1, 1, r.x, r.out, NULL};
             rlhf_status status = test_call(ctx, pass_run, &p);
             arena_free(&m->ws);
             if (status == RLHF_OK) continue;
@@ -1023,7 +1126,8 @@ static void case_names_of_matrices(void) {
 
 TEST_MAIN(CASE(gradients_gpt2), CASE(gradients_llama), CASE(gradients_families),
           CASE(gradients_scorers), CASE(kernels_and_threads), CASE(the_same_on_every_machine),
-          CASE(alone_and_in_a_batch), CASE(micro_batches), CASE(token_by_token),
+          CASE(alone_and_in_a_batch), CASE(micro_batches), CASE(shared_beginnings),
+          CASE(who_leads), CASE(scores_of_a_list), CASE(token_by_token),
           CASE(hash_of_weights), CASE(pieces_of_a_batch), CASE(weights_that_change),
           CASE(initial_weights), CASE(initial_values_are_box_muller), CASE(bad_batches),
           CASE(bad_configs), CASE(names_of_matrices), CASE(out_of_memory))

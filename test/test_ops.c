@@ -523,7 +523,7 @@ TEST(geglu) { glu_check(1); }
 
 typedef struct attn_case {
     int heads, kv_heads, hd, rope, seqs, rows;
-    const int *len;
+    const int *len, *past; /* past: led by the last sequence without; null: none */
     int32_t *pos;
     float *qkv, *dout, *cosine, *sine;
     double *QKV, *DOUT;
@@ -558,8 +558,12 @@ static void attn_run(rlhf_ctx *ctx, const void *data, float *out) {
     arena ws = {.ctx = ctx};
     op_env e = {ctx, &ws};
     op_seq *seq = malloc((size_t)c->seqs * sizeof *seq);
-    for (int s = 0, row = 0; s < c->seqs; row += c->len[s++])
-        seq[s] = (op_seq){.row = row, .n = c->len[s], .kv = kv_new(c, c->len[s])};
+    for (int s = 0, row = 0, lead = 0; s < c->seqs; row += c->len[s++]) {
+        int past = c->past ? c->past[s] : 0;
+        if (!past) lead = row;
+        seq[s] = (op_seq){.row = row, .n = c->len[s], .past = past, .lead = lead, .led = past,
+                          .kv = kv_new(c, past + c->len[s])};
+    }
     op_attn a = attn_args(ctx, c);
     a.seqs = c->seqs, a.seq = seq, a.rows = c->rows, a.pos = c->pos;
     a.qkv = qkv, a.o = out, a.lse = lse, a.dout = c->dout;
@@ -768,6 +772,70 @@ static void attn_check_with(int heads, int kv_heads, int hd, int rope, int windo
 
 static void attn_check(int heads, int kv_heads, int hd, int rope) {
     attn_check_with(heads, kv_heads, hd, rope, 0, 0);
+}
+
+/* What led sequences are whole: their past is copies of the rows that lead, from where no gradient
+ * comes. */
+static attn_case attn_whole(const attn_case *c, const int *len) {
+    attn_case w = attn_new(c->heads, c->kv_heads, c->hd, c->rope, len, c->seqs);
+    size_t wide = (size_t)attn_width(c), q = (size_t)(c->heads * c->hd);
+    w.rot = c->rot, w.window = c->window, w.cap = c->cap;
+    memset(w.dout, 0, (size_t)w.rows * q * sizeof *w.dout);
+    for (int s = 0, row = 0, to = 0, lead = 0; s < c->seqs; row += c->len[s], to += len[s++]) {
+        size_t past = (size_t)c->past[s], n = (size_t)c->len[s], at = (size_t)to;
+        if (!past) lead = row;
+        memcpy(w.qkv + at * wide, c->qkv + (size_t)lead * wide, past * wide * sizeof *w.qkv);
+        at += past;
+        memcpy(w.qkv + at * wide, c->qkv + (size_t)row * wide, n * wide * sizeof *w.qkv);
+        memcpy(w.dout + at * q, c->dout + (size_t)row * q, n * q * sizeof *w.dout);
+    }
+    return w;
+}
+
+/* Sequences that are led by others: outputs, and gradients of their own rows, have the bits of
+ * whole ones; gradients of rows that lead are sums. */
+static void attn_check_led(int heads, int kv_heads, int hd, int rope, int window, float cap) {
+    enum { N = 7 };
+    static const int len[N] = {130, 33, 66, 1, 40, 17, 70}, past[N] = {0, 64, 129, 5, 0, 0, 16};
+    int whole[N], longest = 195;
+    attn_case c = attn_new(heads, kv_heads, hd, rope, len, N);
+    for (int s = 0, row = 0; s < N; s++) {
+        whole[s] = len[s] + past[s];
+        for (int t = 0; t < len[s]; t++) c.pos[row++] = past[s] + t;
+    }
+    c.past = past, c.window = window, c.cap = cap;
+    attn_case w = attn_whole(&c, whole);
+    CHECK(whole[2] == longest);
+    test_floats_free(c.cosine), test_floats_free(c.sine);
+    size_t tables = (size_t)(longest * hd / 2);
+    c.cosine = memcpy(test_floats(tables), w.cosine, tables * sizeof *c.cosine);
+    c.sine = memcpy(test_floats(tables), w.sine, tables * sizeof *c.sine);
+    size_t wide = (size_t)attn_width(&c), q = (size_t)(heads * hd);
+    float *got = run_everywhere(attn_run, &c, (size_t)c.rows * (q + wide));
+    float *all = run_everywhere(attn_run, &w, (size_t)w.rows * (q + wide));
+    const float *d = got + (size_t)c.rows * q, *e = all + (size_t)w.rows * q;
+    double *sum = calloc((size_t)c.rows * wide, sizeof *sum);
+    for (int s = 0, row = 0, to = 0, lead = 0; s < N; row += len[s], to += whole[s++]) {
+        size_t own = (size_t)(to + past[s]), n = (size_t)len[s];
+        if (!past[s]) lead = row;
+        CHECK_BITS(got + (size_t)row * q, all + own * q, n * q);
+        if (past[s]) CHECK_BITS(d + (size_t)row * wide, e + own * wide, n * wide);
+        for (size_t i = 0; i < (size_t)past[s] * wide; i++)
+            sum[(size_t)lead * wide + i] += (double)e[(size_t)to * wide + i];
+        for (size_t i = 0; i < n * wide; i++)
+            sum[(size_t)row * wide + i] += (double)e[own * wide + i];
+    }
+    check_near("dqkv", d, sum, (size_t)c.rows * wide);
+    free(sum);
+    test_floats_free(got), test_floats_free(all);
+    attn_free(&c), attn_free(&w);
+}
+
+TEST(attention_led) {
+    attn_check_led(3, 3, 16, 0, 0, 0);
+    attn_check_led(4, 2, 12, 1, 0, 0);
+    attn_check_led(4, 2, 8, 1, 20, 0);
+    attn_check_led(2, 1, 20, 1, 100, 1.5f);
 }
 
 TEST(attention) { attn_check(3, 3, 16, 0); }
@@ -1021,7 +1089,7 @@ TEST(vocabulary_in_parts) {
 TEST_MAIN(CASE(layer_norm), CASE(rms_norm), CASE(linear), CASE(linear_narrow),
           CASE(embedding), CASE(embedding_of_few_tokens), CASE(gelu), CASE(gelu_exact), CASE(glu),
           CASE(geglu),
-          CASE(attention), CASE(attention_grouped), CASE(attention_odd_width),
+          CASE(attention), CASE(attention_led), CASE(attention_grouped), CASE(attention_odd_width),
           CASE(attention_wide), CASE(attention_many_heads), CASE(attention_part_rotated),
           CASE(attention_window), CASE(attention_capped), CASE(attention_extremes),
           CASE(vocabulary), CASE(vocabulary_capped), CASE(vocabulary_chunks),

@@ -4934,7 +4934,8 @@ static void op_attn_fwd(op_env *e, op_attn *a) {
     arena_restore(e->ws, mark);
 }
 
-/* Where the pieces of one thread's backward scratch lie; n is the longest sequence, with its past. */
+/* Where the pieces of one thread's backward scratch lie; n is the longest sequence, with its
+ * past. */
 typedef struct op_attn_bwd_scratch {
     float *p, *dp, *kk, *vk, *kv, *q, *dout, *d;
     size_t size;
@@ -9705,7 +9706,7 @@ static model_need model_need_sampling(const rlhf_model *m, int slots, int prompt
     model_need o = model_need_scoring(m, fresh + slots, 0);
     /* Keys and values of a pass lie in the cache. */
     o.acts -= 8 * (size_t)(fresh + slots) * (size_t)(m->c.kv_heads * m->c.hd);
-    o.cache = 4 * n * kv;
+    o.cache = 4 * n * (kv + cap);
     o.scratch += 4 * n * (size_t)m->c.vocab;
     return o;
 }
@@ -12723,8 +12724,8 @@ static void data_order(uint64_t seed, int64_t epoch, int shuffle, int n, int *or
  * alone, and its log-probabilities are those that training computes, bit for bit.
  *
  * A slot is the cache of one row: keys and values of every layer, with room for the longest item.
- * Its next owner goes on behind the tokens that its prompt shares with what is there, and overwrites
- * the rest before a result depends on it.
+ * Its next owner goes on behind the tokens that its prompt shares with what is there, and
+ * overwrites the rest before a result depends on it.
  * Memory is slots x layers x 2 kv_heads hd x positions floats; logits are held for the live rows
  * only.
  *
@@ -12889,9 +12890,9 @@ static int gen_longest(const rlhf_model *m, const gen_item *items, int n, int ma
     return base_min(longest, m->c.positions);
 }
 
-/* A row of the batch; its cache is slot `slot`. past: tokens of the prompt that the row's first step
- * does not compute for it: they are in the cache, the last `led` of them only after that step, in
- * which the row number `lead`, which begins alike, computes them. */
+/* A row of the batch; its cache is slot `slot`. past: tokens of the prompt that the row's first
+ * step does not compute for it: they are in the cache, the last `led` of them only after that
+ * step, in which the row number `lead`, which begins alike, computes them. */
 typedef struct gen_row {
     gen_item *item;
     int slot, past, lead, led;
@@ -12982,51 +12983,64 @@ static int gen_admit(const rlhf_model *m, gen_live *live, gen_item *items, int n
     return next;
 }
 
-/* Feeds every live row's new tokens and draws the next token of each. Everything but the caches and
- * the items goes back with the mark. */
-static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *live) {
-    arena_mark mark = arena_save(ws);
+/* The new tokens of every live row as one batch, with the rows' caches. A row without tokens of its
+ * own is new: what its first step computes of the prompt; others: the token drawn last. */
+static model_run gen_batch(const rlhf_model *m, arena *ws, const gen_live *live) {
     int n = live->n, rows = 0;
     model_run run = {.seqs = n};
     op_seq *seq = arena_alloc(ws, (size_t)n * sizeof *seq);
-    int *last = arena_alloc(ws, (size_t)n * sizeof *last);
-    gen_item **item = arena_alloc(ws, (size_t)n * sizeof *item);
-    /* A row without tokens of its own is new: what is not cached of its prompt. Others: the token
-     * drawn last. */
     for (int i = 0; i < n; i++) {
-        const gen_item *it = item[i] = live->row[i].item;
-        int past = it->n ? it->n_prompt + it->n - 1 : live->row[i].past;
+        const gen_row *r = live->row + i;
+        const gen_item *it = r->item;
+        int past = it->n ? it->n_prompt + it->n - 1 : r->past;
         seq[i] = (op_seq){.row = rows, .n = it->n ? 1 : it->n_prompt - past, .past = past};
-        if (!it->n && live->row[i].led) {
-            seq[i].lead = seq[live->row[i].lead].row;
-            seq[i].led = live->row[i].led;
-        }
+        if (!it->n && r->led) seq[i].lead = seq[r->lead].row, seq[i].led = r->led;
         rows += seq[i].n;
-        last[i] = rows - 1;
     }
     int32_t *ids = arena_alloc(ws, (size_t)rows * sizeof *ids);
     int32_t *pos = arena_alloc(ws, (size_t)rows * sizeof *pos);
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
+        const gen_item *it = live->row[i].item;
         for (int t = 0; t < seq[i].n; t++) {
             int at = seq[i].past + t;
-            ids[seq[i].row + t] = item[i]->n ? item[i]->out[item[i]->n - 1] : item[i]->prompt[at];
+            ids[seq[i].row + t] = it->n ? it->out[it->n - 1] : it->prompt[at];
             pos[seq[i].row + t] = at;
         }
-    /* The caches of the live rows, in the order of the batch, and what they will hold. */
+    }
     run.rows = rows, run.ids = ids, run.pos = pos, run.seq = seq;
     run.kv = arena_alloc(ws, (size_t)(m->c.layers * n) * sizeof *run.kv);
     for (int l = 0; l < m->c.layers; l++)
         for (int i = 0; i < n; i++)
             run.kv[l * n + i] = live->kv[l * live->slots + live->row[i].slot];
-    /* Only the last row of each sequence meets the vocabulary. */
-    model_forward(m, ws, &run);
-    for (int i = 0; i < n; i++) {
-        int s = live->row[i].slot, at = seq[i].past - seq[i].led;
-        int32_t *text = live->text + (size_t)s * (size_t)live->cap;
-        for (; at < seq[i].past; at++) text[at] = item[i]->prompt[at];
-        memcpy(text + at, ids + seq[i].row, (size_t)seq[i].n * sizeof *text);
-        live->held[s] = at + seq[i].n;
+    return run;
+}
+
+/* Notes what the slots hold after a batch. */
+static void gen_hold(gen_live *live, const model_run *run) {
+    for (int i = 0; i < live->n; i++) {
+        const op_seq *s = run->seq + i;
+        int slot = live->row[i].slot, at = s->past - s->led;
+        int32_t *text = live->text + (size_t)slot * (size_t)live->cap;
+        for (; at < s->past; at++) text[at] = live->row[i].item->prompt[at];
+        memcpy(text + at, run->ids + s->row, (size_t)s->n * sizeof *text);
+        live->held[slot] = at + s->n;
     }
+}
+
+/* Feeds every live row's new tokens and draws the next token of each. Everything but the caches and
+ * the items goes back with the mark. */
+static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *live) {
+    arena_mark mark = arena_save(ws);
+    int n = live->n, *last = arena_alloc(ws, (size_t)n * sizeof *last);
+    gen_item **item = arena_alloc(ws, (size_t)n * sizeof *item);
+    model_run run = gen_batch(m, ws, live);
+    for (int i = 0; i < n; i++) {
+        item[i] = live->row[i].item;
+        last[i] = run.seq[i].row + run.seq[i].n - 1;
+    }
+    model_forward(m, ws, &run);
+    gen_hold(live, &run);
+    /* Only the last row of each sequence meets the vocabulary. */
     model_top top = model_top_fwd(m, ws, run.x, last, n);
     op_weight w = model_head_weight(m, n);
     op_env e = {m->ctx, ws};
@@ -13056,8 +13070,8 @@ static void gen_step(rlhf_model *m, arena *ws, const gen_config *c, gen_live *li
 }
 
 /* Generates all n items in these slots, which have room for each, in order of admission. Returns 0
- * if the progress hook asked to stop; items not finished by then hold what they have. what: the name
- * of the work for the hook, null: it is not called. */
+ * if the progress hook asked to stop; items not finished by then hold what they have. what: the
+ * name of the work for the hook, null: it is not called. */
 static int gen_continue(rlhf_model *m, arena *ws, const gen_config *c, gen_live *live,
                         gen_item *items, int n, const char *what) {
     int next = 0, done = 0, go_on = 1;
@@ -18074,19 +18088,31 @@ static const bench_shape *bench_find(bench *b, const char *name) {
     return NULL;
 }
 
-/* A model of a named shape with random weights, or the one in a directory. */
+/* A model of a named shape with random weights, or the one in a directory; with a score head, if it
+ * has none, a new one. */
 static rlhf_model *bench_model(bench *b, const char *name, int score) {
     const bench_shape *shape = bench_find(b, name);
-    if (!shape) return ckpt_open(b->ctx, name);
-    json_src src = json_source(b->ctx, name);
-    json_t *config = json_parse(&src, shape->config, strlen(shape->config));
-    if (score)
-        json_object_set_new(config, "architectures", json_pack("[s]", "ForSequenceClassification"));
-    rlhf_model *m = ckpt_adopt(b->ctx, &src, config, NULL);
-    err_keep(b->ctx);
-    err_release(b->ctx);
-    model_randomize(m, 1);
-    if (score) {
+    rlhf_model *m;
+    if (shape) {
+        json_src src = json_source(b->ctx, name);
+        json_t *config = json_parse(&src, shape->config, strlen(shape->config));
+        if (score)
+            json_object_set_new(config, "architectures",
+                                json_pack("[s]", "ForSequenceClassification"));
+        m = ckpt_adopt(b->ctx, &src, config, NULL);
+        err_keep(b->ctx);
+        err_release(b->ctx);
+        model_randomize(m, 1);
+    } else {
+        rlhf_model *file = m = ckpt_open(b->ctx, name);
+        if (score && m->c.head == RLHF_HEAD_LM) {
+            m = ckpt_copy_model(file, RLHF_HEAD_SCORE);
+            err_keep(b->ctx);    /* the copy */
+            err_release(b->ctx); /* its config */
+            model_free(file);
+        }
+    }
+    if (score && !m->score_trained) {
         model_init_score(m, 1);
         m->score_trained = 1;
     }
@@ -18149,7 +18175,37 @@ static void bench_train(bench *b, const char *work, const char *name, int batch,
     model_free(m);
 }
 
-/* The same with a team of n threads, beside the roof of as many. */
+/* Tokens a second of the reward model's steps on pairs of answers of `len` tokens to prompts as
+ * long. Both sequences of a pair count whole; of operations, those that the mathematics needs: a
+ * prompt's once. */
+static void bench_rm(bench *b, const char *name, int pairs, int len) {
+    bench_forget();
+    rlhf_model *m = bench_model(b, name, 1);
+    rlhf_dataset *d = bench_data(b, m, RLHF_DATA_PREFERENCE, pairs, 2 * len);
+    for (int i = 0; i < pairs; i++) {
+        data_record *r = d->record + i;
+        r->b = r->a;
+        r->b.ids = arena_alloc(&d->store, (size_t)(2 * len) * sizeof *r->b.ids);
+        memcpy(r->b.ids, r->a.ids, (size_t)len * sizeof *r->b.ids);
+        for (int t = 0; t < len; t++) r->b.ids[len + t] = r->a.ids[2 * len - 1 - t];
+    }
+    rlhf_rm_config c = rlhf_rm_config_default();
+    c.max_steps = 1000000;
+    c.lr_scheduler_type = "constant";
+    c.per_device_train_batch_size = pairs;
+    rlhf_trainer *t = rm_open(m, NULL, NULL, d, NULL, &c);
+    double s = bench_time(b, bench_step_run, t), tokens = 4.0 * pairs * len;
+    /* A prompt and two answers, which see it. */
+    double macs = bench_macs(m, len / 2.0, 0) + 2 * bench_macs(m, 1.5 * len, 0);
+    char full[64];
+    snprintf(full, sizeof full, "rm/%.20s/%dx(%d+%d)/%s", name, pairs, len, len, b->dtype);
+    bench_add(b, full, tokens / s, "tok/s", 6.0 * pairs * len * macs / s / 1e9 / b->peak);
+    train_free(t);
+    data_free(d);
+    model_free(m);
+}
+
+/* Training with a team of n threads, beside the roof of as many. */
 static void bench_threads(bench *b, const char *name, int n) {
     rlhf_ctx *ctx = b->ctx;
     par_team *team = ctx->team;
@@ -18283,9 +18339,9 @@ static void bench_hash(bench *b) {
 /* The geometric mean of the shares of one kind of work, one line each: what two machines, or two
  * versions, are compared by. */
 static void bench_scores(bench *b) {
-    static const char *const kinds[] = {"gemm/", "train/", "generate/", "ppo/"};
+    static const char *const kinds[] = {"gemm/", "train/", "rm/", "generate/", "ppo/"};
     int n = b->n;
-    for (int k = 0; k < 4; k++) {
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
         double sum = 0;
         int count = 0;
         for (int i = 0; i < n; i++) {
@@ -18300,7 +18356,7 @@ static void bench_scores(bench *b) {
     }
 }
 
-/* The whole of `rlhf bench`: what is gemm, train, generate, sample, ppo, or all of these; or
+/* The whole of `rlhf bench`: what is gemm, train, rm, generate, sample, ppo, or all of these; or
  * growth. */
 static void bench_run(bench *b, const char *what, const char *model) {
     int all = !strcmp(what, "all"), grow = !strcmp(what, "growth");
@@ -18316,6 +18372,7 @@ static void bench_run(bench *b, const char *what, const char *model) {
             bench_train(b, "train", name, big ? 4 : 8, big ? 64 : 128);
             if (big && !b->quick) bench_train(b, "train", name, 4, 256);
         }
+        if ((all && !b->quick) || !strcmp(what, "rm")) bench_rm(b, name, big ? 4 : 8, 64);
         if (all || !strcmp(what, "generate"))
             for (int batch = 1; batch <= 32; batch *= batch == 1 ? 8 : 4)
                 bench_generate(b, "generate", name, batch);
@@ -22437,7 +22494,7 @@ static rlhf_status cli_bench_frame(cli *c, bench *b, const char *what) {
 }
 
 static int cli_bench(cli *c) {
-    static const char choices[] = "all|gemm|train|generate|sample|ppo|growth";
+    static const char choices[] = "all|gemm|train|rm|generate|sample|ppo|growth";
     const char *what = c->n_more ? c->more[0] : "all";
     if (!base_is_choice(choices, what))
         return cli_fail(c, "bench: \"%s\", expected one of %s", what, choices), 2;
@@ -22677,7 +22734,7 @@ static const cli_command cli_commands[] = {
      "--train FILE... --vocab_size N --out DIR",
      CLI_COMMON | CLI_BIT(train) | CLI_BIT(vocab_size) | CLI_BIT(out), -1, cli_tokenizer},
     {"bench", "this machine's speed at the work of RLHF",
-     "[all|gemm|train|generate|sample|ppo|growth] [--model NAME|DIR]",
+     "[all|gemm|train|rm|generate|sample|ppo|growth] [--model NAME|DIR]",
      CLI_COMMON | CLI_BIT(model) | CLI_BIT(quick), -1, cli_bench},
     {"info", "this machine, and a model's shape", "[--model DIR]", CLI_COMMON | CLI_BIT(model), -1,
      cli_info}};

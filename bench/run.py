@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`rlhf bench` against its peers on the same work, in turn: A B A B ... for each item.
 
-    python3 bench/run.py [--rounds N] [--peer NAME]... [--work gemm|train|generate|sample|ppo]...
+    python3 bench/run.py [--rounds N] [--peer NAME]... [--work gemm|train|rm|generate|sample|ppo]...
                          [--model NAME]... [--dtype f32|bf16]... [--threads N]
 
 Each run is a process of its own. A ratio is the median over rounds of the ratio of two
@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 
 HERE = Path(__file__).resolve().parent
-WORK = ("gemm", "train", "generate", "sample", "ppo")
+WORK = ("gemm", "train", "rm", "generate", "sample", "ppo")
 MODELS = ("llama-8m", "gpt2-14m", "llama-15m", "gpt2", "smollm2-135m", "qwen2.5-0.5b",
           "llama3.2-1b")
 USUAL = MODELS[:4]  # without --model
@@ -36,7 +36,7 @@ COLUMNS = ("machine", "date", "compiler", "commit", "name", "unit", "ours", "pee
 # A peer is a script in peers/ that runs in the environment build/bench-NAME, or a program in build.
 Peer = namedtuple("Peer", "run work dtypes")
 PEERS = {
-    "torch": Peer("torch_peer.py", ("train", "generate", "sample", "ppo"), ("f32", "bf16")),
+    "torch": Peer("torch_peer.py", ("train", "rm", "generate", "sample", "ppo"), ("f32", "bf16")),
     "openblas": Peer("gemm-openblas", ("gemm",), ("f32",)),
     "blis": Peer("gemm-blis", ("gemm",), ("f32",)),
     "onednn": Peer("gemm-onednn", ("gemm",), ("f32", "bf16")),

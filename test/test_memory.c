@@ -20,6 +20,7 @@ typedef struct run {
     int words, peft, recompute, batch, samples;
     double limit;
     int shared; /* ppo: one trunk */
+    int alike;  /* prompts differ in the end only: less than the table says */
 } run;
 
 static void save_run(rlhf_ctx *ctx, void *arg) {
@@ -40,12 +41,13 @@ static void bases_make(rlhf_tokenizer **tok, rlhf_ctx *ctx) {
     rlhf_model_close(m);
 }
 
-/* Records of about so many tokens each, one a byte. */
+/* Records of about so many tokens each, one a byte. What begins alike is computed once, hence the
+ * number in front. */
 static rlhf_dataset *records(rlhf_ctx *ctx, rlhf_tokenizer *tok, const run *r) {
     static const rlhf_data_kind kinds[] = {RLHF_DATA_SFT, RLHF_DATA_PREFERENCE, RLHF_DATA_PROMPT};
     char text[40000], *at = text;
     for (int i = 0; i < 8; i++) {
-        at += sprintf(at, "{\"prompt\": \"%0*d\"", r->words, i);
+        at += sprintf(at, "{\"prompt\": \"%d%0*d\"", r->alike ? 0 : i, r->words - 1, i);
         if (r->stage == SFT) at += sprintf(at, ", \"completion\": \"%0*d\"", r->words, i);
         if (r->stage == RM)
             at += sprintf(at, ", \"chosen\": \"%0*d\", \"rejected\": \"x%d\"", r->words, i, i);
@@ -82,7 +84,7 @@ static rlhf_status run_open(rlhf_ctx *ctx, const run *r, rlhf_tokenizer *tok, rl
     common(r, &u.c);
     if (r->stage == SFT) u.sft.sample_prompts = r->samples;
     if (r->stage == SFT) return rlhf_sft_open(m[0], tok, d, NULL, &u.sft, t);
-    if (r->stage == RM) u.rm.normalize_samples = 16;
+    if (r->stage == RM) u.rm.normalize_samples = 8; /* as many as prompts */
     if (r->stage == RM) return rlhf_rm_open(m[1], m[0], tok, d, NULL, &u.rm, t);
     u.ppo.batch_size = 8;
     u.ppo.best_of_n = 0;
@@ -139,7 +141,7 @@ static uint64_t check_run(const run *r, plan *p) {
     double took = (double)(ctx->mem_peak + mapped(ctx));
     double said = (double)(need.total - TRAIN_PROGRAM);
     CHECK(need.weights >= 0 && need.other >= 0);
-    if (!(took <= 1.1 * said && took >= 0.9 * said))
+    if (!(took <= 1.1 * said && took >= (r->alike ? 0.3 : 0.9) * said))
         test_fail(__FILE__, __LINE__,
                   "stage %d, %d words, peft %d, recompute %d, batch %d: took %.2f MB, said %.2f: "
                   "weights %.2f adapters %.2f optimizer %.2f activations %.2f cache %.2f scratch "
@@ -171,8 +173,10 @@ TEST(table_and_run) {
             if (k != 0 && k != 3 && k != 5 && k != 6) continue;
             if (test_quick() && k != (s == PPO ? 0 : 6)) continue;
             int words = !(k >> 2 & 1) ? 20 : test_quick() ? 40 : 150;
-            check_run(&(run){(stage)s, words, k & 1, k >> 1 & 1, 8, 8, 0, 0}, &p);
+            check_run(&(run){(stage)s, words, k & 1, k >> 1 & 1, 8, 8, 0, 0, 0}, &p);
         }
+    for (int s = SFT; s <= PPO; s++)
+        check_run(&(run){(stage)s, test_quick() ? 20 : 75, 1, 0, 8, 8, 0, 0, 1}, &p);
 }
 
 /* A value head on the policy's trunk takes neither weights nor an optimizer's state. */
@@ -180,7 +184,7 @@ TEST(one_trunk) {
     if (test_quick()) SKIP("not in the quick run");
     for (int peft = 0; peft < 2; peft++) {
         plan apart, one;
-        run r = {PPO, 20, peft, 0, 8, 8, 0, 0};
+        run r = {PPO, 20, peft, 0, 8, 8, 0, 0, 0};
         check_run(&r, &apart);
         r.shared = 1;
         check_run(&r, &one);
@@ -192,7 +196,7 @@ TEST(one_trunk) {
 TEST(a_limit_changes_no_bit) {
     if (test_quick()) SKIP("not in the quick run");
     for (int peft = 0; peft < 2; peft++) {
-        run r = {SFT, 75, peft, 0, 8, 0, 0, 0};
+        run r = {SFT, 75, peft, 0, 8, 0, 0, 0, 0};
         plan whole, cut, again;
         uint64_t hash = check_run(&r, &whole);
         r.limit = 0.97 * whole.total / 1e9;

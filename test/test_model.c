@@ -688,7 +688,8 @@ static void check_shared(const char *config, int recompute) {
         for (int l = 0; l < model_param_layers(m, k); l++) {
             double off = 0, norm = 0;
             for (size_t i = 0; i < m->slot[k].n; i++) {
-                double x = (double)m->g[model_at(m, k, l) + i], y = (double)g[model_at(m, k, l) + i];
+                size_t at = model_at(m, k, l) + i;
+                double x = (double)m->g[at], y = (double)g[at];
                 off += (x - y) * (x - y), norm += y * y;
             }
             CHECK(off <= 1e-10 * norm);
@@ -743,8 +744,9 @@ static void score_list(rlhf_ctx *ctx, void *arg) {
 }
 
 TEST(who_leads) {
-    static const int32_t a[] = {1, 2, 3, 4, 5}, b[] = {1, 2, 3, 4, 6, 7}, c[] = {1, 9, 9, 9, 9, 9, 9},
-                         d[] = {1, 9, 9, 9, 9, 9, 8}, e[] = {1, 7}, f[] = {2, 7}, g[] = {2, 7};
+    static const int32_t a[] = {1, 2, 3, 4, 5}, b[] = {1, 2, 3, 4, 6, 7},
+                         c[] = {1, 9, 9, 9, 9, 9, 9}, d[] = {1, 9, 9, 9, 9, 9, 8},
+                         e[] = {1, 7}, f[] = {2, 7}, g[] = {2, 7};
     static const int32_t *const ids[] = {a, b, c, d, e, f, g};
     static const int len[] = {5, 6, 7, 7, 2, 2, 2}, want[] = {0, 4, 0, 6, 1, 0, 1};
     int shared[7];

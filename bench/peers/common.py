@@ -44,7 +44,7 @@ POSITIONS = 1024  # of all kinds: enough for every item
 
 def parse(name):
     """(work, model, numbers, bf16) of a result's name, None for work that is not a model's."""
-    found = re.fullmatch(r"(train|generate|sample|ppo)/([^/]+)/([^/]+)/(f32|bf16)", name)
+    found = re.fullmatch(r"(train|rm|generate|sample|ppo)/([^/]+)/([^/]+)/(f32|bf16)", name)
     if not found or found[2] not in SHAPES:
         return None
     return found[1], found[2], [int(x) for x in re.findall(r"\d+", found[3])], found[4] == "bf16"

@@ -203,6 +203,29 @@ class Training:
         return loss.item()
 
 
+class Pairs:
+    """The reward model's step on pairs of answers to one prompt, all sequences in one batch, as
+    TRL's RewardTrainer has them: both answers begin with the prompt. The scores are read at the
+    last tokens."""
+
+    def __init__(self, name, pairs, prompt, answer, bf16=False, lr=2e-5):
+        self.model = Model(name, score=True)
+        self.bf16 = bf16
+        ids = random_ids(self.model, pairs, prompt + 2 * answer)
+        start, chosen, rejected = ids.split((prompt, answer, answer), 1)
+        self.ids = torch.cat((torch.cat((start, chosen), 1), torch.cat((start, rejected), 1)))
+        self.parameters = list(self.model.parameters())
+        self.optimizer = adamw(self.parameters, lr)
+
+    def step(self):
+        with mixed(self.bf16):
+            chosen, rejected = self.model.scores(self.model(self.ids)[:, -1]).chunk(2)
+        loss = -F.logsigmoid(chosen - rejected).mean()
+        loss.backward()
+        update(self.parameters, self.optimizer)
+        return loss.item()
+
+
 # ---- Generation ----------------------------------------------------------------------------------
 
 
@@ -345,6 +368,10 @@ def measure(work, model, numbers, bf16, a):
         batch, length = numbers
         training = Training(model, batch, length, bf16)
         return batch * length / median_time(training.step, a.quick), "tok/s"
+    if work == "rm":
+        pairs, prompt, answer = numbers
+        s = median_time(Pairs(model, pairs, prompt, answer, bf16).step, a.quick)
+        return 2 * pairs * (prompt + answer) / s, "tok/s"
     if work in ("generate", "sample"):
         batch, = numbers
         how = draw_some if work == "sample" else draw
@@ -383,6 +410,13 @@ def check(report, _):
         start = math.log(t.model.shape.vocab)
         report(abs(losses[0] - start) < 0.3 and losses[-1] < losses[0] - 1,
                f"{name}: loss {losses[0]:.3f} (ln vocab {start:.3f}) falls to {losses[-1]:.3f}")
+
+        for bf16 in (False, True):
+            t = Pairs(name, 4, 16, 16, bf16, lr=1e-3)
+            pairs = [t.step() for _ in range(6)]
+            report(pairs[-1] < 0.5 * pairs[0],
+                   f"{name}: {'bf16: ' * bf16}loss of pairs {pairs[0]:.3f} falls to "
+                   f"{pairs[-1]:.3f}")
 
         m, whole = greedy(name)
         for bf16, most in ((False, 1e-3), (True, 0.1)):

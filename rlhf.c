@@ -10423,12 +10423,24 @@ static uint64_t ckpt_identity(rlhf_ctx *ctx, const char *dir) {
     return all;
 }
 
-/* Panels of a base are kept where they take no more bytes than this, half of the machine's memory:
- * the files' pages are given back, but other than these the system cannot drop panels and read them
- * again. */
+/* bytes, or what a file of a control group allows, if that is less; "max" allows all. */
+static size_t ckpt_allowed(const char *path, size_t bytes) {
+    FILE *f = fopen(path, "r");
+    unsigned long long most;
+    if (!f) return bytes;
+    if (fscanf(f, "%llu", &most) == 1 && most < bytes) bytes = (size_t)most;
+    fclose(f);
+    return bytes;
+}
+
+/* Panels of a base are kept where they take no more bytes than this, half of the memory that the
+ * machine has, or on Linux the container, by either version of control groups: the files' pages are
+ * given back, but other than these the system cannot drop panels and read them again. */
 static size_t ckpt_keep_bytes(void) {
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-    return pages > 0 && size > 0 ? (size_t)pages * (size_t)size / 2 : (size_t)1 << 32;
+    size_t bytes = pages > 0 && size > 0 ? (size_t)pages * (size_t)size : (size_t)1 << 33;
+    bytes = ckpt_allowed("/sys/fs/cgroup/memory.max", bytes);
+    return ckpt_allowed("/sys/fs/cgroup/memory/memory.limit_in_bytes", bytes) / 2;
 }
 
 /* Whether a base has what a model reads: config.json may be another than that of the model that it

@@ -253,5 +253,18 @@ TEST(panels_in_place_of_files) {
     if (opened < 0) SKIP("the system does not say what is resident");
 }
 
+TEST(limits_of_containers) {
+    const char *path = test_write("memory.max", "max\n");
+    CHECK(ckpt_allowed(path, 1000) == 1000);
+    path = test_write("memory.max", "700\n");
+    CHECK(ckpt_allowed(path, 1000) == 700);
+    CHECK(ckpt_allowed(path, 500) == 500);
+    path = test_write("memory.max", "9223372036854771712\n");
+    CHECK(ckpt_allowed(path, 1000) == 1000);
+    CHECK(ckpt_allowed(test_path("none"), 1000) == 1000);
+    CHECK(ckpt_keep_bytes() > 0);
+}
+
 TEST_MAIN(CASE(table_and_run), CASE(one_trunk), CASE(a_limit_changes_no_bit),
-          CASE(panels_in_place_of_files))
+          CASE(panels_in_place_of_files),
+          CASE(limits_of_containers))

@@ -5104,8 +5104,8 @@ static void op_attn_bwd_groups(void *arg, int64_t lo, int64_t hi, int thread) {
     }
 }
 
-/* dqkv from dout, for whole sequences whose forward pass kept qkv, o and lse; before
- * op_rope with sign -1. Scratch grows with the longest sequence, not with its square. */
+/* dqkv from dout, for whole sequences whose forward pass kept qkv, o and lse; before op_rope with
+ * sign -1. Scratch grows with the longest sequence, not with its square. */
 static void op_attn_bwd(op_env *e, op_attn *a) {
     arena_mark mark = arena_save(e->ws);
     /* One layout for all sequences, hence for the longest. */

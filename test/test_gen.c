@@ -162,6 +162,26 @@ static void admit(rlhf_ctx *ctx, void *arg) {
     CHECK_EQ_I(live.held[3], 11);
     CHECK_EQ_I(live.row[7].slot, 7);
     CHECK_EQ_I(live.row[7].past, 7);
+    /* Of two new rows the first finds three tokens in a cache, the second these and four more of
+     * the first's; its answer is that of a row by itself. */
+    static const int two[3] = {3, 0, 2};
+    float logp[3];
+    for (int i = 0; i < 3; i++) item[i].prompt = prompts[two[i]], item[i].n_prompt = lengths[two[i]];
+    live = gen_open(m, &m->ws, 3, 32);
+    CHECK_EQ_I(gen_admit(m, &live, item, 0, 1), 1);
+    gen_step(m, &m->ws, &c, &live);
+    CHECK_EQ_I(gen_admit(m, &live, item, 1, 3), 3);
+    CHECK_EQ_I(live.row[1].past, 3);
+    CHECK_EQ_I(live.row[1].led, 0);
+    CHECK_EQ_I(live.row[2].past, 7);
+    CHECK_EQ_I(live.row[2].led, 4);
+    CHECK_EQ_I(live.row[2].lead, 1);
+    CHECK_EQ_I(live.held[2], 3);
+    gen_step(m, &m->ws, &c, &live);
+    for (int i = 1; i < 3; i++) logp[i] = item[i].logp[0];
+    c.batch = c.max_new = 1;
+    gen_run(m, &m->ws, &c, item + 1, 2, NULL);
+    for (int i = 1; i < 3; i++) CHECK(logp[i] == item[i].logp[0]);
     model_free(m);
 }
 

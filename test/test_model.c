@@ -752,6 +752,15 @@ TEST(who_leads) {
     int shared[7];
     model_share(7, ids, len, shared);
     for (int i = 0; i < 7; i++) CHECK_EQ_I(shared[i], want[i]);
+    /* A batch that begins with the second of three, which has less in common with the third. */
+    static const int32_t x[] = {1, 2, 9, 9}, y[] = {1, 2, 3, 4, 8};
+    static const int32_t *const three[] = {a, x, y};
+    static const int long_as[] = {5, 4, 5};
+    int own[3] = {5, 2, 1};
+    model_share(3, three, long_as, shared);
+    CHECK(shared[0] == 0 && shared[1] == 2 && shared[2] == 4);
+    model_share_from(1, 3, three, long_as, shared, own);
+    CHECK(shared[1] == 0 && shared[2] == 2 && own[1] == 4 && own[2] == 3);
 }
 
 TEST(scores_of_a_list) {

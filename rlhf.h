@@ -528,9 +528,9 @@ typedef struct rlhf_sample {
 
 /* Continues n prompts (NUL-terminated), num_return_sequences times each: *count samples in order of
  * prompts, released with rlhf_samples_free. A sample is a function of the weights, the prompt, its
- * index and the seed alone. RLHF_ERR_ARG for a reward model or a config out of range,
- * RLHF_ERR_CONTEXT for a prompt that leaves no room, RLHF_STOPPED if the progress hook asked to
- * stop. In each case *samples is null. */
+ * index and the seed alone; what prompts begin with alike is computed once. RLHF_ERR_ARG for a
+ * reward model or a config out of range, RLHF_ERR_CONTEXT for a prompt that leaves no room,
+ * RLHF_STOPPED if the progress hook asked to stop. In each case *samples is null. */
 rlhf_status rlhf_generate(rlhf_model *model, rlhf_tokenizer *tokenizer,
                           const rlhf_generate_config *config, const char *const *prompts, int n,
                           rlhf_sample **samples, int *count);

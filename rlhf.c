@@ -4782,14 +4782,19 @@ static void op_put_columns(const k_table *kt, int hd, const float *x, size_t ld,
 /* The same as rows of panels [hd16/16][cap][16]. */
 static void op_put_rows(int hd, const float *x, size_t ld, int n, int pos, size_t cap,
                         float *panels) {
-    for (int p = 0; p < hd; p += RLHF_LANES, panels += cap * RLHF_LANES) {
-        int w = base_min(RLHF_LANES, hd - p);
-        float *out = panels + (size_t)pos * RLHF_LANES;
-        for (int r = 0; r < n; r++, out += RLHF_LANES) {
-            memcpy(out, x + (size_t)r * ld + p, (size_t)w * sizeof *out);
-            if (w < RLHF_LANES) memset(out + w, 0, (size_t)(RLHF_LANES - w) * sizeof *out);
+    float *out = panels + (size_t)pos * RLHF_LANES;
+    for (int r = 0; r < n; r++, x += ld, out += RLHF_LANES)
+        for (int p = 0; p < hd; p += RLHF_LANES) {
+            float *to = out + (size_t)p * cap;
+            int w = base_min(RLHF_LANES, hd - p);
+            __builtin_prefetch(x + K_ROWS_AHEAD * ld + p);
+            if (w == RLHF_LANES) { /* a constant, so that registers copy it */
+                memcpy(to, x + p, RLHF_LANES * sizeof *to);
+                continue;
+            }
+            memcpy(to, x + p, (size_t)w * sizeof *to);
+            memset(to + w, 0, (size_t)(RLHF_LANES - w) * sizeof *to);
         }
-    }
 }
 
 /* Copies keys and values of group g of rows [row, row + n) into one sequence's panels, from

@@ -166,7 +166,10 @@ static void admit(rlhf_ctx *ctx, void *arg) {
      * the first's; its answer is that of a row by itself. */
     static const int two[3] = {3, 0, 2};
     float logp[3];
-    for (int i = 0; i < 3; i++) item[i].prompt = prompts[two[i]], item[i].n_prompt = lengths[two[i]];
+    for (int i = 0; i < 3; i++) {
+        item[i].prompt = prompts[two[i]];
+        item[i].n_prompt = lengths[two[i]];
+    }
     live = gen_open(m, &m->ws, 3, 32);
     CHECK_EQ_I(gen_admit(m, &live, item, 0, 1), 1);
     gen_step(m, &m->ws, &c, &live);

@@ -9614,16 +9614,15 @@ static void model_share(int n, const int32_t *const *ids, const int *len, int *s
     }
 }
 
-/* Has sequence `at` lead those that shared with what led it: a batch begins here. own: tokens that
- * each computes for itself. */
-static void model_share_from(int at, int n, const int32_t *const *ids, const int *len, int *shared,
-                             int *own) {
-    for (int i = at + 1; shared[at] && i < n && shared[i]; i++) {
+/* Has sequence `at` lead those that shared with what led it: a batch begins here. Returns the first
+ * sequence behind it of which nothing has changed. */
+static int model_share_from(int at, int n, const int32_t *const *ids, const int *len,
+                            int *shared) {
+    int i = at + 1;
+    for (; shared[at] && i < n && shared[i]; i++)
         shared[i] = model_alike(ids[at], len[at], ids[i], len[i]);
-        own[i] = len[i] - shared[i];
-    }
     shared[at] = 0;
-    own[at] = len[at];
+    return i;
 }
 
 /* ---- memory ---- */
@@ -9637,8 +9636,7 @@ static size_t model_row_floats(const rlhf_model *m, int save, size_t layers) {
     if (save) n += 2 * d + (size_t)c->heads;
     if (c->qk_norm) n += (save ? q + 2 * kv : 0) + 2 * (size_t)(c->heads + c->kv_heads);
     if (c->post_norms) n += d * (save ? 2 : 1) + 4;
-    /* Keys and values; scored answers have those of what they share once more. */
-    return n * (save ? layers : 1) + d + ff + (c->head == RLHF_HEAD_SCORE ? 4 : 2) * kv;
+    return n * (save ? layers : 1) + d + ff + 2 * kv;
 }
 
 /* Floats that the backward pass of a layer takes for each row. */
@@ -9678,6 +9676,8 @@ static model_need model_need_training(const rlhf_model *m, int rows) {
     size_t kept = d + model_row_floats(m, !m->recompute, layers);
     size_t back = d + model_row_back(m);
     if (m->recompute) kept += layers * d, back += model_row_floats(m, 1, 1);
+    /* Keys and values that the second answer of a pair shares with the first are there twice. */
+    if (m->c.head == RLHF_HEAD_SCORE) kept += 2 * (size_t)(m->c.kv_heads * m->c.hd);
     size_t head = m->c.head == RLHF_HEAD_LM ? model_head_floats(m, rows, 1) : 0;
     size_t top = 3 * d * r;
     /* Logits are gone before the backward pass through the layers begins. */
@@ -9747,15 +9747,23 @@ static int model_batch_count(const rlhf_model *m, const int *len, int from, int 
     return model_cut(len, from, n, model_batch_tokens(m));
 }
 
+/* Tokens that a sequence counts for where a batch is cut by memory: those that it computes, and of
+ * those that it shares the part that their keys and values are, of which each has its own. */
+static int model_own(const rlhf_model *m, int len, int shared) {
+    size_t kv = 2 * (size_t)(m->c.kv_heads * m->c.hd), row = model_row_floats(m, 0, 1);
+    return len - shared + (int)(((size_t)shared * kv + row - 1) / row);
+}
+
 /* Raw scores at the last token of n sequences, in batches; len[i] >= 1. */
 static void model_score_list(rlhf_model *m, arena *ws, int n, const int32_t *const *ids,
                              const int *len, float *score) {
     arena_mark list = arena_save(ws);
     int *shared = arena_alloc(ws, 2 * (size_t)n * sizeof *shared), *own = shared + n;
     model_share(n, ids, len, shared);
-    for (int i = 0; i < n; i++) own[i] = len[i] - shared[i];
+    for (int i = 0; i < n; i++) own[i] = model_own(m, len[i], shared[i]);
     for (int at = 0, k; at < n; at += k) {
-        model_share_from(at, n, ids, len, shared, own);
+        int end = model_share_from(at, n, ids, len, shared);
+        for (int i = at; i < end; i++) own[i] = model_own(m, len[i], shared[i]);
         k = model_batch_count(m, own, at, n);
         arena_mark mark = arena_save(ws);
         model_run run = model_batch(ws, k, ids + at, len + at, shared + at);

@@ -84,7 +84,7 @@ static rlhf_status run_open(rlhf_ctx *ctx, const run *r, rlhf_tokenizer *tok, rl
     common(r, &u.c);
     if (r->stage == SFT) u.sft.sample_prompts = r->samples;
     if (r->stage == SFT) return rlhf_sft_open(m[0], tok, d, NULL, &u.sft, t);
-    if (r->stage == RM) u.rm.normalize_samples = 8; /* as many as prompts */
+    if (r->stage == RM) u.rm.normalize_samples = 16;
     if (r->stage == RM) return rlhf_rm_open(m[1], m[0], tok, d, NULL, &u.rm, t);
     u.ppo.batch_size = 8;
     u.ppo.best_of_n = 0;

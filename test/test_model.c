@@ -721,6 +721,9 @@ static void score_list(rlhf_ctx *ctx, void *arg) {
         }
     }
     model_share(N, ids, len, shared);
+    /* What is shared takes memory, too: its keys and values. */
+    CHECK(model_own(m, 30, 0) == 30 && model_own(m, 5000, 4990) > 20);
+    CHECK(model_own(m, 5000, 4990) < 2500);
     float score[N], alone;
     model_score_list(m, &m->ws, N, ids, len, score);
     for (int i = 0; i < N; i++) {
@@ -729,14 +732,13 @@ static void score_list(rlhf_ctx *ctx, void *arg) {
     }
     /* A batch that begins in the middle. */
     for (int at = 1; at < N; at++) {
-        int mine[N], left[N];
+        int mine[N];
         memcpy(mine, shared, sizeof mine);
-        for (int i = 0; i < N; i++) left[i] = len[i] - mine[i];
-        model_share_from(at, N, ids, len, mine, left);
+        int end = model_share_from(at, N, ids, len, mine);
+        CHECK(end > at && !memcmp(mine + end, shared + end, (size_t)(N - end) * sizeof *mine));
         CHECK_EQ_I(mine[at], 0);
         for (int i = at, first = at; i < N; i++) {
             if (!mine[i]) first = i;
-            CHECK_EQ_I(left[i], len[i] - mine[i]);
             CHECK(!memcmp(id[first], id[i], (size_t)mine[i] * sizeof *id[i]));
             CHECK(i == at || !mine[i] == !shared[i]);
         }
@@ -756,11 +758,10 @@ TEST(who_leads) {
     static const int32_t x[] = {1, 2, 9, 9}, y[] = {1, 2, 3, 4, 8};
     static const int32_t *const three[] = {a, x, y};
     static const int long_as[] = {5, 4, 5};
-    int own[3] = {5, 2, 1};
     model_share(3, three, long_as, shared);
     CHECK(shared[0] == 0 && shared[1] == 2 && shared[2] == 4);
-    model_share_from(1, 3, three, long_as, shared, own);
-    CHECK(shared[1] == 0 && shared[2] == 2 && own[1] == 4 && own[2] == 3);
+    CHECK_EQ_I(model_share_from(1, 3, three, long_as, shared), 3);
+    CHECK(shared[1] == 0 && shared[2] == 2);
 }
 
 TEST(scores_of_a_list) {

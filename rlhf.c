@@ -125,6 +125,11 @@
 #define RLHF_PAUSE() __builtin_ia32_pause()
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #define RLHF_NEON 1
 #define RLHF_TARGET
 #define RLHF_PAUSE() __asm__ volatile("isb")
@@ -2553,7 +2558,7 @@ K_FN void k_v_ieee(int n, const uint16_t *x, float *y) {
 }
 
 K_FN void k_v_pairs(int n, int pairs, int strips, int w, const float *x, size_t ld, float *y) {
-    if (w % V_WIDTH) {
+    if (w < V_WIDTH) {
         k_r_pairs(n, pairs, strips, w, x, ld, y);
         return;
     }
@@ -2563,8 +2568,10 @@ K_FN void k_v_pairs(int n, int pairs, int strips, int w, const float *x, size_t 
             __builtin_prefetch(x + K_ROWS_AHEAD * ld + c);
             __builtin_prefetch(x + (K_ROWS_AHEAD + 1) * ld + c);
         }
+        /* The last register of a strip reaches back where the width is no multiple of its own. */
         for (int s = 0; s < strips; s++)
-            for (int c = 0; c < w; c += V_WIDTH) {
+            for (int i = 0; i < w; i += V_WIDTH) {
+                int c = i + V_WIDTH <= w ? i : w - V_WIDTH;
                 vi a = vi_half(v_load(x + s * w + c)), b = vi_half(v_load(x + ld + s * w + c));
                 a = vi_add(vi_and(vi_shr(a, 16), low), b);
                 v_store(y + ((size_t)s * (size_t)pairs + (size_t)p) * (size_t)w + c, v_of(a));
@@ -2683,9 +2690,9 @@ enum {
     GEMM_DEPTH = 1024 /* longest part of k that a block of A and a group of panels have */
 };
 
-/* What B's panels hold, sixteen for a step of k: floats, pairs, or what counts as floats, bfloat16
- * and half precision. */
-enum { GEMM_FLOATS, GEMM_PAIRS, GEMM_NARROW, GEMM_IEEE };
+/* What B's panels hold, sixteen for a step of k: floats; pairs, which the processor multiplies, or
+ * which take two steps where it cannot; or what counts as floats, bfloat16 and half precision. */
+enum { GEMM_FLOATS, GEMM_PAIRS, GEMM_SPLIT, GEMM_NARROW, GEMM_IEEE };
 
 /* Floats that a step of a panel takes. */
 RLHF_INLINE size_t gemm_line(const int form) {
@@ -2788,13 +2795,36 @@ V_OP v16 gemm_v_column(const int form, const float *b) {
     return form == GEMM_NARROW ? v16_widen(h) : form == GEMM_IEEE ? v16_ieee(h) : v16_load(b);
 }
 
+/* Arm's instruction for pairs, in functions that end up in one with GEMM_DOT only: as assembly it
+ * may stand in a body that all forms share. */
+#if RLHF_NEON && defined(__clang__)
+#define GEMM_DOT __attribute__((target("bf16")))
+#elif RLHF_NEON
+#define GEMM_DOT __attribute__((target("+bf16")))
+#endif
+
+/* x y + sum; of pairs both products: they and the sums are rounded to odd, denormals are zeros.
+ * AVX2 has no such instruction. */
+V_OP v16 gemm_v_fma(const int form, v16 x, v16 y, v16 sum) {
+#if RLHF_NEON
+    if (form == GEMM_PAIRS) {
+        V_EACH(__asm__("bfdot %0.4s, %1.8h, %2.8h"
+                       : "+w"(sum.r[i])
+                       : "w"(x.r[i]), "w"(y.r[i])));
+        return sum;
+    }
+#endif
+    (void)form;
+    return v16_fma(x, y, sum);
+}
+
 /* R rows by P panels; both are constants at every call, so that sum stays in registers: R P <= 6
  * v16 are twelve of AVX2's sixteen registers. What does not fit beside them is read by the fused
- * multiply-add itself. form and ask, constants too: of B's panels (pairs are added as in
+ * multiply-add itself. form and ask, constants too: of B's panels (split pairs are added as in
  * gemm_r_pair_tile); whether the tile asks for what is to come. */
 V_OP void gemm_v_body(const int R, const int P, const int form, const int ask,
                       const gemm_tile_args *t) {
-    const int half = form == GEMM_PAIRS;
+    const int half = form == GEMM_SPLIT;
     v16 sum[6][4];
     V_UNROLL
     for (int r = 0; r < R; r++) {
@@ -2830,7 +2860,7 @@ V_OP void gemm_v_body(const int R, const int P, const int form, const int ask,
             float e = a[(size_t)r * t->rs];
             v16 x = v16_set(half ? gemm_low(e) : e);
             V_UNROLL
-            for (int p = 0; p < P; p++) sum[r][p] = v16_fma(x, col[p], sum[r][p]);
+            for (int p = 0; p < P; p++) sum[r][p] = gemm_v_fma(form, x, col[p], sum[r][p]);
             if (half) x = v16_set(gemm_high(e));
             V_UNROLL
             for (int p = 0; half && p < P; p++) sum[r][p] = v16_fma(x, high[p], sum[r][p]);
@@ -2885,7 +2915,12 @@ K_FN void gemm_v_narrow(int rows, int panels, const gemm_tile_args *t){GEMM_V_SH
 #define GEMM_FORM GEMM_IEEE
 K_FN void gemm_v_ieee(int rows, int panels, const gemm_tile_args *t){GEMM_V_SHAPES}
 #undef GEMM_FORM
+#if RLHF_NEON
 #define GEMM_FORM GEMM_PAIRS
+K_FN GEMM_DOT void gemm_v_dot_tile(int rows, int panels, const gemm_tile_args *t){GEMM_V_SHAPES}
+#undef GEMM_FORM
+#endif
+#define GEMM_FORM GEMM_SPLIT
 K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
     switch (rows * 8 + panels) {
         GEMM_V(4, 1)
@@ -2902,7 +2937,7 @@ K_FN void gemm_v_pair_tile(int rows, int panels, const gemm_tile_args *t) {
 
 /* Six chains of sixteen lanes: as many registers as a tile has. Every lane begins at a value of its
  * own: a compiler does two equal chains once, and the peak would be twice what there is. */
-K_FN double gemm_v_peak(int64_t rounds, float *sink) {
+V_OP double gemm_v_chains(const int form, int64_t rounds, float *sink) {
     static const float lane[RLHF_LANES] = {0, .1f, .2f, .3f, .4f, .5f, .6f, .7f,
                                            8, 8.1f, 8.2f, 8.3f, 8.4f, 8.5f, 8.6f, 8.7f};
     v16 sum[6], x = v16_set(0.999f), y = v16_set(1e-3f);
@@ -2910,12 +2945,22 @@ K_FN double gemm_v_peak(int64_t rounds, float *sink) {
     for (int j = 0; j < 6; j++) sum[j] = v16_add(v16_load(lane), v16_set((float)j));
     for (int64_t n = 0; n < rounds; n++) {
         V_UNROLL
-        for (int j = 0; j < 6; j++) sum[j] = v16_fma(sum[j], x, y);
+        for (int j = 0; j < 6; j++)
+            sum[j] = form == GEMM_PAIRS ? gemm_v_fma(form, y, y, sum[j]) : v16_fma(sum[j], x, y);
     }
     V_UNROLL
     for (int j = 0; j < 6; j++) *sink += v16_sum(sum[j]);
-    return 2.0 * 6 * RLHF_LANES * (double)rounds;
+    return (form == GEMM_PAIRS ? 4.0 : 2.0) * 6 * RLHF_LANES * (double)rounds;
 }
+
+K_FN double gemm_v_peak(int64_t rounds, float *sink) {
+    return gemm_v_chains(GEMM_FLOATS, rounds, sink);
+}
+#if RLHF_NEON
+K_FN GEMM_DOT double gemm_v_dot_peak(int64_t rounds, float *sink) {
+    return gemm_v_chains(GEMM_PAIRS, rounds, sink);
+}
+#endif
 #endif
 
 #if RLHF_X86
@@ -3294,13 +3339,36 @@ static const k_table k_amx = {.name = "amx",
                               K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table *const k_tables[] = {&k_amx, &k_avx512bf16, &k_avx512, &k_avx2, &k_ref};
 #elif RLHF_NEON
+/* The system knows whether the processor multiplies pairs. */
+static int gemm_has_dot(void) {
+#if defined(__linux__)
+    const unsigned long bit = 1ul << 14; /* HWCAP2_BF16 */
+    return (getauxval(AT_HWCAP2) & bit) != 0;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, NULL, 0) == 0 && has;
+#else
+    return 0;
+#endif
+}
+
+static const k_table k_neonbf16 = {.name = "neonbf16",
+                                   .available = gemm_has_dot,
+                                   .f32 = GEMM_V_F32,
+                                   .bf16 = {.tile = gemm_v_dot_tile,
+                                            GEMM_V_LIST,
+                                            .half = k_v_half,
+                                            .pairs = k_v_pairs,
+                                            .peak = gemm_v_dot_peak},
+                                   K_KERNELS(GEMM_VECTOR_KERNEL)};
 static const k_table k_neon = {
     .name = "neon",
     .available = gemm_yes,
     .f32 = GEMM_V_F32,
     .bf16 = {.tile = gemm_v_pair_tile, GEMM_V_PAIR_LIST, .half = k_v_half, .pairs = k_v_pairs},
     K_KERNELS(GEMM_VECTOR_KERNEL)};
-static const k_table *const k_tables[] = {&k_neon, &k_ref};
+static const k_table *const k_tables[] = {&k_neonbf16, &k_neon, &k_ref};
 #else
 static const k_table *const k_tables[] = {&k_ref};
 #endif
@@ -17210,7 +17278,7 @@ const char *rlhf_isas(void) {
            : gemm_has_avx2()   ? "avx2 ref"
                                : "ref";
 #elif RLHF_NEON
-    return "neon ref";
+    return gemm_has_dot() ? "neonbf16 neon ref" : "neon ref";
 #else
     return "ref";
 #endif

@@ -338,8 +338,8 @@ static float half_precision(uint16_t h) {
 }
 static void c_ieee(const k_table *k, call *c) { widened(k->ieee, half_precision, c); }
 static void c_pairs(const k_table *k, call *c) {
-    static const int widths[] = {RLHF_LANES, 8, 5};
-    int w = widths[c->n % 3], strips = 1 + c->n % 2, rows = c->n / (w * strips);
+    static const int widths[] = {RLHF_LANES, 8, 6, 5};
+    int w = widths[c->n % 4], strips = 1 + c->n % 2, rows = c->n / (w * strips);
     int pairs = rows / 2 + 2;
     float y[RLHF_LANES * 2 * 600];
     if (pairs > 600) rows = 1100, pairs = 552;

@@ -323,6 +323,67 @@ static int base_is_choice(const char *choices, const char *value) {
     return 0;
 }
 
+/* ---- what a container may use: Linux's control groups, of both versions ---- */
+
+enum { BASE_PATH = 4096 };
+
+/* Reads up to two numbers from a file of a directory and returns how many there are: of "max",
+ * which sets no limit, as of a missing file, none. */
+static int base_numbers(const char *dir, const char *file, double n[2]) {
+    char path[BASE_PATH];
+    int got = snprintf(path, sizeof path, "%s/%s", dir, file);
+    FILE *f = got < (int)sizeof path ? fopen(path, "r") : NULL;
+    got = f ? fscanf(f, "%lf %lf", n, n + 1) : 0;
+    if (f) fclose(f);
+    return base_max(got, 0);
+}
+
+/* What one group's directory allows: bytes of memory; processors, as time by the time that it is
+ * for. A hierarchy of the first version has the second file of each. */
+static double base_group_bytes(const char *dir) {
+    double n[3] = {INFINITY, INFINITY, 0};
+    base_numbers(dir, "memory.max", n);
+    base_numbers(dir, "memory.limit_in_bytes", n + 1);
+    return fmin(n[0], n[1]);
+}
+
+static double base_group_processors(const char *dir) {
+    double n[3] = {0, 0, 0};
+    if (base_numbers(dir, "cpu.max", n) < 2) {
+        base_numbers(dir, "cpu.cfs_quota_us", n);
+        base_numbers(dir, "cpu.cfs_period_us", n + 1);
+    }
+    return n[0] > 0 && n[1] > 0 ? n[0] / n[1] : INFINITY;
+}
+
+/* The least of what `allows` finds in the groups that this process is in and in those above them,
+ * all below `root`; INFINITY where there are none. `groups` lists them, a line for each hierarchy:
+ * "number:controllers:path". Seen from within a container, directories of the path may not be
+ * there; then the container's own is the hierarchy's first. */
+static double base_group_least(const char *groups, const char *root,
+                               double (*allows)(const char *dir)) {
+    double least = INFINITY;
+    char line[BASE_PATH], dir[2 * BASE_PATH];
+    FILE *f = fopen(groups, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        line[strcspn(line, "\n")] = 0;
+        const char *controllers = strchr(line, ':');
+        char *path = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!path) continue;
+        *path++ = 0;
+        int top = snprintf(dir, sizeof dir, "%s/%s", root, controllers + 1);
+        snprintf(dir + top, sizeof dir - (size_t)top, "%s", path);
+        for (char *end = dir + strlen(dir); end >= dir + top; end = strrchr(dir, '/')) {
+            *end = 0;
+            least = fmin(least, allows(dir));
+        }
+    }
+    if (f) fclose(f);
+    return least;
+}
+
+#define BASE_GROUPS "/proc/self/cgroup", "/sys/fs/cgroup"
+
 /* ============================================================================================
  * MARK: - 03 MEM (mem_ arena_)
  * All memory of the library comes through the context's hooks in blocks that know their context and
@@ -769,10 +830,12 @@ typedef struct par_team {
     par_lane lane[];
 } par_team;
 
-/* Processors that this process may use, 1 without OpenMP. */
+/* Processors that this process may use, or as many as the time on them that its container may have:
+ * threads beyond that would wait for those that the system holds back. 1 without OpenMP. */
 static int par_default_threads(void) {
 #ifdef _OPENMP
-    return omp_get_num_procs();
+    double share = ceil(base_group_least(BASE_GROUPS, base_group_processors));
+    return base_max(1, (int)fmin(omp_get_num_procs(), share));
 #else
     return 1;
 #endif
@@ -10504,24 +10567,13 @@ static uint64_t ckpt_identity(rlhf_ctx *ctx, const char *dir) {
     return all;
 }
 
-/* bytes, or what a file of a control group allows, if that is less; "max" allows all. */
-static size_t ckpt_allowed(const char *path, size_t bytes) {
-    FILE *f = fopen(path, "r");
-    unsigned long long most;
-    if (!f) return bytes;
-    if (fscanf(f, "%llu", &most) == 1 && most < bytes) bytes = (size_t)most;
-    fclose(f);
-    return bytes;
-}
-
 /* Panels of a base are kept where they take no more bytes than this, half of the memory that the
- * machine has, or on Linux the container, by either version of control groups: the files' pages are
- * given back, but other than these the system cannot drop panels and read them again. */
-static size_t ckpt_keep_bytes(void) {
+ * machine has, or the container: the files' pages are given back, but other than these the system
+ * cannot drop panels and read them again. */
+static double ckpt_keep_bytes(void) {
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-    size_t bytes = pages > 0 && size > 0 ? (size_t)pages * (size_t)size : (size_t)1 << 33;
-    bytes = ckpt_allowed("/sys/fs/cgroup/memory.max", bytes);
-    return ckpt_allowed("/sys/fs/cgroup/memory/memory.limit_in_bytes", bytes) / 2;
+    double bytes = pages > 0 && size > 0 ? (double)pages * (double)size : 0x1p33;
+    return fmin(bytes, base_group_least(BASE_GROUPS, base_group_bytes)) / 2;
 }
 
 /* Whether a base has what a model reads: config.json may be another than that of the model that it
@@ -10562,7 +10614,7 @@ static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src
     for (int p = 0; p < P_COUNT; p++)
         for (int l = 0; m->slot[p].where == MODEL_FILE && l < model_param_layers(m, p); l++)
             panels += model_panel_size(m, p, l);
-    b->keep_packed = panels <= ckpt_keep_bytes();
+    b->keep_packed = (double)panels <= ckpt_keep_bytes();
     b->next = ctx->bases;
     ctx->bases = b;
     return m;
@@ -20947,7 +20999,7 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
     X(dry_run, NULL, "show the first records, what bears loss, what is dropped; write nothing")    \
     X(quick, NULL, "fewer shapes and repetitions (default off)")                                   \
     X(config, "FILE", "JSON object with options; the command line wins (default none)")            \
-    X(threads, "N", "worker threads; the result does not depend on it (default: all processors)")  \
+    X(threads, "N", "worker threads, which no result depends on (default: processors, or a share)") \
     X(isa, "NAME", "kernels: auto or one that `rlhf info` lists; f32: same bits (default auto)")   \
     X(dtype, "TYPE", "numbers that matrix products multiply: f32 or bf16 (default f32)")           \
     X(seed, "N", "seed of every random choice; here nothing is random (default 42)")               \

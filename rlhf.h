@@ -91,7 +91,7 @@ typedef struct rlhf_hooks {
 
 /* What a context is opened with; fill it with rlhf_options_default and change what matters. */
 typedef struct rlhf_options {
-    int threads;     /* worker threads; 0 = one for each processor */
+    int threads;     /* worker threads; 0: processors, or a container's share of their time */
     const char *isa; /* kernels: "auto" or one of rlhf_isas(); with f32 the bits are the same */
     /* "f32", or "bf16": matrix products of models multiply numbers rounded to bfloat16. Weights,
      * sums, gradients and statistics stay f32. Results are then the same bits for any threads and

@@ -253,16 +253,50 @@ TEST(panels_in_place_of_files) {
     if (opened < 0) SKIP("the system does not say what is resident");
 }
 
+/* Control groups as files: a line of `groups`, and the least limit from its directory upward. */
+static double least(const char *line, double (*allows)(const char *)) {
+    char groups[300];
+    snprintf(groups, sizeof groups, "%s", test_write("groups", line));
+    return base_group_least(groups, test_path("root"), allows);
+}
+
+static void limit(const char *file, const char *text) {
+    char path[300];
+    snprintf(path, sizeof path, "%s", test_path(file));
+    for (char *p = path + 1; (p = strchr(p, '/')); *p++ = '/') {
+        *p = 0;
+        mkdir(path, 0777);
+    }
+    test_write(file, text);
+}
+
 TEST(limits_of_containers) {
-    const char *path = test_write("memory.max", "max\n");
-    CHECK(ckpt_allowed(path, 1000) == 1000);
-    path = test_write("memory.max", "700\n");
-    CHECK(ckpt_allowed(path, 1000) == 700);
-    CHECK(ckpt_allowed(path, 500) == 500);
-    path = test_write("memory.max", "9223372036854771712\n");
-    CHECK(ckpt_allowed(path, 1000) == 1000);
-    CHECK(ckpt_allowed(test_path("none"), 1000) == 1000);
-    CHECK(ckpt_keep_bytes() > 0);
+    double (*bytes)(const char *) = base_group_bytes, (*cpus)(const char *) = base_group_processors;
+    test_remove(test_path("root"));
+    /* None: no file, no such directory, no line, "max". */
+    CHECK(base_group_least(test_path("none"), test_path("root"), bytes) == INFINITY);
+    CHECK(least("0::/a/b\n", bytes) == INFINITY && least("rubbish\n\n:\n", cpus) == INFINITY);
+    limit("root/memory.max", "max\n");
+    limit("root/cpu.max", "max 100000\n");
+    CHECK(least("0::/a/b\n", bytes) == INFINITY && least("0::/a/b\n", cpus) == INFINITY);
+    /* The second version: one directory has all. The least of the path counts, no neighbour's. */
+    limit("root/a/memory.max", "700\n");
+    limit("root/a/b/memory.max", "900\n");
+    limit("root/c/memory.max", "5\n");
+    limit("root/a/b/cpu.max", "150000 100000\n");
+    CHECK(least("0::/a/b\n", bytes) == 700 && least("0::/a\n", cpus) == INFINITY);
+    CHECK(least("0::/a/b\n", cpus) == 1.5 && least("0::/\n", bytes) == INFINITY);
+    /* The first: a directory for each controller; a path that is not there leads to the top. */
+    limit("root/cpu,cpuacct/cpu.cfs_quota_us", "-1\n");
+    limit("root/cpu,cpuacct/cpu.cfs_period_us", "100000\n");
+    limit("root/memory/memory.limit_in_bytes", "9223372036854771712\n");
+    CHECK(least("4:cpu,cpuacct:/\n", cpus) == INFINITY && least("5:memory:/\n", bytes) > 1e18);
+    limit("root/cpu,cpuacct/cpu.cfs_quota_us", "200000\n");
+    limit("root/memory/memory.limit_in_bytes", "800\n");
+    CHECK(least("5:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n0::/c\n", cpus) == 2);
+    CHECK(least("5:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n", bytes) == 800);
+    CHECK(ckpt_keep_bytes() > 0 && par_default_threads() >= 1);
+    test_remove(test_path("root"));
 }
 
 TEST_MAIN(CASE(table_and_run), CASE(one_trunk), CASE(a_limit_changes_no_bit),

@@ -20999,7 +20999,7 @@ static int serve_tty(label *l, int w, int (*more)(void *user), void *user) {
     X(dry_run, NULL, "show the first records, what bears loss, what is dropped; write nothing")    \
     X(quick, NULL, "fewer shapes and repetitions (default off)")                                   \
     X(config, "FILE", "JSON object with options; the command line wins (default none)")            \
-    X(threads, "N", "worker threads, which no result depends on (default: as `rlhf info` says)")    \
+    X(threads, "N", "worker threads; no result depends on them (default: as `rlhf info` says)")    \
     X(isa, "NAME", "kernels: auto or one that `rlhf info` lists; f32: same bits (default auto)")   \
     X(dtype, "TYPE", "numbers that matrix products multiply: f32 or bf16 (default f32)")           \
     X(seed, "N", "seed of every random choice; here nothing is random (default 42)")               \

@@ -99,6 +99,9 @@
 #include <strings.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#endif
 #include <time.h>
 #include <unistd.h>
 
@@ -125,10 +128,8 @@
 #define RLHF_PAUSE() __builtin_ia32_pause()
 #elif defined(__aarch64__)
 #include <arm_neon.h>
-#if defined(__linux__)
+#ifdef __linux__
 #include <sys/auxv.h>
-#elif defined(__APPLE__)
-#include <sys/sysctl.h>
 #endif
 #define RLHF_NEON 1
 #define RLHF_TARGET
@@ -217,7 +218,7 @@ struct rlhf_ctx {
     const struct k_table *k; /* the kernels chosen for this context */
     struct par_team *team;   /* its threads */
     int half;                /* products of models are of bfloat16 */
-    size_t cache;            /* bytes of a core's second-level cache: steers time only */
+    size_t cache;            /* bytes of second-level cache for a thread: steers time only */
     struct model_base *bases; /* weights that open models share (18) */
     err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
@@ -841,13 +842,48 @@ static int par_default_threads(void) {
 #endif
 }
 
-/* Bytes of the second-level cache of one core; 1 MiB where the system does not tell. */
-static size_t par_cache_size(void) {
-    long size = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+/* How many processors a list of Linux has, as "0-3,8". */
+static int par_listed(const char *list) {
+    int n = 0;
+    for (char *end; *list; list = *end == ',' ? end + 1 : "") {
+        long first = strtol(list, &end, 10), last = first;
+        if (end == list) break;
+        if (*end == '-') last = strtol(end + 1, &end, 10);
+        n += (int)(last - first) + 1;
+    }
+    return n;
+}
+
+#define PAR_CACHE "/sys/devices/system/cpu/cpu0/cache/index2"
+enum { PAR_CACHE_LEAST = 1 << 17 };
+
+/* Bytes of the second-level cache for one of so many threads: what a core has, or its part where
+ * processors share it and there are threads for all of them. `dir` is where Linux describes it;
+ * 1 MiB where no system does. It steers time only, never results. */
+static size_t par_cache_size(const char *dir, int threads) {
+    double size = 0, n[2] = {0, 0};
+    int sharers = 1;
+    char path[BASE_PATH], list[256] = "";
+    if (base_numbers(dir, "level", n) && n[0] == 2 && base_numbers(dir, "size", n)) {
+        size = 1024 * n[0]; /* "2048K" */
+        snprintf(path, sizeof path, "%s/shared_cpu_list", dir);
+        FILE *f = fopen(path, "r");
+        if (f && fgets(list, sizeof list, f)) sharers = base_max(1, par_listed(list));
+        if (f) fclose(f);
+    }
+#if defined(__APPLE__)
+    int64_t bytes = 0;
+    size_t width = sizeof bytes, count = sizeof sharers;
+    if (sysctlbyname("hw.perflevel0.l2cachesize", &bytes, &width, NULL, 0) == 0) {
+        size = (double)bytes;
+        if (sysctlbyname("hw.perflevel0.cpusperl2", &sharers, &count, NULL, 0)) sharers = 1;
+    }
+#elif defined(_SC_LEVEL2_CACHE_SIZE)
+    if (size <= 0) size = (double)sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-    return size >= 1 << 17 ? (size_t)size : (size_t)1 << 20;
+    if (size < PAR_CACHE_LEAST) return 1 << 20;
+    if (threads > par_default_threads() / sharers) size = fmax(size / sharers, PAR_CACHE_LEAST);
+    return (size_t)size;
 }
 
 /* Units of work that make a piece worth a thread, when one unit costs about `cost` simple
@@ -17291,7 +17327,7 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
     c->threads = o.threads ? o.threads : base_min(par_default_threads(), RLHF_MAX_THREADS);
     c->k = k;
     c->half = o.dtype && !strcmp(o.dtype, "bf16");
-    c->cache = par_cache_size();
+    c->cache = par_cache_size(PAR_CACHE, c->threads);
     c->team = par_new(c);
     if (!c->team) {
         o.hooks.free(o.hooks.user, c, sizeof *c);

@@ -299,6 +299,34 @@ TEST(limits_of_containers) {
     test_remove(test_path("root"));
 }
 
+/* Linux's description of a second-level cache as files, and the part of one of so many threads. */
+static size_t cache(const char *size, const char *list, int threads) {
+    limit("root/level", "2\n");
+    limit("root/size", size);
+    limit("root/shared_cpu_list", list);
+    return par_cache_size(test_path("root"), threads);
+}
+
+TEST(cache_of_a_thread) {
+    int all = par_default_threads();
+    test_remove(test_path("root"));
+    CHECK(par_listed("") == 0 && par_listed("5\n") == 1 && par_listed("0-3,8\n") == 5 &&
+          par_listed("0,8-9,16\n") == 4);
+    CHECK(par_cache_size(PAR_CACHE, 1) >= PAR_CACHE_LEAST);
+    /* Alone, it has all, if others could run beside it; of two processors that share it, half, if
+     * both run. */
+    CHECK(cache("2048K\n", "0\n", all) == 2 << 20 && cache("2048K\n", "0\n", 1) == 2 << 20);
+    CHECK(cache("2048K\n", "0,8\n", all) == 1 << 20);
+    CHECK(cache("2048K\n", "0,8\n", 1) == (all > 1 ? 2 << 20 : 1 << 20));
+    CHECK(cache("12288K\n", "0-3\n", all) == 3 << 20);
+    CHECK(cache("512K\n", "0-7\n", all) == PAR_CACHE_LEAST);
+    /* Of another level, or missing: what the system says elsewhere, at least something. */
+    limit("root/level", "3\n");
+    size_t other = par_cache_size(test_path("root"), all);
+    CHECK(other >= PAR_CACHE_LEAST && other == par_cache_size(test_path("none"), all));
+    test_remove(test_path("root"));
+}
+
 TEST_MAIN(CASE(table_and_run), CASE(one_trunk), CASE(a_limit_changes_no_bit),
           CASE(panels_in_place_of_files),
-          CASE(limits_of_containers))
+          CASE(limits_of_containers), CASE(cache_of_a_thread))

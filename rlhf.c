@@ -834,12 +834,11 @@ typedef struct par_team {
 /* Processors that this process may use, or as many as the time on them that its container may have:
  * threads beyond that would wait for those that the system holds back. 1 without OpenMP. */
 static int par_default_threads(void) {
+    int all = 1;
 #ifdef _OPENMP
-    double share = ceil(base_group_least(BASE_GROUPS, base_group_processors));
-    return base_max(1, (int)fmin(omp_get_num_procs(), share));
-#else
-    return 1;
+    all = omp_get_num_procs();
 #endif
+    return base_max(1, (int)fmin(all, ceil(base_group_least(BASE_GROUPS, base_group_processors))));
 }
 
 /* How many processors a list of Linux has, as "0-3,8". */

@@ -219,6 +219,7 @@ struct rlhf_ctx {
     struct par_team *team;   /* its threads */
     int half;                /* products of models are of bfloat16 */
     size_t cache;            /* bytes of second-level cache for a thread: steers time only */
+    double memory;           /* bytes that the machine has, or the container */
     struct model_base *bases; /* weights that open models share (18) */
     err_frame *frame;        /* innermost running call; null between calls */
     err_deferred defer[RLHF_MAX_DEFER];
@@ -384,6 +385,13 @@ static double base_group_least(const char *groups, const char *root,
 }
 
 #define BASE_GROUPS "/proc/self/cgroup", "/sys/fs/cgroup"
+
+/* Bytes of memory that the machine has, or the process's container. */
+static double base_memory(void) {
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    double bytes = pages > 0 && size > 0 ? (double)pages * (double)size : 0x1p33;
+    return fmin(bytes, base_group_least(BASE_GROUPS, base_group_bytes));
+}
 
 /* ============================================================================================
  * MARK: - 03 MEM (mem_ arena_)
@@ -10602,15 +10610,6 @@ static uint64_t ckpt_identity(rlhf_ctx *ctx, const char *dir) {
     return all;
 }
 
-/* Panels of a base are kept where they take no more bytes than this, half of the memory that the
- * machine has, or the container: the files' pages are given back, but other than these the system
- * cannot drop panels and read them again. */
-static double ckpt_keep_bytes(void) {
-    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-    double bytes = pages > 0 && size > 0 ? (double)pages * (double)size : 0x1p33;
-    return fmin(bytes, base_group_least(BASE_GROUPS, base_group_bytes)) / 2;
-}
-
 /* Whether a base has what a model reads: config.json may be another than that of the model that it
  * was opened for, or ask for a head that was left in the files. */
 static int ckpt_base_fits(rlhf_model *m, const model_base *b) {
@@ -10649,7 +10648,8 @@ static rlhf_model *ckpt_open_base(rlhf_ctx *ctx, const char *dir, const json_src
     for (int p = 0; p < P_COUNT; p++)
         for (int l = 0; m->slot[p].where == MODEL_FILE && l < model_param_layers(m, p); l++)
             panels += model_panel_size(m, p, l);
-    b->keep_packed = (double)panels <= ckpt_keep_bytes();
+    /* Pages of files are given back for panels; but these the system cannot drop and read again. */
+    b->keep_packed = (double)panels <= b->ctx->memory / 2;
     b->next = ctx->bases;
     ctx->bases = b;
     return m;
@@ -13949,7 +13949,7 @@ static rlhf_memory train_memory(const rlhf_trainer *t) {
 
 /* Chooses what a micro-batch is, and whether layers are computed again, so that the run fits
  * memory_limit; neither changes a bit of the result. Throws if nothing fits, and says what
- * would help. */
+ * would help. Without a limit, a run for which there is no memory gets a warning. */
 static void train_plan(rlhf_trainer *t) {
     const train_config *c = &t->u.c;
     double limit = c->memory_limit * 1e9;
@@ -13963,9 +13963,14 @@ static void train_plan(rlhf_trainer *t) {
             if ((double)t->memory.total <= limit) return;
         }
     }
+    const rlhf_memory *o = &t->memory;
+    if (limit <= 0 && (double)o->total > t->ctx->memory)
+        log_at(t->ctx, RLHF_LOG_WARNING,
+               "the run takes %.2f GB, the machine or container has %.2f: memory_limit cuts "
+               "micro-batches until it fits, or says what would help",
+               (double)o->total / 1e9, t->ctx->memory / 1e9);
     if (limit <= 0) return;
     t->at_once = 1;
-    const rlhf_memory *o = &t->memory;
     err_throw(t->ctx, RLHF_ERR_ARG,
               "memory_limit is %g GB, the run takes %.2f GB at least: weights %.2f, adapters %.2f, "
               "optimizer %.2f, activations %.2f, cache %.2f, scratch %.2f, other %.2f; %s",
@@ -17327,6 +17332,7 @@ rlhf_status rlhf_open(rlhf_ctx **ctx, const rlhf_options *options) {
     c->k = k;
     c->half = o.dtype && !strcmp(o.dtype, "bf16");
     c->cache = par_cache_size(PAR_CACHE, c->threads);
+    c->memory = base_memory();
     c->team = par_new(c);
     if (!c->team) {
         o.hooks.free(o.hooks.user, c, sizeof *c);

@@ -295,8 +295,44 @@ TEST(limits_of_containers) {
     limit("root/memory/memory.limit_in_bytes", "800\n");
     CHECK(least("5:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n0::/c\n", cpus) == 2);
     CHECK(least("5:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n", bytes) == 800);
-    CHECK(ckpt_keep_bytes() > 0 && par_default_threads() >= 1);
+    CHECK(base_memory() > 0 && par_default_threads() >= 1);
     test_remove(test_path("root"));
+}
+
+static char warned[400];
+
+static void note_warning(void *user, rlhf_level level, const char *text) {
+    (void)user;
+    if (level == RLHF_LOG_WARNING) snprintf(warned, sizeof warned, "%s", text);
+}
+
+/* A run for which there is no memory is warned of, once it is known what it takes. */
+TEST(more_than_the_machine_has) {
+    for (int much = 0; much < 2; much++) {
+        rlhf_ctx *ctx = test_context("auto", 1);
+        rlhf_tokenizer *tok;
+        rlhf_model *m[3] = {NULL};
+        rlhf_trainer *t = NULL;
+        bases_make(&tok, ctx);
+        OK(ctx, rlhf_model_open(ctx, test_path("base"), &m[0]));
+        run r = {SFT, 20, 0, 0, 2, 0, 0, 0, 0};
+        rlhf_dataset *d = records(ctx, tok, &r);
+        ctx->hooks.log = note_warning;
+        ctx->memory = much ? 1e7 : 1e12;
+        *warned = 0;
+        OK(ctx, run_open(ctx, &r, tok, d, m, &t));
+        char takes[40];
+        snprintf(takes, sizeof takes, "takes %.2f GB", (double)t->memory.total / 1e9);
+        const char *has = "container has 0.01: memory_limit";
+        CHECK(much ? strstr(warned, takes) && strstr(warned, has) : !*warned);
+        rlhf_trainer_close(t);
+        rlhf_dataset_close(d);
+        rlhf_model_close(m[0]);
+        rlhf_tokenizer_close(tok);
+        rlhf_close(ctx);
+        test_remove(test_path("base"));
+        test_remove(test_path("run"));
+    }
 }
 
 /* Linux's description of a second-level cache as files, and the part of one of so many threads. */
@@ -329,4 +365,5 @@ TEST(cache_of_a_thread) {
 
 TEST_MAIN(CASE(table_and_run), CASE(one_trunk), CASE(a_limit_changes_no_bit),
           CASE(panels_in_place_of_files),
-          CASE(limits_of_containers), CASE(cache_of_a_thread))
+          CASE(limits_of_containers), CASE(cache_of_a_thread),
+          CASE(more_than_the_machine_has))

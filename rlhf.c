@@ -13624,6 +13624,7 @@ struct rlhf_trainer {
     double kl_coef, begun;
     int slot;            /* of checkpoint/a and checkpoint/b: where the next state goes */
     int fresh, finished; /* fresh: the run directory has not been opened yet */
+    int warned;       /* that there is not the memory */
     int at_once;      /* tokens of a micro-batch, unless its first sequence is longer */
     rlhf_memory memory; /* what the run takes, known when it is opened */
     int owed, logged; /* the last step's evaluation, line and checkpoint are still to be done, or in
@@ -13721,10 +13722,32 @@ static int train_cut(const rlhf_trainer *t, const int *len, int from, int n) {
     return model_cut(len, from, n - from > most ? from + (int)most : n, t->at_once);
 }
 
+#define TRAIN_PEFT "use_peft trains an adapter on weights that stay as they are stored"
+
+/* Warns, once, of a run that takes more bytes than there are. */
+static void train_warn(rlhf_trainer *t, double bytes) {
+    if (t->u.c.memory_limit > 0 || t->warned || bytes <= t->ctx->memory) return;
+    t->warned = 1;
+    log_at(t->ctx, RLHF_LOG_WARNING,
+           "the run takes %.2f GB or more, the machine or container has %.2f: memory_limit makes "
+           "it fit, or says what would help",
+           bytes / 1e9, t->ctx->memory / 1e9);
+}
+
 /* Makes the optimizer of n models from the common configuration. */
 static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
     const train_config *c = &t->u.c;
     for (int i = 0; i < n; i++) train_prepare(models[i], c, (uint64_t)c->seed + (uint64_t)i);
+    /* Gradient and two moments: looked at before they are there, when the system may end the
+     * process. */
+    double bytes = (double)t->ctx->mem_now;
+    for (int i = 0; i < n; i++) bytes += 12 * (double)models[i]->n;
+    train_warn(t, bytes);
+    if (c->memory_limit > 0 && bytes > c->memory_limit * 1e9)
+        err_throw(t->ctx, RLHF_ERR_ARG,
+                  "memory_limit is %g GB, weights, gradient and optimizer alone take %.2f GB; %s",
+                  c->memory_limit, bytes / 1e9,
+                  c->use_peft ? "a smaller lora_r takes less" : TRAIN_PEFT);
     t->opt = opt_new(t->ctx, models, n);
     t->opt->beta1 = c->adam_beta1;
     t->opt->beta2 = c->adam_beta2;
@@ -13964,11 +13987,7 @@ static void train_plan(rlhf_trainer *t) {
         }
     }
     const rlhf_memory *o = &t->memory;
-    if (limit <= 0 && (double)o->total > t->ctx->memory)
-        log_at(t->ctx, RLHF_LOG_WARNING,
-               "the run takes %.2f GB, the machine or container has %.2f: memory_limit cuts "
-               "micro-batches until it fits, or says what would help",
-               (double)o->total / 1e9, t->ctx->memory / 1e9);
+    train_warn(t, (double)o->total);
     if (limit <= 0) return;
     t->at_once = 1;
     err_throw(t->ctx, RLHF_ERR_ARG,
@@ -13979,7 +13998,7 @@ static void train_plan(rlhf_trainer *t) {
               (double)o->cache / 1e9, (double)o->scratch / 1e9, (double)o->other / 1e9,
               c->use_peft ? "shorter records (max_length, response_length) or fewer episodes take "
                             "less"
-                          : "use_peft trains an adapter on weights that stay as they are stored");
+                          : TRAIN_PEFT);
 }
 
 /* Gives the trainer and what it owns back; the trained model stays. */

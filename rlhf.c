@@ -13740,13 +13740,14 @@ static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
     for (int i = 0; i < n; i++) train_prepare(models[i], c, (uint64_t)c->seed + (uint64_t)i);
     /* Gradient and two moments: looked at before they are there, when the system may end the
      * process. */
-    double bytes = (double)t->ctx->mem_now;
-    for (int i = 0; i < n; i++) bytes += 12 * (double)models[i]->n;
-    train_warn(t, bytes);
-    if (c->memory_limit > 0 && bytes > c->memory_limit * 1e9)
+    int64_t bytes = t->ctx->mem_now;
+    for (int i = 0; i < n; i++)
+        bytes += 12 * (int64_t)models[i]->n - 4 * (int64_t)opt_untouched(models[i]);
+    train_warn(t, (double)bytes);
+    if (c->memory_limit > 0 && (double)bytes > c->memory_limit * 1e9)
         err_throw(t->ctx, RLHF_ERR_ARG,
                   "memory_limit is %g GB, weights, gradient and optimizer alone take %.2f GB; %s",
-                  c->memory_limit, bytes / 1e9,
+                  c->memory_limit, (double)bytes / 1e9,
                   c->use_peft ? "a smaller lora_r takes less" : TRAIN_PEFT);
     t->opt = opt_new(t->ctx, models, n);
     t->opt->beta1 = c->adam_beta1;

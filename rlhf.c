@@ -13746,9 +13746,10 @@ static void train_optimizer(rlhf_trainer *t, rlhf_model *const *models, int n) {
     train_warn(t, (double)bytes);
     if (c->memory_limit > 0 && (double)bytes > c->memory_limit * 1e9)
         err_throw(t->ctx, RLHF_ERR_ARG,
-                  "memory_limit is %g GB, weights, gradient and optimizer alone take %.2f GB; %s",
+                  "memory_limit is %g GB, the run takes %.2f GB before its first step: weights, "
+                  "gradient, optimizer, records; %s",
                   c->memory_limit, (double)bytes / 1e9,
-                  c->use_peft ? "a smaller lora_r takes less" : TRAIN_PEFT);
+                  c->use_peft ? "a smaller lora_r or fewer records take less" : TRAIN_PEFT);
     t->opt = opt_new(t->ctx, models, n);
     t->opt->beta1 = c->adam_beta1;
     t->opt->beta2 = c->adam_beta2;

@@ -335,7 +335,7 @@ TEST(more_than_the_machine_has) {
         if (n == 2) CHECK_NEAR(has, ctx->memory * 1e-9, 0.006);
         CHECK(!strstr(warned + (*warned != 0), "the run") && own > 0.02);
         CHECK(status == (much < 3 ? RLHF_OK : RLHF_ERR_ARG));
-        if (t == NULL) CHECK(strstr(rlhf_error(ctx), "alone take") != NULL);
+        if (t == NULL) CHECK(strstr(rlhf_error(ctx), "before its first step") != NULL);
         if (t) rlhf_trainer_close(t);
         rlhf_dataset_close(d);
         rlhf_model_close(m[0]);

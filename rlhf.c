@@ -1063,6 +1063,12 @@ static void par_free(rlhf_ctx *ctx) {
     ctx->hooks.free(ctx->hooks.user, t->block, t->size);
 }
 
+/* Whether unit i of n, each of them a grain, is the last one of a thread's share. */
+static int par_last(const rlhf_ctx *ctx, int64_t n, int64_t i) {
+    int64_t shares = ctx->threads < n ? ctx->threads : n, share = ((i + 1) * shares + n - 1) / n;
+    return n * share / shares == i + 1;
+}
+
 /* Calls fn on pieces of [0, n), each of them a multiple of grain long but the last. Returns when
  * all are done. Shares are even in units of grain; work whose units differ in cost asks for a grain
  * of one unit and many units. */
@@ -2815,6 +2821,7 @@ typedef struct gemm_tile_args {
     size_t bs;         /* floats from one panel to the next */
     const float *next; /* what comes next, for each step of k to ask for a line of it; or null */
     size_t step;       /* floats from one such line to the next; 0: nothing to ask for */
+    int asks;          /* lines for a step to ask for, bs apart: 1, or as many as it reads */
     float *c;          /* [rows][ldc], overwritten or added to as mode says */
     size_t ldc;
     int mode;          /* GEMM_STORE or GEMM_ACC */
@@ -2841,6 +2848,7 @@ typedef struct gemm_args {
     gemm_tile_args t;
     int half;        /* of bfloat16; t.b, if not null, is panels of pairs */
     gemm_source src; /* B, where t.b is null */
+    int beyond;      /* panels behind those of t.b that the thread reads next */
     size_t ms;       /* floats of A for each row from one tile to the next; 0: t.rs */
     k_map_fn *act;   /* y = act(c), row by row while the block is in cache; null = none */
     float *y;        /* [m][ldy] */
@@ -3082,8 +3090,9 @@ RLHF_INLINE GEMM_512 __m512 gemm_512_column(const int form, const float *b) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
-/* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. */
-RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int form,
+/* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. asks is
+ * t->asks. */
+RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int form, const int asks,
                                         const gemm_tile_args *t) {
     __m512 sum[GEMM_SUMS][GEMM_MAX_PANELS];
     V_UNROLL
@@ -3119,7 +3128,9 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int form
                                 ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
                                 : _mm512_fmadd_ps(x, col[p], sum[r][p]);
         }
-        if (R > GEMM_LOW_512) __builtin_prefetch(next);
+        V_UNROLL
+        for (int p = 0; R > GEMM_LOW_512 && p < asks; p++)
+            __builtin_prefetch(next + (size_t)p * t->bs);
         a += t->cs;
         b += line;
         next += step;
@@ -3141,7 +3152,8 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int form
  * for the columns of B and need the fewest loads for a multiply-add. */
 #define GEMM_P(R, P)                                                                               \
     case (R)*8 + (P):                                                                              \
-        gemm_512_body(R, P, GEMM_FORM, t);                                                         \
+        if ((R) > GEMM_LOW_512 && (P) > 1 && t->asks > 1) gemm_512_body(R, P, GEMM_FORM, P, t);    \
+        else gemm_512_body(R, P, GEMM_FORM, 1, t);                                                 \
         return;
 #define GEMM_P3(R) GEMM_P(R, 1) GEMM_P(R, 2) GEMM_P(R, 3)
 #define GEMM_P4(R) GEMM_P3(R) GEMM_P(R, 4)
@@ -3280,6 +3292,11 @@ GEMM_AMX static void gemm_amx_sums(const gemm_tile_args *t, int two_rows, int tw
     const float *b = t->b, *b2 = b + t->bs;
     for (int k = 0; k < t->k; k += 16) {
         size_t at = (size_t)k * RLHF_LANES;
+        for (size_t i = 0; t->asks > 1 && i < t->step; i++) { /* what sixteen steps ask for */
+            const float *next = t->next + (size_t)k * t->step + i * RLHF_LANES;
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + t->bs);
+        }
         _tile_loadd(4, a + at, 64);
         _tile_loadd(6, b + at, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -3825,6 +3842,7 @@ static gemm_args gemm_part(const gemm_args *g, int m0, int m1, int p0, int p1) {
     size_t row = (size_t)m0, col = (size_t)p0 * RLHF_LANES;
     s.m = m1 - m0;
     s.n = base_min(g->n, p1 * RLHF_LANES) - (int)col;
+    s.beyond += (int)gemm_panels(g->n) - p1;
     s.t.a += row * (g->ms ? g->ms : g->t.rs);
     if (s.t.b) s.t.b += (size_t)p0 * g->t.bs;
     else if (s.src.narrow) s.src.narrow += col * g->src.ns;
@@ -3899,19 +3917,21 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         size_t col = (size_t)p * RLHF_LANES;
         t.b += (size_t)p * g->t.bs;
         if (t.bias) t.bias += col;
-        /* While these panels are used, as many of the next ones are asked for: by all tiles in
-         * equal parts, or by the first where there are so many that it is there in any case. */
-        int after = base_min(w, panels - p - w), askers = high > GEMM_FEW_TILES ? after : high;
-        size_t panel = (size_t)base_max(1, g->t.k) * line, part = line;
-        if (askers > 1) part = (size_t)((after * (int)line + askers - 1) / askers);
+        /* While these panels are used, as many of the next ones are asked for. Few tiles wait for
+         * memory: each asks for its part of every panel, so that all of them come at once. Of many,
+         * the first ask for a panel each. */
+        int after = base_min(w, panels - p - w + g->beyond), few = high <= GEMM_FEW_TILES;
+        size_t part = few ? (line + (size_t)high - 1) / (size_t)high : line;
+        size_t far = few ? (size_t)g->t.k * part : t.bs; /* from a tile's part to the next one's */
         for (int m = 0, tile = 0, rows; m < g->m; m += rows, tile++) {
-            size_t row = (size_t)m * g->t.ldc + col, begin = (size_t)tile * (size_t)g->t.k * part;
+            size_t row = (size_t)m * g->t.ldc + col;
             rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
             t.a = g->t.a + (size_t)m * ms;
             t.c = g->t.c + row;
             if (t.add) t.add = g->t.add + row;
-            t.step = after > 0 && tile < askers ? part : 0;
-            t.next = t.step ? t.b + (size_t)w * t.bs + begin / panel * t.bs + begin % panel
+            t.step = after > 0 && (few || tile < after) ? part : 0;
+            t.asks = few && t.step ? w : 1;
+            t.next = t.step ? t.b + (size_t)w * t.bs + (size_t)tile * far
                      : g->t.next ? g->t.next /* the caller's next panels */
                                  : t.b;
             /* Rows that are read where they lie come from memory with the first panels: those of
@@ -3932,9 +3952,11 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
 /* The product cut into a grid of blocks for par_for, and the scratch of one thread: rows of A, a
  * group of panels of B, a block of C where the sum is cut and C is not its place. */
 typedef struct gemm_job {
+    const rlhf_ctx *ctx;
     const k_table *kt;
     const gemm_args *g;
-    int rows, panels, down; /* size of a block; blocks in one column of blocks */
+    int rows, panels;       /* size of a block */
+    int down, blocks;       /* blocks in one column of blocks, and in all */
     int depth;              /* of a part of the sum */
     int high, group;        /* rows of A and panels of B that are packed at a time */
     size_t a, b, c;         /* floats for each; a 0: A is read in place */
@@ -3974,6 +3996,7 @@ static void gemm_job_part(const gemm_job *j, const gemm_args *s, int column, int
             j->held[thread] = whole ? column : -1;
             group.src.narrow = NULL;
             group.t.b = pack.out;
+            group.beyond = 0;
             group.t.bs = gemm_panel_size(j->kt, s->half, s->t.k);
         }
         for (int m = 0; m < s->m; m += j->high) {
@@ -4020,6 +4043,7 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
         int column = (int)(i / j->down), m = (int)(i % j->down) * j->rows, p = column * j->panels;
         gemm_args block = gemm_part(j->g, m, base_min(m + j->rows, j->g->m), p,
                                     base_min(p + j->panels, (int)gemm_panels(j->g->n)));
+        if ((i + 1) % j->down || par_last(j->ctx, j->blocks, i)) block.beyond = 0;
         gemm_job_block(j, &block, column, thread);
     }
 }
@@ -4032,22 +4056,22 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
 /* Cuts the product into a grid of blocks: the one that takes the busiest thread the fewest
  * multiply-adds, what it packs counted in them: rows of A for each block, panels of B too, or once
  * for the blocks of a column. Where both are packed, fewer blocks may pack so much less that more
- * waiting is worth it. Returns their number. */
-static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
+ * waiting is worth it. */
+static void gemm_cut(gemm_job *j) {
     const gemm_args *g = j->g;
+    int threads = j->ctx->threads;
     const k_tiles *tiles = gemm_tiles(j->kt, g);
     int panels = (int)gemm_panels(g->n), step = tiles->panels[base_min(tiles->rows, g->m)];
     double work = (double)g->m * g->n * g->t.k, best = INFINITY;
-    int most = ctx->threads * (int)fmax(1, fmin(PAR_PIECES, work / ctx->threads / GEMM_WORTH));
-    int blocks = 1;
-    for (int want = most; want == most || (j->a && want >= ctx->threads); want /= 2)
+    int most = threads * (int)fmax(1, fmin(PAR_PIECES, work / threads / GEMM_WORTH));
+    for (int want = most; want == most || (j->a && want >= threads); want /= 2)
         for (int down = 1; down <= want && (down == 1 || g->m >= 24 * down); down++) {
             int across = base_min((want + down - 1) / down, (panels + step - 1) / step);
             int rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
             int wide = (panels + across - 1) / across;
             if (panels >= 4 * step * across) wide = (wide + step - 1) / step * step;
             int tall = (g->m + rows - 1) / rows, n = tall * ((panels + wide - 1) / wide);
-            int own = (n + ctx->threads - 1) / ctx->threads;
+            int own = (n + threads - 1) / threads;
             int groups = g->t.b ? 1 : (wide - 1) / j->group + 1;
             int packs = groups == 1 && j->depth >= g->t.k ? (own + tall - 1) / tall : own;
             double cost = own * (double)rows * (wide * RLHF_LANES);
@@ -4059,9 +4083,8 @@ static int gemm_cut(const rlhf_ctx *ctx, gemm_job *j) {
             j->rows = rows;
             j->panels = wide;
             j->down = tall;
-            blocks = n;
+            j->blocks = n;
         }
-    return blocks;
 }
 
 /* The whole product, over the context's threads; scratch comes from ws. */
@@ -4080,7 +4103,8 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     }
     /* A fork costs more than the work; of few rows, the work is to read B. */
     int k = g->t.k, small = (double)base_max(g->m, 8) * g->n * k < 262144.0;
-    gemm_job j = {.kt = ctx->k, .g = g, .rows = g->m, .panels = (int)gemm_panels(g->n), .down = 1};
+    gemm_job j = {.ctx = ctx, .kt = ctx->k, .g = g, .rows = g->m, .down = 1, .blocks = 1};
+    j.panels = (int)gemm_panels(g->n);
     int tile = gemm_tiles(j.kt, g)->rows, floats = (int)(ctx->cache / sizeof(float));
     /* Rows of A that share panels fill half of the cache; for few rows B passes but once. */
     int deep = base_max(256, base_min(GEMM_DEPTH, floats / 2 / 96));
@@ -4092,7 +4116,8 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     int depth = base_max(1, (k + parts - 1) / parts);
     j.depth = (int)base_round_up((size_t)depth, g->half ? 32 : RLHF_LANES);
     j.group = base_max(GEMM_MAX_PANELS, floats / j.depth / RLHF_LANES);
-    int blocks = small ? 1 : gemm_cut(ctx, &j), threads = blocks > 1 ? ctx->threads : 1;
+    if (!small) gemm_cut(&j);
+    int threads = j.blocks > 1 ? ctx->threads : 1;
     size_t steps = (size_t)(g->half ? j.depth / 2 : j.depth);
     j.high = base_max(floats / 2 / j.depth / tile * tile, 4 * tile);
     j.high = (int)base_round_up((size_t)gemm_piece(j.rows, j.high), (size_t)tile);
@@ -4104,7 +4129,7 @@ static void gemm_run(rlhf_ctx *ctx, arena *ws, const gemm_args *g) {
     j.scratch = arena_floats(ws, j.a + j.b + j.c, (size_t)threads);
     j.held = arena_alloc(ws, (size_t)threads * sizeof *j.held);
     for (int i = 0; i < threads; i++) j.held[i] = -1;
-    if (blocks > 1) par_for(ctx, blocks, 1, gemm_job_range, &j);
+    if (j.blocks > 1) par_for(ctx, j.blocks, 1, gemm_job_range, &j);
     else gemm_job_range(&j, 0, 1, 0);
     arena_restore(ws, mark);
 }
@@ -18185,6 +18210,8 @@ static void bench_read_range(void *arg, int64_t lo, int64_t hi, int thread) {
     bench_word bits[8] = {{0}};
     (void)thread;
     for (int64_t n = (hi - lo) * BENCH_PIECE / 32; n > 0; n--, x += 8) {
+        /* A page ahead, since the processor follows a run to the end of a page by itself. */
+        for (int j = 0; j < 8; j += 4) __builtin_prefetch(x + K_PAGE / 4 + j);
         V_UNROLL
         for (int j = 0; j < 8; j++) bits[j] ^= x[j];
     }

@@ -806,6 +806,37 @@ TEST(nothing_of_a_job_that_is_over) {
     rlhf_close(ctx);
 }
 
+#ifdef _OPENMP
+static void share_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    (void)lo, (void)thread;
+    *(int64_t *)arg = hi;
+}
+#endif
+
+/* The last unit of a share is that of its last piece. */
+TEST(last_of_a_share) {
+#ifdef _OPENMP
+    uint64_t number = 0;
+    for (int threads = 1; threads <= 5; threads++) {
+        rlhf_ctx *ctx = test_context("auto", threads);
+        for (int n = 1; n <= 80; n++) {
+            int ends[81] = {0}, shares = threads < n ? threads : n, wrong = 0;
+            for (int share = 0; share < shares; share++) {
+                int64_t end = 0;
+                int pieces = n / shares < PAR_PIECES ? n / shares : PAR_PIECES;
+                par_job j = {share_range, &end, n, n, 1, shares, pieces};
+                if (!share) number++;
+                par_share(ctx->team, &j, number, share, 0);
+                ends[end] = 1;
+            }
+            for (int i = 0; i < n; i++) wrong += par_last(ctx, n, i) != ends[i + 1];
+            if (wrong) test_fail(__FILE__, __LINE__, "%d threads, n %d: %d", threads, n, wrong);
+        }
+        rlhf_close(ctx);
+    }
+#endif
+}
+
 TEST_MAIN(CASE(exp_everywhere), CASE(log_everywhere), CASE(tanh_everywhere), CASE(sin_everywhere),
           CASE(cos_everywhere), CASE(erf_everywhere), CASE(dense_intervals), CASE(exact_values),
           CASE(the_same_on_every_machine), CASE(twins_of_every_length), CASE(twins_long),
@@ -813,4 +844,4 @@ TEST_MAIN(CASE(exp_everywhere), CASE(log_everywhere), CASE(tanh_everywhere), CAS
           CASE(bad_rows_show), CASE(statistics_of_a_row), CASE(online_softmax), CASE(rotation),
           CASE(adam_formula), CASE(adam_by_hand), CASE(adam_forgets), CASE(sum_of_squares),
           CASE(draw_distribution), CASE(draw_edges), CASE(every_piece_once),
-          CASE(nothing_of_a_job_that_is_over))
+          CASE(nothing_of_a_job_that_is_over), CASE(last_of_a_share))

@@ -15957,6 +15957,51 @@ static void eval_put_share(json_t *j, const char *name, double hits, double n) {
     eval_put(j, bound, high);
 }
 
+/* Unit i of a sample: of replicate 0 the unit itself, else one drawn with replacement. */
+static int eval_draw(uint64_t seed, int replicate, int i, int n) {
+    if (!replicate) return i;
+    uint64_t r = rng_u64(seed, (uint64_t)replicate, (uint64_t)i);
+    return (int)(((rng_u128)r * (unsigned)n) >> 64);
+}
+
+static int eval_compare(const void *a, const void *b) {
+    const double *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* A figure of a sample (eval_draw), with scratch of its thread; and replicates of it. */
+typedef double eval_figure(const void *of, uint64_t seed, int replicate, int thread);
+typedef struct eval_boot {
+    eval_figure *figure;
+    const void *of;
+    uint64_t seed;
+    double *replicate;
+} eval_boot;
+
+static void eval_boot_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    const eval_boot *b = arg;
+    for (int64_t i = lo; i < hi; i++)
+        b->replicate[i] = b->figure(b->of, b->seed, (int)i + 1, thread);
+}
+
+/* Puts a figure with the 2.5 and 97.5 percentiles of n replicates, for which there is room; those
+ * that are not numbers do not count. */
+static void eval_put_figure(rlhf_ctx *ctx, json_t *j, const char *name, eval_boot b, int n) {
+    char bound[64];
+    double value = b.figure(b.of, b.seed, 0, 0), *replicate = b.replicate;
+    int m = 0;
+    par_for(ctx, n, 1, eval_boot_range, &b);
+    for (int i = 0; i < n; i++)
+        if (isfinite(replicate[i])) replicate[m++] = replicate[i];
+    qsort(replicate, (size_t)m, sizeof *replicate, eval_compare);
+    int known = m > 0 && isfinite(value);
+    eval_put(j, name, value);
+    snprintf(bound, sizeof bound, "%s_low", name);
+    eval_put(j, bound, known ? replicate[(int)(0.025 * (m - 1) + 0.5)] : NAN);
+    snprintf(bound, sizeof bound, "%s_high", name);
+    eval_put(j, bound, known ? replicate[(int)(0.975 * (m - 1) + 0.5)] : NAN);
+}
+
 /* EVAL_BINS of equal width hold confidences from 0.5 to 1. */
 enum { EVAL_BINS = 10, EVAL_VALUES = 64 };
 
@@ -16763,7 +16808,7 @@ typedef struct rater_group {
     rater_unit *unit; /* items with two votes or more */
     rater_both *both; /* stb_ds */
     int units, couples;
-    double *table; /* [couples][choices * choices] */
+    double *table; /* for each thread [couples][choices * choices] */
 } rater_group;
 
 typedef struct rater_couple {
@@ -16799,8 +16844,8 @@ static rater_group rater_gather(const rater_set *s, const uint8_t *mask) {
         g.unit[g.units++] = u;
     }
     stbds_hmfree(couples);
-    g.table =
-        mem_zalloc(s->ctx, (size_t)g.couples * RATER_CHOICES * RATER_CHOICES + 1, sizeof *g.table);
+    size_t tables = (size_t)s->ctx->threads * (size_t)g.couples;
+    g.table = mem_zalloc(s->ctx, tables * RATER_CHOICES * RATER_CHOICES + 1, sizeof *g.table);
     return g;
 }
 
@@ -16810,21 +16855,16 @@ static void rater_ungather(rater_group *g) {
     mem_free(g->table);
 }
 
-/* Unit i of a sample: of replicate 0 the unit itself, else one drawn with replacement. */
-static int rater_draw(uint64_t seed, int replicate, int i, int n) {
-    if (!replicate) return i;
-    uint64_t r = rng_u64(seed, (uint64_t)replicate, (uint64_t)i);
-    return (int)(((rng_u128)r * (unsigned)n) >> 64);
-}
-
 /* Krippendorff's alpha for nominal data (Krippendorff 2011): 1 - observed / expected disagreement,
  *     D_o = sum over items of pairs that differ / (votes - 1)
  *     D_e = pairs of all votes that differ / (all votes - 1)
  * NaN where nothing was, or could have been, disagreed about. */
-static double rater_alpha(const rater_group *g, uint64_t seed, int replicate) {
+static double rater_alpha(const void *of, uint64_t seed, int replicate, int thread) {
+    const rater_group *g = of;
+    (void)thread;
     double off = 0, n[RATER_CHOICES] = {0}, all = 0, expected = 0;
     for (int i = 0; i < g->units; i++) {
-        const rater_unit *u = g->unit + rater_draw(seed, replicate, i, g->units);
+        const rater_unit *u = g->unit + eval_draw(seed, replicate, i, g->units);
         off += u->off;
         for (int c = 0; c < RATER_CHOICES; c++) n[c] += u->n[c];
     }
@@ -16835,17 +16875,18 @@ static double rater_alpha(const rater_group *g, uint64_t seed, int replicate) {
 
 /* Cohen's kappa (1960), (p_o - p_e) / (1 - p_e) with p_e from each annotator's own shares: the mean
  * over couples with enough common items, weighted by their number. NaN where there is none. */
-static double rater_kappa(const rater_group *g, uint64_t seed, int replicate) {
-    double sum = 0, weight = 0;
+static double rater_kappa(const void *of, uint64_t seed, int replicate, int thread) {
+    const rater_group *g = of;
     const int size = RATER_CHOICES * RATER_CHOICES;
-    memset(g->table, 0, (size_t)(g->couples * size) * sizeof *g->table);
+    double sum = 0, weight = 0, *table = g->table + (size_t)thread * (size_t)(g->couples * size);
+    memset(table, 0, (size_t)(g->couples * size) * sizeof *table);
     for (int i = 0; i < g->units; i++) {
-        const rater_unit *u = g->unit + rater_draw(seed, replicate, i, g->units);
+        const rater_unit *u = g->unit + eval_draw(seed, replicate, i, g->units);
         for (int k = u->from; k < u->from + u->pairs; k++)
-            g->table[g->both[k].who * size + g->both[k].said]++;
+            table[g->both[k].who * size + g->both[k].said]++;
     }
     for (int i = 0; i < g->couples; i++) {
-        const double *t = g->table + i * size;
+        const double *t = table + i * size;
         double n = 0, same = 0, chance = 0;
         for (int c = 0; c < size; c++) n += t[c];
         for (int c = 0; c < RATER_CHOICES; c++) {
@@ -16862,34 +16903,22 @@ static double rater_kappa(const rater_group *g, uint64_t seed, int replicate) {
     return weight > 0 ? sum / weight : NAN;
 }
 
-static int rater_compare(const void *a, const void *b) {
-    const double *x = a, *y = b;
-    return (*x > *y) - (*x < *y);
-}
+/* Sorted numbers, and room for as many counts for each thread. */
+typedef struct rater_sorted {
+    double *x;
+    int *count, n;
+} rater_sorted;
 
-/* Puts a value with the 2.5 and 97.5 percentiles of its n replicates; those that are not numbers do
- * not count. Sorts them. */
-static void rater_put(json_t *j, const char *name, double value, double *replicate, int n) {
-    char bound[64];
-    int m = 0;
-    for (int i = 0; i < n; i++)
-        if (isfinite(replicate[i])) replicate[m++] = replicate[i];
-    qsort(replicate, (size_t)m, sizeof *replicate, rater_compare);
-    int known = m > 0 && isfinite(value);
-    eval_put(j, name, value);
-    snprintf(bound, sizeof bound, "%s_low", name);
-    eval_put(j, bound, known ? replicate[(int)(0.025 * (m - 1) + 0.5)] : NAN);
-    snprintf(bound, sizeof bound, "%s_high", name);
-    eval_put(j, bound, known ? replicate[(int)(0.975 * (m - 1) + 0.5)] : NAN);
-}
-
-/* Median of the n sorted numbers x, or of a sample of them; count[n] is room. */
-static double rater_median(const double *x, int n, int *count, uint64_t seed, int replicate) {
+/* Their median, or that of a sample. */
+static double rater_median(const void *of, uint64_t seed, int replicate, int thread) {
+    const rater_sorted *r = of;
+    const double *x = r->x;
+    int n = r->n, *count = r->count + (size_t)thread * (size_t)n;
     int seen = 0, low = (n - 1) / 2, high = n / 2;
     double a = NAN;
     if (!n) return NAN;
     memset(count, 0, (size_t)n * sizeof *count);
-    for (int i = 0; i < n; i++) count[rater_draw(seed, replicate, i, n)]++;
+    for (int i = 0; i < n; i++) count[eval_draw(seed, replicate, i, n)]++;
     for (int i = 0; i < n; i++) {
         if (seen <= low && low < seen + count[i]) a = x[i];
         if (seen <= high && high < seen + count[i]) return (a + x[i]) / 2;
@@ -16904,26 +16933,26 @@ static double rater_median(const double *x, int n, int *count, uint64_t seed, in
 static void rater_put_agreement(const rater_set *s, json_t *j, const uint8_t *mask, uint64_t seed,
                                 double *replicate) {
     rater_group g = rater_gather(s, mask);
-    double alpha = rater_alpha(&g, seed, 0), kappa = rater_kappa(&g, seed, 0);
-    for (int i = 0; i < s->replicates; i++) replicate[i] = rater_alpha(&g, seed, i + 1);
-    rater_put(j, "alpha", alpha, replicate, s->replicates);
-    for (int i = 0; i < s->replicates; i++) replicate[i] = rater_kappa(&g, seed, i + 1);
-    rater_put(j, "kappa", kappa, replicate, s->replicates);
+    eval_put_figure(s->ctx, j, "alpha", (eval_boot){rater_alpha, &g, seed, replicate},
+                    s->replicates);
+    eval_put_figure(s->ctx, j, "kappa", (eval_boot){rater_kappa, &g, seed, replicate},
+                    s->replicates);
     rater_ungather(&g);
 }
 
 /* Puts the median of the seconds in a group. */
 static void rater_put_seconds(const rater_set *s, json_t *j, const uint8_t *mask, uint64_t seed,
                               double *replicate) {
-    double *x = mem_zalloc(s->ctx, (size_t)s->n_votes + 1, sizeof *x);
-    int *count = mem_zalloc(s->ctx, (size_t)s->n_votes + 1, sizeof *count), n = 0;
+    size_t room = (size_t)s->n_votes + 1, threads = (size_t)s->ctx->threads;
+    rater_sorted r = {.x = mem_zalloc(s->ctx, room, sizeof *r.x)};
     for (int k = 0; k < s->n_votes; k++)
-        if (mask[k] && s->vote[k].seconds >= 0) x[n++] = s->vote[k].seconds;
-    qsort(x, (size_t)n, sizeof *x, rater_compare);
-    for (int i = 0; i < s->replicates; i++) replicate[i] = rater_median(x, n, count, seed, i + 1);
-    rater_put(j, "seconds", rater_median(x, n, count, seed, 0), replicate, s->replicates);
-    mem_free(count);
-    mem_free(x);
+        if (mask[k] && s->vote[k].seconds >= 0) r.x[r.n++] = s->vote[k].seconds;
+    qsort(r.x, (size_t)r.n, sizeof *r.x, eval_compare);
+    r.count = mem_zalloc(s->ctx, threads * (size_t)r.n + 1, sizeof *r.count);
+    eval_put_figure(s->ctx, j, "seconds", (eval_boot){rater_median, &r, seed, replicate},
+                    s->replicates);
+    mem_free(r.count);
+    mem_free(r.x);
 }
 
 /* What is told of a group of votes; together: whether it is one of several annotators. row numbers

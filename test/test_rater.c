@@ -259,6 +259,32 @@ static void draw_crowd(uint64_t seed) {
     }
 }
 
+/* Intervals of agreement and of seconds, whose replicates threads share. */
+TEST(intervals_for_any_threads) {
+    enum { ALL = 400, LINE = 160 };
+    char *text = malloc(3 * ALL * LINE), *end = text, *one = NULL;
+    rlhf_raters_config c = rlhf_raters_config_default();
+    c.bootstrap = 300;
+    for (int i = 0; i < 3 * ALL; i++)
+        end += snprintf(end, LINE,
+                        "{\"prompt\":\"%d\",\"answers\":[\"x\",\"y\"],\"choice\":%d,"
+                        "\"annotator\":\"%c\",\"seconds\":%d}\n",
+                        i / 3, test_int(0, 3) == 0, "abc"[i % 3], (int)test_int(1, 60));
+    for (int threads = 1; threads <= 3; threads++) {
+        rlhf_ctx *ctx = test_context("auto", threads);
+        json_t *j = report_of(ctx, text, &c, NULL);
+        CHECK(at(j, "alpha_low") < at(j, "alpha") && at(j, "alpha") < at(j, "alpha_high"));
+        CHECK(at(j, "kappa_low") < at(j, "kappa") && at(j, "kappa") < at(j, "kappa_high"));
+        CHECK(at(j, "seconds_low") < at(j, "seconds") && at(j, "seconds") < at(j, "seconds_high"));
+        if (!one) one = strdup(report_text);
+        CHECK(!strcmp(one, report_text));
+        drop(ctx, j);
+        rlhf_close(ctx);
+    }
+    free(one);
+    free(text);
+}
+
 static double correlation(const double *x, const double *y, int n) {
     double mx = 0, my = 0, xx = 0, yy = 0, xy = 0;
     for (int i = 0; i < n; i++) mx += x[i] / n, my += y[i] / n;
@@ -1049,7 +1075,8 @@ TEST(pandalm) {
 }
 
 TEST_MAIN(CASE(two_annotators), CASE(missing_votes_and_ties), CASE(wilson), CASE(columns),
-          CASE(bad_records), CASE(planted_reliabilities), CASE(few_judgements),
+          CASE(intervals_for_any_threads), CASE(bad_records), CASE(planted_reliabilities),
+          CASE(few_judgements),
           CASE(planted_reward_model), CASE(planted_temperatures),
           CASE(labels_from_a_file), CASE(temperature_gradients),
           CASE(temperatures_are_the_same_bits), CASE(which_judgements_are_learned_from),

@@ -3090,8 +3090,8 @@ RLHF_INLINE GEMM_512 __m512 gemm_512_column(const int form, const float *b) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
-/* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. asks is
- * t->asks. */
+/* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. asks, a
+ * constant too: lines that a step asks for, 1 or P. */
 RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int form, const int asks,
                                         const gemm_tile_args *t) {
     __m512 sum[GEMM_SUMS][GEMM_MAX_PANELS];
@@ -15969,7 +15969,8 @@ static int eval_compare(const void *a, const void *b) {
     return (*x > *y) - (*x < *y);
 }
 
-/* A figure of a sample (eval_draw), with scratch of its thread; and replicates of it. */
+/* A figure of a sample drawn by eval_draw, with scratch of its own for each thread; and room for
+ * replicates of it. */
 typedef double eval_figure(const void *of, uint64_t seed, int replicate, int thread);
 typedef struct eval_boot {
     eval_figure *figure;

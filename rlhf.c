@@ -2849,6 +2849,7 @@ typedef struct gemm_args {
     int half;        /* of bfloat16; t.b, if not null, is panels of pairs */
     gemm_source src; /* B, where t.b is null */
     int beyond;      /* panels behind those of t.b that the thread reads next */
+    int near;        /* t.b is in the second-level cache: its panels need not be asked for */
     size_t ms;       /* floats of A for each row from one tile to the next; 0: t.rs */
     k_map_fn *act;   /* y = act(c), row by row while the block is in cache; null = none */
     float *y;        /* [m][ldy] */
@@ -3090,6 +3091,21 @@ RLHF_INLINE GEMM_512 __m512 gemm_512_column(const int form, const float *b) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
+/* Lines of C that a core has places for on their way. More are asked for row by row while steps go
+ * on, if the sum is not shorter than this: all at once they would take the places in which B comes
+ * from the second-level cache. */
+enum { GEMM_PLACES = 16, GEMM_CALM = 192 };
+
+/* Asks for what a row of the tile below begins from and is written to. */
+RLHF_INLINE GEMM_512 void gemm_512_ask(int row, const int P, const gemm_tile_args *t) {
+    size_t at = (size_t)row * t->ldc;
+    V_UNROLL
+    for (int p = 0; p < P; p++) __builtin_prefetch(t->c + at + p * RLHF_LANES, 1);
+    if (!t->add) return;
+    V_UNROLL
+    for (int p = 0; p < P; p++) __builtin_prefetch(t->add + at + p * RLHF_LANES);
+}
+
 /* The same chains in 512-bit registers: R x P <= 24 sums, P columns of B, one broadcast. asks, a
  * constant too: lines that a step asks for, 1 or P. */
 RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int form, const int asks,
@@ -3103,37 +3119,41 @@ RLHF_INLINE GEMM_512 void gemm_512_body(const int R, const int P, const int form
                             ? _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p * RLHF_LANES)
                             : _mm512_setzero_ps();
     }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++)
-            __builtin_prefetch(t->c + (size_t)(R + r) * t->ldc + p * RLHF_LANES, 1);
     /* One step of k, as in gemm_v_body; the blocks are sums, next rows, steps, results. */
     const float *a = t->a, *b = t->b, *after = t->next ? t->next : b, *next = after;
     const size_t line = gemm_line(form), step = R <= GEMM_LOW_512 ? line : t->step;
+    const int calm = R > GEMM_LOW_512 && R * P > GEMM_PLACES && asks == 1;
+    const int each = calm && t->k >= GEMM_CALM ? t->k / R : t->k;
     if (R <= GEMM_LOW_512 && t->k > GEMM_AHEAD) next = b + GEMM_AHEAD * line;
+    for (int r = 0; each == t->k && r < R; r++) gemm_512_ask(R + r, P, t);
+    for (int left = t->k, row = R, some; left > 0; left -= some) {
+        some = row < 2 * R - 1 ? each : left;
+        if (each < t->k) gemm_512_ask(row++, P, t);
 #pragma GCC unroll 4
-    for (int k = t->k; k > 0; k--) {
-        __m512 col[GEMM_MAX_PANELS];
-        if (R <= GEMM_LOW_512 && k == GEMM_AHEAD) next = after;
-        V_UNROLL
-        for (int p = 0; p < P; p++) {
-            if (R <= GEMM_LOW_512) __builtin_prefetch(next + (size_t)p * t->bs);
-            col[p] = gemm_512_column(form, b + (size_t)p * t->bs);
-        }
-        V_UNROLL
-        for (int r = 0; r < R; r++) {
-            __m512 x = _mm512_set1_ps(a[(size_t)r * t->rs]);
+        for (int k = some; k > 0; k--) {
+            __m512 col[GEMM_MAX_PANELS];
+            if (R <= GEMM_LOW_512 && k == GEMM_AHEAD) next = after;
             V_UNROLL
-            for (int p = 0; p < P; p++)
-                sum[r][p] = form == GEMM_PAIRS
-                                ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
-                                : _mm512_fmadd_ps(x, col[p], sum[r][p]);
+            for (int p = 0; p < P; p++) {
+                if (R <= GEMM_LOW_512) __builtin_prefetch(next + (size_t)p * t->bs);
+                col[p] = gemm_512_column(form, b + (size_t)p * t->bs);
+            }
+            V_UNROLL
+            for (int r = 0; r < R; r++) {
+                __m512 x = _mm512_set1_ps(a[(size_t)r * t->rs]);
+                V_UNROLL
+                for (int p = 0; p < P; p++)
+                    sum[r][p] = form == GEMM_PAIRS
+                                    ? _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)col[p])
+                                    : _mm512_fmadd_ps(x, col[p], sum[r][p]);
+            }
+            V_UNROLL
+            for (int p = 0; R > GEMM_LOW_512 && p < asks; p++)
+                __builtin_prefetch(next + (size_t)p * t->bs);
+            a += t->cs;
+            b += line;
+            next += step;
         }
-        V_UNROLL
-        for (int p = 0; R > GEMM_LOW_512 && p < asks; p++)
-            __builtin_prefetch(next + (size_t)p * t->bs);
-        a += t->cs;
-        b += line;
-        next += step;
     }
     V_UNROLL
     for (int r = 0; r < R; r++) {
@@ -3292,10 +3312,10 @@ GEMM_AMX static void gemm_amx_sums(const gemm_tile_args *t, int two_rows, int tw
     const float *b = t->b, *b2 = b + t->bs;
     for (int k = 0; k < t->k; k += 16) {
         size_t at = (size_t)k * RLHF_LANES;
-        for (size_t i = 0; t->asks > 1 && i < t->step; i++) { /* what sixteen steps ask for */
+        for (size_t i = 0; i < t->step; i++) { /* what sixteen steps ask for */
             const float *next = t->next + (size_t)k * t->step + i * RLHF_LANES;
             __builtin_prefetch(next);
-            __builtin_prefetch(next + t->bs);
+            if (t->asks > 1) __builtin_prefetch(next + t->bs);
         }
         _tile_loadd(4, a + at, 64);
         _tile_loadd(6, b + at, 64);
@@ -3905,7 +3925,9 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
     const k_tiles *tiles = gemm_tiles(kt, g);
     int whole = g->n / RLHF_LANES, panels = (int)gemm_panels(g->n);
     int height = g->ms ? tiles->rows : gemm_piece(g->m, tiles->rows);
-    int high = (g->m + height - 1) / height;
+    /* Tiles one above the other; every how many of them asks for panels, and so many that do. */
+    int high = (g->m + height - 1) / height, every = (high + GEMM_FEW_TILES - 1) / GEMM_FEW_TILES;
+    int askers = (high + every - 1) / every;
     int lies = !g->ms && g->t.cs == 1 && g->t.rs == (size_t)g->t.k; /* A, in the caller's rows */
     size_t ms = g->ms ? g->ms : g->t.rs;
     size_t line = gemm_line(g->src.narrow ? GEMM_NARROW : GEMM_FLOATS);
@@ -3917,26 +3939,29 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
         size_t col = (size_t)p * RLHF_LANES;
         t.b += (size_t)p * g->t.bs;
         if (t.bias) t.bias += col;
-        /* While these panels are used, as many of the next ones are asked for. Few tiles wait for
-         * memory: each asks for its part of every panel, so that all of them come at once. Of many,
-         * the first ask for a panel each. */
-        int after = base_min(w, panels - p - w + g->beyond), few = high <= GEMM_FEW_TILES;
-        size_t part = few ? (line + (size_t)high - 1) / (size_t)high : line;
-        size_t far = few ? (size_t)g->t.k * part : t.bs; /* from a tile's part to the next one's */
+        /* While these panels are used, as many of the next ones are asked for, by a few tiles: each
+         * asks for its part of every panel, so that all come at once; or, where tiles are many, of
+         * one panel after the other, which takes fewer instructions. */
+        int after = g->near ? 0 : base_min(w, panels - p - w + g->beyond);
+        int run = every > 1 && t.bs == (size_t)t.k * line;
+        size_t part = ((run && after > 0 ? (size_t)after : 1) * line + (size_t)askers - 1) /
+                      (size_t)askers;
         for (int m = 0, tile = 0, rows; m < g->m; m += rows, tile++) {
             size_t row = (size_t)m * g->t.ldc + col;
             rows = g->ms ? base_min(height, g->m - m) : gemm_piece(g->m - m, tiles->rows);
             t.a = g->t.a + (size_t)m * ms;
             t.c = g->t.c + row;
             if (t.add) t.add = g->t.add + row;
-            t.step = after > 0 && (few || tile < after) ? part : 0;
-            t.asks = few && t.step ? w : 1;
-            t.next = t.step ? t.b + (size_t)w * t.bs + (size_t)tile * far
+            t.step = after > 0 && tile % every == 0 ? part : 0;
+            t.asks = t.step && !run ? w : 1;
+            t.next = t.step ? t.b + (size_t)w * t.bs + (size_t)(tile / every * t.k) * part
                      : g->t.next ? g->t.next /* the caller's next panels */
                                  : t.b;
             /* Rows that are read where they lie come from memory with the first panels: those of
-             * the tile below are asked for. (A low tile asks for panels only.) */
-            if (!p && !t.step && lies && rows > GEMM_LOW) {
+             * the tile below are asked for, unless few tiles wait for panels. (A low tile asks for
+             * panels only.) */
+            if (!p && (!t.step || every > 1) && lies && rows > GEMM_LOW) {
+                t.asks = 1;
                 t.step = (size_t)rows;
                 t.next = t.a + (size_t)rows * t.rs;
             }
@@ -3997,6 +4022,7 @@ static void gemm_job_part(const gemm_job *j, const gemm_args *s, int column, int
             group.src.narrow = NULL;
             group.t.b = pack.out;
             group.beyond = 0;
+            group.near = 1;
             group.t.bs = gemm_panel_size(j->kt, s->half, s->t.k);
         }
         for (int m = 0; m < s->m; m += j->high) {
@@ -4055,8 +4081,8 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
 
 /* Cuts the product into a grid of blocks: the one that takes the busiest thread the fewest
  * multiply-adds, what it packs counted in them: rows of A for each block, panels of B too, or once
- * for the blocks of a column. Where both are packed, fewer blocks may pack so much less that more
- * waiting is worth it. */
+ * for the blocks of a column; and one for each number of B that a block reads. Where both are
+ * packed, fewer blocks may pack so much less that more waiting is worth it. */
 static void gemm_cut(gemm_job *j) {
     const gemm_args *g = j->g;
     int threads = j->ctx->threads;
@@ -4077,6 +4103,7 @@ static void gemm_cut(gemm_job *j) {
             double cost = own * (double)rows * (wide * RLHF_LANES);
             if (!g->t.b) cost += (double)tiles->pack * packs * wide * RLHF_LANES;
             if (j->a) cost += (double)tiles->pack * own * groups * rows;
+            cost += (double)own * wide * RLHF_LANES; /* what comes to the core of B */
             cost *= 1 + GEMM_WAIT / own;
             if (cost >= best) continue;
             best = cost;

@@ -3913,8 +3913,8 @@ static k_tile_fn *gemm_tile_of(const k_tiles *tiles, const gemm_source *s) {
     return !s->narrow ? tiles->tile : s->ieee ? tiles->ieee : tiles->narrow;
 }
 
-/* Tiles one above the other that ask for panels to come, at most. And so few tiles that each of them
- * may widen narrow panels. */
+/* Tiles one above the other that ask for panels to come, at most. And so few that each of them may
+ * widen narrow panels. */
 enum { GEMM_FEW_TILES = 8, GEMM_NARROW_TILES = 4 };
 
 /* The product on the calling thread, B in panels (t.b); then act on what it wrote. Tiles of all

@@ -1908,7 +1908,7 @@ typedef struct k_tiles {
     int rows;                          /* height of the full tile */
     uint8_t panels[33];                /* panels[r]: widest tile of r rows, in sixteen columns */
     int pack;                          /* multiply-adds in the time of packing one number, about */
-    void (*begin)(void), (*end)(void); /* around a block of tiles; null: nothing to do */
+    void (*begin)(int rows), (*end)(void); /* around a block of tiles; null: nothing to do */
     k_half_fn *half;                   /* for bfloat16: how operands are packed */
     k_pairs_fn *pairs;
     k_tile_fn *narrow, *ieee; /* the same on panels of bfloat16 and of half precision; null: none */
@@ -2815,6 +2815,7 @@ RLHF_INLINE size_t gemm_line(const int form) {
  * corner, the caller of the driver to the product's. */
 typedef struct gemm_tile_args {
     int k; /* length of every sum, in pairs where the product is of bfloat16 */
+    int m; /* rows of the block that the tile is part of, as begin was told */
     const float *a;
     size_t rs, cs;     /* A element (m, k) is a[m * rs + k * cs] */
     const float *b;    /* panels of B, each [k][16]; null: packed on the way (gemm_args.src) */
@@ -3280,13 +3281,16 @@ GEMM_512 static void gemm_512_pairs(int n, int pairs, int strips, int w, const f
 
 #define GEMM_AMX __attribute__((target("amx-tile,amx-bf16,avx512f")))
 
-/* Shapes of the tile registers: sums 0 to 3, A 4 and 5, B 6 and 7, all sixteen rows of 64 bytes. */
-GEMM_AMX static void gemm_amx_begin(void) {
-    static const struct {
+/* Shapes of the tile registers for a block of so many rows. All have sixteen rows of 64 bytes; but
+ * sums 0 to 3 and A in 4 have those of a block that has no more, which take less time. */
+GEMM_AMX static void gemm_amx_begin(int rows) {
+    struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
-    } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {0, 0, 0, 0, 0, 16, 16, 16}};
+    memset(config.rows, base_min(rows, RLHF_LANES), 5);
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* GCC believes that eight bytes are read */
     _tile_loadconfig(&config);
 }
 
@@ -3294,7 +3298,7 @@ GEMM_AMX static void gemm_amx_end(void) { _tile_release(); }
 
 GEMM_AMX static double gemm_amx_peak(int64_t rounds, float *sink) {
     (void)sink;
-    gemm_amx_begin();
+    gemm_amx_begin(RLHF_LANES);
     for (int64_t n = 0; n < rounds; n++) {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -3305,18 +3309,23 @@ GEMM_AMX static double gemm_amx_peak(int64_t rounds, float *sink) {
     return 4.0 * 2 * 16 * 16 * 32 * (double)rounds;
 }
 
-/* One square of pairs: up to two by two products of sixteen rows and columns. Sixteen rows of A are
- * t->k / 16 squares, one behind the other, and so is a panel of B. */
-GEMM_AMX static void gemm_amx_sums(const gemm_tile_args *t, int two_rows, int two_panels) {
+/* Asks for what the sixteen steps from k on are to: lines one behind the other. */
+RLHF_INLINE GEMM_AMX void gemm_amx_ask(const gemm_tile_args *t, int k) {
+    for (size_t i = 0; i < t->step; i++) {
+        const float *next = t->next + (size_t)k * t->step + i * RLHF_LANES;
+        for (int p = 0; p < t->asks; p++) __builtin_prefetch(next + (size_t)p * t->bs);
+    }
+}
+
+/* Up to two by two products of sixteen rows and columns, as sums 0 and 1, below them 2 and 3.
+ * Sixteen rows of A are t->k / 16 squares of pairs, one behind the other, and so is a panel of B.
+ */
+GEMM_AMX static void gemm_amx_tall(const gemm_tile_args *t, int two_rows, int two_panels) {
     const float *a = t->a, *a2 = a + (size_t)t->k * RLHF_LANES;
     const float *b = t->b, *b2 = b + t->bs;
     for (int k = 0; k < t->k; k += 16) {
         size_t at = (size_t)k * RLHF_LANES;
-        for (size_t i = 0; i < t->step; i++) { /* what sixteen steps ask for */
-            const float *next = t->next + (size_t)k * t->step + i * RLHF_LANES;
-            __builtin_prefetch(next);
-            if (t->asks > 1) __builtin_prefetch(next + t->bs);
-        }
+        gemm_amx_ask(t, k);
         _tile_loadd(4, a + at, 64);
         _tile_loadd(6, b + at, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -3331,36 +3340,64 @@ GEMM_AMX static void gemm_amx_sums(const gemm_tile_args *t, int two_rows, int tw
     }
 }
 
-/* Sums from or to c, rows ld bytes apart. */
-GEMM_AMX static void gemm_amx_load(float *c, size_t ld, int two_rows, int two_panels) {
-    float *below = c + RLHF_LANES * (ld / sizeof *c);
-    _tile_loadd(0, c, ld);
-    if (two_panels) _tile_loadd(1, c + RLHF_LANES, ld);
-    if (two_rows) _tile_loadd(2, below, ld);
-    if (two_rows && two_panels) _tile_loadd(3, below + RLHF_LANES, ld);
+/* Few rows by up to four panels, as sums 0 to 3. */
+GEMM_AMX static void gemm_amx_low(const gemm_tile_args *t, int panels) {
+    for (int k = 0; k < t->k; k += 16) {
+        size_t at = (size_t)k * RLHF_LANES;
+        const float *b = t->b + at;
+        gemm_amx_ask(t, k);
+        _tile_loadd(4, t->a + at, 64);
+        _tile_loadd(5, b, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        if (panels > 1) {
+            _tile_loadd(6, b + t->bs, 64);
+            _tile_dpbf16ps(1, 4, 6);
+        }
+        if (panels > 2) {
+            _tile_loadd(7, b + 2 * t->bs, 64);
+            _tile_dpbf16ps(2, 4, 7);
+        }
+        if (panels > 3) {
+            _tile_loadd(5, b + 3 * t->bs, 64);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
 }
 
-GEMM_AMX static void gemm_amx_store(float *c, size_t ld, int two_rows, int two_panels) {
-    float *below = c + RLHF_LANES * (ld / sizeof *c);
-    _tile_stored(0, c, ld);
-    if (two_panels) _tile_stored(1, c + RLHF_LANES, ld);
-    if (two_rows) _tile_stored(2, below, ld);
-    if (two_rows && two_panels) _tile_stored(3, below + RLHF_LANES, ld);
+/* Sums from or to c[i], null where sum i is none; rows are ld bytes apart. */
+GEMM_AMX static void gemm_amx_load(float *const *c, size_t ld) {
+    _tile_loadd(0, c[0], ld);
+    if (c[1]) _tile_loadd(1, c[1], ld);
+    if (c[2]) _tile_loadd(2, c[2], ld);
+    if (c[3]) _tile_loadd(3, c[3], ld);
 }
 
-/* Up to 32 rows by two panels. Rows of A beyond `rows` are zeros. Sums of whole squares without
- * bias and residual begin and end in C, others in a stack tile. */
+GEMM_AMX static void gemm_amx_store(float *const *c, size_t ld) {
+    _tile_stored(0, c[0], ld);
+    if (c[1]) _tile_stored(1, c[1], ld);
+    if (c[2]) _tile_stored(2, c[2], ld);
+    if (c[3]) _tile_stored(3, c[3], ld);
+}
+
+/* Up to 32 rows by two panels, or all rows of a block of up to sixteen by four. Rows of A beyond
+ * `rows` are zeros, if registers have them. Sums without bias and residual, of as many rows as
+ * registers have, begin and end in C, others in a stack tile. */
 GEMM_AMX static void gemm_amx_tile(int rows, int panels, const gemm_tile_args *t) {
-    enum { LD = 2 * RLHF_LANES };
-    float sum[LD * LD];
-    int two_rows = rows > RLHF_LANES, two_panels = panels > 1;
-    int whole = rows % RLHF_LANES == 0 && !t->bias && !t->add;
-    float *c = whole ? t->c : sum;
-    size_t ld = (whole ? t->ldc : LD) * sizeof *c;
+    enum { LD = 4 * RLHF_LANES };
+    float sum[2 * RLHF_LANES * LD];
+    int low = t->m <= RLHF_LANES, wide = panels * RLHF_LANES;
+    int whole = (low || rows % RLHF_LANES == 0) && !t->bias && !t->add;
+    size_t ld = whole ? t->ldc : LD;
+    float *c[4];
+    for (int i = 0; i < 4; i++) {
+        int row = low ? 0 : i / 2 * RLHF_LANES, panel = low ? i : i % 2;
+        int has = row < rows && panel < panels;
+        c[i] = has ? (whole ? t->c : sum) + (size_t)row * ld + panel * RLHF_LANES : NULL;
+    }
     for (int r = 0; !whole && t->mode == GEMM_ACC && r < rows; r++)
-        for (int p = 0; p < panels * RLHF_LANES; p += RLHF_LANES)
+        for (int p = 0; p < wide; p += RLHF_LANES)
             _mm512_storeu_ps(sum + r * LD + p, _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p));
-    if (t->mode == GEMM_ACC) gemm_amx_load(c, ld, two_rows, two_panels);
+    if (t->mode == GEMM_ACC) gemm_amx_load(c, ld * sizeof *sum);
     else {
         _tile_zero(0);
         _tile_zero(1);
@@ -3368,12 +3405,13 @@ GEMM_AMX static void gemm_amx_tile(int rows, int panels, const gemm_tile_args *t
         _tile_zero(3);
     }
     for (int r = 0; t->mode != GEMM_ACC && r < rows; r++)
-        for (int p = 0; p < panels; p++)
-            __builtin_prefetch(t->c + (size_t)r * t->ldc + p * RLHF_LANES, 1);
-    gemm_amx_sums(t, two_rows, two_panels);
-    gemm_amx_store(c, ld, two_rows, two_panels);
+        for (int p = 0; p < wide; p += RLHF_LANES)
+            __builtin_prefetch(t->c + (size_t)r * t->ldc + p, 1);
+    if (low) gemm_amx_low(t, panels);
+    else gemm_amx_tall(t, rows > RLHF_LANES, panels > 1);
+    gemm_amx_store(c, ld * sizeof *sum);
     for (int r = 0; !whole && r < rows; r++)
-        for (int p = 0; p < panels * RLHF_LANES; p += RLHF_LANES) {
+        for (int p = 0; p < wide; p += RLHF_LANES) {
             size_t at = (size_t)r * t->ldc + (size_t)p;
             __m512 s = _mm512_loadu_ps(sum + r * LD + p);
             if (t->bias) s = _mm512_add_ps(s, _mm512_loadu_ps(t->bias + p));
@@ -3470,7 +3508,7 @@ static const k_table k_amx = {.name = "amx",
                               .f32 = GEMM_512_F32,
                               .bf16 = {.tile = gemm_amx_tile,
                                        .rows = 32,
-                                       .panels = {0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
+                                       .panels = {0, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4,
                                                   2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2},
                                        .pack = 32,
                                        .begin = gemm_amx_begin,
@@ -3826,7 +3864,9 @@ static size_t gemm_pack_a_squares(const k_table *kt, gemm_tile_args *t, int m, f
     float turn[GEMM_GROUP * STRIP] __attribute__((aligned(RLHF_ALIGN)));
     for (int r = 0; t->cs == 1 && r < m; r++) {
         float *to = out + (size_t)(r / RLHF_LANES) * size;
-        if (r % RLHF_LANES == 0 && (m - r < RLHF_LANES || k % 32)) memset(to, 0, size * sizeof *to);
+        /* Zeros below and beside; a single low tile has no rows below. */
+        int edge = (m > RLHF_LANES && m - r < RLHF_LANES) || k % 32;
+        if (r % RLHF_LANES == 0 && edge) memset(to, 0, size * sizeof *to);
         kt->bf16.half(k, t->a + (size_t)r * t->rs, 2 * GEMM_BLOCK,
                       (uint16_t *)(void *)(to + r % RLHF_LANES * RLHF_LANES));
     }
@@ -3932,11 +3972,12 @@ static void gemm_block(const k_table *kt, const gemm_args *g) {
     size_t ms = g->ms ? g->ms : g->t.rs;
     size_t line = gemm_line(g->src.narrow ? GEMM_NARROW : GEMM_FLOATS);
     k_tile_fn *fn = gemm_tile_of(tiles, &g->src);
-    if (tiles->begin) tiles->begin();
+    if (tiles->begin) tiles->begin(g->m);
     for (int p = 0, w; p < panels; p += w) {
         w = p < whole ? gemm_piece(whole - p, tiles->panels[base_min(height, g->m)]) : 1;
         gemm_tile_args t = g->t;
         size_t col = (size_t)p * RLHF_LANES;
+        t.m = g->m;
         t.b += (size_t)p * g->t.bs;
         if (t.bias) t.bias += col;
         /* While these panels are used, as many of the next ones are asked for, by a few tiles: each
@@ -4090,7 +4131,8 @@ static void gemm_cut(gemm_job *j) {
     int panels = (int)gemm_panels(g->n), step = tiles->panels[base_min(tiles->rows, g->m)];
     double work = (double)g->m * g->n * g->t.k, best = INFINITY;
     int most = threads * (int)fmax(1, fmin(PAR_PIECES, work / threads / GEMM_WORTH));
-    for (int want = most; want == most || (j->a && want >= threads); want /= 2)
+    for (int want = most, next; want; want = next) {
+        next = j->a && want > threads ? base_max(threads, want / 2) : 0;
         for (int down = 1; down <= want && (down == 1 || g->m >= 24 * down); down++) {
             int across = base_min((want + down - 1) / down, (panels + step - 1) / step);
             int rows = (int)base_round_up((size_t)((g->m + down - 1) / down), (size_t)tiles->rows);
@@ -4112,6 +4154,7 @@ static void gemm_cut(gemm_job *j) {
             j->down = tall;
             j->blocks = n;
         }
+    }
 }
 
 /* The whole product, over the context's threads; scratch comes from ws. */

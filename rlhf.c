@@ -3282,7 +3282,7 @@ GEMM_512 static void gemm_512_pairs(int n, int pairs, int strips, int w, const f
 #define GEMM_AMX __attribute__((target("amx-tile,amx-bf16,avx512f")))
 
 /* Shapes of the tile registers for a block of so many rows. All have sixteen rows of 64 bytes; but
- * sums 0 to 3 and A in 4 have those of a block that has no more, which take less time. */
+ * sums 0 to 3 and A in 4 have those of a block that has fewer, which take less time. */
 GEMM_AMX static void gemm_amx_begin(int rows) {
     struct {
         uint8_t palette, start, reserved[14];
@@ -3309,23 +3309,33 @@ GEMM_AMX static double gemm_amx_peak(int64_t rounds, float *sink) {
     return 4.0 * 2 * 16 * 16 * 32 * (double)rounds;
 }
 
-/* Asks for what the sixteen steps from k on are to: lines one behind the other. */
-RLHF_INLINE GEMM_AMX void gemm_amx_ask(const gemm_tile_args *t, int k) {
-    for (size_t i = 0; i < t->step; i++) {
-        const float *next = t->next + (size_t)k * t->step + i * RLHF_LANES;
-        for (int p = 0; p < t->asks; p++) __builtin_prefetch(next + (size_t)p * t->bs);
+/* Steps that the only tile of a block asks ahead. */
+enum { GEMM_AMX_AHEAD = 32 };
+
+/* Asks for what is to come while steps from k on are done: by one of many tiles, its part of the
+ * next panels; by the only one, squares of its own panels ahead of use, in the end of the next. */
+RLHF_INLINE GEMM_AMX void gemm_amx_ask(const gemm_tile_args *t, int k, int two_panels) {
+    const float *next = t->next + (size_t)k * t->step;
+    size_t lines = t->step;
+    if (t->m <= GEMM_MAX_ROWS) {
+        int left = t->k - k - GEMM_AMX_AHEAD;
+        next = left > 0 ? t->b + (t->k - left) * RLHF_LANES : t->next - left * RLHF_LANES;
+        lines = RLHF_LANES;
+    } else two_panels = t->asks > 1;
+    for (size_t i = 0; i < lines; i++, next += RLHF_LANES) {
+        __builtin_prefetch(next);
+        if (two_panels) __builtin_prefetch(next + t->bs);
     }
 }
 
-/* Up to two by two products of sixteen rows and columns, as sums 0 and 1, below them 2 and 3.
- * Sixteen rows of A are t->k / 16 squares of pairs, one behind the other, and so is a panel of B.
- */
-GEMM_AMX static void gemm_amx_tall(const gemm_tile_args *t, int two_rows, int two_panels) {
+/* Up to two by two products of sixteen rows and columns. Sixteen rows of A are t->k / 16 squares of
+ * pairs, one behind the other, and so is a panel of B. */
+GEMM_AMX static void gemm_amx_sums(const gemm_tile_args *t, int two_rows, int two_panels) {
     const float *a = t->a, *a2 = a + (size_t)t->k * RLHF_LANES;
     const float *b = t->b, *b2 = b + t->bs;
     for (int k = 0; k < t->k; k += 16) {
         size_t at = (size_t)k * RLHF_LANES;
-        gemm_amx_ask(t, k);
+        gemm_amx_ask(t, k, two_panels);
         _tile_loadd(4, a + at, 64);
         _tile_loadd(6, b + at, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -3340,64 +3350,37 @@ GEMM_AMX static void gemm_amx_tall(const gemm_tile_args *t, int two_rows, int tw
     }
 }
 
-/* Few rows by up to four panels, as sums 0 to 3. */
-GEMM_AMX static void gemm_amx_low(const gemm_tile_args *t, int panels) {
-    for (int k = 0; k < t->k; k += 16) {
-        size_t at = (size_t)k * RLHF_LANES;
-        const float *b = t->b + at;
-        gemm_amx_ask(t, k);
-        _tile_loadd(4, t->a + at, 64);
-        _tile_loadd(5, b, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        if (panels > 1) {
-            _tile_loadd(6, b + t->bs, 64);
-            _tile_dpbf16ps(1, 4, 6);
-        }
-        if (panels > 2) {
-            _tile_loadd(7, b + 2 * t->bs, 64);
-            _tile_dpbf16ps(2, 4, 7);
-        }
-        if (panels > 3) {
-            _tile_loadd(5, b + 3 * t->bs, 64);
-            _tile_dpbf16ps(3, 4, 5);
-        }
-    }
+/* Sums from or to c, rows ld bytes apart. */
+GEMM_AMX static void gemm_amx_load(float *c, size_t ld, int two_rows, int two_panels) {
+    float *below = c + RLHF_LANES * (ld / sizeof *c);
+    _tile_loadd(0, c, ld);
+    if (two_panels) _tile_loadd(1, c + RLHF_LANES, ld);
+    if (two_rows) _tile_loadd(2, below, ld);
+    if (two_rows && two_panels) _tile_loadd(3, below + RLHF_LANES, ld);
 }
 
-/* Sums from or to c[i], null where sum i is none; rows are ld bytes apart. */
-GEMM_AMX static void gemm_amx_load(float *const *c, size_t ld) {
-    _tile_loadd(0, c[0], ld);
-    if (c[1]) _tile_loadd(1, c[1], ld);
-    if (c[2]) _tile_loadd(2, c[2], ld);
-    if (c[3]) _tile_loadd(3, c[3], ld);
+GEMM_AMX static void gemm_amx_store(float *c, size_t ld, int two_rows, int two_panels) {
+    float *below = c + RLHF_LANES * (ld / sizeof *c);
+    _tile_stored(0, c, ld);
+    if (two_panels) _tile_stored(1, c + RLHF_LANES, ld);
+    if (two_rows) _tile_stored(2, below, ld);
+    if (two_rows && two_panels) _tile_stored(3, below + RLHF_LANES, ld);
 }
 
-GEMM_AMX static void gemm_amx_store(float *const *c, size_t ld) {
-    _tile_stored(0, c[0], ld);
-    if (c[1]) _tile_stored(1, c[1], ld);
-    if (c[2]) _tile_stored(2, c[2], ld);
-    if (c[3]) _tile_stored(3, c[3], ld);
-}
-
-/* Up to 32 rows by two panels, or all rows of a block of up to sixteen by four. Rows of A beyond
- * `rows` are zeros, if registers have them. Sums without bias and residual, of as many rows as
- * registers have, begin and end in C, others in a stack tile. */
+/* Up to 32 rows by two panels. Rows of A beyond `rows` are zeros, if registers have them. Sums
+ * without bias and residual, of as many rows as registers have, begin and end in C, others in a
+ * stack tile. */
 GEMM_AMX static void gemm_amx_tile(int rows, int panels, const gemm_tile_args *t) {
-    enum { LD = 4 * RLHF_LANES };
-    float sum[2 * RLHF_LANES * LD];
-    int low = t->m <= RLHF_LANES, wide = panels * RLHF_LANES;
-    int whole = (low || rows % RLHF_LANES == 0) && !t->bias && !t->add;
-    size_t ld = whole ? t->ldc : LD;
-    float *c[4];
-    for (int i = 0; i < 4; i++) {
-        int row = low ? 0 : i / 2 * RLHF_LANES, panel = low ? i : i % 2;
-        int has = row < rows && panel < panels;
-        c[i] = has ? (whole ? t->c : sum) + (size_t)row * ld + panel * RLHF_LANES : NULL;
-    }
+    enum { LD = 2 * RLHF_LANES };
+    float sum[LD * LD];
+    int two_rows = rows > RLHF_LANES, two_panels = panels > 1;
+    int full = t->m <= RLHF_LANES || rows % RLHF_LANES == 0, whole = full && !t->bias && !t->add;
+    float *c = whole ? t->c : sum;
+    size_t ld = (whole ? t->ldc : LD) * sizeof *c;
     for (int r = 0; !whole && t->mode == GEMM_ACC && r < rows; r++)
-        for (int p = 0; p < wide; p += RLHF_LANES)
+        for (int p = 0; p < panels * RLHF_LANES; p += RLHF_LANES)
             _mm512_storeu_ps(sum + r * LD + p, _mm512_loadu_ps(t->c + (size_t)r * t->ldc + p));
-    if (t->mode == GEMM_ACC) gemm_amx_load(c, ld * sizeof *sum);
+    if (t->mode == GEMM_ACC) gemm_amx_load(c, ld, two_rows, two_panels);
     else {
         _tile_zero(0);
         _tile_zero(1);
@@ -3405,13 +3388,12 @@ GEMM_AMX static void gemm_amx_tile(int rows, int panels, const gemm_tile_args *t
         _tile_zero(3);
     }
     for (int r = 0; t->mode != GEMM_ACC && r < rows; r++)
-        for (int p = 0; p < wide; p += RLHF_LANES)
-            __builtin_prefetch(t->c + (size_t)r * t->ldc + p, 1);
-    if (low) gemm_amx_low(t, panels);
-    else gemm_amx_tall(t, rows > RLHF_LANES, panels > 1);
-    gemm_amx_store(c, ld * sizeof *sum);
+        for (int p = 0; p < panels; p++)
+            __builtin_prefetch(t->c + (size_t)r * t->ldc + p * RLHF_LANES, 1);
+    gemm_amx_sums(t, two_rows, two_panels);
+    gemm_amx_store(c, ld, two_rows, two_panels);
     for (int r = 0; !whole && r < rows; r++)
-        for (int p = 0; p < wide; p += RLHF_LANES) {
+        for (int p = 0; p < panels * RLHF_LANES; p += RLHF_LANES) {
             size_t at = (size_t)r * t->ldc + (size_t)p;
             __m512 s = _mm512_loadu_ps(sum + r * LD + p);
             if (t->bias) s = _mm512_add_ps(s, _mm512_loadu_ps(t->bias + p));
@@ -3508,7 +3490,7 @@ static const k_table k_amx = {.name = "amx",
                               .f32 = GEMM_512_F32,
                               .bf16 = {.tile = gemm_amx_tile,
                                        .rows = 32,
-                                       .panels = {0, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4,
+                                       .panels = {0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
                                                   2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2},
                                        .pack = 32,
                                        .begin = gemm_amx_begin,

@@ -4922,7 +4922,8 @@ enum {
  * Positions are appended in place, so decoding packs nothing again. */
 typedef struct op_kv {
     float *k, *v;
-    int cap; /* positions, a multiple of 16 */
+    int cap;    /* positions, a multiple of 16 */
+    int narrow; /* numbers are of bfloat16, which op_rope has rounded them to, in half of the room */
 } op_kv;
 
 /* Rows [row, row + n) of a batch, which continue a sequence of `past` positions. The last `led` of
@@ -4948,6 +4949,7 @@ typedef struct op_attn {
     float *dqkv;                /* as qkv, overwritten */
     const float *cosine, *sine; /* [positions][rot/2]; null: no rotary positions */
     int rot;                    /* dimensions of a head that are rotated: the first ones */
+    int half;                   /* keys and values are rounded to bfloat16 */
     int window;                 /* 0: all positions */
     float scale;                /* of scores */
     float cap;                  /* soft cap of scaled scores; 0: none */
@@ -4958,7 +4960,7 @@ typedef struct op_attn {
     size_t scratch_size; /* floats for each thread */
 } op_attn;
 
-/* Floats of an op_kv's k and v. */
+/* Numbers of an op_kv's k and v. */
 static size_t op_kv_k_size(int kv_heads, int hd, int cap) {
     return (size_t)kv_heads * (size_t)hd * (size_t)cap;
 }
@@ -4968,38 +4970,60 @@ static size_t op_kv_v_size(int kv_heads, int hd, int cap) {
     return (size_t)kv_heads * gemm_panels(hd) * RLHF_LANES * (size_t)cap;
 }
 
+/* Floats in the place of n numbers, a multiple of sixteen. */
+static size_t op_kv_floats(int narrow, size_t n) { return narrow ? n / 2 : n; }
+
 /* Copies the first n positions of a cache into another one. */
 static void op_kv_copy(int kv_heads, int hd, const op_kv *from, const op_kv *to, int n) {
-    size_t a = (size_t)from->cap, b = (size_t)to->cap, keys = base_round_up((size_t)n, RLHF_LANES);
-    for (size_t g = 0; g < (size_t)kv_heads; g++)
-        memcpy(to->k + g * (size_t)hd * b, from->k + g * (size_t)hd * a,
-               keys * (size_t)hd * sizeof *to->k);
+    size_t keys = base_round_up((size_t)n, RLHF_LANES) * (size_t)hd;
+    keys = op_kv_floats(from->narrow, keys);
+    for (int g = 0; g < kv_heads; g++)
+        memcpy(to->k + op_kv_floats(to->narrow, op_kv_k_size(g, hd, to->cap)),
+               from->k + op_kv_floats(from->narrow, op_kv_k_size(g, hd, from->cap)),
+               keys * sizeof *to->k);
+    size_t a = op_kv_floats(from->narrow, (size_t)from->cap * RLHF_LANES);
+    size_t b = op_kv_floats(to->narrow, (size_t)to->cap * RLHF_LANES);
+    size_t values = op_kv_floats(from->narrow, (size_t)n * RLHF_LANES);
     for (size_t p = 0; p < (size_t)kv_heads * gemm_panels(hd); p++)
-        memcpy(to->v + p * b * RLHF_LANES, from->v + p * a * RLHF_LANES,
-               (size_t)n * RLHF_LANES * sizeof *to->v);
+        memcpy(to->v + p * b, from->v + p * a, values * sizeof *to->v);
 }
 
 /* Floats in a row of qkv: queries of all heads, then keys, then values. */
 static int op_attn_width(const op_attn *a) { return (a->heads + 2 * a->kv_heads) * a->hd; }
 
-/* Queries and keys of rows [lo, hi), which stand first in a row. */
+/* n floats become what bfloat16 can hold. */
+static void op_round(const k_table *kt, int n, float *x) {
+    enum { PIECE = 256 };
+    uint16_t some[PIECE];
+    for (int i = 0, w; i < n; i += w) {
+        w = base_min(PIECE, n - i);
+        kt->bf16.half(w, x + i, 32, some);
+        kt->wide(w, some, x + i);
+    }
+}
+
+/* Queries and keys of rows [lo, hi), which stand first in a row; then keys and values. */
 static void op_rope_rows(void *arg, int64_t lo, int64_t hi, int thread) {
     op_attn *a = arg;
     (void)thread;
-    int half = a->rot / 2;
+    int pairs = a->cosine ? a->rot / 2 : 0;
     for (int64_t r = lo; r < hi; r++) {
-        const float *c = a->cosine + (size_t)a->pos[r] * (size_t)half;
-        const float *s = a->sine + (size_t)a->pos[r] * (size_t)half;
         float *x = a->qkv + r * op_attn_width(a);
-        for (int h = 0; h < a->heads + a->kv_heads; h++)
-            a->kt->rope(half, x + h * a->hd, c, s, a->sign);
+        size_t at = pairs ? (size_t)a->pos[r] * (size_t)pairs : 0;
+        for (int h = 0; pairs && h < a->heads + a->kv_heads; h++)
+            a->kt->rope(pairs, x + h * a->hd, a->cosine + at, a->sine + at, a->sign);
+        if (a->half && a->sign > 0)
+            op_round(a->kt, 2 * a->kv_heads * a->hd, x + a->heads * a->hd);
     }
 }
 
 /* Rotary positions (Su et al. 2021): rotates queries and keys in place (sign 1), or their gradients
- * back (sign -1, with qkv = dqkv). Values are not rotated. */
+ * back (sign -1, with qkv = dqkv). Values are not rotated. With bfloat16, keys and values are then
+ * rounded to it, whoever reads them: what a cache keeps in sixteen bits is what training computes
+ * with. Their gradients pass through, as those of other rounded operands do. */
 static void op_rope(op_env *e, op_attn *a) {
-    if (a->cosine) par_for(e->ctx, a->rows, par_grain(op_attn_width(a)), op_rope_rows, a);
+    if (a->cosine || (a->half && a->sign > 0))
+        par_for(e->ctx, a->rows, par_grain(op_attn_width(a)), op_rope_rows, a);
 }
 
 /* The first key that the query at a position sees. */
@@ -5012,33 +5036,47 @@ static float op_attn_scale(const op_attn *a) { return a->cap != 0 ? 1.0f : a->sc
 
 /* n rows x of head_dim numbers, ld apart, as columns of panels [positions/16][hd][16], from
  * position pos on: by whole panels where they are there. */
-static void op_put_columns(const k_table *kt, int hd, const float *x, size_t ld, int n, int pos,
-                           float *panels) {
+static void op_put_columns(const k_table *kt, int narrow, int hd, const float *x, size_t ld, int n,
+                           int pos, float *panels) {
+    enum { PIECE = 32 };
+    float some[PIECE * RLHF_LANES];
     for (int r = 0, k; r < n; r += k) {
         int in = (pos + r) % RLHF_LANES;
-        float *out = panels + (size_t)(pos + r - in) * (size_t)hd;
+        const float *row = x + (size_t)r * ld;
+        float *out = panels + op_kv_floats(narrow, (size_t)(pos + r - in) * (size_t)hd);
+        uint16_t *half = (uint16_t *)(void *)out;
         k = base_min(n - r, RLHF_LANES - in);
-        if (k == RLHF_LANES) {
-            kt->panel(hd, x + (size_t)r * ld, ld, out);
-            continue;
+        if (k == RLHF_LANES && !narrow) kt->panel(hd, row, ld, out);
+        for (int j = 0, w; k == RLHF_LANES && narrow && j < hd; j += w) {
+            w = base_min(PIECE, hd - j);
+            kt->panel(w, row + j, ld, some);
+            kt->bf16.half(w * RLHF_LANES, some, 32, half + j * RLHF_LANES);
         }
+        if (k == RLHF_LANES) continue;
         /* A product reads whole panels: columns to come are zeros, and take no part. */
-        if (!in) memset(out, 0, (size_t)hd * RLHF_LANES * sizeof *out);
+        size_t all = op_kv_floats(narrow, (size_t)hd * RLHF_LANES);
+        if (!in) memset(out, 0, all * sizeof *out);
         for (int i = 0; i < k; i++)
-            for (int j = 0; j < hd; j++)
-                out[j * RLHF_LANES + in + i] = x[(size_t)(r + i) * ld + (size_t)j];
+            for (int j = 0; j < hd; j++) {
+                float f = row[(size_t)i * ld + (size_t)j];
+                if (narrow) half[j * RLHF_LANES + in + i] = v_half1(f);
+                else out[j * RLHF_LANES + in + i] = f;
+            }
     }
 }
 
 /* The same as rows of panels [hd16/16][cap][16]. */
-static void op_put_rows(int hd, const float *x, size_t ld, int n, int pos, size_t cap,
+static void op_put_rows(int narrow, int hd, const float *x, size_t ld, int n, int pos, size_t cap,
                         float *panels) {
-    float *out = panels + (size_t)pos * RLHF_LANES;
-    for (int r = 0; r < n; r++, x += ld, out += RLHF_LANES)
+    float *out = panels + op_kv_floats(narrow, (size_t)pos * RLHF_LANES);
+    for (int r = 0; r < n; r++, x += ld, out += op_kv_floats(narrow, RLHF_LANES))
         for (int p = 0; p < hd; p += RLHF_LANES) {
-            float *to = out + (size_t)p * cap;
+            float *to = out + op_kv_floats(narrow, (size_t)p * cap);
+            uint16_t *half = (uint16_t *)(void *)to;
             int w = base_min(RLHF_LANES, hd - p);
             __builtin_prefetch(x + K_ROWS_AHEAD * ld + p);
+            for (int i = 0; narrow && i < RLHF_LANES; i++) half[i] = i < w ? v_half1(x[p + i]) : 0;
+            if (narrow) continue;
             if (w == RLHF_LANES) { /* a constant, so that registers copy it */
                 memcpy(to, x + p, RLHF_LANES * sizeof *to);
                 continue;
@@ -5051,12 +5089,13 @@ static void op_put_rows(int hd, const float *x, size_t ld, int n, int pos, size_
 /* Copies keys and values of group g of rows [row, row + n) into one sequence's panels, from
  * position pos on. */
 static void op_kv_put(const op_attn *a, const op_seq *s, int g, int row, int n, int pos) {
-    size_t hd = (size_t)a->hd, cap = (size_t)s->kv.cap, ld = (size_t)op_attn_width(a);
-    const float *k = a->qkv + (size_t)row * ld + (size_t)(a->heads + g) * hd;
-    const float *v = k + (size_t)a->kv_heads * hd;
-    op_put_columns(a->kt, a->hd, k, ld, n, pos, s->kv.k + (size_t)g * hd * cap);
-    op_put_rows(a->hd, v, ld, n, pos, cap,
-                s->kv.v + (size_t)g * gemm_panels(a->hd) * RLHF_LANES * cap);
+    size_t ld = (size_t)op_attn_width(a);
+    const float *k = a->qkv + (size_t)row * ld + (a->heads + g) * a->hd;
+    const op_kv *kv = &s->kv;
+    op_put_columns(a->kt, kv->narrow, a->hd, k, ld, n, pos,
+                   kv->k + op_kv_floats(kv->narrow, op_kv_k_size(g, a->hd, kv->cap)));
+    op_put_rows(kv->narrow, a->hd, k + a->kv_heads * a->hd, ld, n, pos, (size_t)kv->cap,
+                kv->v + op_kv_floats(kv->narrow, op_kv_v_size(g, a->hd, kv->cap)));
 }
 
 /* A product for each of the heads [h0, h1). g is the first head's, but for B, which is that of
@@ -5097,7 +5136,9 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h0, int h1, int 
                          float *scratch) {
     int hd = a->hd, n = q1 - q0, rows = (h1 - h0) * n;
     size_t ldq = (size_t)op_attn_width(a), ldo = (size_t)(a->heads * hd), head = (size_t)hd;
-    size_t cap = (size_t)s->kv.cap, panel = head * RLHF_LANES;
+    const op_kv *kv = &s->kv;
+    size_t panel = op_kv_floats(kv->narrow, head * RLHF_LANES);
+    size_t strip = op_kv_floats(kv->narrow, (size_t)kv->cap * RLHF_LANES);
     float *o = a->o + (size_t)(s->row + q0) * ldo + (size_t)h0 * head, *sc = scratch;
     float max[OP_QUERIES], sum[OP_QUERIES], scale = op_attn_scale(a);
     for (int i = 0; i < rows; i++) {
@@ -5112,10 +5153,12 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h0, int h1, int 
         /* Scores of one tile of keys, for all queries. */
         int keys = base_min(OP_KEYS, last - k0);
         gemm_args qk = {.m = n, .n = (int)gemm_panels(keys) * RLHF_LANES};
+        if (kv->narrow) qk.src.narrow = (const uint16_t *)(const void *)kv->k;
         qk.t = (gemm_tile_args){.k = hd, .rs = ldq, .cs = 1, .bs = panel, .c = sc, .ldc = OP_KEYS};
         qk.t.a = a->qkv + (size_t)(s->row + q0) * ldq + (size_t)h0 * head;
-        qk.t.b = s->kv.k + (size_t)k0 * head;
-        op_attn_product(a, h0, h1, &qk, head, head * cap, (size_t)n * OP_KEYS);
+        qk.t.b = kv->k + (size_t)(k0 / RLHF_LANES) * panel;
+        op_attn_product(a, h0, h1, &qk, head, (size_t)(kv->cap / RLHF_LANES) * panel,
+                        (size_t)n * OP_KEYS);
         /* Query r of a head sees keys [skip, see) of the tile; the rest of its row becomes 0. */
         for (int i = 0; i < rows; i++) {
             int pos = s->past + q0 + i % n, see = base_max(0, base_min(keys, pos + 1 - k0));
@@ -5131,10 +5174,10 @@ static void op_attn_tile(const op_attn *a, const op_seq *s, int h0, int h1, int 
             memset(row + see, 0, (size_t)(keys - see) * sizeof *row);
         }
         /* Every query's P V at once; keys it does not see weigh 0. */
-        gemm_args pv = {.m = n, .n = hd};
+        gemm_args pv = {.m = n, .n = hd, .src = qk.src};
         pv.t = (gemm_tile_args){.k = keys, .a = sc, .rs = OP_KEYS, .cs = 1, .c = o, .ldc = ldo};
-        pv.t.b = s->kv.v + (size_t)k0 * RLHF_LANES;
-        pv.t.bs = cap * RLHF_LANES;
+        pv.t.b = kv->v + op_kv_floats(kv->narrow, (size_t)k0 * RLHF_LANES);
+        pv.t.bs = strip;
         pv.t.mode = GEMM_ACC;
         op_attn_product(a, h0, h1, &pv, (size_t)n * OP_KEYS, gemm_panels(hd) * pv.t.bs, head);
     }
@@ -5329,15 +5372,15 @@ static void op_attn_bwd_group(const op_attn *a, const op_seq *s, int g, float *s
     for (int own = 0; own < 2; own++) {
         int n = own ? s->n : s->past, pos = own ? s->past : 0;
         const float *k = a->qkv + (size_t)(own ? s->row : s->lead) * ldq + (a->heads + g) * hd;
-        op_put_columns(a->kt, hd, k, ldq, n, pos, b.kk);
-        op_put_columns(a->kt, hd, k + a->kv_heads * hd, ldq, n, pos, b.vk);
-        op_put_rows(hd, k, ldq, n, pos, rows, b.kv);
+        op_put_columns(a->kt, 0, hd, k, ldq, n, pos, b.kk);
+        op_put_columns(a->kt, 0, hd, k + a->kv_heads * hd, ldq, n, pos, b.vk);
+        op_put_rows(0, hd, k, ldq, n, pos, rows, b.kv);
     }
     for (int h = g * of; h < (g + 1) * of; h++) {
         const float *dout = a->dout + (size_t)s->row * ldo + h * hd;
         const float *o = a->o + (size_t)s->row * ldo + h * hd;
-        op_put_rows(hd, a->qkv + (size_t)s->row * ldq + h * hd, ldq, s->n, 0, rows, b.q);
-        op_put_rows(hd, dout, ldo, s->n, 0, rows, b.dout);
+        op_put_rows(0, hd, a->qkv + (size_t)s->row * ldq + h * hd, ldq, s->n, 0, rows, b.q);
+        op_put_rows(0, hd, dout, ldo, s->n, 0, rows, b.dout);
         for (int r = 0; r < s->n; r++)
             b.d[r] = a->kt->dot(hd, dout + (size_t)r * ldo, o + (size_t)r * ldo);
         for (int q = 0; q < s->n; q += OP_QUERIES)
@@ -9352,17 +9395,21 @@ typedef struct model_run {
     float *x;                 /* out: residual stream behind the last layer, [rows][d] */
 } model_run;
 
+/* Whether keys and values are kept in sixteen bits: where a tile reads them so. */
+static int model_kv_narrow(const rlhf_model *m) { return m->half && m->ctx->k->f32.narrow; }
+
 /* Floats of the keys and values for up to cap positions of one layer and sequence. */
 static size_t model_kv_size(const rlhf_model *m, int cap) {
     int whole = (int)base_round_up((size_t)cap, RLHF_LANES);
-    return op_kv_k_size(m->c.kv_heads, m->c.hd, whole) +
-           op_kv_v_size(m->c.kv_heads, m->c.hd, whole);
+    return op_kv_floats(model_kv_narrow(m), op_kv_k_size(m->c.kv_heads, m->c.hd, whole) +
+                                                op_kv_v_size(m->c.kv_heads, m->c.hd, whole));
 }
 
 /* They themselves, at a place of that size; undefined until they are appended. */
 static op_kv model_kv_at(const rlhf_model *m, float *at, int cap) {
-    int whole = (int)base_round_up((size_t)cap, RLHF_LANES);
-    return (op_kv){at, at + op_kv_k_size(m->c.kv_heads, m->c.hd, whole), whole};
+    int whole = (int)base_round_up((size_t)cap, RLHF_LANES), narrow = model_kv_narrow(m);
+    size_t keys = op_kv_floats(narrow, op_kv_k_size(m->c.kv_heads, m->c.hd, whole));
+    return (op_kv){at, at + keys, whole, narrow};
 }
 
 /* The same in ws. */
@@ -9401,6 +9448,7 @@ static op_attn model_attn(rlhf_model *m, const model_run *run, int layer, model_
                      .cosine = turn ? m->cosine[table] : NULL,
                      .sine = m->sine[table],
                      .rot = c->rot,
+                     .half = m->half,
                      .window = local ? c->window : 0,
                      .scale = c->attn_scale,
                      .cap = c->attn_cap,

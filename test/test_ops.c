@@ -530,21 +530,23 @@ typedef struct attn_case {
     int first, count; /* rows of the sequence that attn_loss computes */
     int rot, window;
     float cap;
+    int half; /* keys and values rounded to bfloat16 */
 } attn_case;
 
 static int attn_width(const attn_case *c) { return (c->heads + 2 * c->kv_heads) * c->hd; }
 
-/* The caches hold NaN where no key or value is. */
-static op_kv kv_new(const attn_case *c, int cap) {
+/* The caches hold NaN where no key or value is; narrow: numbers of sixteen bits. */
+static op_kv kv_new(const attn_case *c, int cap, int narrow) {
     cap = (int)base_round_up((size_t)cap, RLHF_LANES);
-    return (op_kv){test_floats(op_kv_k_size(c->kv_heads, c->hd, cap)),
-                   test_floats(op_kv_v_size(c->kv_heads, c->hd, cap)), cap};
+    return (op_kv){test_floats(op_kv_floats(narrow, op_kv_k_size(c->kv_heads, c->hd, cap))),
+                   test_floats(op_kv_floats(narrow, op_kv_v_size(c->kv_heads, c->hd, cap))), cap,
+                   narrow};
 }
 
 static op_attn attn_args(rlhf_ctx *ctx, const attn_case *c) {
     return (op_attn){.kt = ctx->k, .heads = c->heads, .kv_heads = c->kv_heads, .hd = c->hd,
                      .cosine = c->rope ? c->cosine : NULL, .sine = c->sine, .sign = 1,
-                     .rot = c->rot, .window = c->window, .cap = c->cap,
+                     .rot = c->rot, .window = c->window, .cap = c->cap, .half = c->half,
                      .scale = 1.0f / sqrtf((float)c->hd)};
 }
 
@@ -562,7 +564,7 @@ static void attn_run(rlhf_ctx *ctx, const void *data, float *out) {
         int past = c->past ? c->past[s] : 0;
         if (!past) lead = row;
         seq[s] = (op_seq){.row = row, .n = c->len[s], .past = past, .lead = lead, .led = past,
-                          .kv = kv_new(c, past + c->len[s])};
+                          .kv = kv_new(c, past + c->len[s], 0)};
     }
     op_attn a = attn_args(ctx, c);
     a.seqs = c->seqs, a.seq = seq, a.rows = c->rows, a.pos = c->pos;
@@ -707,7 +709,8 @@ static void attn_check_alone(const attn_case *c, const float *out) {
     rlhf_close(ctx);
 }
 
-/* All sequences side by side in steps of `step` tokens (the last ones shorter), with caches. */
+/* All sequences side by side in steps of `step` tokens (the last ones shorter), with caches, which
+ * are narrow where they can be. */
 static void attn_check_steps(const attn_case *c, const float *out, int step) {
     rlhf_ctx *ctx = test_context("auto", 2);
     arena ws = {.ctx = ctx};
@@ -720,7 +723,7 @@ static void attn_check_steps(const attn_case *c, const float *out, int step) {
     op_seq *seq = malloc((size_t)c->seqs * sizeof *seq);
     op_kv *kv = malloc((size_t)c->seqs * sizeof *kv);
     for (int s = 0, row = 0; s < c->seqs; row += c->len[s++]) {
-        kv[s] = kv_new(c, c->len[s] + 40);
+        kv[s] = kv_new(c, c->len[s] + 40, c->half && ctx->k->f32.narrow);
         at[s] = row;
     }
     for (int past = 0, live = 1; live; past += step) {
@@ -741,6 +744,12 @@ static void attn_check_steps(const attn_case *c, const float *out, int step) {
         op_attn_fwd(&e, &a);
         for (int s = 0; s < live; s++)
             CHECK_BITS(o + (size_t)seq[s].row * q, out + (size_t)from[s] * q, (size_t)seq[s].n * q);
+    }
+    for (int s = 0; s < c->seqs; s++) {
+        size_t keys = op_kv_k_size(c->kv_heads, c->hd, kv[s].cap);
+        size_t values = op_kv_v_size(c->kv_heads, c->hd, kv[s].cap);
+        CHECK(test_margins(kv[s].k, op_kv_floats(kv[s].narrow, keys)));
+        CHECK(test_margins(kv[s].v, op_kv_floats(kv[s].narrow, values)));
     }
     for (int s = 0; s < c->seqs; s++) test_floats_free(kv[s].k), test_floats_free(kv[s].v);
     free(pos), free(at), free(from), free(seq), free(kv);
@@ -866,6 +875,32 @@ TEST(attention_window) {
 TEST(attention_capped) {
     attn_check_with(2, 1, 8, 1, 0, 1.5f);
     attn_check_with(4, 2, 12, 4, 33, 2.5f);
+}
+
+/* Keys and values that are rounded are as if they had been so before, gradients pass; caches of
+ * sixteen bits change nothing. */
+TEST(attention_of_bfloat16) {
+    static const int len[] = {130, 1, 17, 64, 33};
+    for (int rope = 0; rope < 2; rope++) {
+        attn_case c = attn_new(6, 2, 20, rope, len, 5);
+        size_t n = (size_t)c.rows * (size_t)(c.heads * c.hd + attn_width(&c));
+        c.half = 1;
+        float *out = run_everywhere(attn_run, &c, n);
+        for (int step = 1; step < 70; step += 17) attn_check_steps(&c, out, step);
+        if (!rope) {
+            for (int r = 0; r < c.rows; r++)
+                for (int j = c.heads * c.hd; j < attn_width(&c); j++) {
+                    float *x = c.qkv + r * attn_width(&c) + j;
+                    *x = v_wide1(v_half1(*x));
+                }
+            c.half = 0;
+            float *twin = run_everywhere(attn_run, &c, n);
+            CHECK_BITS(out, twin, n);
+            test_floats_free(twin);
+        }
+        test_floats_free(out);
+        attn_free(&c);
+    }
 }
 
 /* Scores far apart: a new maximum in a later tile wipes out what came before, or nothing does. */
@@ -1091,6 +1126,7 @@ TEST_MAIN(CASE(layer_norm), CASE(rms_norm), CASE(linear), CASE(linear_narrow),
           CASE(geglu),
           CASE(attention), CASE(attention_led), CASE(attention_grouped), CASE(attention_odd_width),
           CASE(attention_wide), CASE(attention_many_heads), CASE(attention_part_rotated),
-          CASE(attention_window), CASE(attention_capped), CASE(attention_extremes),
+          CASE(attention_window), CASE(attention_capped), CASE(attention_of_bfloat16),
+          CASE(attention_extremes),
           CASE(vocabulary), CASE(vocabulary_capped), CASE(vocabulary_chunks),
           CASE(vocabulary_in_parts))

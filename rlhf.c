@@ -4923,7 +4923,7 @@ enum {
 typedef struct op_kv {
     float *k, *v;
     int cap;    /* positions, a multiple of 16 */
-    int narrow; /* numbers are of bfloat16, which op_rope has rounded them to, in half of the room */
+    int narrow; /* numbers are in sixteen bits, as op_rope has rounded them */
 } op_kv;
 
 /* Rows [row, row + n) of a batch, which continue a sequence of `past` positions. The last `led` of

@@ -93,9 +93,10 @@ typedef struct rlhf_hooks {
 typedef struct rlhf_options {
     int threads;     /* worker threads; 0: processors, or a container's share of their time */
     const char *isa; /* kernels: "auto" or one of rlhf_isas(); with f32 the bits are the same */
-    /* "f32", or "bf16": matrix products of models multiply numbers rounded to bfloat16. Weights,
-     * sums, gradients and statistics stay f32. Results are then the same bits for any threads and
-     * batches, not on every isa. Null: "f32". */
+    /* "f32", or "bf16": matrix products of models multiply numbers rounded to bfloat16, to which
+     * keys and values of attention are rounded, too; caches keep these in half of the memory.
+     * Weights, sums, gradients and statistics stay f32. Results are then the same bits for any
+     * threads and batches, not on every isa. Null: "f32". */
     const char *dtype;
     rlhf_hooks hooks;
 } rlhf_options;

@@ -4104,14 +4104,17 @@ static void gemm_job_range(void *arg, int64_t lo, int64_t hi, int thread) {
 
 /* Cuts the product into a grid of blocks: the one that takes the busiest thread the fewest
  * multiply-adds, what it packs counted in them: rows of A for each block, panels of B too, or once
- * for the blocks of a column; and one for each number of B that a block reads. Where both are
- * packed, fewer blocks may pack so much less that more waiting is worth it. */
+ * for the blocks of a column; one for each number of B that a block reads, and two for each of A
+ * where that comes to the core anew for every block. Where both are packed, fewer blocks may pack
+ * so much less that more waiting is worth it. */
 static void gemm_cut(gemm_job *j) {
     const gemm_args *g = j->g;
     int threads = j->ctx->threads;
     const k_tiles *tiles = gemm_tiles(j->kt, g);
     int panels = (int)gemm_panels(g->n), step = tiles->panels[base_min(tiles->rows, g->m)];
     double work = (double)g->m * g->n * g->t.k, best = INFINITY;
+    /* Rows in place, by panels in place, of which a quarter of the cache does not hold all. */
+    int anew = !j->a && g->t.b && (size_t)g->m * (size_t)g->t.k > j->ctx->cache / sizeof(float) / 4;
     int most = threads * (int)fmax(1, fmin(PAR_PIECES, work / threads / GEMM_WORTH));
     for (int want = most, next; want; want = next) {
         next = j->a && want > threads ? base_max(threads, want / 2) : 0;
@@ -4127,7 +4130,7 @@ static void gemm_cut(gemm_job *j) {
             double cost = own * (double)rows * (wide * RLHF_LANES);
             if (!g->t.b) cost += (double)tiles->pack * packs * wide * RLHF_LANES;
             if (j->a) cost += (double)tiles->pack * own * groups * rows;
-            cost += (double)own * wide * RLHF_LANES; /* what comes to the core of B */
+            cost += (double)own * (wide * RLHF_LANES + (anew ? 2 * rows : 0));
             cost *= 1 + GEMM_WAIT / own;
             if (cost >= best) continue;
             best = cost;

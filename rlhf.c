@@ -3102,7 +3102,7 @@ RLHF_INLINE GEMM_512 void gemm_512_ask(int row, const int P, const gemm_tile_arg
     size_t at = (size_t)row * t->ldc;
     V_UNROLL
     for (int p = 0; p < P; p++) __builtin_prefetch(t->c + at + p * RLHF_LANES, 1);
-    if (!t->add) return;
+    if (!t->add || t->add == t->c) return;
     V_UNROLL
     for (int p = 0; p < P; p++) __builtin_prefetch(t->add + at + p * RLHF_LANES);
 }
@@ -18210,6 +18210,7 @@ typedef struct bench {
     rlhf_ctx *ctx;
     int quick, json;
     double fma, bf16, dram; /* GFLOP/s, GFLOP/s (0: no such instructions), GB/s */
+    double tile;            /* GFLOP/s of models' products, operands near the core */
     const k_tiles *tiles;   /* of the products that models do here */
     double peak;            /* GFLOP/s of their multiply-adds while the last time was measured */
     const char *dtype;
@@ -18368,17 +18369,67 @@ static double bench_read(bench *b, double bytes) {
     return 4.0 * (double)pieces * BENCH_PIECE / t / 1e9;
 }
 
+/* A block of a product for each thread, whose operands its second-level cache holds. */
+typedef struct bench_block {
+    const k_table *kt;
+    gemm_args g;
+    float *mem; /* A, B and C of each thread */
+} bench_block;
+
+enum { BENCH_ROWS = 64, BENCH_COLS = 12 * RLHF_LANES, BENCH_STEPS = 512 };
+enum { BENCH_TIMES = 16, BENCH_PAIRS = 15 };
+enum { BENCH_BLOCK = (BENCH_ROWS + BENCH_COLS) * BENCH_STEPS + BENCH_ROWS * BENCH_COLS };
+
+static void bench_block_range(void *arg, int64_t lo, int64_t hi, int thread) {
+    bench_block *p = arg;
+    gemm_args g = p->g;
+    g.t.a = p->mem + (size_t)thread * BENCH_BLOCK;
+    g.t.b = g.t.a + BENCH_ROWS * BENCH_STEPS;
+    g.t.c = p->mem + (size_t)thread * BENCH_BLOCK + (BENCH_ROWS + BENCH_COLS) * BENCH_STEPS;
+    for (int64_t i = lo * BENCH_TIMES; i < hi * BENCH_TIMES; i++) gemm_block(p->kt, &g);
+}
+
+/* GFLOP/s of the products' tiles where they wait for no memory, and their share of the peak, both
+ * medians of pairs of runs. The share is what a processor's clock, lower while loads go along with
+ * multiply-adds, and the cache leave of the peak to any product. */
+static double bench_tile(bench *b, double *share) {
+    double rate[BENCH_PAIRS], part[BENCH_PAIRS];
+    const k_table *kt = b->ctx->k;
+    int half = b->tiles == &kt->bf16, pieces = BENCH_PEAK_PIECES * b->ctx->threads;
+    size_t size = (size_t)b->ctx->threads * BENCH_BLOCK;
+    arena ws = {.ctx = b->ctx};
+    bench_block p = {.kt = kt, .mem = arena_floats(&ws, size, 1)};
+    for (size_t i = 0; i < size; i++) p.mem[i] = (float)(i % 251) / 251 + 0.5f;
+    p.g = (gemm_args){.m = BENCH_ROWS, .n = BENCH_COLS, .half = half};
+    p.g.ms = half && kt->blocks ? BENCH_STEPS : 0;
+    p.g.t = (gemm_tile_args){.k = BENCH_STEPS, .rs = BENCH_STEPS, .cs = 1, .ldc = BENCH_COLS};
+    p.g.t.bs = BENCH_STEPS * RLHF_LANES;
+    double ops = (half ? 4.0 : 2.0) * BENCH_ROWS * BENCH_COLS * BENCH_STEPS;
+    int n = 0;
+    for (double begun = base_now(); n < BENCH_PAIRS && (n < 3 || base_now() - begun < 1); n++) {
+        double peak = bench_fma(b, b->tiles, 0.01), at = base_now();
+        par_for(b->ctx, pieces, 1, bench_block_range, &p);
+        rate[n] = pieces * BENCH_TIMES * ops / (base_now() - at) / 1e9;
+        part[n] = rate[n] / peak;
+    }
+    arena_free(&ws);
+    *share = bench_median(part, n);
+    return bench_median(rate, n);
+}
+
 /* What the arithmetic can do, and what memory delivers. */
 static void bench_limits(bench *b) {
     const k_table *k = b->ctx->k;
     b->dtype = b->ctx->half ? "bf16" : "f32";
-    double least = b->quick ? 0.2 : 0.5;
+    double least = b->quick ? 0.2 : 0.5, share;
     b->fma = bench_fma(b, &k->f32, least);
     b->bf16 = bench_fma(b, &k->bf16, least);
     b->tiles = b->ctx->half && b->bf16 > 0 ? &k->bf16 : &k->f32;
-    b->dram = bench_read(b, 256e6); /* more than most caches */
     bench_add(b, "limit/fma", b->fma, "GFLOP/s", b->fma > 0);
     if (b->bf16 > 0) bench_add(b, "limit/bf16", b->bf16, "GFLOP/s", 1);
+    b->tile = bench_tile(b, &share);
+    bench_add(b, "limit/tile", b->tile, "GFLOP/s", share);
+    b->dram = bench_read(b, 256e6); /* more than most caches */
     bench_add(b, "limit/dram", b->dram, "GB/s", 1);
 }
 
@@ -22890,9 +22941,9 @@ static int cli_bench(cli *c) {
     if (!b->json) printf("\nweights hash %s: equal hashes mean the same work\n", hash);
     json_object_set_new(machine, "compiler", json_string(__VERSION__));
     json_object_set_new(machine, "commit", json_string(RLHF_COMMIT));
-    json_t *j = json_pack("{s:o,s:{s:f,s:f,s:f},s:o,s:s}", "machine", machine, "limits",
-                          "fma_gflops", b->fma, "bf16_gflops", b->bf16, "dram_gbps", b->dram,
-                          "results", list, "weights_hash", hash);
+    json_t *j = json_pack("{s:o,s:{s:f,s:f,s:f,s:f},s:o,s:s}", "machine", machine, "limits",
+                          "fma_gflops", b->fma, "bf16_gflops", b->bf16, "tile_gflops", b->tile,
+                          "dram_gbps", b->dram, "results", list, "weights_hash", hash);
     free(b);
     return cli_results(c, j);
 }

@@ -887,6 +887,9 @@ TEST(attention_of_bfloat16) {
         c.half = 1;
         float *out = run_everywhere(attn_run, &c, n);
         for (int step = 1; step < 70; step += 17) attn_check_steps(&c, out, step);
+        size_t o = (size_t)c.rows * (size_t)(c.heads * c.hd), finer = 0;
+        for (size_t i = o; i < n; i++) finer += out[i] != v_wide1(v_half1(out[i]));
+        CHECK(finer > (n - o) / 10 * 9); /* gradients are not rounded */
         if (!rope) {
             for (int r = 0; r < c.rows; r++)
                 for (int j = c.heads * c.hd; j < attn_width(&c); j++) {

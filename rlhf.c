@@ -1908,7 +1908,8 @@ typedef struct k_tiles {
     int rows;                          /* height of the full tile */
     uint8_t panels[33];                /* panels[r]: widest tile of r rows, in sixteen columns */
     int pack;                          /* multiply-adds in the time of packing one number, about */
-    void (*begin)(int rows), (*end)(void); /* around a block of tiles; null: nothing to do */
+    void (*begin)(int rows);           /* before the tiles of a block; null: nothing to do */
+    void (*end)(void);                 /* behind them */
     k_half_fn *half;                   /* for bfloat16: how operands are packed */
     k_pairs_fn *pairs;
     k_tile_fn *narrow, *ieee; /* the same on panels of bfloat16 and of half precision; null: none */
@@ -5049,13 +5050,15 @@ static void op_put_columns(const k_table *kt, int narrow, int hd, const float *x
         float *out = panels + op_kv_floats(narrow, (size_t)(pos + r - in) * (size_t)hd);
         uint16_t *half = (uint16_t *)(void *)out;
         k = base_min(n - r, RLHF_LANES - in);
-        if (k == RLHF_LANES && !narrow) kt->panel(hd, row, ld, out);
-        for (int j = 0, w; k == RLHF_LANES && narrow && j < hd; j += w) {
-            w = base_min(PIECE, hd - j);
-            kt->panel(w, row + j, ld, some);
-            kt->bf16.half(w * RLHF_LANES, some, 32, half + j * RLHF_LANES);
+        if (k == RLHF_LANES) {
+            if (!narrow) kt->panel(hd, row, ld, out);
+            for (int j = 0, w; narrow && j < hd; j += w) {
+                w = base_min(PIECE, hd - j);
+                kt->panel(w, row + j, ld, some);
+                kt->bf16.half(w * RLHF_LANES, some, 32, half + j * RLHF_LANES);
+            }
+            continue;
         }
-        if (k == RLHF_LANES) continue;
         /* A product reads whole panels: columns to come are zeros, and take no part. */
         size_t all = op_kv_floats(narrow, (size_t)hd * RLHF_LANES);
         if (!in) memset(out, 0, all * sizeof *out);
@@ -5075,11 +5078,13 @@ static void op_put_rows(int narrow, int hd, const float *x, size_t ld, int n, in
     for (int r = 0; r < n; r++, x += ld, out += op_kv_floats(narrow, RLHF_LANES))
         for (int p = 0; p < hd; p += RLHF_LANES) {
             float *to = out + op_kv_floats(narrow, (size_t)p * cap);
-            uint16_t *half = (uint16_t *)(void *)to;
             int w = base_min(RLHF_LANES, hd - p);
             __builtin_prefetch(x + K_ROWS_AHEAD * ld + p);
-            for (int i = 0; narrow && i < RLHF_LANES; i++) half[i] = i < w ? v_half1(x[p + i]) : 0;
-            if (narrow) continue;
+            if (narrow) {
+                uint16_t *half = (uint16_t *)(void *)to;
+                for (int i = 0; i < RLHF_LANES; i++) half[i] = i < w ? v_half1(x[p + i]) : 0;
+                continue;
+            }
             if (w == RLHF_LANES) { /* a constant, so that registers copy it */
                 memcpy(to, x + p, RLHF_LANES * sizeof *to);
                 continue;
@@ -18383,9 +18388,10 @@ enum { BENCH_BLOCK = (BENCH_ROWS + BENCH_COLS) * BENCH_STEPS + BENCH_ROWS * BENC
 static void bench_block_range(void *arg, int64_t lo, int64_t hi, int thread) {
     bench_block *p = arg;
     gemm_args g = p->g;
-    g.t.a = p->mem + (size_t)thread * BENCH_BLOCK;
-    g.t.b = g.t.a + BENCH_ROWS * BENCH_STEPS;
-    g.t.c = p->mem + (size_t)thread * BENCH_BLOCK + (BENCH_ROWS + BENCH_COLS) * BENCH_STEPS;
+    float *at = p->mem + (size_t)thread * BENCH_BLOCK;
+    g.t.a = at;
+    g.t.b = at + BENCH_ROWS * BENCH_STEPS;
+    g.t.c = at + (BENCH_ROWS + BENCH_COLS) * BENCH_STEPS;
     for (int64_t i = lo * BENCH_TIMES; i < hi * BENCH_TIMES; i++) gemm_block(p->kt, &g);
 }
 
